@@ -1,0 +1,30 @@
+"""minwm: camera-controlled, streaming video world models. Importing it defines names and does nothing else."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minwm.core.camera import CameraTrack
+    from minwm.core.types import Clip
+    from minwm.session import Session, load
+
+__version__ = "0.1.0"
+__all__ = ["CameraTrack", "Clip", "Session", "load"]
+
+_HOME = {
+    "CameraTrack": "minwm.core.camera",
+    "Clip": "minwm.core.types",
+    "Session": "minwm.session",
+    "load": "minwm.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562), so that `import minwm` needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"minwm has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

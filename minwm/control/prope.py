@@ -1,0 +1,57 @@
+"""PRoPE, projective positional encoding: attention sees cameras only through P_f P_g^-1 (paper Sec. 2.1).
+
+With P_f = lift(K_f) V_f, V_f world-to-camera, and ^ the GTA form, queries, keys, values and outputs become
+q' = P_f^T q,  k' = P_g^-1 k,  v' = P_g^-1 v,  o = P_f Attn(q', k', v'), so that q'.k' = q^T P_f P_g^-1 k.
+A common rigid motion of the world cancels. Matrices are one per frame, float32, never per token.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.camera import se3_inverse
+
+Mode = Literal["none", "dual", "single"]
+"""none: no camera · dual: a zero-initialised second attention branch, every channel projective (the released
+weights) · single: one branch, half of the channels projective, the rest RoPE over x and y (the paper's form)."""
+
+Tokens = Float[Tensor, "b s a e"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """P and P^-1 of every latent frame, computed once per forward (or per streamed chunk)."""
+
+    P: Float[Tensor, "b f 4 4"]
+    inverse: Float[Tensor, "b f 4 4"]
+
+    @classmethod
+    def bind(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Projection":
+        """Only the focal lengths enter; the principal point is dropped, as in every released checkpoint."""
+        focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1).float()  # diag(fx, fy, 1, 1)
+        w2c = w2c.float()
+        return cls(P=focal[..., :, None] * w2c, inverse=se3_inverse(w2c) / focal[..., None, :])
+
+    def twice(self) -> "Projection":
+        """For a teacher-forced sequence [clean | noisy]: both halves are seen by the same cameras."""
+        return type(self)(torch.cat([self.P] * 2, dim=1), torch.cat([self.inverse] * 2, dim=1))
+
+    def queries(self, q: Tokens) -> Tokens:
+        return _per_frame(q, self.P)  # rows: (P^T q)^T = q^T P
+
+    def keys(self, k: Tokens) -> Tokens:
+        """Also for values."""
+        return _per_frame(k, self.inverse.mT)
+
+    def outputs(self, o: Tokens) -> Tokens:
+        return _per_frame(o, self.P.mT)
+
+
+def _per_frame(x: Tokens, matrix: Float[Tensor, "b f 4 4"]) -> Tokens:
+    """Row vectors x, in groups of four consecutive channels, times their frame's matrix: one batched matmul."""
+    b, f = matrix.shape[:2]
+    groups = x.reshape(b * f, -1, 4)
+    return (groups @ matrix.to(x.dtype).reshape(b * f, 4, 4)).reshape(x.shape)

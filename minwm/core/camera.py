@@ -1,0 +1,344 @@
+"""Cameras: one convention, its checks, and the rigid-motion maths behind it.
+
+OpenCV axes (x right, y down, z forward). Poses are camera-to-world (c2w) 4x4 float64; `K` is
+(fx/W, fy/H, cx/W, cy/H). World-to-camera exists only at the door of the networks (`views`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.config import UserError
+from minwm.core.media import atomic
+
+CONVENTION = "camera-to-world, OpenCV axes (x right, y down, z forward), K normalised by width and height"
+SCHEMA = 1
+
+Array = np.ndarray
+Matrix = TypeVar("Matrix", np.ndarray, Tensor)
+Intrinsics = Float[Array, "4"]
+
+
+class CameraError(UserError):
+    """A camera breaks the convention; names the frame, the value and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Rigid motions. All take any number of leading dimensions.
+
+
+def se3_inverse(T: Matrix) -> Matrix:
+    """Inverse of rigid 4x4 matrices in closed form (numpy or torch, differentiable)."""
+    back = T[..., :3, :3].swapaxes(-1, -2)
+    inverse: Any = T.clone() if isinstance(T, Tensor) else T.copy()
+    inverse[..., :3, :3] = back
+    inverse[..., :3, 3:] = -(back @ T[..., :3, 3:])
+    return inverse
+
+
+def rigid(R: Float[Array, "*n 3 3"], t: Float[Array, "*n 3"]) -> Float[Array, "*n 4 4"]:
+    """The 4x4 matrix that rotates by R, then translates by t."""
+    T = np.zeros((*R.shape[:-2], 4, 4))
+    T[..., :3, :3], T[..., :3, 3], T[..., 3, 3] = R, t, 1.0
+    return T
+
+
+def _cross_matrix(v: Array) -> Array:
+    x, y, z = np.moveaxis(v, -1, 0)
+    o = np.zeros_like(x)
+    return np.stack([o, -z, y, z, o, -x, -y, x, o], -1).reshape(*v.shape, 3)
+
+
+def so3_exp(v: Float[Array, "*n 3"]) -> Float[Array, "*n 3 3"]:
+    """Rotation about the axis v by |v| radians (Rodrigues)."""
+    angle = np.linalg.norm(v, axis=-1)[..., None, None]
+    W = _cross_matrix(v)
+    # np.sinc(x) is sin(pi x)/(pi x): no branch, and no loss of digits near zero
+    return np.eye(3) + np.sinc(angle / np.pi) * W + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (W @ W)
+
+
+def so3_log(R: Float[Array, "*n 3 3"]) -> Float[Array, "*n 3"]:
+    """Axis times angle, angle in [0, pi]. Through a quaternion, so that it is exact near 0 and near pi."""
+    q = quaternion(R)
+    v, w = q[..., :3], q[..., 3:]
+    size = np.linalg.norm(v, axis=-1, keepdims=True)
+    return v * np.where(size > 0, 2 * np.arctan2(size, w) / np.where(size > 0, size, 1), 2.0)
+
+
+def _left_jacobian(v: Array) -> Array:
+    angle2 = (v * v).sum(-1)[..., None, None]
+    angle = np.sqrt(angle2)
+    W = _cross_matrix(v)
+    third = np.where(angle2 > 1e-8, (1 - np.sinc(angle / np.pi)) / np.maximum(angle2, 1e-8), 1 / 6)
+    return np.eye(3) + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * W + third * (W @ W)
+
+
+def se3_exp(twist: Float[Array, "*n 6"]) -> Float[Array, "*n 4 4"]:
+    """Motion after one unit of time at a constant velocity (translation 3, rotation 3) in the body frame."""
+    move, turn = twist[..., :3], twist[..., 3:]
+    return rigid(so3_exp(turn), (_left_jacobian(turn) @ move[..., None])[..., 0])
+
+
+def se3_log(T: Float[Array, "*n 4 4"]) -> Float[Array, "*n 6"]:
+    """The velocity (translation 3, rotation 3) that `se3_exp` turns into T."""
+    turn = so3_log(T[..., :3, :3])
+    move = np.linalg.solve(_left_jacobian(turn), T[..., :3, 3:])[..., 0]
+    return np.concatenate([move, turn], -1)
+
+
+def quaternion(R: Float[Array, "*n 3 3"]) -> Float[Array, "*n 4"]:
+    """Unit quaternion in the order x y z w (as in scipy), with w >= 0."""
+    m = np.moveaxis(R.reshape(*R.shape[:-2], 9), -1, 0)
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = m
+    x = np.stack([1 + xx - yy - zz, xy + yx, xz + zx, zy - yz], -1)
+    y = np.stack([xy + yx, 1 - xx + yy - zz, yz + zy, xz - zx], -1)
+    z = np.stack([xz + zx, yz + zy, 1 - xx - yy + zz, yx - xy], -1)
+    w = np.stack([zy - yz, xz - zx, yx - xy, 1 + xx + yy + zz], -1)
+    rows = np.stack([x, y, z, w], -2)  # row i is 4 q_i q: the row of the largest q_i keeps most digits
+    largest = np.diagonal(rows, axis1=-2, axis2=-1).argmax(-1)
+    q = np.take_along_axis(rows, largest[..., None, None], axis=-2)[..., 0, :]
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    return np.where(q[..., 3:] < 0, -q, q)
+
+
+def from_quaternion(q: Float[Array, "*n 4"]) -> Float[Array, "*n 3 3"]:
+    """Rotation of a quaternion x y z w of any length but zero. (COLMAP writes w x y z: reorder first.)"""
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    W = _cross_matrix(q[..., :3])
+    return np.eye(3) + 2 * q[..., 3:, None] * W + 2 * (W @ W)
+
+
+def slerp(
+    a: Float[Array, "*n 3 3"], b: Float[Array, "*n 3 3"], t: float | Float[Array, "*n"]
+) -> Float[Array, "*n 3 3"]:
+    """Rotation the fraction t of the shortest way from a to b, at constant angular speed."""
+    way = so3_log(a.swapaxes(-1, -2) @ b)
+    return a @ so3_exp(np.asarray(t)[..., None] * way)
+
+
+def look_at(
+    eye: Sequence[float] | Array,
+    target: Sequence[float] | Array,
+    up: Sequence[float] | Array = (0.0, -1.0, 0.0),
+) -> Float[Array, "4 4"]:
+    """c2w of a camera at `eye` that looks at `target`; the default `up` suits a world with y down."""
+    eye = np.asarray(eye, np.float64)
+    forward = np.asarray(target, np.float64) - eye
+    right = np.cross(forward, np.asarray(up, np.float64))
+    size = float(np.linalg.norm(right))
+    if size < 1e-9:
+        raise CameraError(
+            f"look_at: from {eye.tolist()} to {list(map(float, target))} is no direction, or is parallel to "
+            f"up {list(map(float, up))}; move the target or choose another up"
+        )
+    x, z = right / size, forward / np.linalg.norm(forward)
+    return rigid(np.stack([x, np.cross(z, x), z], -1), eye)
+
+
+def intrinsics(fov_x_deg: float, width: int, height: int) -> Intrinsics:
+    """Normalised K of square pixels, a centred principal point and a horizontal field of view in degrees."""
+    if not 0 < fov_x_deg < 180:
+        raise CameraError(f"fov_x = {fov_x_deg} degrees; a pinhole camera needs 0 < fov < 180")
+    fx = 0.5 / np.tan(np.radians(fov_x_deg) / 2)
+    return np.array([fx, fx * width / height, 0.5, 0.5])
+
+
+# ---------------------------------------------------------------------------------------------
+# Tracks
+
+
+@dataclass(frozen=True, eq=False)
+class CameraTrack:
+    """The camera of every frame of a clip. Checks itself and raises CameraError."""
+
+    c2w: Float[Array, "n 4 4"]
+    """Camera-to-world, OpenCV, float64."""
+    K: Float[Array, "n 4"]
+    """(fx/W, fy/H, cx/W, cy/H); a single (4,) is repeated for every frame."""
+    fps: float
+    """Poses per second."""
+    unit: str = "toy"
+    """Length unit of the translations: toy, metric or sfm (arbitrary scale)."""
+
+    def __post_init__(self) -> None:
+        c2w, K = np.array(self.c2w, np.float64), np.array(self.K, np.float64)
+        if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or not len(c2w):
+            raise CameraError(f"c2w has shape {c2w.shape}; a track needs (n, 4, 4) with at least one frame")
+        if K.shape == (4,):
+            K = np.repeat(K[None], len(c2w), 0)
+        if K.shape != (len(c2w), 4):
+            raise CameraError(f"K has shape {K.shape}; give (4,) or ({len(c2w)}, 4): fx/W, fy/H, cx/W, cy/H")
+        if not (np.isfinite(self.fps) and self.fps > 0):
+            raise CameraError(f"fps = {self.fps}; a track needs a positive number of poses per second")
+        _check_poses(c2w)
+        _check_intrinsics(K)
+        object.__setattr__(self, "c2w", c2w)
+        object.__setattr__(self, "K", K)
+
+    def __len__(self) -> int:
+        return len(self.c2w)
+
+    def slice(self, start: int, stop: int) -> CameraTrack:
+        """Frames start..stop-1. Raises CameraError beyond the ends (never a shorter track)."""
+        if not 0 <= start < stop <= len(self):
+            raise CameraError(
+                f"frames {start}..{stop} of a track of {len(self)}; need 0 <= start < stop <= {len(self)}"
+            )
+        return replace(self, c2w=self.c2w[start:stop], K=self.K[start:stop])
+
+    def moved(self, T: Float[Array, "4 4"]) -> CameraTrack:
+        """The same cameras after a rigid change T of the world (new_from_old)."""
+        return replace(self, c2w=T @ self.c2w)
+
+    def anchored(self) -> CameraTrack:
+        """The same path with the first camera at the identity."""
+        c2w = se3_inverse(self.c2w[0]) @ self.c2w
+        c2w[0] = np.eye(4)
+        return replace(self, c2w=c2w)
+
+    def at_latent_rate(self, stride: int) -> CameraTrack:
+        """One camera per latent: latent i has the pose of pixel frame `stride * i`. Only here."""
+        extra = (len(self) - 1) % stride
+        if extra:
+            raise CameraError(
+                f"{len(self)} frames do not fill whole latents: need {stride} * k + 1; "
+                f"drop the last {extra} or add {stride - extra}"
+            )
+        return replace(self, c2w=self.c2w[::stride], K=self.K[::stride], fps=self.fps / stride)
+
+    def resample(self, fps: float) -> CameraTrack:
+        """The path at another rate: interpolates camera centres and rotations, never w2c translations."""
+        if not (np.isfinite(fps) and fps > 0):
+            raise CameraError(f"cannot resample to fps = {fps}; give a positive rate")
+        last = len(self) - 1
+        count = int(np.floor(last * fps / self.fps + 1e-9)) + 1
+        place = np.minimum(np.arange(count) * (self.fps / fps), last)
+        a = np.minimum(place.astype(int), max(last - 1, 0))
+        b = np.minimum(a + 1, last)
+        part = (place - a)[:, None]
+        R = slerp(self.c2w[a, :3, :3], self.c2w[b, :3, :3], part[:, 0])
+        t = (1 - part) * self.c2w[a, :3, 3] + part * self.c2w[b, :3, 3]
+        return replace(self, c2w=rigid(R, t), K=(1 - part) * self.K[a] + part * self.K[b], fps=fps)
+
+    def w2c(self) -> Float[Array, "n 4 4"]:
+        """World-to-camera matrices, float64."""
+        return se3_inverse(self.c2w)
+
+    def relative(self) -> Float[Array, "m 4 4"]:
+        """Motion from each frame to the next in the camera's own axes (n-1); free of the world frame."""
+        return se3_inverse(self.c2w[:-1]) @ self.c2w[1:]
+
+    def path_length(self) -> float:
+        """Distance travelled by the camera centre, in `unit`."""
+        return float(np.linalg.norm(np.diff(self.c2w[:, :3, 3], axis=0), axis=-1).sum())
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, without loss, in one piece or not at all."""
+        head = {"schema": SCHEMA, "convention": CONVENTION, "fps": self.fps, "unit": self.unit}
+        record = {**head, "K": self.K.tolist(), "c2w": self.c2w.tolist()}
+        with atomic(Path(path)) as temporary:
+            Path(temporary).write_text(json.dumps(record, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CameraTrack:
+        """Read what `save` wrote. Raises CameraError for anything else: no convention is ever guessed."""
+        try:
+            record = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CameraError(f"{path}: cannot read a camera track: {error}") from error
+        known = {"schema": SCHEMA, "convention": CONVENTION}
+        if not isinstance(record, dict) or {key: record.get(key) for key in known} != known:
+            raise CameraError(
+                f"{path}: no minwm camera track (schema {SCHEMA}, {CONVENTION}); "
+                "convert other formats with `minwm camera convert`"
+            )
+        missing = {"c2w", "K", "fps", "unit"} - record.keys()
+        if missing:
+            raise CameraError(f"{path}: lacks {', '.join(sorted(missing))}; save the track again")
+        try:
+            return cls(c2w=record["c2w"], K=record["K"], fps=float(record["fps"]), unit=str(record["unit"]))
+        except (CameraError, TypeError, ValueError, OverflowError) as error:
+            raise CameraError(f"{path}: {error}") from error
+
+
+def _check_poses(c2w: Array) -> None:
+    def refuse(bad: Array, value: Array, problem: str) -> None:
+        if bad.any():
+            frame = int(bad.argmax())
+            raise CameraError(f"frame {frame}: " + problem.format(value=np.round(value[frame], 5).tolist()))
+
+    R = c2w[:, :3, :3]
+    finite = np.isfinite(c2w).all((1, 2))
+    refuse(
+        np.logical_not(finite),
+        c2w,
+        "the pose {value} has a value that is not finite; drop or interpolate this frame",
+    )
+    bottom = c2w[:, 3]
+    refuse(
+        np.abs(bottom - [0, 0, 0, 1]).max(1) > 1e-6,
+        bottom,
+        "the bottom row is {value}, a pose has [0, 0, 0, 1]; a transposed matrix shows its translation there",
+    )
+    det = np.linalg.det(R)
+    refuse(
+        det < 0,
+        det,
+        "det(R) = {value}, a rotation has +1: this pose mirrors the world. OpenGL or Blender poses become "
+        "OpenCV by negating BOTH the y and the z column; a left-handed engine (Unreal) needs other axes",
+    )
+    skew = np.abs(R.swapaxes(1, 2) @ R - np.eye(3)).max((1, 2))
+    refuse(
+        skew > 1e-4,
+        skew,
+        "R is no rotation: R^T R differs from the identity by {value} (limit 0.0001); "
+        "a scaled or 16-bit matrix must be made orthonormal first",
+    )
+
+
+def _check_intrinsics(K: Array) -> None:
+    fx, fy, cx, cy = K.T
+    good = np.isfinite(K).all(1) & (fx > 0) & (fy > 0) & (fx < 20) & (fy < 20)
+    good &= (np.abs(cx - 0.5) <= 1.5) & (np.abs(cy - 0.5) <= 1.5)
+    if not good.all():
+        frame = int((~good).argmax())
+        raise CameraError(
+            f"frame {frame}: K = {K[frame].tolist()} is out of range (0 < f < 20, -1 <= c <= 2); K is "
+            "(fx/W, fy/H, cx/W, cy/H), so values in pixels must be divided by the image's width and height"
+        )
+
+
+def pose_errors(a: CameraTrack, b: CameraTrack) -> dict[str, Array]:
+    """Per-frame differences `rot_deg` [n] and `trans` [n] (in the tracks' unit). Nothing is aligned first:
+    compare `a.anchored()` with `b.anchored()` when only the motion counts."""
+    if len(a) != len(b):
+        raise CameraError(f"cannot compare {len(a)} poses with {len(b)}; slice or resample to one length")
+    way = so3_log(a.c2w[:, :3, :3].swapaxes(1, 2) @ b.c2w[:, :3, :3])
+    return {
+        "rot_deg": np.degrees(np.linalg.norm(way, axis=-1)),
+        "trans": np.linalg.norm(a.c2w[:, :3, 3] - b.c2w[:, :3, 3], axis=-1),
+    }
+
+
+def views(
+    tracks: Sequence[CameraTrack], stride: int
+) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
+    """What a network sees of pixel-rate tracks: w2c and K per latent in float32.
+
+    Anchored at frame 0 while still in float64, so that a far-away world origin costs no digits.
+    """
+    lengths = sorted({len(track) for track in tracks})
+    if len(lengths) != 1:
+        raise CameraError(f"a batch needs tracks of one length, got lengths {lengths}; slice them first")
+    latent = [track.anchored().at_latent_rate(stride) for track in tracks]
+    w2c, K = np.stack([track.w2c() for track in latent]), np.stack([track.K for track in latent])
+    return torch.from_numpy(w2c.astype(np.float32)), torch.from_numpy(K.astype(np.float32))

@@ -1,0 +1,57 @@
+"""Rectified flow, the one noise convention: x_t = (1 - t) x_0 + t eps and v = eps - x_0, with t in [0, 1] per frame."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Latents = Float[Tensor, "b f c h w"]
+Times = Float[Tensor, "b f"]
+
+
+def per_frame(t: Times) -> Float[Tensor, "b f 1 1 1"]:
+    return t[:, :, None, None, None]
+
+
+def interpolate(x0: Latents, eps: Latents, t: Times) -> Latents:
+    """x_t, the clip with noise level t."""
+    return (1 - per_frame(t)) * x0 + per_frame(t) * eps
+
+
+def velocity(x0: Latents, eps: Latents) -> Latents:
+    """What networks predict: dx_t / dt."""
+    return eps - x0
+
+
+def x0_from_velocity(x_t: Latents, v: Latents, t: Times) -> Latents:
+    return x_t - per_frame(t) * v
+
+
+def euler(x_t: Latents, v: Latents, t: float, t_next: float) -> Latents:
+    return x_t + (t_next - t) * v
+
+
+def shift(t: Tensor, s: float) -> Tensor:
+    """Move times toward noise, s t / (1 + (s - 1) t); keeps 0 and 1 fixed, and s = 1 changes nothing."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def schedule(steps: int, s: float) -> list[float]:
+    """`steps + 1` falling times from 1 to 0: a uniform grid, shifted by s. (N=4, s=5: 1, .9375, .8333, .625, 0.)"""
+    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), s).tolist()
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance; scale 1 is the plain conditional prediction."""
+    return uncond + scale * (cond - uncond)
+
+
+def bell_weight(t: Times, s: float) -> Times:
+    """Wan's training weight exp(-2 (t - 1/2)^2), less its minimum, with mean 1 over its grid of 1000 shifted times."""
+    grid = _bell(shift(1 - torch.arange(1000, dtype=torch.float64) / 1000, s))
+    return _bell(t) / float(grid.mean())
+
+
+def _bell(t: Tensor) -> Tensor:
+    return torch.exp(-2 * (t - 0.5) ** 2) - math.exp(-0.5)

@@ -1,0 +1,233 @@
+"""Frames to files and bytes and back, and the one way in which minwm writes a file.
+
+Frames are uint8 arrays `n h w 3` (numpy, or torch on any device); a file appears whole or not at all.
+"""
+
+import contextlib
+import errno
+import io
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from minwm.core.config import UserError
+
+Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
+Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
+
+LOSSLESS_LOOK = 12
+"""The largest x264 crf at which colour keeps its full resolution (yuv444p)."""
+CAPS = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1)}
+"""Keys of one cluster as (column, row); the arrows repeat it on the right."""
+ARROWS = {"i": "w", "j": "a", "k": "s", "l": "d", "up": "w", "left": "a", "down": "s", "right": "d"}
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`: on success synced and renamed, on any failure removed.
+
+    Its name ends in `.tmp`, so a writer that goes by the suffix must be told the format. A full disk raises
+    UserError with the path and the free bytes. Missing parent folders are made.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if _disk_full(error):
+            folder = next(p for p in path.absolute().parents if p.exists())
+            free = shutil.disk_usage(folder).free
+            raise UserError(f"no space left to write {path}: {free} bytes are free in {folder}") from error
+        raise
+    _sync(path.parent)  # the rename itself must survive a power cut
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Some writers (safetensors) report a full disk in words only."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
+
+
+def pixels(frames: np.ndarray | Tensor) -> Float[Tensor, "... 3 h w"]:
+    """uint8 frames `... h w 3` as float32 in [-1, 1] `... 3 h w`, on the device of the frames."""
+    return torch.as_tensor(frames).movedim(-1, -3).float() / 127.5 - 1
+
+
+def frames(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3"]:
+    """Floats in [-1, 1] (clamped) as uint8 frames; the inverse of `pixels`."""
+    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+    return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+
+
+def write_video(path: str | Path, frames: Frames, fps: float, crf: int = LOSSLESS_LOOK) -> None:
+    """Write H.264 in mp4, whatever the suffix; up to crf 12, or with an odd side, in full colour resolution."""
+    images = _numpy(frames)
+    even = images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0
+    with atomic(path) as temporary:
+        _encode(temporary, images, fps, crf, "yuv420p" if crf > LOSSLESS_LOOK and even else "yuv444p")
+
+
+def mp4_bytes(frames: Frames, fps: float, crf: int = 18, scale: int = 1) -> bytes:
+    """An mp4 for any browser, enlarged `scale` times without smoothing; an odd side grows by one pixel."""
+    images = _enlarge(_numpy(frames), scale)
+    images = np.pad(images, [(0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)], mode="edge")
+    with tempfile.TemporaryDirectory() as folder:  # moving the index to the front needs a real file
+        path = Path(folder) / "video.mp4"
+        _encode(path, images, fps, crf, "yuv420p")
+        return path.read_bytes()
+
+
+def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: str) -> None:
+    import av
+
+    if len(images) == 0:
+        raise UserError(f"a video needs at least one frame: {path.name} has none")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = pixel_format
+        stream.options = {"crf": str(crf), "preset": "fast"}
+        for image in images:
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+            )
+        container.mux(stream.encode(None))
+
+
+def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
+    """All frames of a video and its frames per second; UserError if it is missing or cannot be decoded."""
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            images = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            fps = stream.average_rate
+    except (FFmpegError, OSError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as a video: {error}") from error
+    if not images or not fps:
+        raise UserError(f"{path} holds no frames")
+    return np.stack(images), float(fps)
+
+
+def write_image(path: str | Path, image: Frame) -> None:
+    """Write a PNG, or a JPEG if the suffix is .jpg or .jpeg."""
+    lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
+    with atomic(path) as temporary:
+        temporary.write_bytes(jpeg(image, quality=95) if lossy else png_bytes(image))
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Any image pillow reads, upright, as RGB; UserError if the file is missing or no image."""
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def jpeg(frame: Frame, quality: int = 85) -> bytes:
+    """One frame as a JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(_numpy(frame)).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def png_bytes(frame: Frame) -> bytes:
+    """One frame as a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(_numpy(frame)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def contact_sheet(rows: Sequence[Frames], every: int, labels: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """Every `every`-th frame of each video side by side, one labelled row per video; sizes may differ."""
+    font, gap = ImageFont.load_default(size=12), 2
+    margin = 2 * gap + math.ceil(max(font.getlength(label) for label in labels))
+    cells = [_numpy(row)[::every] for row in rows]
+    width = margin + max(len(row) * (row.shape[2] + gap) for row in cells)
+    height = gap + sum(row.shape[1] + gap for row in cells)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(sheet), gap
+    for row, label in zip(cells, labels, strict=True):
+        draw.text((gap, top + row.shape[1] // 2), label, fill="black", font=font, anchor="lm")
+        for column, cell in enumerate(row):
+            sheet.paste(Image.fromarray(cell), (margin + column * (row.shape[2] + gap), top))
+        top += row.shape[1] + gap
+    return np.array(sheet)
+
+
+def overlay_keys(frames: Frames, keys_per_frame: Sequence[Collection[str]]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Frames enlarged to at least 256 pixels of width, with the key caps drawn on them and pressed keys lit.
+
+    Each entry holds the keys held down in that frame: w a s d, and i j k l or up left down right, which are
+    shown as arrows. Any other key is shown by its name between the two clusters while it is held.
+    """
+    images = _numpy(frames)
+    if len(images) != len(keys_per_frame):
+        raise ValueError(f"{len(images)} frames, but keys for {len(keys_per_frame)}")
+    images = _enlarge(images, math.ceil(256 / images.shape[2]))
+    painted = {held: _key_caps(held, *images.shape[1:3]) for held in map(frozenset, keys_per_frame)}
+    out = [
+        Image.alpha_composite(Image.fromarray(image).convert("RGBA"), painted[frozenset(held)]).convert("RGB")
+        for image, held in zip(images, keys_per_frame, strict=True)
+    ]
+    return np.stack([np.asarray(image) for image in out])
+
+
+def _key_caps(held: frozenset[str], height: int, width: int) -> Image.Image:
+    """A transparent image of both clusters in the lower corners."""
+    layer = Image.new("RGBA", (width, height))
+    draw, cap = ImageDraw.Draw(layer), width // 13
+    font = ImageFont.load_default(size=cap * 0.6)
+    bottom = height - 2 * cap - cap // 2
+    arrows = {ARROWS[key] for key in held if key in ARROWS}
+    for left, lit, shown in ((cap // 2, held, True), (width - 3 * cap - cap // 2, arrows, False)):
+        for key, (column, row) in CAPS.items():
+            x, y = left + column * cap, bottom + row * cap
+            fill, ink = ((255, 210, 60, 230), "black") if key in lit else ((20, 20, 20, 120), "white")
+            draw.rounded_rectangle((x + 1, y + 1, x + cap - 1, y + cap - 1), cap // 5, fill, outline=ink)
+            centre = (x + cap / 2, y + cap / 2)
+            if shown:
+                draw.text(centre, key.upper(), fill=ink, font=font, anchor="mm")
+            else:
+                turn = {"w": 0, "a": 90, "s": 180, "d": -90}[key]
+                draw.regular_polygon((*centre, cap * 0.28), 3, rotation=turn, fill=ink)
+    others = " ".join(sorted(held - CAPS.keys() - ARROWS.keys()))
+    draw.text((width / 2, height - cap), others, fill=(255, 210, 60, 255), font=font, anchor="mm")
+    return layer
+
+
+def _numpy(image: np.ndarray | Tensor) -> np.ndarray:
+    array = image.cpu().numpy() if isinstance(image, Tensor) else image
+    if array.dtype != np.uint8 or array.shape[-1] != 3:
+        raise ValueError(f"frames are uint8 with 3 channels last, not {array.dtype} of shape {array.shape}")
+    return array
+
+
+def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
+    return images.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,0 +1,65 @@
+"""What flows through the system. Shape letters, used in every signature of the package:
+
+b batch · f latent frames · n pixel frames · c h w latent channels, rows, columns · p tokens per frame
+s tokens · d width · a heads · e head width · l text tokens
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that a network may consume besides the noisy latents and their times."""
+
+    text: Float[Tensor, "b l d"]
+    """Text states, zero-padded to a fixed length; all zeros is the null prompt."""
+    w2c: Float[Tensor, "b f 4 4"] | None = None
+    """World-to-camera per latent frame, float32, OpenCV axes; None for a model without camera control."""
+    K: Float[Tensor, "b f 4"] | None = None
+    """fx/W, fy/H, cx/W, cy/H per latent frame."""
+    first: Float[Tensor, "b 1 c h w"] | None = None
+    """Clean first latent: an image start. None generates the first frame too."""
+
+    def _map(self, change) -> "Condition":  # noqa: ANN001 - any Tensor -> Tensor
+        changed = {f.name: change(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str) -> "Condition":
+        return self._map(lambda x: x.to(device))
+
+    def frames(self, start: int, stop: int) -> "Condition":
+        """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
+        return self if self.w2c is None or self.K is None else replace(
+            self, w2c=self.w2c[:, start:stop], K=self.K[:, start:stop]
+        )
+
+    def without_text(self) -> "Condition":
+        """The unconditional branch of guidance: the null prompt, with camera and image kept."""
+        return replace(self, text=torch.zeros_like(self.text))
+
+    @staticmethod
+    def stack(*conditions: "Condition") -> "Condition":
+        """Concatenate along the batch axis; all must have the same parts."""
+        parts = {}
+        for field in fields(Condition):
+            values = [getattr(c, field.name) for c in conditions]
+            parts[field.name] = None if values[0] is None else torch.cat(values)
+        return Condition(**parts)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A training sample: clean latents and what they are conditioned on."""
+
+    latents: Float[Tensor, "b f c h w"]
+    cond: Condition
+    trajectory: Float[Tensor, "k b f c h w"] | None = None
+    """States along the teacher's ODE at the student's times, then its end point (stage 2a)."""
+
+    def to(self, device: torch.device | str) -> "Clip":
+        trajectory = self.trajectory if self.trajectory is None else self.trajectory.to(device)
+        return replace(self, latents=self.latents.to(device), cond=self.cond.to(device), trajectory=trajectory)

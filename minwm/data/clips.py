@@ -1,0 +1,376 @@
+"""Raw clips: pixels, cameras and a caption, each with its provenance and licence.
+
+    folder/manifest.json        what made the folder: config, command, commit, counts, licences
+    folder/clips/{id}.mp4       pixels, near-lossless
+    folder/clips/{id}.txt       caption, for people and other tools
+    folder/clips/{id}.json      record; written last, so a clip exists exactly when its record does
+
+Every source (procedural worlds, splats, ingested videos, generated clips) writes this one folder; encoding,
+checks and reports read it.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from minwm.core.camera import CameraTrack, so3_log
+from minwm.core.config import UserError
+from minwm.core.media import atomic, contact_sheet, read_video, write_video
+from minwm.core.runtime import git_commit, versions
+
+SCHEMA = 1
+CRF = 4
+"""x264 quality of the master pixels, stored 4:4:4. Coloured textures of small frames suffer first."""
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+MOTION_WORDS = re.compile(
+    r"\b(camera|pans?|panning|zoom(s|ing)?|dolly|tilt(s|ing)|rotat(es|ing)|turn(s|ing)|mov(es|ing)"
+    r"|walk(s|ing)|(for|back)wards?|orbit(s|ing)?)\b",
+    re.IGNORECASE,
+)
+"""A caption says what is there. Words of motion would leak the camera control into the text."""
+
+
+WAY_OUT = "delete the clip's .json and run the command that made the folder again"
+
+
+class DataError(UserError):
+    """Something on disk is not what it should be; the message names the file, the record and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRecord:
+    """Everything known about one clip except its pixels."""
+
+    id: str
+    """Unique in its dataset: letters, digits, `-` and `_`."""
+    source: str
+    """What made the pixels: `procedural`, `splat`, `generated` or the name of an ingested dataset."""
+    source_id: str
+    """Name of the scene, video or world inside that source."""
+    source_license: str
+    """SPDX name, or the name of the terms that came with the source."""
+    split_key: str
+    """Clips that share a key land on the same side of the train/val split, so no scene leaks."""
+    track: CameraTrack
+    """One camera per pixel frame, c2w OpenCV, anchored at frame 0."""
+    caption: str
+    """What is in the scene, never how the camera moves."""
+    caption_source: str
+    hw: tuple[int, int]
+    """Height and width in pixels."""
+    pose_kind: Literal["ground_truth", "commanded", "estimated"]
+    origin: np.ndarray | None = None
+    """4 4 float64: world pose of frame 0, where the world is known (procedural, splat)."""
+    seed: int | None = None
+    """Procedural: seed of the world."""
+    generator: str = ""
+    """Procedural and generated: name and version of the code that made the pixels."""
+    parent_model: str = ""
+    """Generated: the model whose terms the clip inherits."""
+    trajectory: str = ""
+    """The command in canonical form, where there was one; the poses are the truth."""
+    metric_scale: float | None = None
+    """Metres per unit, where known."""
+    quality: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not ID.fullmatch(self.id):
+            raise DataError(f"clip id {self.id!r}: use up to 80 letters, digits, '-' and '_'")
+
+    def meta(self) -> dict[str, Any]:
+        """The record without its cameras, as JSON values."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "track"}
+        values["origin"] = None if self.origin is None else self.origin.tolist()
+        return {"schema": SCHEMA, **values, "fps": self.track.fps, "unit": self.track.unit}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.meta(), "c2w": self.track.c2w.tolist(), "K": self.track.K.tolist()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> "ClipRecord":
+        """The inverse of `to_json`. `where` names the file in errors. Raises DataError, CameraError."""
+        if values.get("schema") != SCHEMA:
+            raise DataError(
+                f"{where}: record schema {values.get('schema')!r}, this version reads {SCHEMA}; "
+                "make the dataset again with this version"
+            )
+        names = {f.name for f in fields(cls)} - {"track"}
+        expected = names | {"schema", "fps", "unit", "c2w", "K"}
+        if set(values) != expected:
+            missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
+            raise DataError(f"{where}: missing fields {missing}, unknown fields {unknown}; {WAY_OUT}")
+        track = CameraTrack(
+            c2w=np.array(values["c2w"], np.float64),
+            K=np.array(values["K"], np.float64),
+            fps=float(values["fps"]),
+            unit=values["unit"],
+        )
+        known = {name: values[name] for name in names}
+        known["hw"] = (int(values["hw"][0]), int(values["hw"][1]))
+        known["origin"] = None if values["origin"] is None else np.array(values["origin"], np.float64)
+        return cls(track=track, **known)
+
+
+def split_of(split_key: str, val: float) -> Literal["train", "val"]:
+    """Side of the split, from a hash of the key alone: the same in every dataset and on every machine."""
+    digest = hashlib.sha256(split_key.encode()).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < val * 2**64 else "train"
+
+
+class ClipFolder:
+    """A folder of raw clips. Every write is atomic; an interrupted run leaves only whole clips."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clips = path / "clips"
+        if not self.clips.is_dir():
+            raise DataError(f"{path}: no clip folder (it lacks clips/); make one with `minwm data render`")
+
+    @classmethod
+    def create(cls, path: Path, kind: str, config: Mapping[str, Any]) -> "ClipFolder":
+        """Open for writing. A folder made by another config is refused, since clips of both would mix."""
+        (path / "clips").mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        config = json.loads(json.dumps(config))
+        if not (path / "manifest.json").exists():
+            folder._write_manifest(kind, config, {"complete": False})
+        before = folder.manifest()
+        if before["kind"] != kind or before["config"] != config:
+            old, new = {"kind": before["kind"], **before["config"]}, {"kind": kind, **config}
+            names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+            changes = ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+            raise DataError(
+                f"{path} has other settings ({changes}); choose another folder or delete this one"
+            )
+        return folder
+
+    def ids(self) -> list[str]:
+        """Ids of all finished clips, sorted."""
+        return sorted(p.stem for p in self.clips.glob("*.json") if ID.fullmatch(p.stem))
+
+    def record(self, clip: str) -> ClipRecord:
+        path = self.clips / f"{clip}.json"
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such clip; {len(self.ids())} others are there") from error
+        except ValueError as error:
+            raise DataError(f"{path}: not readable as JSON ({error}); {WAY_OUT}") from error
+        return ClipRecord.from_json(values, str(path))
+
+    def frames(self, clip: str) -> np.ndarray:
+        """Pixels of one clip: n h w 3 uint8. Raises DataError where they do not match the record."""
+        path, record = self.clips / f"{clip}.mp4", self.record(clip)
+        if not path.exists():
+            raise DataError(f"{path}: missing; {WAY_OUT}")
+        frames, _ = read_video(path)
+        expected = (len(record.track), *record.hw, 3)
+        if frames.shape != expected:
+            raise DataError(f"{path}: frames {frames.shape}, the record says {expected}; {WAY_OUT}")
+        return frames
+
+    def write(self, record: ClipRecord, frames: np.ndarray) -> None:
+        """frames: n h w 3 uint8, as many as cameras."""
+        expected = (len(record.track), *record.hw, 3)
+        if frames.shape != expected or frames.dtype != np.uint8:
+            got = f"{frames.shape} {frames.dtype}"
+            raise DataError(f"clip {record.id}: frames {got}, its cameras need {expected} uint8")
+        base = self.clips / record.id
+        write_video(base.with_suffix(".mp4"), frames, record.track.fps, crf=CRF)
+        _write_text(base.with_suffix(".txt"), record.caption + "\n")
+        _write_text(base.with_suffix(".json"), json.dumps(record.to_json()))
+
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.path, "minwm data render")
+
+    def finish(self) -> None:
+        """Count what is there. Every rank does this when it is done; the last one counts everything."""
+        records = [self.record(clip) for clip in self.ids()]
+        before = self.manifest()
+        counts = {
+            "complete": True,
+            "clips": len(records),
+            "frames": sum(len(r.track) for r in records),
+            "licences": dict(Counter(r.source_license for r in records)),
+            "sources": dict(Counter(r.source for r in records)),
+        }
+        self._write_manifest(before["kind"], before["config"], counts)
+
+    def _write_manifest(self, kind: str, config: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        write_manifest(self.path, {"kind": kind, "config": config, **extra})
+
+
+def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    """`manifest.json` with schema, command, commit and versions added."""
+    command = shlex.join(["minwm", *sys.argv[1:]])
+    stamp = {"schema": SCHEMA, "command": command, "commit": git_commit(), "versions": versions()}
+    _write_text(folder / "manifest.json", json.dumps({**stamp, **values}, indent=1))
+
+
+def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
+    """`maker` is the command that writes such a folder, named in errors."""
+    path = folder / "manifest.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; make the dataset with `{maker}`") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); delete it and run `{maker}` again") from error
+    if values.get("schema") != SCHEMA:
+        schema = values.get("schema")
+        raise DataError(f"{path}: schema {schema!r}, this version reads {SCHEMA}; run `{maker}` again")
+    return values
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def check(path: Path, stride: int = 4) -> list[str]:
+    """Everything wrong with a clip folder, one line per problem, each naming the clip. Empty: all good."""
+    folder = ClipFolder(path)
+    problems: list[str] = []
+    keys: dict[tuple[str, str], str] = {}
+    for clip in folder.ids():
+        try:
+            record = folder.record(clip)
+            frames = folder.frames(clip)
+        except UserError as error:
+            problems.append(f"{clip}: {error}")
+            continue
+        found = [*_record_problems(record, clip), *_camera_problems(record, stride), *_pixel_problems(frames)]
+        text = folder.clips / f"{clip}.txt"
+        if not text.exists() or text.read_text(encoding="utf-8").strip() != record.caption:
+            found.append(f"{text.name} does not hold the caption of the record")
+        key = keys.setdefault((record.source, record.source_id), record.split_key)
+        if key != record.split_key:
+            found.append(f"{record.source_id} has split keys {key!r} and {record.split_key!r}: it would leak")
+        problems += [f"{clip}: {problem}" for problem in found]
+    counted = folder.manifest().get("clips", 0)
+    if counted > len(folder.ids()):
+        problems.append(f"manifest: {counted} clips were made, {len(folder.ids())} are there; run it again")
+    return problems
+
+
+def _record_problems(record: ClipRecord, clip: str) -> list[str]:
+    problems = []
+    if record.id != clip:
+        problems.append(f"the record calls itself {record.id!r}")
+    if not record.source_license.strip():
+        problems.append("no licence")
+    if not record.caption.strip():
+        problems.append("empty caption")
+    if match := MOTION_WORDS.search(record.caption):
+        problems.append(f"the caption speaks of motion ({match[0]!r}), which would leak the control")
+    return problems
+
+
+def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
+    """Rotations and finiteness are checked by CameraTrack itself when the record is read."""
+    problems = []
+    track, (height, width) = record.track, record.hw
+    anchor = float(np.abs(track.c2w[0] - np.eye(4)).max())
+    if anchor > 1e-5:
+        problems.append(f"frame 0 is {anchor:.2g} away from the identity")
+    if len(track) % stride != 1:
+        problems.append(f"{len(track)} frames; latents of {stride} frames need {stride}*k+1")
+    f, c = track.K[:, :2], track.K[:, 2:]
+    if f.min() < 0.2 or f.max() > 3 or c.min() < 0.2 or c.max() > 0.8:
+        problems.append(f"unusual intrinsics {track.K[0].tolist()}: expected f in 0.2..3, c in 0.2..0.8")
+    ratio = track.K[:, 0] * width / (track.K[:, 1] * height)
+    if np.abs(ratio - 1).max() > 0.05:
+        problems.append(f"pixels are not square: fx/fy = {ratio[np.abs(ratio - 1).argmax()]:.3f} in pixels")
+    relative = track.relative()
+    problems += _jumps("step", np.linalg.norm(relative[:, :3, 3], axis=-1))
+    problems += _jumps("turn", np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1))
+    return problems
+
+
+def _jumps(name: str, size: np.ndarray) -> list[str]:
+    moving = size[size > 1e-6]
+    if not len(moving) or size.max() <= 5 * np.median(moving):
+        return []
+    frame, times = int(size.argmax()) + 1, size.max() / np.median(moving)
+    return [f"frame {frame}: a {name} {times:.0f} times the median looks like a jump"]
+
+
+def _pixel_problems(frames: np.ndarray) -> list[str]:
+    flat = np.flatnonzero(frames.reshape(len(frames), -1).std(axis=1) < 1)
+    return [f"frame {flat[0]} is one flat colour"] if len(flat) else []
+
+
+# ---------------------------------------------------------------------------------------------
+# Report
+
+
+def actions(track: CameraTrack, stride: int = 4) -> list[str]:
+    """What the camera does in each latent step, read off the poses: `forward+turn right`, `still`, ..."""
+    relative = track.at_latent_rate(stride).relative()
+    steps, turns = relative[:, :3, 3], so3_log(relative[:, :3, :3])
+    moves = _axes(steps, 1e-4, (("left", "right"), ("up", "down"), ("back", "forward")))
+    # OpenCV axes: a positive turn about x looks up, about y turns right.
+    names = (("look down", "look up"), ("turn left", "turn right"), ("roll left", "roll right"))
+    looks = _axes(turns, np.radians(0.05), names)
+    return ["+".join([*m, *look]) or "still" for m, look in zip(moves, looks, strict=True)]
+
+
+def _axes(vectors: np.ndarray, least: float, names: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Names of the axes within 60 degrees of each vector; none where it is shorter than `least`."""
+    labels = []
+    for vector in vectors:
+        size = float(np.linalg.norm(vector))
+        strong = [a for a in range(3) if size > least and abs(vector[a]) > 0.5 * size]
+        labels.append([names[a][int(vector[a] > 0)] for a in strong])
+    return labels
+
+
+def report(path: Path, stride: int = 4, val: float = 0.1) -> dict[str, Any]:
+    """Counts and distributions of a clip folder, as JSON values."""
+    folder = ClipFolder(path)
+    records = [folder.record(clip) for clip in folder.ids()]
+    if not records:
+        raise DataError(f"{path}: no finished clips; run `minwm data render` again")
+    histogram = Counter(a for r in records for a in actions(r.track, stride))
+    return {
+        "clips": len(records),
+        "frames": sum(len(r.track) for r in records),
+        "seconds": sum(len(r.track) / r.track.fps for r in records),
+        "sizes": dict(Counter(f"{r.hw[1]}x{r.hw[0]}" for r in records)),
+        "splits": dict(Counter(split_of(r.split_key, val) for r in records)),
+        "scenes": len({r.split_key for r in records}),
+        "path_length": _spread([r.track.path_length() for r in records]),
+        "actions": dict(histogram.most_common()),
+        "captions": len({r.caption for r in records}),
+        "caption_words": _spread([float(len(r.caption.split())) for r in records]),
+        "sources": dict(Counter(r.source for r in records)),
+        "licences": dict(Counter(r.source_license for r in records)),
+        "pose_kinds": dict(Counter(r.pose_kind for r in records)),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+
+
+def sheet(path: Path, rows: int = 8, every: int = 4) -> np.ndarray:
+    """Contact sheet of clips spread over the folder, one row each: h w 3 uint8."""
+    folder = ClipFolder(path)
+    ids = folder.ids()
+    if not ids:
+        raise DataError(f"{path}: no finished clips; run `minwm data render` again")
+    chosen = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int))]
+    return contact_sheet([folder.frames(clip) for clip in chosen], every=every, labels=chosen)

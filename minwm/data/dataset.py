@@ -1,0 +1,240 @@
+"""Latent shards as batches of `Clip`: index in memory, seeded shuffle, exact resume.
+
+The order of samples is one endless stream: epoch after epoch, each a fresh permutation of all records. A step
+takes the next `batch * world` of the stream, and rank r the r-th part of them. So a run is the same for any
+layout of the shards, and its place in the data is two integers.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.camera import CameraTrack, views
+from minwm.core.config import UserError
+from minwm.core.media import pixels
+from minwm.core.runtime import generator
+from minwm.core.types import Clip, Condition
+from minwm.data.clips import SCHEMA, ClipFolder, DataError, read_manifest, split_of
+from minwm.data.shards import WAY_OUT, Entry, list_shards, read_index, read_record
+
+Split = Literal["train", "val"]
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded record."""
+
+    id: str
+    latents: Float[Tensor, "f c h w"]
+    text: Float[Tensor, "l d"]
+    """Without its zero padding."""
+    track: CameraTrack
+    """At pixel rate."""
+    meta: dict[str, Any]
+    """The record as encoded: caption, world seed and origin, licence, ... (see `ClipRecord`)."""
+
+
+class ShardDataset:
+    """Records of one split, sorted by id, readable in any order."""
+
+    def __init__(
+        self, path: Path, split: Split, *, image_start: bool = True, cache_bytes: int = 2**30
+    ) -> None:
+        """`image_start`: the clean first latent is a condition. Up to `cache_bytes` stay in memory."""
+        self.path, self.image_start = path, image_start
+        self.manifest = read_manifest(path, "minwm data encode")
+        if self.manifest.get("kind") != "latent shards":
+            kind = self.manifest.get("kind")
+            raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
+        self.entries: list[tuple[Path, Entry]] = []
+        for shard in list_shards(path):
+            if shard.name.startswith(split):
+                self.entries += [(shard, entry) for entry in read_index(shard).records]
+        self.entries.sort(key=lambda pair: pair[1].id)
+        if not self.entries:
+            raise DataError(
+                f"{path}: no records in split {split!r}; encode more scenes, or with another `val`"
+            )
+        self.ids = [entry.id for _, entry in self.entries]
+        for one, two in zip(self.ids, self.ids[1:], strict=False):
+            if one == two:
+                raise DataError(f"{path}: record {one} is in two shards; {WAY_OUT}")
+        self.fingerprint = zlib.crc32("\n".join(self.ids).encode())
+        size = sum(entry.tensors.size for _, entry in self.entries)
+        self._cache: dict[int, Example] | None = {} if size <= cache_bytes else None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, i: int) -> Example:
+        if self._cache is not None and i in self._cache:
+            return self._cache[i]
+        example = self._read(*self.entries[i])
+        if self._cache is not None:
+            self._cache[i] = example
+        return example
+
+    def _read(self, shard: Path, entry: Entry) -> Example:
+        meta, tensors = read_record(shard, entry)
+        where = f"{shard}: record {entry.id}"
+        if meta.get("schema") != SCHEMA:
+            raise DataError(f"{where}: schema {meta.get('schema')!r}, this version reads {SCHEMA}; {WAY_OUT}")
+        missing = {"latent", "text", "c2w", "K"} - set(tensors)
+        if missing:
+            raise DataError(f"{where}: {', '.join(sorted(missing))} missing; {WAY_OUT}")
+        track = CameraTrack(tensors["c2w"].numpy(), tensors["K"].numpy(), fps=meta["fps"], unit=meta["unit"])
+        latents, stride = tensors["latent"].float(), self.manifest["codec"]["stride"]
+        if len(track) != stride * (len(latents) - 1) + 1:
+            sizes = f"{len(track)} cameras, {len(latents)} latents of {stride} frames"
+            raise DataError(f"{where}: {sizes} do not fit; {WAY_OUT}")
+        return Example(entry.id, latents, tensors["text"].float(), track, meta)
+
+    def batch(self, indices: Sequence[int]) -> Clip:
+        """Those records as one Clip on the CPU. All must have one latent shape."""
+        examples = [self[i] for i in indices]
+        for example in examples[1:]:
+            if example.latents.shape != examples[0].latents.shape:
+                one, two = (f"{e.id} {tuple(e.latents.shape)}" for e in (examples[0], example))
+                raise DataError(
+                    f"{self.path}: latents of {one} and {two}; give each size a folder of its own"
+                )
+        latents = torch.stack([e.latents for e in examples])
+        w2c, K = views([e.track for e in examples], self.manifest["codec"]["stride"])
+        text = torch.zeros(len(examples), self.manifest["text"]["length"], self.manifest["text"]["dim"])
+        for row, example in zip(text, examples, strict=True):
+            row[: len(example.text)] = example.text
+        first = latents[:, :1] if self.image_start else None
+        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first=first))
+
+
+class RawDataset:
+    """Pixels of the raw clips of one split, for training a codec. Give the `val` that encoding will use."""
+
+    def __init__(self, path: Path, split: Split, *, val: float = 0.1) -> None:
+        self.folder = ClipFolder(path)
+        ids = self.folder.ids()
+        self.ids = [clip for clip in ids if split_of(self.folder.record(clip).split_key, val) == split]
+        if not self.ids:
+            raise DataError(f"{path}: no clips in split {split!r}; run `minwm data render` with more scenes")
+        self.fingerprint = zlib.crc32("\n".join(self.ids).encode())
+        self._cache: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """n h w 3 uint8, kept in memory once decoded."""
+        if i not in self._cache:
+            self._cache[i] = torch.from_numpy(self.folder.frames(self.ids[i]))
+        return self._cache[i]
+
+    def batch(self, indices: Sequence[int]) -> Float[Tensor, "b n 3 H W"]:
+        return pixels(torch.stack([self[i] for i in indices]))
+
+
+class Batches(Protocol[T_co]):
+    """Anything that a loader can draw from."""
+
+    fingerprint: int
+    """Changes when the records do."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> T_co: ...
+
+
+class Loader(Generic[T]):
+    """Endless iterator over batches; `state` and `load` resume it bit-exactly."""
+
+    def __init__(
+        self, dataset: Batches[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        """`batch` is per rank."""
+        if batch < 1 or not 0 <= rank < world:
+            raise DataError(
+                f"loader: batch={batch}, rank={rank}, world={world}; need batch > 0, rank < world"
+            )
+        self.dataset, self.batch, self.seed, self.rank, self.world = dataset, batch, seed, rank, world
+        self.epoch = self.position = 0
+        self._order = self._shuffled(0)
+
+    def __iter__(self) -> "Loader[T]":
+        return self
+
+    def __next__(self) -> T:
+        taken: list[int] = []
+        while len(taken) < self.batch * self.world:
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled(self.epoch)
+            stop = self.position + self.batch * self.world - len(taken)
+            taken += self._order[self.position : stop]
+            self.position = min(stop, len(self._order))
+        return self.dataset.batch(taken[self.rank * self.batch : (self.rank + 1) * self.batch])
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.dataset), generator=generator(self.seed, "shuffle", epoch)).tolist()
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands, the same on every rank."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "fingerprint": self.dataset.fingerprint,
+        }
+
+    def load(self, state: dict[str, int]) -> None:
+        """Continue from `state()`. Raises DataError if the data or the seed are not the same."""
+        for name, value in (("fingerprint", self.dataset.fingerprint), ("seed", self.seed)):
+            if state[name] != value:
+                raise DataError(
+                    f"resume: the {name} of the data was {state[name]} and is {value}; "
+                    "restore the dataset and the seed, or start a new run"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffled(self.epoch)
+
+
+def loader(dataset: Batches[T], batch: int, seed: int = 0, rank: int = 0, world: int = 1) -> Loader[T]:
+    """The stream of batches of rank `rank`; see `Loader`."""
+    return Loader(dataset, batch, seed=seed, rank=rank, world=world)
+
+
+def check_shards(path: Path) -> list[str]:
+    """Read every record of every shard; one line per problem, naming file and record. Empty: all good."""
+    problems: list[str] = []
+    for shard in list_shards(path):
+        try:
+            index = read_index(shard)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        problems += _record_problems(shard, index.records)
+    return problems
+
+
+def _record_problems(shard: Path, entries: Sequence[Entry]) -> list[str]:
+    problems = []
+    for entry in entries:
+        try:
+            _, tensors = read_record(shard, entry)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        where = f"{shard}: record {entry.id}"
+        latent = tensors["latent"].float()
+        if not latent.isfinite().all():
+            problems.append(f"{where}: latents are not finite; {WAY_OUT}")
+        elif latent.abs().mean() > 10 or latent.std() < 1e-3:
+            size, spread = latent.abs().mean(), latent.std()
+            problems.append(f"{where}: latents of mean size {size:.3g}, std {spread:.3g}")
+    return problems

@@ -1,0 +1,211 @@
+"""Raw clips to latent shards: every clip once through the codec, every caption once through the text encoder.
+
+Resumable and shared out over ranks: a clip belongs to rank `position % world`, and is done once an index has
+it. An interruption loses at most the shard being filled.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minwm.core.config import ConfigError, to_dict
+from minwm.core.media import pixels
+from minwm.core.runtime import progress, rank, world_size
+from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
+from minwm.data.shards import NAME, Item, Summary, list_shards, read_index, write_shard
+from minwm.nets.text import TextEncoder
+
+
+class VideoCodec(Protocol):
+    """What encoding needs of a codec."""
+
+    stride: int
+    scale: int
+    channels: int
+
+    def encode(self, pixels: Float[Tensor, "b n 3 H W"]) -> Float[Tensor, "b f c h w"]: ...
+
+    def decode(self, latents: Float[Tensor, "b f c h w"]) -> Float[Tensor, "b n 3 H W"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How clips become shards."""
+
+    batch: int = 8
+    """Clips per pass through the codec."""
+    shard_size: int = 256
+    """Clips per shard: what an interruption can lose."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of latents and text states on disk; poses and K are always float64."""
+    val: float = 0.1
+    """Share of scenes held out, chosen by a hash of the scene."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.shard_size < 1:
+            raise ConfigError(f"encode: batch={self.batch}, shard_size={self.shard_size}; give at least 1")
+        if not 0 <= self.val < 1:
+            raise ConfigError(f"encode.val={self.val}: a share from 0 up to but not including 1")
+
+
+def encode_clips(
+    raw: Path,
+    out: Path,
+    codec: VideoCodec,
+    text: TextEncoder,
+    device: torch.device | str = "cpu",
+    cfg: EncodeConfig = EncodeConfig(),
+) -> dict[str, Any]:
+    """Encode what `out` lacks of `raw`; returns the manifest. The codec is used as it is, on `device`.
+
+    Raises DataError if `out` was encoded by another codec, text encoder or config.
+    """
+    folder = ClipFolder(raw)
+    out.mkdir(parents=True, exist_ok=True)
+    shape = {"stride": codec.stride, "scale": codec.scale, "channels": codec.channels}
+    recipe = {
+        "codec": {**identity(codec), **shape},
+        "text": {**identity(text), "dim": text.dim, "length": text.length},
+        "config": to_dict(cfg),
+        "raw": {"kind": folder.manifest()["kind"], "config": folder.manifest()["config"]},
+    }
+    _refuse_mixing(out, recipe)
+    done = {entry.id for shard in list_shards(out) for entry in read_index(shard).records}
+    mine = folder.ids()[rank() :: world_size()]
+    records = [folder.record(clip) for clip in mine if clip not in done]
+    encoder = _Encoder(folder, codec, text, torch.device(device), cfg)
+    with progress(len(records), "encoded") as bar:
+        for split in ("train", "val"):
+            group = [r for r in records if split_of(r.split_key, cfg.val) == split]
+            for start in range(0, len(group), cfg.shard_size):
+                part = group[start : start + cfg.shard_size]
+                encoder.shard(_next_name(out, split), part)
+                bar.advance(len(part))
+    return _finish(out, recipe)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    folder: ClipFolder
+    codec: VideoCodec
+    text: TextEncoder
+    device: torch.device
+    cfg: EncodeConfig
+
+    def shard(self, path: Path, records: Sequence[ClipRecord]) -> None:
+        items = [item for batch in _batches(records, self.cfg.batch) for item in self.items(batch)]
+        latents = [item.tensors["latent"].double().transpose(0, 1).flatten(1) for item in items]  # c (f h w)
+        summary = Summary(
+            values=sum(x.shape[1] for x in latents),
+            total=tuple(torch.stack([x.sum(1) for x in latents]).sum(0).tolist()),
+            square=tuple(torch.stack([x.square().sum(1) for x in latents]).sum(0).tolist()),
+            psnr=self.psnr(records[0]),
+            licences=tuple(sorted({r.source_license for r in records})),
+        )
+        write_shard(path, items, summary)
+
+    @torch.inference_mode()
+    def items(self, records: Sequence[ClipRecord]) -> Iterator[Item]:
+        """Records of one size."""
+        frames = np.stack([self.folder.frames(r.id) for r in records])
+        latents = self.codec.encode(pixels(torch.from_numpy(frames)).to(self.device)).cpu()
+        states = self.text.encode([r.caption for r in records]).cpu()
+        dtype = {"float32": torch.float32, "float16": torch.float16}[self.cfg.dtype]
+        for record, latent, state in zip(records, latents, states, strict=True):
+            if not latent.isfinite().all():
+                raise DataError(f"clip {record.id}: its latents are not finite; check the codec's weights")
+            tensors = {
+                "latent": latent.to(dtype).contiguous(),
+                "text": _trimmed(state).to(dtype).contiguous(),
+                "c2w": torch.from_numpy(record.track.c2w),
+                "K": torch.from_numpy(record.track.K),
+            }
+            yield Item(record.id, record.meta(), tensors)
+
+    @torch.inference_mode()
+    def psnr(self, record: ClipRecord) -> float:
+        """dB of a clip after encoding and decoding: the ceiling of anything trained on these latents."""
+        clip = pixels(torch.from_numpy(self.folder.frames(record.id)))[None].to(self.device)
+        error = (self.codec.decode(self.codec.encode(clip)) - clip) / 2
+        return float(-10 * error.square().mean().clamp_min(1e-12).log10())
+
+
+def _batches(records: Sequence[ClipRecord], size: int) -> Iterator[list[ClipRecord]]:
+    for _, group in groupby(records, lambda r: (len(r.track), r.hw)):
+        same = list(group)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+def _trimmed(state: Float[Tensor, "l d"]) -> Float[Tensor, "m d"]:
+    used = state.abs().sum(1).nonzero()
+    return state[: int(used.max()) + 1 if len(used) else 0]
+
+
+def _next_name(out: Path, split: str) -> Path:
+    """The number after the last finished shard of this split and rank; unfinished ones are overwritten."""
+    numbers = [-1]
+    for shard in list_shards(out):
+        match = NAME.fullmatch(shard.name)
+        if match and match[1] == split and int(match[2]) == rank():
+            numbers.append(int(match[3]))
+    return out / f"{split}-{rank():04d}-{max(numbers) + 1:06d}.tar"
+
+
+def _refuse_mixing(out: Path, recipe: dict[str, Any]) -> None:
+    if not (out / "manifest.json").exists():
+        write_manifest(out, {"kind": "latent shards", "complete": False, **recipe})
+        return
+    before = read_manifest(out, "minwm data encode")
+    changed = [name for name in recipe if before.get(name) != recipe[name]]
+    if changed:
+        name = changed[0]
+        raise DataError(
+            f"{out} was encoded with another {name}: {before.get(name)}, now {recipe[name]}; "
+            "choose another folder or delete it"
+        )
+
+
+def _finish(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Sum up all indices into the manifest. Every rank does this; the last one counts everything."""
+    shards = list_shards(out)
+    indices = [read_index(shard) for shard in shards]
+    if not indices:
+        raise DataError(f"{out}: nothing to encode; render clips first with `minwm data render`")
+    counts: Counter[str] = Counter()
+    for shard, index in zip(shards, indices, strict=True):
+        counts[shard.name.split("-")[0]] += len(index.records)
+    values = sum(i.summary.values for i in indices)
+    mean = np.sum([i.summary.total for i in indices], axis=0) / values
+    variance = np.sum([i.summary.square for i in indices], axis=0) / values - mean**2
+    sums = {
+        "complete": True,
+        "counts": dict(counts),
+        "latent": {"mean": mean.tolist(), "std": np.sqrt(variance.clip(0)).tolist()},
+        "codec_psnr": float(np.mean([i.summary.psnr for i in indices])),
+        "licences": sorted({name for i in indices for name in i.summary.licences}),
+    }
+    write_manifest(out, {"kind": "latent shards", **recipe, **sums})
+    return read_manifest(out, "minwm data encode")
+
+
+def identity(part: object) -> dict[str, str]:
+    """Name and content hash of a codec or text encoder: two parts with one hash encode alike."""
+    name = type(part).__name__
+    digest = hashlib.sha256(name.encode())
+    if is_dataclass(part):
+        digest.update(repr(sorted(to_dict(part).items())).encode())
+    if isinstance(part, nn.Module):
+        for key, value in sorted(part.state_dict().items()):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"id": name, "hash": digest.hexdigest()[:16]}

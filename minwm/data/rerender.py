@@ -1,0 +1,260 @@
+"""Scenes along trajectories: any renderer becomes a source of raw clips with exact poses.
+
+A `ClipSource` makes clip `index` from nothing but its own config, so clips can be made in any order, by any
+number of processes and machines, and again. `produce` does the running: it skips what is finished and deals
+the rest out over ranks (by index) and over local processes.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from minwm.core.camera import CameraTrack, intrinsics
+from minwm.core.config import ConfigError, to_dict
+from minwm.core.runtime import git_commit, progress, rank, world_size
+from minwm.core.trajectory import Motion, Trajectory, parse, random_track
+from minwm.data.clips import ClipFolder, ClipRecord, DataError
+from minwm.render.worlds import Rendered, World
+
+TRIES = 100
+"""Trajectories and places tried before a world is given up."""
+WORLDS_PER_SEED = 1_000_000
+
+
+class ClipSource(Protocol):
+    """What `produce` runs. Must be picklable, for worker processes."""
+
+    @property
+    def kind(self) -> str:
+        """Goes into the manifest with `config`; a folder holds clips of one kind and config."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def clip_id(self, index: int) -> str: ...
+
+    def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
+        """Record and frames (n h w 3 uint8) of one clip."""
+        ...
+
+
+def produce(source: ClipSource, out: Path, clips: int, *, workers: int = 1) -> ClipFolder:
+    """Make clips 0 .. clips-1 of `source` in `out`, except those that are finished.
+
+    Under torchrun every rank makes its share. Raises DataError if `out` was made with another config.
+    """
+    if workers < 1:
+        raise DataError(f"workers={workers}: give at least 1")
+    folder = ClipFolder.create(out, source.kind, source.config)
+    done = set(folder.ids())
+    mine = range(rank(), clips, world_size())
+    pending = [i for i in mine if source.clip_id(i) not in done]
+    with progress(len(pending), "clips") as bar:
+        for _ in _run(source, folder, pending, workers):
+            bar.advance()
+    folder.finish()
+    return folder
+
+
+def _run(source: ClipSource, folder: ClipFolder, pending: Sequence[int], workers: int) -> Iterator[None]:
+    if workers == 1 or len(pending) < 2:
+        for index in pending:
+            yield _make(source, folder, index)
+        return
+    context = multiprocessing.get_context("spawn")
+    with _stopping(ProcessPoolExecutor(min(workers, len(pending)), context, _start_worker)) as pool:
+        tasks = [pool.submit(_make, source, folder, index) for index in pending]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"{folder.path}: a worker process died (out of memory?); finished clips are kept, "
+                "run the same command again with fewer --workers"
+            ) from error
+
+
+@contextmanager
+def _stopping(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """On any error or interrupt let running clips finish, and drop the rest."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a clip in progress is finished
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def _make(source: ClipSource, folder: ClipFolder, index: int) -> None:
+    folder.write(*source.make(index))
+
+
+# ---------------------------------------------------------------------------------------------
+# Procedural worlds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderConfig:
+    """Clips of procedural worlds."""
+
+    latents: int = 9
+    """Latents per clip, the first included: stride * (latents - 1) + 1 frames."""
+    height: int = 64
+    """Pixels."""
+    width: int = 64
+    """Pixels."""
+    fov: float = 70.0
+    """Horizontal field of view in degrees."""
+    motion: Motion = field(default_factory=lambda: Motion(move=0.5, turn=24.0, fps=16.0))
+    """Speeds of the camera, and the frame rate."""
+    clips_per_world: int = 4
+    trajectories: tuple[str, ...] = ()
+    """Clip i follows trajectory i modulo their number; random ones if there are none."""
+    supersample: int = 2
+    """Rays per pixel and axis."""
+    seed: int = 0
+    """Seeds s and s' share no world: clip i lives in world s * 1,000,000 + i // clips_per_world."""
+
+    def __post_init__(self) -> None:
+        least = {"latents": 2, "height": 8, "width": 8, "clips_per_world": 1, "supersample": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"render.{name}={getattr(self, name)}: give at least {bound}")
+        for text in self.trajectories:
+            length = parse(text, stride=self.motion.stride).latents + 1
+            if length != self.latents:
+                raise ConfigError(f"render: {text!r} fills {length} latents, but latents={self.latents}")
+
+    @property
+    def frames(self) -> int:
+        return self.motion.stride * (self.latents - 1) + 1
+
+
+@dataclass(frozen=True)
+class WorldSource:
+    """A `ClipSource` over procedural worlds. Free of conditions: nothing but our own code made the pixels."""
+
+    cfg: RenderConfig
+    kind: str = "procedural"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return to_dict(self.cfg)
+
+    def seed(self, index: int) -> int:
+        return self.cfg.seed * WORLDS_PER_SEED + index // self.cfg.clips_per_world
+
+    def clip_id(self, index: int) -> str:
+        return f"world{self.seed(index)}-{index:06d}"
+
+    def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
+        seed = self.seed(index)
+        track, trajectory, origin = self.place(index)
+        rendered = _render(seed, track.moved(origin), (self.cfg.height, self.cfg.width), self.cfg.supersample)
+        record = ClipRecord(
+            id=self.clip_id(index),
+            source="procedural",
+            source_id=f"world {seed}",
+            source_license="CC0-1.0",
+            split_key=split_key(seed),
+            track=track,
+            caption=_world(seed).caption,
+            caption_source="procedural",
+            hw=(self.cfg.height, self.cfg.width),
+            pose_kind="ground_truth",
+            origin=origin,
+            seed=seed,
+            generator=f"minwm.render.worlds {git_commit() or 'unknown'}",
+            trajectory=trajectory.canonical(),
+            quality={
+                "inverse_depth": float(np.mean(1 / rendered.depth)),
+                "nearest": float(rendered.depth.min()),
+            },
+        )
+        return record, rendered.frames
+
+    def place(self, index: int) -> tuple[CameraTrack, Trajectory, np.ndarray]:
+        """A track anchored at the identity, its command, and a world pose from which its path is free."""
+        rng = np.random.default_rng([self.cfg.seed, index])
+        K = intrinsics(self.cfg.fov, self.cfg.width, self.cfg.height)
+        world = _world(self.seed(index))
+        for _ in range(TRIES):
+            track, trajectory = self._path(index, rng, K)
+            origin = world.spawn(rng, track)
+            if origin is not None:
+                return track, trajectory, origin
+        raise DataError(
+            f"world {self.seed(index)}: no free place for clip {index} in {TRIES} tries; "
+            "use fewer latents, a slower motion or another seed"
+        )
+
+    def _path(self, index: int, rng: np.random.Generator, K: np.ndarray) -> tuple[CameraTrack, Trajectory]:
+        if not self.cfg.trajectories:
+            return random_track(rng, self.cfg.frames, self.cfg.motion, K)
+        text = self.cfg.trajectories[index % len(self.cfg.trajectories)]
+        trajectory = parse(text, stride=self.cfg.motion.stride)
+        return trajectory.track(self.cfg.motion, K), trajectory
+
+
+def split_key(seed: int) -> str:
+    """The key by which a procedural world is in train or val (see `clips.split_of`)."""
+    return f"world:{seed}"
+
+
+def render_worlds(out: Path, cfg: RenderConfig, *, clips: int, workers: int = 1) -> ClipFolder:
+    """Render clips of procedural worlds into `out`. Run again to continue, or with more `clips` to grow."""
+    return produce(WorldSource(cfg), out, clips, workers=workers)
+
+
+def reproduce(record: ClipRecord, track: CameraTrack | None = None, *, supersample: int = 2) -> Rendered:
+    """Frames and depth of a procedural clip, rendered again from its record; `track` (anchored at the clip's
+    frame 0) renders what another path would have seen."""
+    if record.seed is None or record.origin is None:
+        raise DataError(
+            f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again"
+        )
+    anchored = track if track is not None else record.track
+    return _render(record.seed, anchored.moved(record.origin), record.hw, supersample)
+
+
+def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) -> list[str]:
+    """Render a share of the procedural clips again; one line for each that differs from its mp4.
+
+    `least` is in dB: the mp4 is near-lossless, and a wrong pose, seed or renderer is far below.
+    """
+    problems = []
+    ids = folder.ids()
+    for clip in ids[:: max(1, round(1 / share))]:
+        record = folder.record(clip)
+        if record.source != "procedural":
+            continue
+        error = reproduce(record).frames.astype(np.float64) - folder.frames(clip)
+        psnr = 20 * np.log10(255 / max(float(np.sqrt((error**2).mean())), 1e-6))
+        if psnr < least:
+            problems.append(f"{clip}: {psnr:.1f} dB from its own world; it was made by {record.generator}")
+    return problems
+
+
+def _render(seed: int, track: CameraTrack, hw: tuple[int, int], supersample: int) -> Rendered:
+    return _world(seed).render(track, *hw, supersample=supersample)
+
+
+@functools.lru_cache(maxsize=4)
+def _world(seed: int) -> World:
+    return World(seed)

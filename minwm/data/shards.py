@@ -1,0 +1,152 @@
+"""Shards: tar files of `{id}.json` and `{id}.safetensors`, with a sidecar that says where every member lies.
+
+{split}-{rank:04d}-{n:06d}.tar             opens with any tar tool; read by seeking, never by scanning
+{split}-{rank:04d}-{n:06d}.tar.idx.json    offsets, sizes, crc32; written last: a tar without one is nothing
+"""
+
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from minwm.core.config import ConfigError, from_dict, to_dict
+from minwm.core.media import atomic
+from minwm.data.clips import DataError
+
+SCHEMA = 1
+NAME = re.compile(r"(train|val)-(\d{4})-(\d{6})\.tar")
+WAY_OUT = "delete the shard with its .idx.json and run `minwm data encode` again"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Bytes of one file inside the tar."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record: its id and where its two members lie."""
+
+    id: str
+    meta: Member
+    tensors: Member
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the manifest wants to know about a shard without opening it."""
+
+    values: int
+    """Latent values per channel that the sums run over."""
+    total: tuple[float, ...]
+    """Per channel."""
+    square: tuple[float, ...]
+    psnr: float
+    """dB of one clip of this shard after encoding and decoding."""
+    licences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The sidecar."""
+
+    schema: int
+    bytes: int
+    """Size of the tar; another one means that it was cut off."""
+    summary: Summary
+    records: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record on its way into a shard."""
+
+    id: str
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write_shard(path: Path, items: Sequence[Item], summary: Summary) -> ShardIndex:
+    """Write the tar, then its index; both appear whole or not at all."""
+    entries = []
+    with atomic(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for item in items:
+                meta = _add(tar, f"{item.id}.json", json.dumps(item.meta).encode())
+                tensors = _add(tar, f"{item.id}.safetensors", safetensors.torch.save(item.tensors))
+                entries.append(Entry(item.id, meta, tensors))
+        size = temporary.stat().st_size
+    index = ShardIndex(SCHEMA, size, summary, tuple(entries))
+    with atomic(index_path(path)) as temporary:
+        temporary.write_text(json.dumps(to_dict(index)))
+    return index
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Member:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+    blocks = -(-len(data) // tarfile.BLOCKSIZE)
+    return Member(tar.offset - blocks * tarfile.BLOCKSIZE, len(data), zlib.crc32(data))
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".idx.json")
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """Paths of all tars that have an index, sorted."""
+    indexed = (p.with_name(p.name.removesuffix(".idx.json")) for p in folder.glob("*.tar.idx.json"))
+    return sorted(p for p in indexed if NAME.fullmatch(p.name))
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """Raises DataError where the index is unreadable, of another schema, or its tar missing or cut off."""
+    path = index_path(shard)
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); {WAY_OUT}") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        found = values.get("schema") if isinstance(values, dict) else values
+        raise DataError(f"{path}: schema {found!r}, this version reads {SCHEMA}; {WAY_OUT}")
+    try:
+        index = from_dict(ShardIndex, values)
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}; {WAY_OUT}") from error
+    if not shard.exists():
+        raise DataError(f"{shard}: missing though its index is there; {WAY_OUT}")
+    size = shard.stat().st_size
+    if size != index.bytes:
+        raise DataError(f"{shard}: {size} bytes, its index says {index.bytes} (cut off?); {WAY_OUT}")
+    return index
+
+
+def read_record(shard: Path, entry: Entry) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of one record, checked by crc32."""
+    try:
+        with shard.open("rb") as file:
+            meta, tensors = (_read(file, m) for m in (entry.meta, entry.tensors))
+    except OSError as error:
+        raise DataError(f"{shard}: record {entry.id}: {error}; {WAY_OUT}") from error
+    for data, member, suffix in ((meta, entry.meta, "json"), (tensors, entry.tensors, "safetensors")):
+        if len(data) != member.size or zlib.crc32(data) != member.crc32:
+            raise DataError(f"{shard}: record {entry.id}: wrong checksum of its {suffix}; {WAY_OUT}")
+    return json.loads(meta), safetensors.torch.load(tensors)
+
+
+def _read(file: io.BufferedReader, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)

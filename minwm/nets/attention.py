@@ -1,0 +1,221 @@
+"""Attention scopes: what a token may look at is an argument of the network, not a mode inside it.
+
+    Full()                 everything (bidirectional)
+    Masked(rule, ...)      a sentence about frames, expanded to tokens (teacher forcing, oracles)
+    Cached(arena, chunk)   the streamed past and the current chunk, written in place (inference)
+    Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk (self-rollout)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minwm.core.config import ConfigError
+
+Heads = Float[Tensor, "b a s e"]
+Frames = Int[Tensor, "..."]
+Rule = Callable[[Frames, Frames], Bool[Tensor, "..."]]
+"""rule(query frame, key frame) -> may the query see the key; called on broadcastable integer tensors."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The constants of a stream: no shape ever depends on a tensor's value."""
+
+    tokens: int
+    """Tokens per latent frame."""
+    chunk: int = 4
+    """Latent frames generated together."""
+    first: int = 0
+    """Latent frames of the first chunk; 1 for an image start, 0 means the same as `chunk`."""
+    sink: int = 1
+    """First chunks that are never forgotten."""
+    window: int = 8
+    """Chunks kept besides the sinks, the current one included."""
+    text: int = 0
+    """Rows at the front for text keys, seen by all (joint-attention backbones)."""
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.chunk, self.window) < 1 or min(self.first, self.sink, self.text) < 0:
+            raise ConfigError(f"geometry {self}: tokens, chunk and window must be >= 1, the others >= 0")
+        if self.lead != self.chunk and self.sink < 1:
+            raise ConfigError(f"geometry: a first chunk of {self.lead} frames among chunks of {self.chunk} needs sink >= 1")
+
+    @property
+    def lead(self) -> int:
+        return self.first or self.chunk
+
+    @property
+    def slots(self) -> int:
+        return self.sink + self.window
+
+    @property
+    def rows(self) -> int:
+        return self.span(self.slots - 1)[1]
+
+    def start(self, chunk: int) -> int:
+        """First latent frame of a chunk, counted from the start of the stream."""
+        return self.lead + (chunk - 1) * self.chunk if chunk else 0
+
+    def chunk_of(self, frame: Frames) -> Frames:
+        return torch.where(frame < self.lead, 0, 1 + (frame - self.lead).div(self.chunk, rounding_mode="floor"))
+
+    def chunks(self, frames: int) -> list[tuple[int, int]]:
+        """[start, stop) of every chunk of a clip; `frames` must be a whole number of chunks."""
+        if frames < self.lead or (frames - self.lead) % self.chunk:
+            near = self.lead + max(0, round((frames - self.lead) / self.chunk)) * self.chunk
+            raise ConfigError(f"{frames} latent frames are not {self.lead} + k * {self.chunk}; try {near}")
+        count = 1 + (frames - self.lead) // self.chunk
+        return [(self.start(i), self.start(i + 1)) for i in range(count)]
+
+    def slot(self, chunk: int) -> int:
+        """Where a chunk lives: sinks keep their place, the others overwrite the oldest."""
+        return chunk if chunk < self.sink else self.sink + (chunk - self.sink) % self.window
+
+    def span(self, slot: int) -> tuple[int, int]:
+        """Rows [start, stop) of a slot in the arena."""
+        return self.text + self.start(slot) * self.tokens, self.text + self.start(slot + 1) * self.tokens
+
+    def filled(self, chunk: int) -> int:
+        """Rows in use while a chunk is generated; grows until the ring is full, then stays."""
+        return self.span(min(chunk, self.slots - 1))[1]
+
+
+def chunk_causal(geometry: Geometry) -> Rule:
+    """A frame sees its own chunk, the earlier ones within the window, and the sinks."""
+
+    def visible(q: Frames, k: Frames) -> Bool[Tensor, "..."]:
+        q, k = geometry.chunk_of(q), geometry.chunk_of(k)
+        return (k <= q) & ((k < geometry.sink) | (k > q - geometry.window))
+
+    return visible
+
+
+def teacher_forcing(geometry: Geometry, frames: int) -> Rule:
+    """Frames are [clean | noisy]. Noisy frames see their own noisy chunk and strictly earlier clean chunks."""
+    causal = chunk_causal(geometry)
+
+    def visible(q: Frames, k: Frames) -> Bool[Tensor, "..."]:
+        q_noisy, k_noisy = q >= frames, k >= frames
+        same = geometry.chunk_of(q % frames) == geometry.chunk_of(k % frames)
+        past = causal(q % frames, k % frames) & ~(q_noisy & same)
+        return torch.where(k_noisy, q_noisy & same, past)
+
+    return visible
+
+
+@runtime_checkable
+class Scope(Protocol):
+    def positions(self, frames: int) -> list[int]:
+        """Temporal position (RoPE) of each frame of the sequence; host integers."""
+        ...
+
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads: ...
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every token sees every token."""
+
+    def positions(self, frames: int) -> list[int]:
+        return list(range(frames))
+
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Masked:
+    """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them."""
+
+    def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
+        self.frames, self.period = frames, period or frames
+        index = torch.arange(frames)
+        self.visible = rule(index[:, None], index[None, :])
+        self._mask: Bool[Tensor, "s s"] | None = None
+
+    def positions(self, frames: int) -> list[int]:
+        return [i % self.period for i in range(frames)]
+
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        if self._mask is None:
+            tokens = q.shape[2] // self.frames
+            self._mask = self.visible.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
+
+
+class KVArena:
+    """Keys and values of a stream, `[layer, 2, b, a, rows, e]`: one allocation, stable pointers, slot = chunk.
+
+    Which rows are valid follows from the chunk's index (a host integer), so nothing is ever moved or cleared.
+    """
+
+    def __init__(
+        self, geometry: Geometry, layers: int, batch: int, heads: int, head_width: int, *,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> None:
+        self.geometry = geometry
+        self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, head_width, dtype=dtype, device=device)
+
+    def keep_text(self, layer: int, k: Heads, v: Heads) -> None:
+        """Write the text prefix, once per prompt; it must fill `geometry.text` rows."""
+        self.kv[layer, 0, :, :, : self.geometry.text] = k
+        self.kv[layer, 1, :, :, : self.geometry.text] = v
+
+    def snapshot(self) -> Tensor:
+        return self.kv.clone()
+
+    def restore(self, snapshot: Tensor) -> None:
+        self.kv.copy_(snapshot)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Write the current chunk into its slot, then attend to the filled rows.
+
+    Every pass overwrites the slot: the noisy ones while denoising, at last the clean one at t = 0, which is the
+    commit. The order of slots does not matter to attention, for positions are inside the keys. Inference only.
+    """
+
+    arena: KVArena
+    chunk: int
+
+    def positions(self, frames: int) -> list[int]:
+        start = self.arena.geometry.start(self.chunk)
+        return list(range(start, start + frames))
+
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        geometry = self.arena.geometry
+        start, stop = geometry.span(geometry.slot(self.chunk))
+        keys, values = self.arena.kv[layer]
+        keys[:, :, start:stop] = k
+        values[:, :, start:stop] = v
+        rows = geometry.filled(self.chunk)
+        return F.scaled_dot_product_attention(q, keys[:, :, :rows], values[:, :, :rows])
+
+
+@dataclass(frozen=True)
+class Peek:
+    """The same attention with the arena read only: the current chunk is joined to a copy of the past.
+
+    Used where gradients flow. Writing graded keys in place would tie later chunks to this graph.
+    """
+
+    arena: KVArena
+    chunk: int
+
+    def positions(self, frames: int) -> list[int]:
+        return Cached(self.arena, self.chunk).positions(frames)
+
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        geometry = self.arena.geometry
+        start, stop = geometry.span(geometry.slot(self.chunk))
+        rows = geometry.filled(self.chunk)
+        keys, values = self.arena.kv[layer].detach()
+        k = torch.cat([keys[:, :, :start], k, keys[:, :, stop:rows]], dim=2)
+        v = torch.cat([values[:, :, :start], v, values[:, :, stop:rows]], dim=2)
+        return F.scaled_dot_product_attention(q, k, v)

@@ -1,0 +1,78 @@
+"""Backbone: embed -> blocks -> unembed under an attention scope, and the teacher-forced pass built on it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minwm.control.prope import Projection
+from minwm.core.flow import Latents, Times
+from minwm.core.types import Condition
+from minwm.nets.attention import Full, Geometry, KVArena, Masked, Scope, teacher_forcing
+
+TextKV = list[tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition made ready for the network: text keys and values per layer, cameras as projections."""
+
+    text: TextKV
+    camera: Projection | None
+
+
+class Backbone(nn.Module, ABC):
+    """A video diffusion transformer that predicts velocity.
+
+    `layers`, `heads` (attention heads of one pass, both camera branches stacked) and `head_width` size its arena.
+    """
+
+    layers: int
+    heads: int
+    head_width: int
+
+    @abstractmethod
+    def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
+        """Text keys and values of every layer; they depend on the prompt alone."""
+
+    @abstractmethod
+    def watch(self, cond: Condition) -> Projection | None:
+        """Camera matrices of the condition's frames; None for a network without camera control."""
+
+    @abstractmethod
+    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
+        """v at x_t. The one forward pass, whatever the scope."""
+
+    @abstractmethod
+    def tokens(self, height: int, width: int) -> int:
+        """Tokens per latent frame of height x width latents."""
+
+    def bind(self, cond: Condition) -> Bound:
+        return Bound(self.read(cond.text), self.watch(cond))
+
+    def forward(self, x: Latents, t: Times, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
+        bound = self.bind(cond) if isinstance(cond, Condition) else cond
+        return self.velocity(x, t, bound, scope or Full())
+
+    def arena(self, geometry: Geometry, batch: int) -> KVArena:
+        weight = next(self.parameters())
+        return KVArena(
+            geometry, self.layers, batch, self.heads, self.head_width, dtype=weight.dtype, device=weight.device
+        )
+
+
+def teacher_forced(
+    net: Backbone, clean: Latents, noisy: Latents, t: Times, cond: Condition, geometry: Geometry
+) -> Latents:
+    """Velocity of every noisy chunk given the clean chunks before it, all chunks in one pass (paper, stage 1).
+
+    The sequence is [clean at t = 0 | noisy at t]; both halves have the same positions and cameras.
+    """
+    frames = clean.shape[1]
+    scope = Masked(teacher_forcing(geometry, frames), 2 * frames, period=frames)
+    bound = net.bind(cond)
+    bound = Bound(bound.text, bound.camera and bound.camera.twice())
+    both = net.velocity(torch.cat([clean, noisy], 1), torch.cat([torch.zeros_like(t), t], 1), bound, scope)
+    return both[:, frames:]

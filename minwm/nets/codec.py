@@ -1,0 +1,223 @@
+"""The small causal video codec: 4 frames and 8x8 pixels become one latent pixel, in a stream or in one go.
+
+Latent 0 stands for frame 0 alone, latent i for frames 4i-3 .. 4i, so that latent i needs frames <= 4i only. The
+first frame is shown to the encoder as four equal frames, and of the four that the decoder draws for latent 0 the last
+is kept: all latents are made by one rule. Space and the four frames of a group are folded into channels at once
+(pixel unshuffle), because convolutions at 64x64 would cost thirty times as much for the same picture.
+
+Time is crossed by `Recall` blocks alone, which look one latent back. What they looked at last is the whole state of a
+stream; it is a value that the caller holds, so any number of streams can share one codec.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minwm.core.config import ConfigError, UserError
+
+Pixels = Float[Tensor, "b n 3 H W"]
+Latents = Float[Tensor, "b f c h w"]
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Shape of the small codec and of its loss."""
+
+    channels: int = 16
+    """Channels of a latent."""
+    width: int = 96
+    """Channels inside at 1/8 of the resolution."""
+    fine: int = 64
+    """Channels inside at 1/4 of the resolution."""
+    finest: int = 32
+    """Channels of the decoder at 1/2 of the resolution."""
+    encoder_depth: int = 1
+    """Residual blocks per resolution of the encoder."""
+    decoder_depth: int = 2
+    """Residual blocks per resolution of the decoder."""
+    noise: float = 0.05
+    """Standard deviation of the noise on latents while the decoder learns: neighbours must decode alike."""
+    prior: float = 1e-4
+    """Weight of the pull of latents towards a unit Gaussian (the KL term of a VAE whose variance is fixed)."""
+    edges: float = 1.0
+    """Weight of the error of image gradients: it keeps edges sharp where L1 alone would blur them."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "width", "fine", "finest", "encoder_depth", "decoder_depth"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"codec.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("noise", "prior", "edges"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"codec.{name}={getattr(self, name)}: must be finite and not negative")
+
+    def build(self) -> "Codec":
+        return Codec(self)
+
+
+class Residual(nn.Module):
+    """x + f(x), with f two 3x3 convolutions; zero at the start of training."""
+
+    def __init__(self, width: int, looks: int = 1) -> None:
+        super().__init__()
+        self.look = conv(looks * width, width)
+        self.write = conv(width, width)
+        nn.init.zeros_(self.write.weight)
+
+    def forward(self, x: Float[Tensor, "m d h w"]) -> Float[Tensor, "m d h w"]:
+        return x + self.write(torch.relu(self.look(torch.relu(x))))
+
+
+class Recall(Residual):
+    """A residual block that sees the latent before as well: a causal convolution of two steps in time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, looks=2)
+
+    def recall(self, x: Float[Tensor, "m d h w"], past: Float[Tensor, "b d h w"]) -> tuple[Tensor, Tensor]:
+        """f(x) and what is past from now on; x holds the next m / b latents of each of b streams."""
+        batch = len(past)
+        steps = torch.cat([past[:, None], x.unflatten(0, (batch, len(x) // batch))], dim=1)
+        seen = torch.cat([steps[:, :-1].flatten(0, 1), x], dim=1)
+        return x + self.write(torch.relu(self.look(torch.relu(seen)))), steps[:, -1]
+
+
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class Stream(nn.Sequential):
+    """Layers applied to every latent by itself, but for `Recall`, which takes its past from the state."""
+
+    def step(self, x: Float[Tensor, "m d h w"], state: State | None, batch: int) -> tuple[Tensor, State]:
+        """Advance b = `batch` streams by m / b latents each; without a state, the first latent has itself as past."""
+        pasts = iter(state) if state is not None else None
+        kept: list[Tensor] = []
+        for layer in self:
+            if isinstance(layer, Recall):
+                past = x.unflatten(0, (batch, -1))[:, 0] if pasts is None else next(pasts)
+                x, past = layer.recall(x, past)
+                kept.append(past)
+            else:
+                x = layer(x)
+        return x, tuple(kept)
+
+
+class Codec(nn.Module):
+    """Pixels in [-1, 1] to latents of unit variance and back; see the head of the file."""
+
+    stride = 4
+    scale = 8
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, cfg: CodecConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.channels = cfg.channels
+        self.encoder = Stream(
+            nn.PixelUnshuffle(4),
+            conv(16 * 3 * self.stride, cfg.fine),
+            *(Residual(cfg.fine) for _ in range(cfg.encoder_depth)),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * cfg.fine, cfg.width, 1),
+            *blocks(cfg.width, cfg.encoder_depth),
+            nn.Conv2d(cfg.width, cfg.channels, 1),
+        )
+        self.decoder = Stream(
+            conv(cfg.channels, cfg.width),
+            *blocks(cfg.width, cfg.decoder_depth),
+            nn.Conv2d(cfg.width, 4 * cfg.fine, 1),
+            nn.PixelShuffle(2),
+            *blocks(cfg.fine, cfg.decoder_depth),
+            conv(cfg.fine, 4 * cfg.finest),
+            nn.PixelShuffle(2),
+            Residual(cfg.finest),
+            conv(cfg.finest, 4 * 3 * self.stride),
+            nn.PixelShuffle(2),
+        )
+        self.register_buffer("mean", torch.zeros(cfg.channels))
+        self.register_buffer("std", torch.ones(cfg.channels))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):  # twice the speed on a CPU
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def encode(self, pixels: Pixels) -> Latents:
+        """Latents of whole clips of 4k + 1 frames."""
+        frames = pixels.shape[1]
+        if frames % self.stride != 1:
+            near = self.stride * round((frames - 1) / self.stride) + 1
+            raise UserError(f"a clip of {frames} frames: the codec takes {self.stride}k + 1 of them; {near} would do")
+        return self.encode_next(pixels)[0]
+
+    def decode(self, latents: Latents) -> Pixels:
+        """All 4 (f - 1) + 1 frames of whole clips, clamped to [-1, 1]."""
+        return self.decode_next(latents)[0]
+
+    def encode_next(self, pixels: Pixels, state: State | None = None) -> tuple[Latents, State]:
+        """The next frames of streams, any number of them, to the latents that they complete; no state starts anew."""
+        height, width = pixels.shape[-2:]
+        if height % self.scale or width % self.scale:
+            raise UserError(f"frames of {height}x{width}: the codec takes multiples of {self.scale} pixels")
+        waiting = pixels[:, :1].expand(-1, self.stride - 1, -1, -1, -1) if state is None else state[0]
+        pixels = torch.cat([waiting, pixels], dim=1)
+        batch, ready = len(pixels), pixels.shape[1] // self.stride
+        if state is not None and not ready:  # torch's pixel unshuffle cannot handle an empty batch
+            shape = (batch, 0, self.channels, height // self.scale, width // self.scale)
+            return pixels.new_zeros(shape), (pixels, *state[1:])
+        groups, waiting = pixels.tensor_split([self.stride * ready], dim=1)
+        x = groups.reshape(batch * ready, 3 * self.stride, height, width)
+        x, pasts = self.encoder.step(x, None if state is None else state[1:], batch)
+        latents = (x.unflatten(0, (batch, ready)) - per_channel(self.mean)) / per_channel(self.std)
+        return latents, (waiting, *pasts)
+
+    def decode_next(self, latents: Latents, state: State | None = None) -> tuple[Pixels, State]:
+        """The frames of the next latents of streams: four each, but one for the first latent of a stream."""
+        pixels, state = self._draw(latents, state)
+        return pixels.clamp(-1, 1), state
+
+    def _draw(self, latents: Latents, state: State | None) -> tuple[Pixels, State]:
+        batch, f, channels = latents.shape[:3]
+        if channels != self.channels:
+            raise UserError(f"latents of {channels} channels: this codec has {self.channels}, so they come from another")
+        raw = latents * per_channel(self.std) + per_channel(self.mean)
+        x, pasts = self.decoder.step(raw.flatten(0, 1), state, batch)
+        pixels = x.unflatten(1, (self.stride, 3)).unflatten(0, (batch, f)).flatten(1, 2)
+        return pixels if state is not None else pixels[:, self.stride - 1 :], pasts
+
+    def loss(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Reconstruction through slightly noisy latents: L1 + MSE + L1 of image gradients + the pull to the prior."""
+        latents = self.encode(pixels)
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
+        drawn, _ = self._draw(latents + self.cfg.noise * noise, None)
+        error = drawn - pixels
+        l1, mse = error.abs().mean(), error.square().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        prior = 0.5 * latents.square().mean()
+        total = l1 + mse + self.cfg.edges * edges + self.cfg.prior * prior
+        psnr = 10 * torch.log10(4 / mse)  # pixels span 2
+        logs = {"l1": l1, "mse": mse, "edges": edges, "prior": prior, "psnr": psnr}
+        return total, {name: float(value.detach()) for name, value in logs.items()}
+
+    def set_statistics(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
+        """Make latents of the measured `mean` and `std`, as `encode` gives them now, zero and one; pictures stay."""
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise UserError(f"latent statistics need finite means and a positive std per channel, got {mean}, {std}")
+        self.mean += self.std * mean
+        self.std *= std
+
+    def freeze_encoder(self) -> None:
+        """Train the decoder alone: latents, and networks that were trained on them, keep their meaning."""
+        self.encoder.requires_grad_(False)
+
+
+def blocks(width: int, depth: int) -> Sequence[nn.Module]:
+    """One block that looks back, then `depth - 1` that do not."""
+    return [Recall(width), *(Residual(width) for _ in range(depth - 1))]
+
+
+def per_channel(x: Float[Tensor, " c"]) -> Float[Tensor, "c 1 1"]:
+    return x[:, None, None]

@@ -1,0 +1,95 @@
+"""What a training stage is: roles (networks), and a loss that says which role it trains."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, Times, shift
+from minwm.core.types import Clip, Condition
+from minwm.nets.attention import Geometry
+from minwm.nets.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Loss:
+    total: Float[Tensor, ""]
+    trains: str
+    """The role whose optimiser steps."""
+    logs: dict[str, float]
+
+
+class Recipe(ABC):
+    """One training stage. It holds its networks by role and owns no optimiser, so the loop stays visible."""
+
+    trained: ClassVar[tuple[str, ...]] = ("student",)
+    """Roles with an optimiser."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Roles that never change and are not saved with the run."""
+
+    def __init__(self, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
+        wanted = {*self.trained, *self.frozen}
+        if set(networks) != wanted:
+            raise ConfigError(f"{type(self).__name__} needs the roles {sorted(wanted)}, not {sorted(networks)}")
+        self.networks = dict(networks)
+        self.geometry = geometry
+        for role in self.frozen:
+            self.networks[role].requires_grad_(False).eval()
+
+    @property
+    def stateful(self) -> dict[str, Backbone]:
+        """Networks that training changes, and a checkpoint must hold."""
+        return {role: net for role, net in self.networks.items() if role not in self.frozen}
+
+    @abstractmethod
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        """The loss of one batch; every random draw comes from `generator`."""
+
+
+def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condition:
+    """Replace prompts by the null prompt, clip by clip, so that guidance has an unconditional branch."""
+    keep = _uniform(len(cond.text), generator) >= rate
+    return replace(cond, text=cond.text * keep.to(cond.text)[:, None, None])
+
+
+def held(clip: Clip) -> Float[Tensor, "b f"]:
+    """1 for frames that are generated, 0 for a first frame that is given."""
+    mask = clip.latents.new_ones(clip.latents.shape[:2])
+    if clip.cond.first is not None:
+        mask[:, 0] = 0
+    return mask
+
+
+def hold_first(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
+    """Put the clean first latent, at t = 0, in front of a noisy clip."""
+    if cond.first is None:
+        return x, t
+    return torch.cat([cond.first.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
+
+
+def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
+    """Squared error, averaged within frames and then over frames with weight."""
+    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (weight > 0).sum().clamp_min(1)
+
+
+def noise_like(x: Latents, generator: torch.Generator) -> Latents:
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+
+
+def uniform_times(count: int, s: float, like: Tensor, generator: torch.Generator) -> Float[Tensor, " count"]:
+    """Shifted uniform times, one per clip."""
+    return shift(_uniform(count, generator), s).to(like)
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, device=generator.device)
+
+
+def pick(count: int, generator: torch.Generator) -> int:
+    """A uniform integer below count."""
+    return int(torch.randint(count, (), generator=generator, device=generator.device))

@@ -1,0 +1,65 @@
+"""Stage 2b, causal consistency distillation: neighbours on one PF-ODE trajectory agree on its end (paper eq. 2)."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from minwm.core.flow import Latents, euler, interpolate, schedule, x0_from_velocity
+from minwm.core.types import Clip
+from minwm.nets.backbone import Backbone, teacher_forced
+from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, pick
+from minwm.recipes.ode import guided_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    kind: ClassVar[str] = "consistency"
+    grid: int = 50
+    """Steps of the discretised ODE."""
+    shift: float = 5.0
+    guidance: float = 3.0
+    """Guidance of the teacher's ODE step."""
+    target_decay: float = 0.99
+    """EMA of the student that gives the target, from the first step on."""
+
+
+class Consistency(Recipe):
+    """|| f(x_i, t_i) - sg f_target(x_{i+1}, t_{i+1}) ||^2, f(x, t) = x - t v, all given real history.
+
+    x_{i+1} is one guided Euler step of the teacher from x_i; the last pair ends at t = 0, where f is the identity.
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    def __init__(self, cfg: ConsistencyConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        self.cfg = cfg
+        self.times = schedule(cfg.grid, cfg.shift)
+        self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False).eval()
+
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        self._follow()
+        i = pick(self.cfg.grid, generator)
+        t, t_next = self.times[i], self.times[i + 1]
+        eps = noise_like(clip.latents, generator)
+        x = interpolate(clip.latents, eps, eps.new_full(eps.shape[:2], t))
+        with torch.no_grad():
+            v = guided_teacher(self.networks["teacher"], clip, x, t, self.cfg.guidance, self.geometry)
+            target = self._end(self.networks["target"], clip, euler(x, v, t, t_next), t_next)
+        total = frame_mse(self._end(self.networks["student"], clip, x, t), target, held(clip))
+        return Loss(total, "student", {"loss": float(total.detach())})
+
+    def _end(self, net: Backbone, clip: Clip, x: Latents, t: float) -> Latents:
+        """f(x, t): where the trajectory through x ends."""
+        times = x.new_full(x.shape[:2], t)
+        return x0_from_velocity(x, teacher_forced(net, clip.latents, x, times, clip.cond, self.geometry), times)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the target after the student; before the first update they are equal and this changes nothing."""
+        for target, weight in zip(
+            self.networks["target"].parameters(), self.networks["student"].parameters(), strict=True
+        ):
+            target.lerp_(weight, 1 - self.cfg.target_decay)

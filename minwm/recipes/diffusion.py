@@ -1,0 +1,103 @@
+"""Flow matching: bidirectional (foundation, and phase 1 with cameras) and teacher-forced autoregressive (stage 1)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from minwm.core.config import ConfigError
+from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
+from minwm.core.types import Clip
+from minwm.nets.backbone import teacher_forced
+from minwm.recipes.base import Loss, Recipe, drop_text, frame_mse, held, hold_first, noise_like
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeLaw:
+    """How training times are drawn and weighted."""
+
+    law: Literal["uniform", "logit_normal"] = "uniform"
+    """u uniform (Wan) or sigmoid of a standard normal (HunyuanVideo); then shifted."""
+    shift: float = 5.0
+    weight: Literal["bell", "none"] = "bell"
+    """Wan weights times by a bell around t = 1/2; HunyuanVideo by nothing."""
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.law == "uniform":
+            u = torch.rand(shape, generator=generator, device=generator.device)
+        else:
+            u = torch.randn(shape, generator=generator, device=generator.device).sigmoid()
+        return shift(u, self.shift)
+
+    def weigh(self, t: Times) -> Times:
+        return bell_weight(t, self.shift).to(t) if self.weight == "bell" else torch.ones_like(t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Fields shared by both flow-matching stages."""
+
+    time: TimeLaw = TimeLaw()
+    text_dropout: float = 0.1
+    """Chance of the null prompt, per clip; guidance needs some."""
+    image_start: float = 1.0
+    """Chance, per batch, that the first latent is given clean; otherwise it is generated too."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_dropout", "image_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: a probability lies between 0 and 1")
+
+    def prepare(self, clip: Clip, generator: torch.Generator) -> Clip:
+        """Draw the dropouts of one batch."""
+        cond = drop_text(clip.cond, self.text_dropout, generator)
+        if torch.rand((), generator=generator, device=generator.device) >= self.image_start:
+            cond = replace(cond, first=None)
+        return replace(clip, cond=cond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BidirectionalConfig(DiffusionConfig):
+    kind: ClassVar[str] = "bidirectional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig(DiffusionConfig):
+    kind: ClassVar[str] = "autoregressive"
+
+
+class Bidirectional(Recipe):
+    """One time per clip, every frame sees every frame: || v(x_t, t) - (eps - x_0) ||^2 (paper, Sec. 2.1)."""
+
+    def __init__(self, cfg: BidirectionalConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        self.cfg = cfg
+
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        clip = self.cfg.prepare(clip, generator)
+        eps = noise_like(clip.latents, generator)
+        level = self.cfg.time.draw((len(eps), 1), generator).to(eps).expand(eps.shape[:2])
+        x, t = hold_first(interpolate(clip.latents, eps, level), level, clip.cond)
+        v = self.networks["student"](x, t, clip.cond)
+        total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(level))
+        return Loss(total, "student", {"loss": float(total.detach())})
+
+
+class Autoregressive(Recipe):
+    """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1)."""
+
+    def __init__(self, cfg: AutoregressiveConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        self.cfg = cfg
+
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        clip = self.cfg.prepare(clip, generator)
+        eps = noise_like(clip.latents, generator)
+        chunks = self.geometry.chunks(eps.shape[1])
+        per_chunk = self.cfg.time.draw((len(eps), len(chunks)), generator).to(eps)
+        t = per_chunk.repeat_interleave(torch.tensor([b - a for a, b in chunks], device=eps.device), dim=1)
+        x = interpolate(clip.latents, eps, t)
+        v = teacher_forced(self.networks["student"], clip.latents, x, t, clip.cond, self.geometry)
+        total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(t))
+        return Loss(total, "student", {"loss": float(total.detach())})

@@ -1,0 +1,108 @@
+"""Stage 3, asymmetric distribution matching: a causal student, bidirectional scores, on the student's own rollouts."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, Times, guide, interpolate, schedule, velocity, x0_from_velocity
+from minwm.core.types import Clip, Condition
+from minwm.nets.backbone import Backbone
+from minwm.recipes.base import Loss, Recipe, frame_mse, held, hold_first, noise_like, pick, uniform_times
+from minwm.sampling import draw, self_rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdConfig:
+    kind: ClassVar[str] = "dmd"
+    steps: int = 4
+    shift: float = 5.0
+    """Of the student's times and of the times at which scores are compared."""
+    guidance: float = 3.0
+    """Guidance of the real score; the critic has none."""
+    critic_updates: int = 4
+    """Critic updates after every student update."""
+    t_min: float = 0.02
+    t_max: float = 0.98
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
+
+
+def direction(
+    x0: Latents, real: Latents, fake: Latents, frames: Float[Tensor, "b f"]
+) -> Latents:
+    """Descent direction of KL(student || data) at the student's x0, normalised per clip (DMD; paper eq. 3).
+
+    `frames` marks those that the student generated; a given frame gets no gradient and no say in the norm.
+    """
+    mask = frames[:, :, None, None, None]
+    size = ((x0 - real).abs() * mask).sum(dim=(1, 2, 3, 4)) / (mask.expand_as(x0).sum(dim=(1, 2, 3, 4)))
+    return (fake - real) * mask / size.clamp_min(1e-6)[:, None, None, None, None]
+
+
+def surrogate(x0: Latents, step: Latents) -> Float[Tensor, ""]:
+    """A scalar whose gradient with respect to x0 is step / x0.numel()."""
+    return 0.5 * (x0 - (x0 - step).detach()).square().mean()
+
+
+class Dmd(Recipe):
+    """Roles: student (causal, few steps), critic (bidirectional, learns the student's distribution online), and
+    real (bidirectional, frozen, guided). Cameras, prompt and first frame condition all of them; no real video enters.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("student", "critic")
+    frozen: ClassVar[tuple[str, ...]] = ("real",)
+
+    def __init__(self, cfg: DmdConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        self.cfg = cfg
+        self.times = schedule(cfg.steps, cfg.shift)[:-1]
+
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        turn = self.student_loss if step % (1 + self.cfg.critic_updates) == 0 else self.critic_loss
+        return turn(clip, generator)
+
+    def student_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
+        _, x0 = self._rollout(clip, pick(self.cfg.steps, generator), generator)
+        with torch.no_grad():
+            x, t = self._noised(x0, clip.cond, generator)
+            real = self._x0(self.networks["real"], x, t, clip.cond, self.cfg.guidance)
+            fake = self._x0(self.networks["critic"], x, t, clip.cond, 1.0)
+            step = direction(x0, real, fake, held(clip))
+        total = surrogate(x0, step)
+        return Loss(total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())})
+
+    def critic_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
+        """Flow matching on the student's current videos."""
+        with torch.no_grad():
+            x0, _ = self._rollout(clip, None, generator)
+        eps = noise_like(x0, generator)
+        level = self._times(x0, generator)
+        x, t = hold_first(interpolate(x0, eps, level), level, clip.cond)
+        total = frame_mse(self.networks["critic"](x, t, clip.cond), velocity(x0, eps), held(clip))
+        return Loss(total, "critic", {"critic": float(total.detach())})
+
+    def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Latents, Latents]:
+        noise = draw(tuple(clip.latents.shape), self.cfg.steps, clip.latents, generator)
+        return self_rollout(self.networks["student"], noise, clip.cond, self.geometry, self.times, exit_step)
+
+    def _times(self, x: Latents, generator: torch.Generator) -> Times:
+        """One time per clip, for all frames."""
+        t = uniform_times(len(x), self.cfg.shift, x, generator).clamp(self.cfg.t_min, self.cfg.t_max)
+        return t[:, None].expand(x.shape[:2])
+
+    def _noised(self, x0: Latents, cond: Condition, generator: torch.Generator) -> tuple[Latents, Times]:
+        level = self._times(x0, generator)
+        return hold_first(interpolate(x0, noise_like(x0, generator), level), level, cond)
+
+    @staticmethod
+    def _x0(net: Backbone, x: Latents, t: Times, cond: Condition, guidance: float) -> Latents:
+        v = net(x, t, cond)
+        if guidance != 1:
+            v = guide(v, net(x, t, replace(cond, text=torch.zeros_like(cond.text))), guidance)
+        return x0_from_velocity(x, v, t)

@@ -1,0 +1,82 @@
+"""Stage 2a, causal ODE distillation: collect the teacher's PF-ODE trajectories, then regress their end (paper eq. 1)."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, euler, guide, schedule, x0_from_velocity
+from minwm.core.types import Clip, Condition
+from minwm.nets.attention import Geometry
+from minwm.nets.backbone import Backbone, teacher_forced
+from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, pick
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeConfig:
+    kind: ClassVar[str] = "ode"
+    steps: int = 4
+    """Times of the student; trajectories are kept at these."""
+    shift: float = 5.0
+    ode_steps: int = 48
+    """Euler steps of the teacher; a multiple of `steps`."""
+    guidance: float = 6.0
+    """Guidance of the teacher along the trajectory."""
+
+    def __post_init__(self) -> None:
+        if self.ode_steps % self.steps:
+            near = max(1, round(self.ode_steps / self.steps)) * self.steps
+            raise ConfigError(f"ode.ode_steps={self.ode_steps} is not a multiple of steps={self.steps}; try {near}")
+
+
+@torch.no_grad()
+def collect(
+    teacher: Backbone, clip: Clip, cfg: OdeConfig, geometry: Geometry, generator: torch.Generator
+) -> Float[Tensor, "k b f c h w"]:
+    """States at the student's times, then the end point. Every chunk runs along its own ODE at once, given real history.
+
+    A uniform grid of `ode_steps`, shifted, passes through the student's times exactly, every ode_steps / steps.
+    """
+    every, times = cfg.ode_steps // cfg.steps, schedule(cfg.ode_steps, cfg.shift)
+    x, states = noise_like(clip.latents, generator), []
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        if step % every == 0:
+            states.append(x)
+        x = euler(x, guided_teacher(teacher, clip, x, t, cfg.guidance, geometry), t, t_next)
+    return torch.stack([*states, x])
+
+
+def guided_teacher(
+    teacher: Backbone, clip: Clip, x: Latents, t: float, guidance: float, geometry: Geometry
+) -> Latents:
+    """Velocity of the autoregressive teacher on all chunks at time t given the clip's real history, with guidance."""
+    times = x.new_full(x.shape[:2], t)
+    if guidance == 1:
+        return teacher_forced(teacher, clip.latents, x, times, clip.cond, geometry)
+    cond = Condition.stack(clip.cond, clip.cond.without_text())
+    both = teacher_forced(teacher, *(torch.cat([y, y]) for y in (clip.latents, x, times)), cond, geometry)
+    return guide(*both.chunk(2), guidance)
+
+
+class Ode(Recipe):
+    """|| G(x_t, t | real history) - x_ODE ||^2 at one of the student's times; clips carry their trajectory."""
+
+    def __init__(self, cfg: OdeConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        self.cfg = cfg
+        self.times = schedule(cfg.steps, cfg.shift)[:-1]
+
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        states = clip.trajectory
+        if states is None or len(states) != len(self.times) + 1:
+            held_states = 0 if states is None else len(states)
+            raise ConfigError(f"stage 2a needs clips with {len(self.times) + 1} trajectory states, these have {held_states}; collect them first")
+        k = pick(len(self.times), generator)
+        t = states.new_full(states.shape[1:3], self.times[k])
+        v = teacher_forced(self.networks["student"], clip.latents, states[k], t, clip.cond, self.geometry)
+        total = frame_mse(x0_from_velocity(states[k], v, t), states[-1], held(clip))
+        return Loss(total, "student", {"loss": float(total.detach())})

@@ -1,0 +1,195 @@
+"""What a world looks like from afar: colours, hours of the day, the painted sky, the soft shadows on the ground."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.render.raycast import SHADOW_REACH, Colour, Solid
+
+SKY_ROWS, SKY_COLUMNS = 192, 1024
+SHADOW_SIZE = 400
+
+PAINTS: dict[str, Colour] = {
+    "red": (0.86, 0.22, 0.18), "orange": (0.95, 0.52, 0.14), "yellow": (0.97, 0.80, 0.22),
+    "green": (0.30, 0.64, 0.30), "teal": (0.13, 0.62, 0.60), "blue": (0.20, 0.42, 0.84),
+    "purple": (0.54, 0.32, 0.74), "pink": (0.95, 0.52, 0.66), "white": (0.93, 0.92, 0.88),
+}  # fmt: skip
+CREAM, CHARCOAL, BARK, LAMP = (0.96, 0.93, 0.84), (0.24, 0.25, 0.30), (0.45, 0.31, 0.22), (1.0, 0.86, 0.5)
+
+GROUNDS: dict[str, tuple[Colour, Colour, Colour]] = {
+    "sandy": ((0.90, 0.78, 0.56), (0.74, 0.58, 0.38), (0.86, 0.75, 0.52)),
+    "stone": ((0.76, 0.76, 0.76), (0.52, 0.54, 0.58), (0.56, 0.66, 0.44)),
+    "grassy": ((0.56, 0.74, 0.38), (0.38, 0.58, 0.30), (0.44, 0.62, 0.34)),
+    "brick": ((0.82, 0.52, 0.40), (0.62, 0.34, 0.28), (0.60, 0.62, 0.40)),
+    "marble": ((0.92, 0.92, 0.90), (0.46, 0.52, 0.62), (0.66, 0.70, 0.62)),
+    "mossy": ((0.70, 0.74, 0.60), (0.36, 0.50, 0.46), (0.40, 0.54, 0.40)),
+    "lilac": ((0.82, 0.76, 0.88), (0.58, 0.50, 0.70), (0.60, 0.62, 0.56)),
+    "snowy": ((0.94, 0.96, 0.99), (0.70, 0.78, 0.88), (0.88, 0.91, 0.95)),
+}
+
+
+@dataclass(frozen=True)
+class Hour:
+    """Sky and light of one time of day."""
+
+    zenith: Colour
+    horizon: Colour
+    sun: Colour
+    ambient: Colour
+    direct: Colour
+    ridge: Colour
+    cloud: Colour
+    elevation: tuple[float, float]
+    """Range of the sun's elevation in degrees."""
+    disc: float = 4.5
+    """Radius of the sun or moon in degrees; 0 hides it."""
+    glow: float = 0.0
+
+
+HOURS: dict[str, Hour] = {
+    "blue day": Hour((0.24, 0.50, 0.88), (0.80, 0.90, 0.98), (1.0, 0.97, 0.85), (0.50, 0.54, 0.62),
+                     (0.58, 0.54, 0.44), (0.48, 0.58, 0.74), (0.98, 0.99, 1.0), (24, 38)),
+    "pink dusk": Hour((0.36, 0.32, 0.62), (0.98, 0.70, 0.66), (1.0, 0.88, 0.70), (0.52, 0.44, 0.56),
+                      (0.56, 0.42, 0.34), (0.50, 0.36, 0.54), (0.99, 0.80, 0.76), (10, 20)),
+    "orange sunset": Hour((0.30, 0.40, 0.62), (0.99, 0.72, 0.40), (1.0, 0.93, 0.66), (0.50, 0.44, 0.46),
+                          (0.66, 0.46, 0.24), (0.50, 0.32, 0.34), (1.0, 0.80, 0.56), (9, 18)),
+    "starless night": Hour((0.05, 0.07, 0.20), (0.22, 0.28, 0.48), (0.95, 0.96, 0.90), (0.32, 0.37, 0.58),
+                           (0.26, 0.28, 0.34), (0.10, 0.12, 0.26), (0.28, 0.33, 0.52), (18, 32), 5.0, 0.55),
+    "golden dawn": Hour((0.38, 0.66, 0.78), (0.99, 0.89, 0.66), (1.0, 0.96, 0.78), (0.52, 0.52, 0.54),
+                        (0.56, 0.48, 0.32), (0.50, 0.60, 0.62), (1.0, 0.95, 0.84), (12, 22)),
+    "grey cloudy": Hour((0.56, 0.62, 0.68), (0.82, 0.85, 0.87), (1.0, 1.0, 1.0), (0.66, 0.68, 0.70),
+                        (0.30, 0.29, 0.27), (0.54, 0.60, 0.64), (0.92, 0.93, 0.94), (40, 50), 0.0),
+    "green evening": Hour((0.10, 0.34, 0.42), (0.72, 0.88, 0.70), (1.0, 0.98, 0.80), (0.44, 0.52, 0.50),
+                          (0.50, 0.48, 0.34), (0.20, 0.42, 0.44), (0.82, 0.94, 0.80), (12, 24)),
+}  # fmt: skip
+
+
+Azimuth = Float[np.ndarray, "columns"]
+
+
+def _apart(azimuth: Azimuth, centre: float) -> Azimuth:
+    """Absolute angle to `centre`, the short way round."""
+    return np.abs((azimuth - centre + np.pi) % (2 * np.pi) - np.pi)
+
+
+def _mountains(rng: np.random.Generator, azimuth: Azimuth, tall: float) -> Azimuth:
+    ridge = np.full_like(azimuth, 0.25 * tall)
+    for i in range(9):
+        peak, slope = tall * rng.uniform(0.55, 1.0), rng.uniform(0.35, 0.6)
+        ridge = np.maximum(ridge, peak - slope * _apart(azimuth, 2 * np.pi * (i + rng.uniform(-0.4, 0.4)) / 9))
+    return ridge
+
+
+def _hills(rng: np.random.Generator, azimuth: Azimuth, tall: float) -> Azimuth:
+    waves = [np.sin(k * azimuth + rng.uniform(0, 2 * np.pi)) / k for k in (3, 5, 8)]
+    return 0.5 * tall * (1 + np.sum(waves, 0) / 0.66 * 0.7)
+
+
+def _city(rng: np.random.Generator, azimuth: Azimuth, tall: float) -> Azimuth:
+    skyline = np.full_like(azimuth, 0.12 * tall)
+    for i in range(26):
+        half, centre = rng.uniform(0.035, 0.09), 2 * np.pi * (i + rng.uniform(-0.4, 0.4)) / 26
+        block = tall * rng.uniform(0.3, 1.0) * np.clip((half - _apart(azimuth, centre)) / 0.008 + 0.5, 0, 1)
+        skyline = np.maximum(skyline, block)
+    return skyline
+
+
+def _forest(rng: np.random.Generator, azimuth: Azimuth, tall: float) -> Azimuth:
+    crowns = np.full_like(azimuth, 0.3 * tall)
+    for i in range(30):
+        half, centre = rng.uniform(0.10, 0.18), 2 * np.pi * (i + rng.uniform(-0.4, 0.4)) / 30
+        dome = np.sqrt(np.clip(1 - (_apart(azimuth, centre) / half) ** 2, 0, None))
+        crowns = np.maximum(crowns, tall * rng.uniform(0.5, 1.0) * dome)
+    return crowns
+
+
+Skyline = Callable[[np.random.Generator, Azimuth, float], Azimuth]
+SKYLINES: dict[str, tuple[Skyline, float]] = {
+    "mountains": (_mountains, 0.30), "hills": (_hills, 0.15), "a city": (_city, 0.20), "a forest": (_forest, 0.13),
+}  # fmt: skip
+
+
+def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count: int) -> np.ndarray:
+    """Cover in [0, 1], rows columns: soft blobs in groups, a product of two Gaussians each."""
+    across, up = [], []
+    for i in range(count):
+        centre, level = 2 * np.pi * (i + rng.uniform(-0.3, 0.3)) / count, rng.uniform(0.26, 0.56)
+        size = rng.uniform(0.10, 0.17)
+        for _ in range(4):
+            apart = _apart(azimuth, centre + rng.uniform(-1.6, 1.6) * size) / (size * rng.uniform(0.7, 1.3))
+            across.append(np.exp(-apart * apart))
+            rise = (sine - level - rng.uniform(-0.012, 0.03)) / rng.uniform(0.022, 0.042)
+            up.append(np.exp(-rise * rise))
+    cover = np.clip((np.stack(up, 1) @ np.stack(across) - 0.25) / 0.6, 0, 1)
+    return cover * cover * (3 - 2 * cover)
+
+
+def haze_colour(hour: Hour) -> Colour:
+    """The colour that far ground and the foot of the skyline fade to."""
+    return tuple(0.86 * np.array(hour.horizon) + 0.14 * np.array(hour.ridge))
+
+
+def _over(picture: np.ndarray, colour: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return picture + (colour - picture) * share[..., None]
+
+
+def paint_sky(
+    rng: np.random.Generator, hour: Hour, skyline: str, sun: Float[np.ndarray, "3"]
+) -> Float[Tensor, "3 rows columns"]:
+    """Panorama for `Scene.sky`; `sun` is the unit vector towards the disc, world axes."""
+    azimuth = np.linspace(-np.pi, np.pi, SKY_COLUMNS + 1, dtype=np.float32)
+    sine = np.linspace(0, 1, SKY_ROWS, dtype=np.float32)[:, None]
+    cosine = np.sqrt(1 - sine * sine)
+    zenith, horizon, ridge = (np.array(c, np.float32) for c in (hour.zenith, hour.horizon, hour.ridge))
+    haze = np.array(haze_colour(hour), np.float32)
+    share = (1 - np.exp(-3.0 * sine)) / (1 - np.exp(-3.0))
+    sky = np.broadcast_to(horizon + (zenith - horizon) * share[..., None], (SKY_ROWS, SKY_COLUMNS + 1, 3)).copy()
+    towards = cosine * (np.sin(azimuth) * sun[0] + np.cos(azimuth) * sun[2]) - sine * sun[1]
+    angle = np.degrees(np.arccos(np.clip(towards, -1, 1)))
+    if hour.disc:
+        sky = _over(sky, np.array(hour.sun, np.float32), 0.55 * np.exp(-((angle / (3.2 * hour.disc)) ** 2)))
+        sky = _over(sky, np.array(hour.sun, np.float32), np.clip((hour.disc - angle) / 0.7 + 0.5, 0, 1))
+    cover = _clouds(rng, azimuth, sine[:, 0], int(rng.integers(5, 9)))
+    sky = _over(sky, np.array(hour.cloud, np.float32), 0.85 * cover)
+    outline, tall = SKYLINES[skyline]
+    for scale, fade in ((1.0, 0.42), (0.55, 0.0)):
+        top = outline(rng, azimuth, tall * scale)
+        foot = np.clip(1 - sine / (0.8 * top), 0, 1)
+        colour = _over(np.broadcast_to(ridge + (haze - ridge) * fade, sky.shape), haze, foot)
+        sky = _over(sky, colour, np.clip((top - sine) * SKY_ROWS / 1.4 + 0.5, 0, 1))
+    return torch.from_numpy(np.ascontiguousarray(sky.transpose(2, 0, 1), dtype=np.float32))
+
+
+def paint_shadow(solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"]) -> Float[Tensor, "size size"]:
+    """Soft cast and contact shadows on the ground: each solid's outline swept away from the sun."""
+    step = 2 * SHADOW_REACH / SHADOW_SIZE
+    grid = (np.arange(SHADOW_SIZE, dtype=np.float32) + 0.5) * step - SHADOW_REACH
+    shadow = np.zeros((SHADOW_SIZE, SHADOW_SIZE), np.float32)
+    away = -np.array([sun[0], sun[2]]) / max(float(np.hypot(sun[0], sun[2])), 1e-6)
+    for solid in solids:
+        sweep = away * min(0.75 * solid.high, 1.1)
+        reach = float(np.hypot(*solid.reach())) + float(np.hypot(*sweep)) + 0.4
+        x = slice(*np.searchsorted(grid, [solid.x - reach, solid.x + reach]))
+        z = slice(*np.searchsorted(grid, [solid.z - reach, solid.z + reach]))
+        px, pz = grid[None, x] - solid.x, grid[z, None] - solid.z
+        start = max(solid.low, 0.0) / solid.high
+        along = np.clip((px * sweep[0] + pz * sweep[1]) / float(sweep @ sweep), start, 1)
+        cast = np.clip(0.5 - _outside(solid, px - along * sweep[0], pz - along * sweep[1], along) / 0.24, 0, 1)
+        contact = np.clip(1 - _outside(solid, px, pz, np.zeros_like(along)) / 0.3, 0, 1) * (solid.low <= 0)
+        both = np.maximum(cast * cast * (3 - 2 * cast), 0.6 * contact * contact)
+        shadow[z, x] = np.maximum(shadow[z, x], both)
+    return torch.from_numpy(shadow)
+
+
+def _outside(solid: Solid, px: np.ndarray, pz: np.ndarray, along: np.ndarray) -> np.ndarray:
+    """Distance from the solid's outline at relative height `along` (negative inside)."""
+    size = [(1 - along) * solid.base[i] + along * solid.top[i] for i in (0, 1)]
+    if solid.kind != "block":
+        return np.hypot(px, pz) - size[0]
+    axes = solid.axes()
+    x, z = axes[0, 0] * px + axes[0, 2] * pz, axes[2, 0] * px + axes[2, 2] * pz
+    return np.maximum(np.abs(x) - size[0], np.abs(z) - size[1])

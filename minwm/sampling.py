@@ -1,0 +1,287 @@
+"""From noise to video: ODE solvers, the bidirectional sampler, and the chunk-by-chunk rollout.
+
+One rollout serves generation, live play and the self-rollout of DMD; only who asks for gradients differs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, euler, guide, interpolate, schedule
+from minwm.core.types import Condition
+from minwm.nets.attention import Cached, Full, Geometry, Peek, Scope
+from minwm.nets.backbone import Backbone, Bound
+
+Velocity = Callable[[Latents, float], Latents]
+Noise = Float[Tensor, "k b f c h w"]
+"""One Gaussian draw per network pass that needs one: the start, and each re-noising."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multistep:
+    """A guided ODE solution."""
+
+    steps: int = 50
+    guidance: float = 3.0
+    """uncond + guidance (cond - uncond); 1 means no guidance and half of the passes."""
+    shift: float = 5.0
+    solver: Literal["unipc", "euler"] = "unipc"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"sampler.steps={self.steps}: at least 1 is needed")
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations for one chunk; both branches of guidance count."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+    def solve(self, velocity: Velocity, noise: Latents) -> Latents:
+        return {"unipc": unipc, "euler": solve_euler}[self.solver](velocity, noise, self.steps, self.shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bidirectional(Multistep):
+    """All frames at once, every frame seeing every other."""
+
+    kind: ClassVar[str] = "bidirectional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoregressive(Multistep):
+    """Chunk by chunk, each solved in full given the clean past."""
+
+    kind: ClassVar[str] = "autoregressive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewStep:
+    """Chunk by chunk in a few passes: predict x_0, re-noise it to the next time, predict again."""
+
+    kind: ClassVar[str] = "few_step"
+    steps: int = 4
+    shift: float = 5.0
+    guidance: ClassVar[float] = 1.0
+
+    @property
+    def passes(self) -> int:
+        return self.steps
+
+    @property
+    def times(self) -> list[float]:
+        """Times at which the network is asked (4 steps, shift 5: 1, .9375, .8333, .625)."""
+        return schedule(self.steps, self.shift)[:-1]
+
+
+Sampler = Bidirectional | Autoregressive | FewStep
+
+
+def solve_euler(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:
+    for t, t_next in pairwise(schedule(steps, shift)):
+        x = euler(x, velocity(x, t), t, t_next)
+    return x
+
+
+def unipc(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:
+    """UniPC of order 2 (B(h) = e^h - 1, x_0-prediction; Zhao et al. 2023) for x_t = (1 - t) x_0 + t eps.
+
+    Every evaluation first corrects the sample that it was made at, then predicts the next one. The grid starts at
+    shift(0.999), as in Wan: at t = 1 the log signal-to-noise ratio would be infinite.
+    """
+    grid = 0.999 * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = shift * grid / (1 + (shift - 1) * grid)
+    snr = torch.log1p(-times) - torch.log(times)  # lambda, +inf at the end
+    history: list[tuple[int, Latents]] = []  # (step, predicted x_0), newest last
+
+    def advance(x: Latents, step: int, new: Latents | None, order: int) -> Latents:
+        """x at `step + 1` from x at `step`; with `new`, the x_0 predicted there, this is the corrector."""
+        t, t_next = float(times[step]), float(times[step + 1])
+        h = snr[step + 1] - snr[step]
+        past = [(float((snr[i] - snr[step]) / h), m) for i, m in history if i < step][-1:] if order == 2 else []
+        m0 = dict(history)[step]
+        phi = torch.expm1(-h)
+        out = t_next / t * x - (1 - t_next) * float(phi) * m0
+        weights = _unipc_weights(h, [r for r, _ in past], new is not None)
+        slopes = [(m - m0) / r for r, m in past] + ([new - m0] if new is not None else [])
+        for weight, slope in zip(weights, slopes, strict=True):
+            out = out - (1 - t_next) * float(phi) * weight * slope
+        return out
+
+    before, order = x, 1
+    for step in range(steps):
+        x0 = x - float(times[step]) * velocity(x, float(times[step]))
+        if step:
+            x = advance(before, step - 1, x0, order)
+        history = [*history[-1:], (step, x0)]
+        before, order = x, min(2, step + 1, steps - step)
+        x = advance(x, step, None, order)
+    return x
+
+
+def _unipc_weights(h: Tensor, ratios: list[float], corrector: bool) -> list[float]:
+    """Weights of the slopes that make the update exact to its order."""
+    if not corrector:
+        return [0.5] * len(ratios)
+    if not ratios:
+        return [0.5]
+    hh, phi, factorial, rhs = -h, torch.expm1(-h), 1.0, []
+    term = phi / hh - 1
+    for i in (1, 2):
+        rhs.append(term * factorial / phi)
+        factorial *= i + 1
+        term = term / hh - 1 / factorial
+    matrix = torch.tensor([[1.0, 1.0], [ratios[0], 1.0]], dtype=torch.float64)
+    return torch.linalg.solve(matrix, torch.stack(rhs)).tolist()
+
+
+def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond: Condition) -> Latents:
+    """All frames at once; an image start is held clean at t = 0."""
+    guided = sampler.guidance != 1
+    bound = net.bind(Condition.stack(cond, cond.without_text()) if guided else cond)
+    held = 0 if cond.first is None else 1
+
+    def velocity(x: Latents, t: float) -> Latents:
+        times = x.new_full(x.shape[:2], t)
+        times[:, :held] = 0
+        v = guided_velocity(net, x, times, bound, Full(), sampler.guidance)
+        v[:, :held] = 0
+        return v
+
+    start = noise if cond.first is None else torch.cat([cond.first.to(noise), noise[:, 1:]], dim=1)
+    x = sampler.solve(velocity, start)
+    return x if cond.first is None else torch.cat([cond.first.to(x), x[:, 1:]], dim=1)
+
+
+def guided_velocity(net: Backbone, x: Latents, t: Tensor, bound: Bound, scope: Scope, scale: float) -> Latents:
+    """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
+    if scale == 1:
+        return net(x, t, bound, scope)
+    both = net(torch.cat([x, x]), torch.cat([t, t]), bound, scope)
+    return guide(*both.chunk(2), scale)
+
+
+class Stream:
+    """A network unrolled chunk by chunk: its arena, its prompt, and the index of the next chunk.
+
+    The chunk functions are pure in (noise, cameras, chunk index, arena); only `commit` moves the stream on.
+    """
+
+    def __init__(self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0) -> None:
+        self.net, self.geometry, self.guidance = net, geometry, guidance
+        self.text = net.read(self._branches(cond).text)
+        self.arena = net.arena(geometry, len(self._branches(cond).text))
+        self.chunk = 0
+
+    def _branches(self, cond: Condition) -> Condition:
+        return cond if self.guidance == 1 else Condition.stack(cond, cond.without_text())
+
+    def look(self, cond: Condition) -> Bound:
+        """Cameras of the current chunk, with the stream's prompt."""
+        return Bound(self.text, self.net.watch(self._branches(cond)))
+
+    def multistep(self, bound: Bound, noise: Latents, sampler: Multistep) -> Latents:
+        scope = Cached(self.arena, self.chunk)
+
+        def velocity(x: Latents, t: float) -> Latents:
+            return guided_velocity(self.net, x, x.new_full(x.shape[:2], t), bound, scope, self.guidance)
+
+        return sampler.solve(velocity, noise)
+
+    def few_step(
+        self, bound: Bound, noise: Noise, times: list[float], exit_step: int | None = None
+    ) -> tuple[Latents, Latents | None]:
+        """The denoised chunk, and x_0 as predicted, with gradient, at `exit_step` (self-rollout)."""
+        x, scored = noise[0], None
+        for step, t in enumerate(times):
+            graded = step == exit_step
+            scope = Peek(self.arena, self.chunk) if graded else Cached(self.arena, self.chunk)
+            with torch.set_grad_enabled(graded):
+                x0 = x - t * self.net(x, x.new_full(x.shape[:2], t), bound, scope)
+            if graded:
+                scored, x0 = x0, x0.detach()
+            if step + 1 < len(times):
+                x = interpolate(x0, noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
+        return x0, scored
+
+    @torch.no_grad()
+    def commit(self, bound: Bound, x: Latents) -> None:
+        """Write the clean chunk's keys and values at t = 0, and move on."""
+        x = x if self.guidance == 1 else torch.cat([x, x])
+        self.net(x, x.new_zeros(x.shape[:2]), bound, Cached(self.arena, self.chunk))
+        self.chunk += 1
+
+
+def draw(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:
+    """Noise for every pass of a rollout, drawn on the generator's device so that a seed means one video."""
+    return torch.randn((draws, *shape), generator=generator, device=generator.device).to(like)
+
+
+@torch.no_grad()
+def stream(
+    net: Backbone, sampler: Autoregressive | FewStep, noise: Noise, cond: Condition, geometry: Geometry
+) -> Iterator[Latents]:
+    """Chunks of latents as they are finished. With an image start the first chunk is the image itself."""
+    state = Stream(net, cond, geometry, sampler.guidance)
+    for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
+        bound = state.look(cond.frames(a, b))
+        if index == 0 and cond.first is not None:
+            x = _image_chunk(cond.first, geometry)
+        elif isinstance(sampler, FewStep):
+            x, _ = state.few_step(bound, noise[:, :, a:b], sampler.times)
+        else:
+            x = state.multistep(bound, noise[0, :, a:b], sampler)
+        yield x
+        state.commit(bound, x)
+
+
+@torch.no_grad()
+def generate(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
+    """A whole clip with any sampler. noise: `draws_of(sampler)` draws."""
+    if isinstance(sampler, Bidirectional):
+        return sample_bidirectional(net, sampler, noise[0], cond)
+    return torch.cat(list(stream(net, sampler, noise, cond, geometry)), dim=1)
+
+
+def draws_of(sampler: Sampler) -> int:
+    return sampler.steps if isinstance(sampler, FewStep) else 1
+
+
+def self_rollout(
+    net: Backbone, noise: Noise, cond: Condition, geometry: Geometry, times: list[float], exit_step: int | None
+) -> tuple[Latents, Latents]:
+    """(clip, scored clip): the network's own video, and its prediction at `exit_step` with gradient.
+
+    Every chunk is denoised in full and that result, not the scored one, becomes the context of later chunks;
+    context carries no gradient.
+    """
+    state = Stream(net, cond, geometry)
+    clip, scored = [], []
+    for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
+        bound = state.look(cond.frames(a, b))
+        if index == 0 and cond.first is not None:
+            x, graded = _image_chunk(cond.first, geometry), None
+        else:
+            x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step)
+        clip.append(x)
+        scored.append(x if graded is None else graded)
+        state.commit(Bound([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x)
+    return torch.cat(clip, 1), torch.cat(scored, 1)
+
+
+def _image_chunk(first: Latents, geometry: Geometry) -> Latents:
+    if geometry.lead != 1:
+        raise ConfigError(f"an image start is one latent frame, but the first chunk has {geometry.lead}; set geometry.first=1")
+    return first
+
+
+def with_guidance(sampler: Sampler, guidance: float) -> Sampler:
+    """The sampler with another guidance; a few-step student has none."""
+    if isinstance(sampler, FewStep):
+        raise ConfigError("a few-step student is sampled without guidance; its teacher's is built in")
+    return replace(sampler, guidance=guidance)

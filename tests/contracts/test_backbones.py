@@ -1,0 +1,164 @@
+"""What must hold for every backbone (design: one network, three uses)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from backbones import CAMERA, SMALL, condition, latents, small
+from torch import nn
+
+from minwm.core.camera import se3_exp
+from minwm.core.config import ConfigError
+from minwm.core.types import Condition
+from minwm.nets.attention import Cached, Geometry, Masked, Peek, chunk_causal
+from minwm.nets.backbone import Backbone, Bound, teacher_forced
+from minwm.sampling import Autoregressive, Bidirectional, FewStep, draw, draws_of, generate
+
+TOLERANCE = 2e-6  # cameras and modulation are float32 inside a float64 network
+GEOMETRIES = {
+    "plain": Geometry(tokens=6, chunk=2, window=8, sink=0),
+    "image": Geometry(tokens=6, chunk=2, first=1, window=8, sink=1),
+    "ring": Geometry(tokens=6, chunk=2, first=1, window=2, sink=1),
+    "no-sink": Geometry(tokens=6, chunk=2, window=2, sink=0),
+}
+
+
+def frames_of(geometry: Geometry) -> int:
+    return geometry.lead + 4 * geometry.chunk
+
+
+def streamed(net: Backbone, x: torch.Tensor, t: torch.Tensor, cond: Condition, geometry: Geometry) -> torch.Tensor:
+    arena, text, parts = net.arena(geometry, len(x)), net.read(cond.text), []
+    for i, (a, b) in enumerate(geometry.chunks(x.shape[1])):
+        bound = Bound(text, net.watch(cond.frames(a, b)))
+        parts.append(net.velocity(x[:, a:b], t[:, a:b], bound, Cached(arena, i)))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_streaming_equals_one_masked_pass(name: str, geometry: Geometry) -> None:
+    net, frames = small(name), frames_of(geometry)
+    x, cond, t = latents(frames), condition(frames), torch.rand(2, frames, dtype=torch.float64)
+    whole = net(x, t, cond, Masked(chunk_causal(geometry), frames))
+    torch.testing.assert_close(streamed(net, x, t, cond, geometry), whole, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("scope", [Cached, Peek])
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_teacher_forcing_equals_streaming_with_clean_past(name: str, scope: type, geometry: Geometry) -> None:
+    net, frames = small(name), frames_of(geometry)
+    clean, noisy, cond = latents(frames), latents(frames, seed=5), condition(frames)
+    t = torch.rand(2, frames, dtype=torch.float64)
+    forced = teacher_forced(net, clean, noisy, t, cond, geometry)
+    arena, text = net.arena(geometry, 2), net.read(cond.text)
+    for i, (a, b) in enumerate(geometry.chunks(frames)):
+        bound = Bound(text, net.watch(cond.frames(a, b)))
+        v = net.velocity(noisy[:, a:b], t[:, a:b], bound, scope(arena, i))
+        torch.testing.assert_close(v, forced[:, a:b], atol=TOLERANCE, rtol=TOLERANCE)
+        net.velocity(clean[:, a:b], torch.zeros_like(t[:, a:b]), bound, Cached(arena, i))
+
+
+@pytest.mark.parametrize("name", CAMERA)
+@torch.no_grad()
+def test_world_frame_does_not_matter_and_cameras_do(name: str) -> None:
+    net, x, cond, t = small(name), latents(4), condition(4), torch.full((2, 4), 0.5, dtype=torch.float64)
+    assert cond.w2c is not None
+    world = torch.from_numpy(se3_exp(np.array([0.3, -1.0, 2.0, 0.4, 0.9, -0.2]))).float()
+    before = net(x, t, cond)
+    torch.testing.assert_close(net(x, t, replace(cond, w2c=cond.w2c @ world)), before, atol=1e-5, rtol=1e-5)
+    other = replace(cond, w2c=cond.w2c.flip(1))
+    assert (net(x, t, other) - before).abs().max() > 0.01
+
+
+def test_zero_initialised_camera_branch_is_the_base_model_and_learns() -> None:
+    base = SMALL["wan-none"].build()
+    camera = SMALL["wan-dual"].build()
+    nn.init.normal_(base.head.head.weight)
+    missing = camera.load_state_dict(base.state_dict(), strict=False).missing_keys
+    assert missing == [f"blocks.{i}.self_attn.prope_o.{p}" for i in range(2) for p in ("weight", "bias")]
+    x, cond, t = latents(3).float(), condition(3), torch.full((2, 3), 0.4)
+    cond = replace(cond, text=cond.text.float())
+    out = camera(x, t, cond)
+    torch.testing.assert_close(out, base(x, t, cond), atol=0, rtol=0)
+    out.square().mean().backward()
+    for block in camera.blocks:
+        assert block.self_attn.prope_o.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_the_future_never_changes_the_past(name: str) -> None:
+    net, geometry, cond = small(name), GEOMETRIES["image"], condition(5)
+    x, t = latents(5), torch.rand(2, 5, dtype=torch.float64)
+    scope = Masked(chunk_causal(geometry), 5)
+    later = x.clone()
+    later[:, 3:] = latents(2, seed=77)
+    a, b = net(x, t, cond, scope), net(later, t, cond, scope)
+    assert torch.equal(a[:, :3], b[:, :3])
+    assert not torch.allclose(a[:, 3:], b[:, 3:])
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_one_time_for_all_equals_that_time_per_frame_only_if_equal(name: str) -> None:
+    net, x, cond = small(name), latents(3), condition(3)
+    t = torch.full((2, 3), 0.3, dtype=torch.float64)
+    mixed = t.clone()
+    mixed[:, 2] = 0.9
+    assert (net(x, t, cond) - net(x, mixed, cond)).abs().max() > 1e-3
+
+
+def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient() -> None:
+    net, geometry, cond = small("wan-dual"), GEOMETRIES["image"], condition(3)
+    arena, text = net.arena(geometry, 2), net.read(cond.text)
+    past, now = latents(1).requires_grad_(), latents(2, seed=3).requires_grad_()
+    with torch.no_grad():
+        net.velocity(past, torch.zeros(2, 1), Bound(text, net.watch(cond.frames(0, 1))), Cached(arena, 0))
+    before = arena.snapshot()
+    v = net.velocity(now, torch.ones(2, 2), Bound(text, net.watch(cond.frames(1, 3))), Peek(arena, 1))
+    v.sum().backward()
+    assert torch.equal(arena.kv, before)
+    assert past.grad is None
+    assert now.grad is not None and now.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_arena_never_moves_nor_allocates_over_fifty_chunks() -> None:
+    net, geometry, cond = small("wan-dual"), GEOMETRIES["ring"], condition(2)
+    arena, text = net.arena(geometry, 2), net.read(cond.text)
+    pointer, size = arena.kv.data_ptr(), arena.kv.numel()
+    for i in range(50):
+        frames = geometry.lead if i == 0 else geometry.chunk
+        bound = Bound(text, net.watch(cond.frames(0, frames)))
+        v = net.velocity(latents(frames, seed=i), torch.zeros(2, frames), bound, Cached(arena, i))
+        assert v.isfinite().all()
+    assert (arena.kv.data_ptr(), arena.kv.numel()) == (pointer, size)
+
+
+@pytest.mark.parametrize("sampler", [Bidirectional(steps=3), Autoregressive(steps=3), FewStep()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_generation_is_deterministic_and_keeps_the_image(sampler: object, image: bool) -> None:
+    net = small("wan-dual")
+    geometry, cond = GEOMETRIES["image"], condition(5, image=image)
+    noise = draw((2, 5, 4, 4, 6), draws_of(sampler), latents(1), torch.Generator().manual_seed(0))
+    a, b = (generate(net, sampler, noise, cond, geometry) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == (2, 5, 4, 4, 6) and a.isfinite().all()
+    if image:
+        assert torch.equal(a[:, :1], cond.first)
+
+
+def test_errors_name_the_thing() -> None:
+    with pytest.raises(ConfigError, match="try 48"):
+        replace(SMALL["wan-dual"], dim=50)
+    with pytest.raises(ConfigError, match="needs a camera for every latent frame"):
+        small("wan-dual")(latents(2), torch.ones(2, 2), replace(condition(2), w2c=None))
+    with pytest.raises(ConfigError, match="pad with zero rows"):
+        small("wan-none")(latents(2), torch.ones(2, 2), Condition(text=torch.zeros(2, 3, 6)))
+    with pytest.raises(ConfigError, match="try 5"):
+        GEOMETRIES["image"].chunks(4)

@@ -1,0 +1,43 @@
+"""The arena and its rules, below any network: text prefix, ring order, the slot arithmetic."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minwm.core.config import ConfigError
+from minwm.nets.attention import Cached, Geometry, KVArena, chunk_causal, teacher_forcing
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 9])
+def test_ring_with_text_prefix_equals_attention_over_the_visible_rows(window: int) -> None:
+    geometry = Geometry(tokens=2, chunk=2, first=1, sink=1, window=window, text=3)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 2 * 13, 4, generator=generator, dtype=torch.float64)
+    text_k, text_v = torch.randn(2, 1, 2, 3, 4, generator=generator, dtype=torch.float64)
+    arena = KVArena(geometry, 1, 1, 2, 4, dtype=torch.float64)
+    arena.keep_text(0, text_k, text_v)
+    rule, frame = chunk_causal(geometry), torch.arange(13)
+    visible = rule(frame[:, None], frame[None]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    visible = torch.cat([torch.ones(26, 3, dtype=torch.bool), visible], 1)
+    whole = F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), attn_mask=visible)
+    for i, (a, b) in enumerate(geometry.chunks(13)):
+        rows = slice(2 * a, 2 * b)
+        out = Cached(arena, i)(0, q[:, :, rows], k[:, :, rows], v[:, :, rows])
+        torch.testing.assert_close(out, whole[:, :, rows])
+
+
+def test_rules_by_hand() -> None:
+    geometry = Geometry(tokens=1, chunk=2, first=1, sink=1, window=1)
+    causal = chunk_causal(geometry)(torch.arange(5)[:, None], torch.arange(5)[None]).int().tolist()
+    assert causal == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 1], [1, 0, 0, 1, 1]]
+    geometry = Geometry(tokens=1, chunk=1, window=9)
+    forced = teacher_forcing(geometry, 3)(torch.arange(6)[:, None], torch.arange(6)[None]).int().tolist()
+    assert forced == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_a_short_first_chunk_must_be_a_sink() -> None:
+    with pytest.raises(ConfigError, match="sink >= 1"):
+        Geometry(tokens=1, chunk=2, first=1, sink=0)

@@ -1,0 +1,159 @@
+import pytest
+import torch
+from torch import Tensor
+
+from minwm.core.config import ConfigError, UserError, dumps, loads
+from minwm.nets.codec import Codec, CodecConfig
+
+FRAMES, LATENTS = 17, 5
+
+
+def small() -> Codec:
+    """A codec whose every weight matters: residual branches start at zero, which would hide errors in time."""
+    torch.manual_seed(0)
+    codec = CodecConfig(channels=4, width=16, fine=12, finest=8).build()
+    for parameter in codec.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    codec.set_statistics(torch.randn(4), torch.rand(4) + 0.5)
+    return codec.eval()
+
+
+def clip(batch: int = 2, frames: int = FRAMES, height: int = 16, width: int = 24, seed: int = 1) -> Tensor:
+    return torch.rand(batch, frames, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def split(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    return list(x.split(sizes, dim=1))
+
+
+@torch.no_grad()
+def test_shapes() -> None:
+    codec = small()
+    for height, width in ((64, 64), (8, 8), (40, 24)):
+        latents = codec.encode(clip(height=height, width=width))
+        assert latents.shape == (2, LATENTS, 4, height // 8, width // 8)
+        pixels = codec.decode(latents)
+        assert pixels.shape == (2, FRAMES, 3, height, width) and pixels.abs().max() <= 1
+    assert codec.encode(clip(frames=1)).shape[1] == 1
+
+
+@pytest.mark.parametrize("sizes", [[1] * 17, [1, 4, 4, 8], [17], [5, 12], [3, 0, 9, 5], [2, 2, 2, 2, 2, 2, 2, 2, 1]])
+@torch.no_grad()
+def test_streamed_encode_equals_whole(sizes: list[int]) -> None:
+    codec, pixels, state, parts = small(), clip(), None, []
+    for part in split(pixels, sizes):
+        latents, state = codec.encode_next(part, state)
+        parts.append(latents)
+    torch.testing.assert_close(torch.cat(parts, dim=1), codec.encode(pixels), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 5, [5], [1, 2, 2], [3, 2], [4, 1]])
+@torch.no_grad()
+def test_streamed_decode_equals_whole(sizes: list[int]) -> None:
+    codec, state, parts = small(), None, []
+    latents = codec.encode(clip())
+    for i, part in enumerate(split(latents, sizes)):
+        pixels, state = codec.decode_next(part, state)
+        assert pixels.shape[1] == 4 * part.shape[1] - 3 * (i == 0)
+        parts.append(pixels)
+    torch.testing.assert_close(torch.cat(parts, dim=1), codec.decode(latents), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_sessions_interleave_and_rewind() -> None:
+    codec = small()
+    clips = [codec.encode(clip(seed=1)), codec.encode(clip(seed=2, height=8))]
+    states, drawn = [None, None], [[], []]
+    for i in range(LATENTS):
+        for k in (0, 1):
+            codec.decode_next(clips[k][:, i : i + 1] + 1, states[k])  # a step that is taken back
+            pixels, states[k] = codec.decode_next(clips[k][:, i : i + 1], states[k])
+            drawn[k].append(pixels)
+    for k in (0, 1):
+        torch.testing.assert_close(torch.cat(drawn[k], dim=1), codec.decode(clips[k]), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_causal_in_time() -> None:
+    codec, pixels = small(), clip()
+    latents = codec.encode(pixels)
+    for i in range(LATENTS - 1):
+        changed = pixels.clone()
+        changed[:, 4 * i + 1 :] = 0
+        torch.testing.assert_close(codec.encode(changed)[:, : i + 1], latents[:, : i + 1], atol=1e-6, rtol=0)
+        seen = pixels.clone()
+        seen[:, 4 * i] = 0
+        assert (codec.encode(seen)[:, i] - latents[:, i]).abs().max() > 1e-3, "a latent sees its own last frame"
+        later = latents.clone()
+        later[:, i + 1 :] = 0
+        same = slice(0, 4 * i + 1)
+        torch.testing.assert_close(codec.decode(later)[:, same], codec.decode(latents)[:, same], atol=1e-6, rtol=0)
+
+
+def test_statistics_make_latents_unit_variance() -> None:
+    torch.manual_seed(0)
+    codec, pixels = CodecConfig().build(), clip(4, 9, 32, 32)
+    pixels = pixels + torch.linspace(-1, 1, 9)[:, None, None, None]
+    with torch.no_grad():
+        picture = codec.decode(codec.encode(pixels))
+        for _ in range(2):  # measuring again changes nothing
+            latents = codec.encode(pixels)
+            codec.set_statistics(latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4)))
+        latents = codec.encode(pixels)
+        torch.testing.assert_close(codec.decode(latents), picture, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(latents.std((0, 1, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.mean((0, 1, 3, 4)), torch.zeros(16), atol=1e-3, rtol=0)
+    twin = CodecConfig().build()
+    twin.load_state_dict(codec.state_dict())
+    torch.testing.assert_close(twin.encode(pixels), latents, atol=1e-6, rtol=0)
+
+
+def test_learns_and_is_deterministic() -> None:
+    def train() -> list[float]:
+        torch.manual_seed(0)
+        codec = CodecConfig(width=32, fine=16, finest=8).build()
+        smooth = torch.nn.functional.interpolate(clip(1, 5, 8, 8)[0], size=(32, 32), mode="bicubic")[None]
+        generator = torch.Generator().manual_seed(0)
+        optimiser = torch.optim.Adam(codec.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(40):
+            total, logs = codec.loss(smooth, generator)
+            optimiser.zero_grad()
+            total.backward()
+            optimiser.step()
+            losses.append(float(total.detach()))
+        assert logs.keys() >= {"l1", "mse", "psnr"}
+        return losses
+
+    losses = train()
+    assert losses[-1] < 0.7 * losses[0] and losses == train()
+
+
+def test_frozen_encoder_keeps_the_latent_space() -> None:
+    codec = small().train()
+    codec.freeze_encoder()
+    total, _ = codec.loss(clip(), torch.Generator().manual_seed(0))
+    total.backward()
+    assert all(p.grad is None for p in codec.encoder.parameters())
+    assert all(p.grad is not None for p in codec.decoder.parameters())
+
+
+def test_errors_say_what_would_do() -> None:
+    codec = small()
+    with pytest.raises(UserError, match=r"clip of 16 frames.*17"):
+        codec.encode(clip(frames=16))
+    with pytest.raises(UserError, match=r"20x24.*multiples of 8"):
+        codec.encode(clip(height=20))
+    with pytest.raises(UserError, match=r"16 channels.*4"):
+        codec.decode(torch.zeros(1, 1, 16, 2, 2))
+    with pytest.raises(UserError, match=r"std"):
+        codec.set_statistics(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ConfigError, match=r"codec.width=0"):
+        CodecConfig(width=0)
+    with pytest.raises(ConfigError, match=r"codec.noise=-1"):
+        CodecConfig(noise=-1)
+
+
+def test_config_round_trip() -> None:
+    cfg = CodecConfig(width=32, noise=0.1)
+    assert loads(CodecConfig, dumps(cfg)) == cfg
