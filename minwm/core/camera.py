@@ -160,10 +160,10 @@ def intrinsics(fov_x_deg: float, width: int, height: int) -> Intrinsics:
 class CameraTrack:
     """The camera of every frame of a clip. Checks itself and raises CameraError."""
 
-    c2w: Float[Array, "n 4 4"]
-    """Camera-to-world, OpenCV, float64."""
-    K: Float[Array, "n 4"]
-    """(fx/W, fy/H, cx/W, cy/H); a single (4,) is repeated for every frame."""
+    c2w: Array
+    """n 4 4 float64: camera-to-world, OpenCV."""
+    K: Array
+    """n 4 float64: (fx/W, fy/H, cx/W, cy/H); a single (4,) is repeated for every frame."""
     fps: float
     """Poses per second."""
     unit: str = "toy"
@@ -265,7 +265,8 @@ class CameraTrack:
         if missing:
             raise CameraError(f"{path}: lacks {', '.join(sorted(missing))}; save the track again")
         try:
-            return cls(c2w=record["c2w"], K=record["K"], fps=float(record["fps"]), unit=str(record["unit"]))
+            c2w, K = np.array(record["c2w"], np.float64), np.array(record["K"], np.float64)
+            return cls(c2w=c2w, K=K, fps=float(record["fps"]), unit=str(record["unit"]))
         except (CameraError, TypeError, ValueError, OverflowError) as error:
             raise CameraError(f"{path}: {error}") from error
 

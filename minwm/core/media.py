@@ -83,7 +83,7 @@ def frames(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3"]
 
 
 def write_video(path: str | Path, frames: Frames, fps: float, crf: int = LOSSLESS_LOOK) -> None:
-    """Write H.264 in mp4, whatever the suffix; up to crf 12, or with an odd side, in full colour resolution."""
+    """Write H.264 in mp4, whatever the suffix; up to crf 12, or with an odd side, with full colour detail."""
     images = _numpy(frames)
     even = images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0
     with atomic(path) as temporary:

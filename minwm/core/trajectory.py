@@ -192,8 +192,8 @@ class Trajectory:
 
 
 def parse(text: str, *, stride: int = 4) -> Trajectory:
-    """Read a trajectory in any dialect: `w*8,a*4` and `w-8, right-3` count latents, `W:24` counts pixel frames
-    (a multiple of `stride`), `w+j*8` holds two keys, a bare `w` is one latent.
+    """Read a trajectory in any dialect: `w*8,a*4` and `w-8, right-3` count latents, `W:24` counts pixel
+    frames (a multiple of `stride`), `w+j*8` holds two keys, a bare `w` is one latent.
 
     Raises TrajectoryError, with a caret under the segment, for an unknown or contradictory key or for a count
     that is not a positive whole number: nothing is ever rounded.
@@ -332,7 +332,7 @@ def smooth_track(
     rng: np.random.Generator, frames: int, motion: Motion, K: Intrinsics, *, period: float = 4.0
 ) -> CameraTrack:
     """A path like that of a hand or a mouse, where `random_track` is like keys: no axis exceeds the motion's
-    speed, and no velocity swings faster than once in `period` seconds. Looks up or down 15 degrees at most."""
+    speed, and no velocity swings faster than once in `period` seconds. Looks up and down by 15 degrees."""
     if frames < 1:
         raise TrajectoryError(f"a path of {frames} frames; it needs at least 1")
     time = np.arange(frames) / motion.fps

@@ -25,7 +25,9 @@ class Condition:
     """Clean first latent: an image start. None generates the first frame too."""
 
     def _map(self, change) -> "Condition":  # noqa: ANN001 - any Tensor -> Tensor
-        changed = {f.name: change(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None}
+        changed = {
+            f.name: change(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None
+        }
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> "Condition":
@@ -33,8 +35,10 @@ class Condition:
 
     def frames(self, start: int, stop: int) -> "Condition":
         """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
-        return self if self.w2c is None or self.K is None else replace(
-            self, w2c=self.w2c[:, start:stop], K=self.K[:, start:stop]
+        return (
+            self
+            if self.w2c is None or self.K is None
+            else replace(self, w2c=self.w2c[:, start:stop], K=self.K[:, start:stop])
         )
 
     def without_text(self) -> "Condition":
@@ -62,4 +66,6 @@ class Clip:
 
     def to(self, device: torch.device | str) -> "Clip":
         trajectory = self.trajectory if self.trajectory is None else self.trajectory.to(device)
-        return replace(self, latents=self.latents.to(device), cond=self.cond.to(device), trajectory=trajectory)
+        return replace(
+            self, latents=self.latents.to(device), cond=self.cond.to(device), trajectory=trajectory
+        )

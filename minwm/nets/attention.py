@@ -1,9 +1,9 @@
 """Attention scopes: what a token may look at is an argument of the network, not a mode inside it.
 
-    Full()                 everything (bidirectional)
-    Masked(rule, ...)      a sentence about frames, expanded to tokens (teacher forcing, oracles)
-    Cached(arena, chunk)   the streamed past and the current chunk, written in place (inference)
-    Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk (self-rollout)
+Full()                 everything (bidirectional)
+Masked(rule, ...)      a sentence about frames, expanded to tokens (teacher forcing, oracles)
+Cached(arena, chunk)   the streamed past and the current chunk, written in place (inference)
+Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk (self-rollout)
 """
 
 from collections.abc import Callable
@@ -44,7 +44,9 @@ class Geometry:
         if min(self.tokens, self.chunk, self.window) < 1 or min(self.first, self.sink, self.text) < 0:
             raise ConfigError(f"geometry {self}: tokens, chunk and window must be >= 1, the others >= 0")
         if self.lead != self.chunk and self.sink < 1:
-            raise ConfigError(f"geometry: a first chunk of {self.lead} frames among chunks of {self.chunk} needs sink >= 1")
+            raise ConfigError(
+                f"geometry: a first chunk of {self.lead} frames among chunks of {self.chunk} needs sink >= 1"
+            )
 
     @property
     def lead(self) -> int:
@@ -63,7 +65,9 @@ class Geometry:
         return self.lead + (chunk - 1) * self.chunk if chunk else 0
 
     def chunk_of(self, frame: Frames) -> Frames:
-        return torch.where(frame < self.lead, 0, 1 + (frame - self.lead).div(self.chunk, rounding_mode="floor"))
+        return torch.where(
+            frame < self.lead, 0, 1 + (frame - self.lead).div(self.chunk, rounding_mode="floor")
+        )
 
     def chunks(self, frames: int) -> list[tuple[int, int]]:
         """[start, stop) of every chunk of a clip; `frames` must be a whole number of chunks."""
@@ -155,8 +159,15 @@ class KVArena:
     """
 
     def __init__(
-        self, geometry: Geometry, layers: int, batch: int, heads: int, head_width: int, *,
-        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        self,
+        geometry: Geometry,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_width: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.geometry = geometry
         self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, head_width, dtype=dtype, device=device)

@@ -59,7 +59,13 @@ class Backbone(nn.Module, ABC):
     def arena(self, geometry: Geometry, batch: int) -> KVArena:
         weight = next(self.parameters())
         return KVArena(
-            geometry, self.layers, batch, self.heads, self.head_width, dtype=weight.dtype, device=weight.device
+            geometry,
+            self.layers,
+            batch,
+            self.heads,
+            self.head_width,
+            dtype=weight.dtype,
+            device=weight.device,
         )
 
 

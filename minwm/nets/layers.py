@@ -61,13 +61,17 @@ class Rope3D(nn.Module):
         for axis, count in enumerate(pairs):
             frequency = theta ** (-torch.arange(count, dtype=torch.float64) / max(count, 1))
             angle = torch.arange(max_positions, dtype=torch.float64)[:, None] * frequency
-            self.register_buffer(f"axis{axis}", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False)
+            self.register_buffer(
+                f"axis{axis}", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False
+            )
 
     def forward(self, frames: list[int], height: int, width: int) -> Float[Tensor, "2 s half"]:
         """cos and sin for the tokens of `frames` (positions in time) x height x width."""
         size = (len(frames), height, width)
         if (last := max(*frames, height - 1, width - 1)) >= self.axis0.shape[1]:
-            raise ConfigError(f"position {last} lies beyond the rotary tables; raise max_positions={self.axis0.shape[1]}")
+            raise ConfigError(
+                f"position {last} lies beyond the rotary tables; raise max_positions={self.axis0.shape[1]}"
+            )
         time = self.axis0[:, frames][:, :, None, None].expand(-1, *size, -1)
         row = self.axis1[:, :height][:, None, :, None].expand(-1, *size, -1)
         column = self.axis2[:, :width][:, None, None].expand(-1, *size, -1)

@@ -51,7 +51,9 @@ class WanConfig:
         unit = self.heads * (8 if self.camera == "single" else 4)
         if self.dim % unit:
             near = max(1, round(self.dim / unit)) * unit
-            raise ConfigError(f"wan.dim={self.dim}: {self.heads} heads with camera={self.camera} need a multiple of {unit}; try {near}")
+            raise ConfigError(
+                f"wan.dim={self.dim}: {self.heads} heads with camera={self.camera} need a multiple of {unit}; try {near}"
+            )
 
     def build(self) -> "Wan":
         return Wan(self)
@@ -71,11 +73,16 @@ class SelfAttention(nn.Module):
             nn.init.zeros_(self.prope_o.bias)
 
     def forward(
-        self, x: Float[Tensor, "b f p d"], rope: Float[Tensor, "2 s half"], camera: Projection | None, scope: Scope
+        self,
+        x: Float[Tensor, "b f p d"],
+        rope: Float[Tensor, "2 s half"],
+        camera: Projection | None,
+        scope: Scope,
     ) -> Float[Tensor, "b f p d"]:
         flat = x.flatten(1, 2)
         q, k, v = (
-            y.unflatten(-1, (self.heads, -1)) for y in (self.norm_q(self.q(flat)), self.norm_k(self.k(flat)), self.v(flat))
+            y.unflatten(-1, (self.heads, -1))
+            for y in (self.norm_q(self.q(flat)), self.norm_k(self.k(flat)), self.v(flat))
         )
         attend = {"none": self.plain, "dual": self.dual, "single": self.single}[self.mode]
         return attend(q, k, v, rope, camera, scope).view_as(x)
@@ -97,7 +104,9 @@ class SelfAttention(nn.Module):
         main, projective = out.split(self.heads, dim=2)
         return self.o(main.flatten(2)) + self.prope_o(camera.outputs(projective).flatten(2))
 
-    def single(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: Projection, scope: Scope) -> Tensor:
+    def single(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: Projection, scope: Scope
+    ) -> Tensor:
         """The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs."""
         back = torch.stack([rope[0], -rope[1]])  # D^T and D^-1 of a rotation both turn it back
 
@@ -121,7 +130,10 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
 
     def read(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]:
-        k, v = (rearrange(y, "b l (a e) -> b a l e", a=self.heads) for y in (self.norm_k(self.k(text)), self.v(text)))
+        k, v = (
+            rearrange(y, "b l (a e) -> b a l e", a=self.heads)
+            for y in (self.norm_k(self.k(text)), self.v(text))
+        )
         return k, v
 
     def forward(self, x: Float[Tensor, "b f p d"], k: Tensor, v: Tensor) -> Float[Tensor, "b f p d"]:
@@ -144,8 +156,13 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
     def forward(
-        self, x: Float[Tensor, "b f p d"], time: Float[Tensor, "b f 6 d"], rope: Tensor, text: tuple[Tensor, Tensor],
-        camera: Projection | None, scope: Scope,
+        self,
+        x: Float[Tensor, "b f p d"],
+        time: Float[Tensor, "b f 6 d"],
+        rope: Tensor,
+        text: tuple[Tensor, Tensor],
+        camera: Projection | None,
+        scope: Scope,
     ) -> Float[Tensor, "b f p d"]:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + time).unbind(2)
         y = self.self_attn(modulate(self.norm1(x), shift_a, scale_a), rope, camera, scope)
@@ -177,14 +194,22 @@ class Wan(Backbone):
         self.config = cfg
         self.layers, self.head_width = cfg.layers, cfg.dim // cfg.heads
         self.heads = cfg.heads * (2 if cfg.camera == "dual" else 1)
-        self.patch_embedding = nn.Conv3d(cfg.channels, cfg.dim, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch))
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.patch_embedding = nn.Conv3d(
+            cfg.channels, cfg.dim, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch)
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
         self.head = Head(cfg)
         e = self.head_width
-        self.rope = Rope3D((0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e), cfg.max_positions)
+        self.rope = Rope3D(
+            (0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e), cfg.max_positions
+        )
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -205,7 +230,9 @@ class Wan(Backbone):
     def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
         if text.shape[1:] != (self.config.text_length, self.config.text_dim):
             want = f"(b, {self.config.text_length}, {self.config.text_dim})"
-            raise ConfigError(f"text states have shape {tuple(text.shape)}, this network reads {want}; pad with zero rows")
+            raise ConfigError(
+                f"text states have shape {tuple(text.shape)}, this network reads {want}; pad with zero rows"
+            )
         text = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
         return [block.cross_attn.read(text) for block in self.blocks]
 
@@ -213,12 +240,16 @@ class Wan(Backbone):
         if self.config.camera == "none":
             return None
         if cond.w2c is None or cond.K is None:
-            raise ConfigError(f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none")
+            raise ConfigError(
+                f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
+            )
         return Projection.bind(cond.w2c, cond.K)
 
     def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
         h, w = (n // self.config.patch for n in x.shape[-2:])
-        tokens = self.patch_embedding(rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype))
+        tokens = self.patch_embedding(
+            rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype)
+        )
         tokens = rearrange(tokens, "b d f h w -> b f (h w) d")
         sines = sinusoid(1000 * t, self.config.freq_dim).to(tokens.dtype)
         time = self.time_embedding(sines)

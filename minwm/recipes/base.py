@@ -35,7 +35,9 @@ class Recipe(ABC):
     def __init__(self, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
         wanted = {*self.trained, *self.frozen}
         if set(networks) != wanted:
-            raise ConfigError(f"{type(self).__name__} needs the roles {sorted(wanted)}, not {sorted(networks)}")
+            raise ConfigError(
+                f"{type(self).__name__} needs the roles {sorted(wanted)}, not {sorted(networks)}"
+            )
         self.networks = dict(networks)
         self.geometry = geometry
         for role in self.frozen:
@@ -74,7 +76,9 @@ def hold_first(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
     """Squared error, averaged within frames and then over frames with weight."""
-    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (weight > 0).sum().clamp_min(1)
+    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (
+        weight > 0
+    ).sum().clamp_min(1)
 
 
 def noise_like(x: Latents, generator: torch.Generator) -> Latents:

@@ -54,7 +54,9 @@ class Consistency(Recipe):
     def _end(self, net: Backbone, clip: Clip, x: Latents, t: float) -> Latents:
         """f(x, t): where the trajectory through x ends."""
         times = x.new_full(x.shape[:2], t)
-        return x0_from_velocity(x, teacher_forced(net, clip.latents, x, times, clip.cond, self.geometry), times)
+        return x0_from_velocity(
+            x, teacher_forced(net, clip.latents, x, times, clip.cond, self.geometry), times
+        )
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -33,9 +33,7 @@ class DmdConfig:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
 
 
-def direction(
-    x0: Latents, real: Latents, fake: Latents, frames: Float[Tensor, "b f"]
-) -> Latents:
+def direction(x0: Latents, real: Latents, fake: Latents, frames: Float[Tensor, "b f"]) -> Latents:
     """Descent direction of KL(student || data) at the student's x0, normalised per clip (DMD; paper eq. 3).
 
     `frames` marks those that the student generated; a given frame gets no gradient and no say in the norm.
@@ -75,7 +73,9 @@ class Dmd(Recipe):
             fake = self._x0(self.networks["critic"], x, t, clip.cond, 1.0)
             step = direction(x0, real, fake, held(clip))
         total = surrogate(x0, step)
-        return Loss(total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())})
+        return Loss(
+            total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())}
+        )
 
     def critic_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
         """Flow matching on the student's current videos."""
@@ -87,7 +87,9 @@ class Dmd(Recipe):
         total = frame_mse(self.networks["critic"](x, t, clip.cond), velocity(x0, eps), held(clip))
         return Loss(total, "critic", {"critic": float(total.detach())})
 
-    def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Latents, Latents]:
+    def _rollout(
+        self, clip: Clip, exit_step: int | None, generator: torch.Generator
+    ) -> tuple[Latents, Latents]:
         noise = draw(tuple(clip.latents.shape), self.cfg.steps, clip.latents, generator)
         return self_rollout(self.networks["student"], noise, clip.cond, self.geometry, self.times, exit_step)
 

@@ -30,7 +30,9 @@ class OdeConfig:
     def __post_init__(self) -> None:
         if self.ode_steps % self.steps:
             near = max(1, round(self.ode_steps / self.steps)) * self.steps
-            raise ConfigError(f"ode.ode_steps={self.ode_steps} is not a multiple of steps={self.steps}; try {near}")
+            raise ConfigError(
+                f"ode.ode_steps={self.ode_steps} is not a multiple of steps={self.steps}; try {near}"
+            )
 
 
 @torch.no_grad()
@@ -74,7 +76,9 @@ class Ode(Recipe):
         states = clip.trajectory
         if states is None or len(states) != len(self.times) + 1:
             held_states = 0 if states is None else len(states)
-            raise ConfigError(f"stage 2a needs clips with {len(self.times) + 1} trajectory states, these have {held_states}; collect them first")
+            raise ConfigError(
+                f"stage 2a needs clips with {len(self.times) + 1} trajectory states, these have {held_states}; collect them first"
+            )
         k = pick(len(self.times), generator)
         t = states.new_full(states.shape[1:3], self.times[k])
         v = teacher_forced(self.networks["student"], clip.latents, states[k], t, clip.cond, self.geometry)

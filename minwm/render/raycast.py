@@ -1,12 +1,13 @@
 """Analytic ray casting of a few large solids, a patterned ground and a painted sky, in plain torch.
 
-Every solid is drawn only inside its screen rectangle, for all frames of a chunk at once. World axes are OpenCV
-axes (x right, y down, z forward), the ground is y = 0; inside this file "height" is -y. A ray is `origin + t d`
-where d has camera z = 1, so t is the z-depth.
+Solids are supersampled, each only inside its screen rectangle, for all frames of a chunk at once. Ground and sky are
+filtered analytically, one ray per pixel. World axes are OpenCV axes (x right, y down, z forward), the ground is
+y = 0; "height" is -y. A ray is `origin + t d` where d has camera z = 1, so t is the z-depth.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Colour = tuple[float, float, float]
-RAYS_PER_CHUNK = 1 << 18
+RAYS_PER_CHUNK = 1 << 19
 NEAR, FAR = 0.02, 80.0
 SHADOW_REACH = 10.0
 """The baked shadow map covers the square |x|, |z| < 10."""
@@ -50,13 +51,38 @@ class Solid:
     accent: Colour
     pattern: Pattern | None = None
 
+    @cached_property
     def axes(self) -> Float[np.ndarray, "3 3"]:
         """Rows: the local x, height and z axes in world coordinates."""
         c, s = np.cos(self.yaw), np.sin(self.yaw)
         return np.array([[c, 0, -s], [0, -1, 0], [s, 0, c]])
 
+    @cached_property
     def reach(self) -> tuple[float, float]:
+        """Largest half sizes along the local x and z axes."""
         return max(self.base[0], self.top[0]), max(self.base[1], self.top[1])
+
+    @cached_property
+    def slope(self) -> tuple[float, float]:
+        """Change of the half sizes per unit of height."""
+        tall = self.high - self.low
+        return (self.top[0] - self.base[0]) / tall, (self.top[1] - self.base[1]) / tall
+
+    @cached_property
+    def corners(self) -> Float[np.ndarray, "8 3"]:
+        """World corners of the box around the solid."""
+        a, b = self.reach
+        local = np.array([[x, h, z] for x in (-a, a) for h in (self.low, self.high) for z in (-b, b)])
+        return local @ self.axes + [self.x, 0, self.z]
+
+    @cached_property
+    def planes(self) -> tuple[Float[np.ndarray, "6 3"], Float[np.ndarray, "6"]]:
+        """Unit outward normals and offsets of a block: inside means normal . (x, height, z) <= offset."""
+        (sx, sz), (bx, bz) = self.slope, self.base
+        normals = np.array([[-1, -sx, 0], [1, -sx, 0], [0, -sz, -1], [0, -sz, 1], [0, 1, 0], [0, -1, 0]])
+        at_x, at_z = bx - sx * self.low, bz - sz * self.low
+        size = np.linalg.norm(normals, axis=1)
+        return normals / size[:, None], np.array([at_x, at_x, at_z, at_z, self.high, -self.low]) / size
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,7 @@ class Scene:
     ground: Ground
     light: Light
     sky: Float[Tensor, "3 rows columns"]
-    """Rows: sine of the elevation from 0 to 1. Columns: azimuth atan2(x, z) from -pi to pi."""
+    """Cell centres; rows: sine of the elevation from 0 to 1, columns: azimuth atan2(x, z) from -pi to pi."""
 
 
 def pulse(x: Tensor, width: Tensor, fill: float) -> Tensor:
@@ -105,222 +131,196 @@ def pulse(x: Tensor, width: Tensor, fill: float) -> Tensor:
 
 
 def mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    return a + (b - a) * share[:, None]
+    """Blend colours 3 k (or 3 1) by shares k."""
+    return a + (b - a) * share
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Rays that met one surface. Vectors are in the axes that the surface uses."""
+    """Rays that met one surface; vectors are in the axes of that surface, `flat` indexes the grid's rays."""
 
     flat: Int[Tensor, "k"]
     t: Float[Tensor, "k"]
-    point: Float[Tensor, "k 3"]
-    d: Float[Tensor, "k 3"]
+    point: Float[Tensor, "3 k"]
+    d: Float[Tensor, "3 k"]
 
 
-class Frames:
-    """Buffers and rays of some frames.
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of rays in each of some frames, and the rays there: d = across + down, in local axes."""
 
-    c2w: n 4 4, K: n 4 normalised; `pixel` is the angular size of an output pixel, used to filter patterns.
-    """
+    origin: Float[np.ndarray, "m 3"]
+    across: Float[Tensor, "3 m 1 w"]
+    down: Float[Tensor, "3 m h 1"]
+    flat: Int[Tensor, "m h w"]
 
-    def __init__(self, c2w: np.ndarray, K: np.ndarray, height: int, width: int, pixel: float, device: str):
-        self.n, self.height, self.width, self.pixel = len(c2w), height, width, pixel
-        self.c2w, self.device = c2w, device
+
+class Grid:
+    """The rays of n frames through the centres of height x width cells. K: n 4, normalised."""
+
+    def __init__(self, c2w: np.ndarray, K: np.ndarray, height: int, width: int, device: str):
+        self.c2w, self.K, self.height, self.width, self.device = c2w, K, height, width, device
         self.u = ((np.arange(width) + 0.5) / width - K[:, 2:3]) / K[:, 0:1]
         self.v = ((np.arange(height) + 0.5) / height - K[:, 3:4]) / K[:, 1:2]
-        size = self.n * height * width
-        self.depth = torch.full((size,), float("inf"), device=device)
-        self.colour = torch.zeros(size, 3, device=device)
+        self.size = len(c2w) * height * width
+        self.cell = 1 / (float(K[:, 0].mean()) * width)
+        """Angular size of a cell near the image centre, radians."""
 
     def tensor(self, x: object) -> Tensor:
         return torch.as_tensor(np.asarray(x, np.float32), device=self.device)
 
-    def window(self, solid: Solid) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Frames that may see the solid, and equal-sized rectangles around it: rows m h, columns m w."""
-        a, b = solid.reach()
-        corners = np.array([[x, h, z] for x in (-a, a) for h in (solid.low, solid.high) for z in (-b, b)])
-        world = corners @ solid.axes() + [solid.x, 0, solid.z]
-        local = np.einsum("nki,npk->npi", self.c2w[:, :3, :3], world - self.c2w[:, None, :3, 3])
+    def colour(self, c: object) -> Float[Tensor, "3 1"]:
+        return self.tensor(c)[:, None]
+
+    def whole(self) -> Window:
+        rows, columns = (np.tile(np.arange(k), (len(self.c2w), 1)) for k in (self.height, self.width))
+        return self._window(np.arange(len(self.c2w)), rows, columns, self.c2w[:, :3, 3], np.eye(3))
+
+    def windows(self, solids: Sequence[Solid]) -> Iterator[tuple[Solid, Window]]:
+        """Rectangles around the solids, as large as the largest over the frames that see them; nearest first."""
+        corners = np.stack([solid.corners for solid in solids])
+        local = np.einsum("nji,snkj->snki", self.c2w[:, :3, :3], corners[:, None] - self.c2w[:, None, :3, 3])
         behind = local[..., 2] < NEAR
-        depth = np.maximum(local[..., 2], NEAR)
+        cut, seen = behind.any(2), ~behind.all(2)
         spans = []
-        for axis, grid in ((0, self.u), (1, self.v)):
-            slope = local[..., axis] / depth
-            low, high = slope.min(1, keepdims=True), slope.max(1, keepdims=True)
-            cut = behind.any(1, keepdims=True)
-            first = np.where(cut, 0, (grid < low).sum(1, keepdims=True) - 1)
-            last = np.where(cut, grid.shape[1], (grid <= high).sum(1, keepdims=True) + 1)
-            spans.append((first[:, 0].clip(0), last[:, 0].clip(0, grid.shape[1])))
-        (left, right), (top, bottom) = spans
-        seen = np.flatnonzero(~behind.all(1) & (right > left + 1) & (bottom > top + 1))
-        if not len(seen):
-            return None
-        tall, wide = (bottom - top)[seen].max(), (right - left)[seen].max()
-        rows = np.minimum(top[seen], self.height - tall)[:, None] + np.arange(tall)
-        columns = np.minimum(left[seen], self.width - wide)[:, None] + np.arange(wide)
-        return seen, rows, columns
+        for axis, cells in ((1, self.height), (0, self.width)):
+            slope = local[..., axis] / np.maximum(local[..., 2], NEAR)
+            at = (slope * self.K[:, axis, None] + self.K[:, 2 + axis, None]) * cells - 0.5
+            first = np.where(cut, 0, np.floor(at.min(2))).clip(0, cells).astype(int)
+            end = np.where(cut, cells, np.floor(at.max(2)) + 2).clip(0, cells).astype(int)
+            seen &= end > first
+            spans.append((first, end))
+        (top, bottom), (left, right) = spans
+        for i in np.argsort(local[..., 2].mean((1, 2))):
+            frames = np.flatnonzero(seen[i])
+            if len(frames):
+                tall, wide = (bottom - top)[i, frames].max(), (right - left)[i, frames].max()
+                rows = np.minimum(top[i, frames], self.height - tall)[:, None] + np.arange(tall)
+                columns = np.minimum(left[i, frames], self.width - wide)[:, None] + np.arange(wide)
+                axes = solids[i].axes
+                origin = (self.c2w[frames, :3, 3] - [solids[i].x, 0, solids[i].z]) @ axes.T
+                yield solids[i], self._window(frames, rows, columns, origin, axes)
 
-    def rays(self, frames: np.ndarray, rows: np.ndarray, columns: np.ndarray, axes: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ray directions split into a part per column (m 3 w) and a part per row (m 3 h), in the given axes."""
-        turn = axes @ self.c2w[frames, :3, :3]
-        across = turn[:, :, 0:1] * np.take_along_axis(self.u[frames], columns, 1)[:, None] + turn[:, :, 2:3]
-        down = turn[:, :, 1:2] * np.take_along_axis(self.v[frames], rows, 1)[:, None]
-        return self.tensor(across), self.tensor(down)
-
-    def flat(self, frames: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Buffer index = part per row (m h) + part per column (m w)."""
-        down = (frames[:, None] * self.height + rows) * self.width
-        return torch.as_tensor(down, device=self.device), torch.as_tensor(columns, device=self.device)
-
-
-def _block_planes(solid: Solid) -> tuple[np.ndarray, np.ndarray]:
-    """Outward normals (6 3) and offsets (6): inside means normal . (x, height, z) <= offset."""
-    tall = solid.high - solid.low
-    sides = []
-    for axis in (0, 2):
-        half = axis // 2
-        slope = (solid.top[half] - solid.base[half]) / tall
-        for sign in (-1.0, 1.0):
-            normal = np.array([0.0, -slope, 0.0])
-            normal[axis] = sign
-            sides.append((normal, solid.base[half] - slope * solid.low))
-    sides += [(np.array([0.0, 1, 0]), solid.high), (np.array([0.0, -1, 0]), -solid.low)]
-    size = [np.linalg.norm(normal) for normal, _ in sides]
-    return np.stack([n / s for (n, _), s in zip(sides, size)]), np.array([c / s for (_, c), s in zip(sides, size)])
+    def _window(
+        self, frames: np.ndarray, rows: np.ndarray, columns: np.ndarray, origin: np.ndarray, axes: np.ndarray
+    ) -> Window:
+        turn = (axes @ self.c2w[frames, :3, :3]).transpose(1, 0, 2)[..., None]
+        u, v = np.take_along_axis(self.u[frames], columns, 1), np.take_along_axis(self.v[frames], rows, 1)
+        across, down = self.tensor(turn[:, :, 0] * u + turn[:, :, 2]), self.tensor(turn[:, :, 1] * v)
+        start = torch.as_tensor((frames[:, None] * self.height + rows) * self.width, device=self.device)
+        flat = start[:, :, None] + torch.as_tensor(columns, device=self.device)[:, None, :]
+        return Window(origin, across[:, :, None, :], down[:, :, :, None], flat)
 
 
-def _split(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return part[:, 0], part[:, 1], part[:, 2]
+Entry = tuple[Tensor, Tensor]
+"""Which rays of a window (flattened) enter a solid, and at what t."""
 
 
-def _enter_block(solid: Solid, view: Frames, origin: np.ndarray, across: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    normals, offsets = _block_planes(solid)
-    g = view.tensor(normals)
-    speed = torch.einsum("fk,mkw->fmw", g, across)[:, :, None, :] + torch.einsum("fk,mkh->fmh", g, down)[..., None]
-    t = view.tensor(offsets[:, None] - normals @ origin.T)[:, :, None, None] / speed
-    enter = torch.where(speed < 0, t, -FAR).amax(0)
-    leave = torch.where(speed > 0, t, FAR).amin(0)
-    return enter, leave
+def _enter_block(solid: Solid, window: Window, grid: Grid) -> Entry:
+    normals, offsets = solid.planes
+    turn = grid.tensor(normals)
+    speed = torch.einsum("fk,kmhw->fmhw", turn, window.across) + torch.einsum("fk,kmhw->fmhw", turn, window.down)
+    t = grid.tensor(offsets[:, None] - normals @ window.origin.T)[:, :, None, None] / speed
+    enter = torch.where(speed < 0, t, -FAR).amax(0).flatten()
+    leave = torch.where(speed > 0, t, FAR).amin(0).flatten()
+    rays = ((enter < leave) & (enter > NEAR)).nonzero()[:, 0]
+    return rays, enter[rays]
 
 
-def _enter_round(solid: Solid, view: Frames, origin: np.ndarray, across: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dh, dz = ((a[:, None, :] + b[:, :, None]) for a, b in zip(_split(across), _split(down)))
+def _enter_round(solid: Solid, window: Window, grid: Grid) -> Entry:
+    """Quadric a t^2 + 2 b t + c <= 0: a sphere, or a cone x^2 + z^2 = r(height)^2 between two heights."""
+    dx, dh, dz = window.across + window.down
     ball = solid.kind == "ball"
-    slope = 0.0 if ball else (solid.top[0] - solid.base[0]) / (solid.high - solid.low)
-    middle = 0.5 * (solid.low + solid.high)
-    o = origin - [0, middle, 0] if ball else origin
-    radius = np.full(len(o), solid.base[0]) if ball else solid.base[0] + slope * (o[:, 1] - solid.low)
-    squash = 1.0 if ball else -slope * slope
-    a = (dx * dx + dz * dz + squash * dh * dh).clamp_min(1e-6)
-    ox, oh, oz = (view.tensor(o[:, i])[:, None, None] for i in range(3))
-    lean = oh if ball else view.tensor(-slope * radius)[:, None, None]
+    o = window.origin - [0, 0.5 * (solid.low + solid.high) if ball else 0, 0]
+    radius = np.full(len(o), solid.base[0]) if ball else solid.base[0] + solid.slope[0] * (o[:, 1] - solid.low)
+    lean = o[:, 1] if ball else -solid.slope[0] * radius
+    c = o[:, 0] ** 2 + o[:, 2] ** 2 + (o[:, 1] ** 2 if ball else 0) - radius**2
+    ox, oz, lean, c, height = grid.tensor([o[:, 0], o[:, 2], lean, c, window.origin[:, 1]])[:, :, None, None]
+    a = (dx * dx + dz * dz + (1.0 if ball else -(solid.slope[0] ** 2)) * dh * dh).clamp_min(1e-6)
     b = ox * dx + oz * dz + lean * dh
-    rest = o[:, 0] ** 2 + o[:, 2] ** 2 + (o[:, 1] ** 2 if ball else 0) - radius**2
-    root = (b * b - a * view.tensor(rest)[:, None, None]).sqrt()  # NaN where the ray misses: compares false
-    enter, leave = (-b - root) / a, (root - b) / a
-    bounds = (0.0, 1e3) if ball else (solid.low, solid.high)
-    h = view.tensor(origin[:, 1])[:, None, None]
-    first, second = (bounds[0] - h) / dh, (bounds[1] - h) / dh
-    if ball:  # a dome is cut by the ground from outside only
-        return torch.where(h + enter * dh >= 0, enter, FAR), leave
-    return torch.maximum(enter, torch.minimum(first, second)), torch.minimum(leave, torch.maximum(first, second))
+    square = (b * b - a * c).flatten()
+    rays = (square > 0).nonzero()[:, 0]
+    a, b, dh = a.flatten()[rays], b.flatten()[rays], dh.flatten()[rays]
+    height = height.expand_as(window.flat).flatten()[rays]
+    root = square[rays].sqrt()
+    t = (-b - root) / a
+    if ball:  # a dome ends at the ground
+        inside = (t > NEAR) & (height + t * dh >= 0)
+    else:
+        floor, lid = (solid.low - height) / dh, (solid.high - height) / dh
+        t = torch.maximum(t, torch.minimum(floor, lid))
+        inside = (t > NEAR) & (t < torch.minimum((root - b) / a, torch.maximum(floor, lid)))
+    return rays[inside], t[inside]
 
 
-def _hits(view: Frames, solid: Solid) -> Hits | None:
-    """Visible hits of one solid so far; updates the depth buffer."""
-    window = view.window(solid)
-    if window is None:
-        return None
-    frames, rows, columns = window
-    axes = solid.axes()
-    across, down = view.rays(frames, rows, columns, axes)
-    origin = (view.c2w[frames, :3, 3] - [solid.x, 0, solid.z]) @ axes.T
-    meet = _enter_block if solid.kind == "block" else _enter_round
-    enter, leave = meet(solid, view, origin, across, down)
-    m, r, c = ((enter < leave) & (enter > NEAR)).nonzero(as_tuple=True)
-    row_flat, column_flat = view.flat(frames, rows, columns)
-    flat, t = row_flat[m, r] + column_flat[m, c], enter[m, r, c]
-    front = (t < view.depth[flat]).nonzero()[:, 0]
-    flat, t, m, r, c = flat[front], t[front], m[front], r[front], c[front]
-    view.depth[flat] = t
-    d = across.transpose(1, 2)[m, c] + down.transpose(1, 2)[m, r]
-    return Hits(flat, t, view.tensor(origin)[m] + t[:, None] * d, d)
+def _hits(solid: Solid, window: Window, grid: Grid, depth: Tensor) -> Hits:
+    """Hits in front of what `depth` holds, which they replace there."""
+    rays, t = (_enter_block if solid.kind == "block" else _enter_round)(solid, window, grid)
+    flat = window.flat.flatten()[rays]
+    front = (t < depth[flat]).nonzero()[:, 0]
+    rays, t, flat = rays[front], t[front], flat[front]
+    depth[flat] = t
+    d = (window.across + window.down).flatten(1).index_select(1, rays)
+    origin = grid.tensor(window.origin.T)[:, :, None, None].expand(d.shape[0], *window.flat.shape)
+    start = torch.stack([part.flatten()[rays] for part in origin])
+    return Hits(flat, t, start + t * d, d)
 
 
-def _normals(solid: Solid, view: Frames, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit normal k 3, position across the surface in [0, 1], and its size in units per [0, 1]."""
+def _surface(solid: Solid, grid: Grid, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit normal 3 k, position across the surface in [0, 1], and the length that [0, 1] stands for."""
     if solid.kind == "block":
-        normals, offsets = _block_planes(solid)
-        g = view.tensor(normals)
-        face = (p @ g.T - view.tensor(offsets)).argmax(1)
-        half = view.tensor([solid.base[1]] * 2 + [solid.base[0]] * 4)[face]
-        side = torch.where(face < 2, p[:, 2], p[:, 0])
-        return g[face], side / (2 * half) + 0.5, 2 * half
-    x, h, z = p.unbind(1)
+        normals, offsets = (grid.tensor(x) for x in solid.planes)
+        face = (normals @ p - offsets[:, None]).argmax(0)
+        half = grid.tensor([solid.base[1]] * 2 + [solid.base[0]] * 4)[face]
+        side = torch.where(face < 2, p[2], p[0])
+        return normals.T.contiguous().index_select(1, face), side / (2 * half) + 0.5, 2 * half
+    x, h, z = p
     radius = (x * x + z * z).sqrt().clamp_min(1e-4)
     if solid.kind == "ball":
-        normal = torch.stack([x, h - 0.5 * (solid.low + solid.high), z], 1) / solid.base[0]
+        normal = torch.stack([x, h - 0.5 * (solid.low + solid.high), z]) / solid.base[0]
     else:
-        slope = (solid.top[0] - solid.base[0]) / (solid.high - solid.low)
-        normal = torch.stack([x / radius, torch.full_like(h, -slope), z / radius], 1) / np.hypot(1, slope)
+        normal = torch.stack([x / radius, torch.full_like(h, -solid.slope[0]), z / radius])
+        normal = normal / float(np.hypot(1, solid.slope[0]))
         lid = (h > solid.high - 1e-3) & (solid.top[0] > 0)
-        normal = torch.where(lid[:, None], view.tensor([0.0, 1, 0]), normal)
+        normal = torch.where(lid, grid.colour([0.0, 1, 0]), normal)
     return normal, torch.atan2(x, z) / (2 * np.pi) + 0.5, 2 * np.pi * radius
 
 
-def _accent(solid: Solid, view: Frames, hits: Hits, normal: Tensor, side: Tensor, size: Tensor) -> Tensor:
-    """Share of the accent colour per hit, filtered by the pixel footprint."""
-    pattern = solid.pattern
-    if pattern is None:
-        return torch.zeros_like(hits.t)
-    facing = (normal * hits.d).sum(1).abs().clamp_min(0.15)
-    wide = (view.pixel * hits.t).clamp_min(1e-4)
-    tall = solid.high - solid.low
+def _accent(solid: Solid, pattern: Pattern, hits: Hits, wide: Tensor, normal: Tensor, side: Tensor, size: Tensor) -> Tensor:
+    """Share of the accent colour per hit, filtered by the footprint `wide` (world units)."""
     share = torch.ones_like(hits.t)
     if pattern.row_fill < 1:
-        up = (hits.point[:, 1] - solid.low) / tall * pattern.rows - 0.5 * (1 - pattern.row_fill)
-        share = share * pulse(up, wide * pattern.rows / tall, pattern.row_fill)
+        tall = solid.high - solid.low
+        up = (hits.point[1] - solid.low) / tall * pattern.rows - 0.5 * (1 - pattern.row_fill)
+        share = share * pulse(up, wide * (pattern.rows / tall), pattern.row_fill)
     if pattern.col_fill < 1:
+        facing = dot(normal, hits.d).abs().clamp_min(0.15)
         across = side * pattern.cols - 0.5 * (1 - pattern.col_fill)
-        share = share * pulse(across, wide / facing * pattern.cols / size, pattern.col_fill)
-    return torch.where(normal[:, 1].abs() > 0.98, 0.0, share)
+        share = share * pulse(across, wide / (facing * size) * pattern.cols, pattern.col_fill)
+    return torch.where(normal[1].abs() > 0.98, 0.0, share)
 
 
-def _haze(light: Light, view: Frames, colour: Tensor, hits: Hits) -> Tensor:
-    distance = hits.t * (hits.d * hits.d).sum(1).sqrt() / light.haze_distance
-    return mix(colour, view.tensor(light.haze), 1 - torch.exp(-distance * distance))
+def _haze(light: Light, grid: Grid, colour: Tensor, hits: Hits) -> Tensor:
+    square = hits.t * hits.t * dot(hits.d, hits.d) / light.haze_distance**2
+    return mix(colour, grid.colour(light.haze), 1 - torch.exp(-square))
 
 
-def _paint_solid(solid: Solid, view: Frames, hits: Hits, light: Light) -> None:
-    normal, side, size = _normals(solid, view, hits.point)
-    accent = _accent(solid, view, hits, normal, side, size)
-    albedo = mix(view.tensor(solid.colour), view.tensor(solid.accent), accent)
-    sun = normal @ view.tensor(solid.axes() @ light.sun)
-    direct = (0.8 * sun + 0.2).clamp_min(0)
-    bounce = (0.72 + 0.22 * normal[:, 1]) * (0.7 + 0.3 * (hits.point[:, 1] / 0.5).clamp(0, 1))
-    shade = bounce[:, None] * view.tensor(light.ambient) + direct[:, None] * view.tensor(light.colour)
-    colour = albedo * (shade + light.glow * accent[:, None])
-    view.colour[hits.flat] = _haze(light, view, colour, hits)
-
-
-def _ground_hits(view: Frames) -> Hits:
-    every, rows, columns = np.arange(view.n), *(np.tile(np.arange(k), (view.n, 1)) for k in (view.height, view.width))
-    across, down = view.rays(every, rows, columns, np.eye(3))
-    dy = across[:, 1][:, None, :] + down[:, 1][:, :, None]
-    height = view.tensor(-view.c2w[:, 1, 3])[:, None, None]
-    t = torch.where(dy > 0, height / dy, FAR).flatten()
-    flat = ((t < FAR) & view.depth.isinf()).nonzero()[:, 0]
-    t = t[flat]
-    view.depth[flat] = t
-    m, r, c = _unflatten(view, flat)
-    d = across.transpose(1, 2)[m, c] + down.transpose(1, 2)[m, r]
-    return Hits(flat, t, view.tensor(view.c2w[:, :3, 3])[m] + t[:, None] * d, d)
-
-
-def _unflatten(view: Frames, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    row = flat // view.width
-    return row // view.height, row % view.height, flat % view.width
+def _solid_colour(solid: Solid, grid: Grid, hits: Hits, light: Light) -> Float[Tensor, "3 k"]:
+    normal, side, size = _surface(solid, grid, hits.point)
+    albedo, sun = grid.colour(solid.colour), grid.tensor(solid.axes @ light.sun)
+    direct = (0.8 * dot(normal, sun) + 0.2).clamp_min(0)
+    bounce = (0.78 + 0.2 * normal[1]) * (0.76 + 0.24 * (hits.point[1] / 0.5).clamp(0, 1))
+    shade = grid.colour(light.ambient) * bounce + grid.colour(light.colour) * direct
+    if solid.pattern is not None:
+        wide = (1.2 * grid.cell) * hits.t
+        accent = _accent(solid, solid.pattern, hits, wide, normal, side, size)
+        albedo = mix(albedo, grid.colour(solid.accent), accent)
+        shade = shade + light.glow * accent
+    return _haze(light, grid, albedo * shade, hits)
 
 
 def _ground_pattern(ground: Ground, x: Tensor, z: Tensor, wx: Tensor, wz: Tensor) -> Tensor:
@@ -340,69 +340,79 @@ def _ground_pattern(ground: Ground, x: Tensor, z: Tensor, wx: Tensor, wz: Tensor
     return inside.clamp(0, 1) * (1 - blurred) + 0.36 * blurred
 
 
-def _paint_ground(ground: Ground, view: Frames, hits: Hits, light: Light) -> None:
-    (x, _, z), (dx, dy, dz) = hits.point.unbind(1), hits.d.unbind(1)
-    c, s = np.cos(ground.yaw) / ground.cell, np.sin(ground.yaw) / ground.cell
-    wide = view.pixel * hits.t
+def _ground_colour(ground: Ground, grid: Grid, hits: Hits, light: Light) -> Float[Tensor, "3 k"]:
+    (x, _, z), (dx, dy, dz) = hits.point, hits.d
+    c, s = float(np.cos(ground.yaw) / ground.cell), float(np.sin(ground.yaw) / ground.cell)
+    wide = grid.cell * hits.t
     along = wide / dy
     gx, gz, gdx, gdz = c * x - s * z, s * x + c * z, c * dx - s * dz, s * dx + c * dz
     wx, wz = along * gdx.abs() + wide / ground.cell, along * gdz.abs() + wide / ground.cell
     share = _ground_pattern(ground, gx, gz, wx, wz)
-    colour = mix(view.tensor(ground.colours[0]), view.tensor(ground.colours[1]), share)
+    colour = mix(grid.colour(ground.colours[0]), grid.colour(ground.colours[1]), share)
     blur = wide + 0.5 * along
     edge = ((ground.radius - (x * x + z * z).sqrt()) / blur + 0.5).clamp(0, 1)
-    colour = mix(view.tensor(ground.field), colour, edge)
+    colour = mix(grid.colour(ground.field), colour, edge)
     where = (torch.stack([x, z], 1) / SHADOW_REACH)[None, None]
-    shadow = F.grid_sample(ground.shadow[None, None].to(view.device), where, align_corners=False)[0, 0, 0]
+    shadow = F.grid_sample(ground.shadow[None, None].to(grid.device), where, align_corners=False)[0, 0, 0]
     shadow = shadow * (1.2 - blur).clamp(0, 1)
     sun = max(float(-light.sun[1]), 0.0) * 0.8 + 0.2
-    lit = view.tensor(light.ambient) * 0.94 + view.tensor(light.colour) * sun
-    shade = mix(lit, view.tensor(light.ambient) * 0.62, shadow)
-    view.colour[hits.flat] = _haze(light, view, colour * shade, hits)
+    ambient = grid.colour(light.ambient)
+    shade = mix(ambient * 0.98 + grid.colour(light.colour) * sun, ambient * 0.74, shadow)
+    return _haze(light, grid, colour * shade, hits)
 
 
-def _paint_sky(view: Frames, sky: Tensor) -> None:
-    flat = view.depth.isinf().nonzero()[:, 0]
-    m, r, c = _unflatten(view, flat)
-    every, rows, columns = np.arange(view.n), *(np.tile(np.arange(k), (view.n, 1)) for k in (view.height, view.width))
-    across, down = view.rays(every, rows, columns, np.eye(3))
-    d = across.transpose(1, 2)[m, c] + down.transpose(1, 2)[m, r]
-    x, y, z = d.unbind(1)
-    sine = -y / (x * x + y * y + z * z).sqrt()
-    where = torch.stack([torch.atan2(x, z) / np.pi, 2 * sine - 1], 1)[None, None]
-    view.colour[flat] = F.grid_sample(sky[None].to(view.device), where, padding_mode="border", align_corners=True)[0, :, 0].T
+def _sky_colour(sky: Tensor, grid: Grid, d: Float[Tensor, "3 k"]) -> Float[Tensor, "3 k"]:
+    shrink = max(1, 2 ** int(np.log2(grid.cell / (2 * np.pi / sky.shape[2]))))  # texels no finer than pixels
+    sky = F.avg_pool2d(sky.to(grid.device), min(shrink, 8))
+    columns = sky.shape[2]
+    sky = torch.cat([sky[..., -1:], sky, sky[..., :1]], 2)
+    x, y, z = d
+    azimuth = torch.atan2(x, z) * (columns / (columns + 2) / np.pi)
+    where = torch.stack([azimuth, -2 * y / dot(d, d).sqrt() - 1], 1)[None, None]
+    return F.grid_sample(sky[None], where, padding_mode="border", align_corners=False)[0, :, 0]
 
 
-def _draw(scene: Scene, view: Frames, paint: bool) -> None:
-    eye = view.c2w[:, :3, 3].mean(0)
-    for solid in sorted(scene.solids, key=lambda s: float(np.hypot(s.x - eye[0], s.z - eye[2]))):
-        hits = _hits(view, solid)
-        if paint and hits is not None:
-            _paint_solid(solid, view, hits, scene.light)
-    hits = _ground_hits(view)
-    if paint:
-        _paint_ground(scene.ground, view, hits, scene.light)
-        _paint_sky(view, scene.sky)
+def _background(scene: Scene, grid: Grid) -> tuple[Float[Tensor, "3 k"], Float[Tensor, "k"]]:
+    """Colour and z-depth of ground and sky through every cell."""
+    whole = grid.whole()
+    d = (whole.across + whole.down).flatten(1)
+    origin = grid.tensor(whole.origin.T)[:, :, None].expand(3, len(whole.origin), grid.height * grid.width).flatten(1)
+    t = -origin[1] / d[1]
+    below = (d[1] > 0) & (t < FAR)
+    ground, sky = below.nonzero()[:, 0], (~below).nonzero()[:, 0]
+    t, down = t[ground], d.index_select(1, ground)
+    hits = Hits(ground, t, origin.index_select(1, ground) + t * down, down)
+    colour = torch.empty_like(d).index_copy_(1, ground, _ground_colour(scene.ground, grid, hits, scene.light))
+    colour.index_copy_(1, sky, _sky_colour(scene.sky, grid, d.index_select(1, sky)))
+    return colour, torch.full_like(d[0], torch.inf).index_copy_(0, ground, t)
 
 
-def _chunks(frames: int, rays: int) -> Iterator[slice]:
-    step = max(1, RAYS_PER_CHUNK // rays)
-    return (slice(a, a + step) for a in range(0, frames, step))
+def _image(scene: Scene, coarse: Grid, fine: Grid, colour: Tensor) -> Tensor:
+    """n h w 3 uint8: supersampled solids over the background `colour` 3 k."""
+    depth = torch.full((fine.size,), torch.inf, device=fine.device)
+    solids = torch.zeros(4, fine.size, device=fine.device)  # colour and coverage
+    for solid, window in fine.windows(scene.solids):
+        hits = _hits(solid, window, fine, depth)
+        solids[:3].index_copy_(1, hits.flat, _solid_colour(solid, fine, hits, scene.light))
+    solids[3] = depth < torch.inf
+    solids = F.avg_pool2d(solids.view(4, -1, fine.height, fine.width), fine.height // coarse.height).view(4, -1)
+    image = (solids[:3] + colour * (1 - solids[3])).clamp(0, 1) * 255 + 0.5
+    return image.byte().view(3, -1, coarse.height, coarse.width).permute(1, 2, 3, 0).contiguous()
 
 
 @torch.inference_mode()
 def render(
     scene: Scene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames n h w 3 uint8 (average of supersample^2 rays) and exact z-depth of the pixel-centre rays n h w."""
+    """Frames n h w 3 uint8 and the exact z-depth of the pixel-centre rays n h w (inf: sky)."""
     images, depths = [], []
-    for part in _chunks(len(c2w), height * width * supersample**2):
-        pixel = 0.8 / (float(K[part, 0].mean()) * width)
-        fine = Frames(c2w[part], K[part], height * supersample, width * supersample, pixel, device)
-        _draw(scene, fine, paint=True)
-        image = fine.colour.view(fine.n, height, supersample, width, supersample, 3).mean((2, 4))
-        images.append((image.clamp(0, 1) * 255 + 0.5).byte().cpu())
-        centre = Frames(c2w[part], K[part], height, width, pixel, device)
-        _draw(scene, centre, paint=False)
-        depths.append(centre.depth.view(-1, height, width).cpu())
+    step = max(1, RAYS_PER_CHUNK // (height * width * supersample**2))
+    for part in (slice(a, a + step) for a in range(0, len(c2w), step)):
+        coarse = Grid(c2w[part], K[part], height, width, device)
+        fine = Grid(c2w[part], K[part], height * supersample, width * supersample, device)
+        colour, depth = _background(scene, coarse)
+        images.append(_image(scene, coarse, fine, colour).cpu())
+        for solid, window in coarse.windows(scene.solids):
+            _hits(solid, window, coarse, depth)
+        depths.append(depth.view(-1, height, width).cpu())
     return torch.cat(images).numpy(), torch.cat(depths).numpy()

@@ -51,20 +51,20 @@ class Hour:
 
 
 HOURS: dict[str, Hour] = {
-    "blue day": Hour((0.24, 0.50, 0.88), (0.80, 0.90, 0.98), (1.0, 0.97, 0.85), (0.50, 0.54, 0.62),
-                     (0.58, 0.54, 0.44), (0.48, 0.58, 0.74), (0.98, 0.99, 1.0), (24, 38)),
-    "pink dusk": Hour((0.36, 0.32, 0.62), (0.98, 0.70, 0.66), (1.0, 0.88, 0.70), (0.52, 0.44, 0.56),
-                      (0.56, 0.42, 0.34), (0.50, 0.36, 0.54), (0.99, 0.80, 0.76), (10, 20)),
-    "orange sunset": Hour((0.30, 0.40, 0.62), (0.99, 0.72, 0.40), (1.0, 0.93, 0.66), (0.50, 0.44, 0.46),
-                          (0.66, 0.46, 0.24), (0.50, 0.32, 0.34), (1.0, 0.80, 0.56), (9, 18)),
-    "starless night": Hour((0.05, 0.07, 0.20), (0.22, 0.28, 0.48), (0.95, 0.96, 0.90), (0.32, 0.37, 0.58),
-                           (0.26, 0.28, 0.34), (0.10, 0.12, 0.26), (0.28, 0.33, 0.52), (18, 32), 5.0, 0.55),
-    "golden dawn": Hour((0.38, 0.66, 0.78), (0.99, 0.89, 0.66), (1.0, 0.96, 0.78), (0.52, 0.52, 0.54),
-                        (0.56, 0.48, 0.32), (0.50, 0.60, 0.62), (1.0, 0.95, 0.84), (12, 22)),
-    "grey cloudy": Hour((0.56, 0.62, 0.68), (0.82, 0.85, 0.87), (1.0, 1.0, 1.0), (0.66, 0.68, 0.70),
-                        (0.30, 0.29, 0.27), (0.54, 0.60, 0.64), (0.92, 0.93, 0.94), (40, 50), 0.0),
-    "green evening": Hour((0.10, 0.34, 0.42), (0.72, 0.88, 0.70), (1.0, 0.98, 0.80), (0.44, 0.52, 0.50),
-                          (0.50, 0.48, 0.34), (0.20, 0.42, 0.44), (0.82, 0.94, 0.80), (12, 24)),
+    "blue day": Hour((0.20, 0.47, 0.88), (0.76, 0.89, 0.98), (1.0, 0.97, 0.85), (0.62, 0.65, 0.71),
+                     (0.48, 0.45, 0.38), (0.40, 0.52, 0.70), (0.98, 0.99, 1.0), (24, 36)),
+    "pink dusk": Hour((0.38, 0.33, 0.66), (1.0, 0.72, 0.68), (1.0, 0.90, 0.72), (0.62, 0.54, 0.66),
+                      (0.48, 0.36, 0.28), (0.46, 0.34, 0.56), (1.0, 0.82, 0.78), (11, 20)),
+    "orange sunset": Hour((0.34, 0.44, 0.66), (1.0, 0.74, 0.42), (1.0, 0.94, 0.68), (0.60, 0.54, 0.56),
+                          (0.56, 0.40, 0.20), (0.56, 0.34, 0.34), (1.0, 0.84, 0.60), (10, 18)),
+    "dark night": Hour((0.05, 0.08, 0.24), (0.24, 0.31, 0.54), (0.95, 0.96, 0.90), (0.42, 0.47, 0.68),
+                       (0.26, 0.28, 0.32), (0.10, 0.13, 0.29), (0.28, 0.34, 0.55), (18, 30), 5.0, 0.45),
+    "golden dawn": Hour((0.36, 0.64, 0.80), (1.0, 0.90, 0.66), (1.0, 0.97, 0.80), (0.63, 0.62, 0.62),
+                        (0.48, 0.41, 0.27), (0.46, 0.58, 0.62), (1.0, 0.96, 0.86), (12, 22)),
+    "grey cloudy": Hour((0.50, 0.57, 0.65), (0.82, 0.86, 0.89), (1.0, 1.0, 1.0), (0.72, 0.74, 0.77),
+                        (0.28, 0.27, 0.25), (0.46, 0.53, 0.59), (0.93, 0.94, 0.95), (40, 50), 0.0),
+    "green evening": Hour((0.10, 0.36, 0.44), (0.72, 0.90, 0.72), (1.0, 0.98, 0.80), (0.56, 0.64, 0.60),
+                          (0.44, 0.42, 0.30), (0.16, 0.40, 0.42), (0.84, 0.96, 0.82), (12, 24)),
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count:
         for _ in range(4):
             apart = _apart(azimuth, centre + rng.uniform(-1.6, 1.6) * size) / (size * rng.uniform(0.7, 1.3))
             across.append(np.exp(-apart * apart))
-            rise = (sine - level - rng.uniform(-0.012, 0.03)) / rng.uniform(0.022, 0.042)
+            rise = (sine - level - rng.uniform(-0.015, 0.045)) / rng.uniform(0.032, 0.055)
             up.append(np.exp(-rise * rise))
     cover = np.clip((np.stack(up, 1) @ np.stack(across) - 0.25) / 0.6, 0, 1)
     return cover * cover * (3 - 2 * cover)
@@ -141,24 +141,24 @@ def paint_sky(
     rng: np.random.Generator, hour: Hour, skyline: str, sun: Float[np.ndarray, "3"]
 ) -> Float[Tensor, "3 rows columns"]:
     """Panorama for `Scene.sky`; `sun` is the unit vector towards the disc, world axes."""
-    azimuth = np.linspace(-np.pi, np.pi, SKY_COLUMNS + 1, dtype=np.float32)
-    sine = np.linspace(0, 1, SKY_ROWS, dtype=np.float32)[:, None]
+    azimuth = ((np.arange(SKY_COLUMNS, dtype=np.float32) + 0.5) / SKY_COLUMNS * 2 - 1) * np.pi
+    sine = (np.arange(SKY_ROWS, dtype=np.float32)[:, None] + 0.5) / SKY_ROWS
     cosine = np.sqrt(1 - sine * sine)
     zenith, horizon, ridge = (np.array(c, np.float32) for c in (hour.zenith, hour.horizon, hour.ridge))
     haze = np.array(haze_colour(hour), np.float32)
     share = (1 - np.exp(-3.0 * sine)) / (1 - np.exp(-3.0))
-    sky = np.broadcast_to(horizon + (zenith - horizon) * share[..., None], (SKY_ROWS, SKY_COLUMNS + 1, 3)).copy()
+    sky = np.broadcast_to(horizon + (zenith - horizon) * share[..., None], (SKY_ROWS, SKY_COLUMNS, 3)).copy()
     towards = cosine * (np.sin(azimuth) * sun[0] + np.cos(azimuth) * sun[2]) - sine * sun[1]
-    angle = np.degrees(np.arccos(np.clip(towards, -1, 1)))
+    angle = np.degrees(np.sqrt(np.clip(2 - 2 * towards, 0, None)))  # exact enough near the disc
     if hour.disc:
         sky = _over(sky, np.array(hour.sun, np.float32), 0.55 * np.exp(-((angle / (3.2 * hour.disc)) ** 2)))
         sky = _over(sky, np.array(hour.sun, np.float32), np.clip((hour.disc - angle) / 0.7 + 0.5, 0, 1))
     cover = _clouds(rng, azimuth, sine[:, 0], int(rng.integers(5, 9)))
     sky = _over(sky, np.array(hour.cloud, np.float32), 0.85 * cover)
     outline, tall = SKYLINES[skyline]
-    for scale, fade in ((1.0, 0.42), (0.55, 0.0)):
+    for scale, fade in ((1.0, 0.34), (0.5, 0.0)):
         top = outline(rng, azimuth, tall * scale)
-        foot = np.clip(1 - sine / (0.8 * top), 0, 1)
+        foot = 0.8 * np.clip(1 - sine / (0.6 * top), 0, 1)
         colour = _over(np.broadcast_to(ridge + (haze - ridge) * fade, sky.shape), haze, foot)
         sky = _over(sky, colour, np.clip((top - sine) * SKY_ROWS / 1.4 + 0.5, 0, 1))
     return torch.from_numpy(np.ascontiguousarray(sky.transpose(2, 0, 1), dtype=np.float32))
@@ -172,7 +172,7 @@ def paint_shadow(solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"]) -> Floa
     away = -np.array([sun[0], sun[2]]) / max(float(np.hypot(sun[0], sun[2])), 1e-6)
     for solid in solids:
         sweep = away * min(0.75 * solid.high, 1.1)
-        reach = float(np.hypot(*solid.reach())) + float(np.hypot(*sweep)) + 0.4
+        reach = float(np.hypot(*solid.reach)) + float(np.hypot(*sweep)) + 0.4
         x = slice(*np.searchsorted(grid, [solid.x - reach, solid.x + reach]))
         z = slice(*np.searchsorted(grid, [solid.z - reach, solid.z + reach]))
         px, pz = grid[None, x] - solid.x, grid[z, None] - solid.z
@@ -190,6 +190,6 @@ def _outside(solid: Solid, px: np.ndarray, pz: np.ndarray, along: np.ndarray) ->
     size = [(1 - along) * solid.base[i] + along * solid.top[i] for i in (0, 1)]
     if solid.kind != "block":
         return np.hypot(px, pz) - size[0]
-    axes = solid.axes()
+    axes = solid.axes
     x, z = axes[0, 0] * px + axes[0, 2] * pz, axes[2, 0] * px + axes[2, 2] * pz
     return np.maximum(np.abs(x) - size[0], np.abs(z) - size[1])

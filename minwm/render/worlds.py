@@ -16,7 +16,7 @@ from minwm.render.raycast import Colour, Ground, Light, Pattern, Scene, Solid
 from minwm.render.scenery import BARK, CHARCOAL, CREAM, GROUNDS, HOURS, LAMP, PAINTS, SKYLINES, haze_colour, paint_shadow, paint_sky
 
 CLEARANCE = 0.25
-NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 BANDS = (Pattern(1, 0.34), Pattern(2, 0.5), Pattern(3, 0.5), Pattern(1, 1.0, 2, 0.5))
 WINDOWS = (Pattern(3, 0.5, 2, 0.5), Pattern(4, 0.5, 2, 0.46), Pattern(3, 0.5, 1, 0.5))
@@ -68,7 +68,7 @@ def _box(rng: Draw, paint: Colour, accent: Colour) -> Parts:
 
 def _house(rng: Draw, paint: Colour, accent: Colour) -> Parts:
     a, b, h = rng.uniform(0.42, 0.55), rng.uniform(0.36, 0.46), rng.uniform(0.55, 0.7)
-    body = replace(_block(0, h, (a, b), (a, b), CREAM), accent=accent, pattern=Pattern(1, 0.44, 2, 0.4))
+    body = replace(_block(0, h, (a, b), (a, b), CREAM), accent=LAMP if accent == LAMP else CHARCOAL, pattern=Pattern(1, 0.46, 2, 0.42))
     return [body, _block(h, h + 0.5, (a * 1.18, b * 1.18), (a * 0.5, 0), paint)]
 
 
@@ -133,8 +133,12 @@ def _stand(kind: str, parts: Parts, x: float, z: float, yaw: float) -> Thing:
     """Move parts built around the origin to their place."""
     c, s = np.cos(yaw), np.sin(yaw)
     placed = tuple(replace(p, x=x + c * p.x + s * p.z, z=z - s * p.x + c * p.z, yaw=yaw) for p in parts)
-    radius = max(float(np.hypot(p.x, p.z)) + (float(np.hypot(*p.reach())) if p.kind == "block" else p.base[0]) for p in parts)
+    radius = max(float(np.hypot(p.x, p.z)) + (float(np.hypot(*p.reach)) if p.kind == "block" else p.base[0]) for p in parts)
     return Thing(kind, x, z, radius, max(p.high for p in parts), placed)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,7 @@ class Family:
 
     def words(self) -> str:
         name = self.kind if self.count == 1 else PLURAL.get(self.kind, self.kind + "s")
-        article = "an" if self.count == 1 and self.paint[0] == "o" else NUMBERS[self.count]
-        return f"{article} {self.paint} {name}"
+        return f"{NUMBERS.get(self.count) or _article(self.paint)} {self.paint} {name}"
 
     def build(self, rng: Draw) -> Parts:
         return BUILDERS[self.kind](rng, PAINTS[self.paint], self.accent)
@@ -168,8 +171,8 @@ def _families(rng: Draw, ground: str, glow: float) -> tuple[Family, ...]:
     if last == "tree" and ground not in ("grassy", "mossy"):
         paints = [p for p in paints if p != "green"][:3] + ["green"]
     kinds = (str(tall[0]), str(low[0]), str(low[1]), last)
-    counts = (1, int(rng.integers(2, 4)), int(rng.integers(2, 4)), 3)
-    accents = [LAMP if glow else (CREAM, CHARCOAL)[int(rng.random() < 0.4)] for _ in kinds]
+    counts = (1, int(rng.integers(2, 5)), int(rng.integers(3, 5)), int(rng.integers(3, 5)))
+    accents = [LAMP if glow else (CREAM, CHARCOAL)[int(rng.random() < 0.25)] for _ in kinds]
     accents = [CHARCOAL if paint == "white" and accent == CREAM else accent for paint, accent in zip(paints, accents)]
     return tuple(Family(*parts) for parts in zip(kinds, paints, accents, counts))
 
@@ -184,7 +187,7 @@ def _layout(rng: Draw, families: tuple[Family, ...]) -> tuple[Thing, ...]:
         x, z = radius * np.sin(angle), radius * np.cos(angle)
         parts = [_scaled(part, scale) for part in family.build(rng)]
         thing = _stand(family.kind, parts, x, z, rng.uniform(0, 2 * np.pi))
-        free = all(np.hypot(t.x - x, t.z - z) > t.radius + thing.radius + 0.75 for t in things)
+        free = all(np.hypot(t.x - x, t.z - z) > t.radius + thing.radius + 0.6 for t in things)
         if free:
             things.append(thing)
         return free
@@ -192,7 +195,7 @@ def _layout(rng: Draw, families: tuple[Family, ...]) -> tuple[Thing, ...]:
     for i, family in enumerate(queue):
         for _ in range(30):
             angle = 2 * np.pi * (i + rng.uniform(-0.4, 0.4)) / len(queue)
-            if place(family, angle, rng.uniform(1.5, 2.6) if i % 2 else rng.uniform(2.8, 4.6), 1.0):
+            if place(family, angle, rng.uniform(1.3, 2.4) if i % 2 else rng.uniform(2.6, 4.2), 1.0):
                 break
     for i in range(7):
         family = families[int(rng.integers(len(families)))]
@@ -236,14 +239,14 @@ class World:
                         paint_shadow(self.solids, light.sun))  # fmt: skip
         self.scene = Scene(self.solids, ground, light, paint_sky(rng, hour, skyline, _direction(*sun)))
         self.caption = (f"{families[0].words()} and {families[1].words()} on a {ground_name} {pattern} plaza "
-                        f"under a {hour_name} sky with {skyline}")  # fmt: skip
+                        f"under {_article(hour_name)} {hour_name} sky with {skyline}")  # fmt: skip
 
     def clearance(self, points: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
         """Distance in world units from points to the nearest solid or the ground (0 inside; never too large)."""
         nearest = -points[..., 1]
         for solid in self.solids:
-            local = (points - [solid.x, 0, solid.z]) @ solid.axes().T
-            a, b = solid.reach()
+            local = (points - [solid.x, 0, solid.z]) @ solid.axes.T
+            a, b = solid.reach
             above = np.maximum(local[..., 1] - solid.high, solid.low - local[..., 1])
             if solid.kind == "block":
                 gaps = np.stack([np.abs(local[..., 0]) - a, np.abs(local[..., 2]) - b, above])

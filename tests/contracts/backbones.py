@@ -10,7 +10,16 @@ from minwm.nets.wan import WanConfig
 
 SMALL = {
     f"wan-{camera}": WanConfig(
-        dim=48, heads=2, layers=2, ffn=64, channels=4, text_dim=6, text_length=5, freq_dim=16, max_positions=128, camera=camera
+        dim=48,
+        heads=2,
+        layers=2,
+        ffn=64,
+        channels=4,
+        text_dim=6,
+        text_length=5,
+        freq_dim=16,
+        max_positions=128,
+        camera=camera,
     )
     for camera in ("none", "dual", "single")
 }
@@ -35,9 +44,13 @@ def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -
     """Random prompt, and a random walk of cameras."""
     generator = torch.Generator().manual_seed(seed)
     steps = 0.2 * torch.randn(batch, frames, 6, generator=generator, dtype=torch.float64)
-    w2c = torch.stack([torch.stack([torch.from_numpy(se3_exp(s.numpy())) for s in walk]) for walk in steps.cumsum(1)])
+    w2c = torch.stack(
+        [torch.stack([torch.from_numpy(se3_exp(s.numpy())) for s in walk]) for walk in steps.cumsum(1)]
+    )
     K = torch.tensor([0.5, 0.9, 0.5, 0.5], dtype=torch.float64).expand(batch, frames, 4)
     return Condition(
         text=torch.randn(batch, 5, 6, generator=generator, dtype=torch.float64),
-        w2c=w2c.float(), K=K.float(), first=latents(1, batch, seed=9) if image else None,
+        w2c=w2c.float(),
+        K=K.float(),
+        first=latents(1, batch, seed=9) if image else None,
     )

@@ -1,0 +1,347 @@
+"""The one training loop, for every stage: what happens in a step is what you read in `loop`."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from minwm.checkpoint import ModelConfig, States, load_codec, load_model, load_weights, save_codec, save_model
+from minwm.core.config import ConfigError, UserError, dumps, loads
+from minwm.core.media import atomic
+from minwm.core.runtime import generator as make_generator
+from minwm.core.runtime import git_commit, pick_device, progress, rank, require, versions, world_size
+from minwm.data.dataset import Loader, RawDataset, ShardDataset, loader
+from minwm.nets.backbone import Backbone
+from minwm.nets.codec import Codec
+from minwm.recipes.base import Loss, Recipe
+from minwm.recipes.codec import CodecRecipe, CodecTraining
+from minwm.recipes.consistency import Consistency, ConsistencyConfig
+from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig
+from minwm.recipes.dmd import Dmd, DmdConfig
+from minwm.recipes.ode import Ode, OdeConfig
+
+RecipeConfig = (
+    CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
+)
+NEW_CAMERA_KEYS = ("prope_o.weight", "prope_o.bias")
+"""What phase 1 adds to a model without camera control; zero at first."""
+
+
+class DivergedError(UserError):
+    """Loss or gradient stopped being finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW on float32 weights."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest gradient norm."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    final: float = 1.0
+    """Learning rate at the last step, as a share of lr; cosine in between."""
+
+    def build(self, net: nn.Module) -> torch.optim.AdamW:
+        trained = [p for p in net.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step; a function of the step alone, so resuming needs no scheduler state."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1)))
+        return self.lr * warm * (self.final + (1 - self.final) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Model folders that fill the roles of a recipe; a role left out starts fresh, or is not needed."""
+
+    student: str | None = None
+    teacher: str | None = None
+    critic: str | None = None
+    real: str | None = None
+    codec: str | None = None
+    """Codec folder: what a codec stage continues from, and what goes with the trained model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training stage, complete: with the data it says all that the result depends on."""
+
+    name: str
+    model: ModelConfig
+    recipe: RecipeConfig
+    data: str
+    """Latent shards; raw clips for a codec."""
+    init: Init = Init()
+    steps: int = 1000
+    batch: int = 16
+    """Clips per step and rank, before accumulation."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are averaged into one step."""
+    optim: OptimConfig = OptimConfig()
+    critic: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser of the critic (DMD)."""
+    ema: float = 0.99
+    """Decay of the averaged weights that are saved as the model; 0 saves the raw weights."""
+    seed: int = 0
+    save_every: int = 100
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"run.ema={self.ema}: a decay lies in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished run reports; also written to its folder."""
+
+    steps: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    parameters: int
+
+
+class Trainable(Protocol):
+    """A recipe, as the loop sees it."""
+
+    trained: Any
+
+    @property
+    def stateful(self) -> Mapping[str, nn.Module]: ...
+
+    def loss(self, clip: Any, step: int, generator: torch.Generator) -> Loss: ...
+
+
+class Ema:
+    """Moving average of the student in float32; its decay grows from 0.1 so that early steps do not linger."""
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.net, self.decay = copy.deepcopy(net).requires_grad_(False).eval(), decay
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, value in zip(self.net.parameters(), net.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+
+
+def loop(run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: torch.device) -> nn.Module:
+    """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student."""
+    networks = {role: net.to(device) for role, net in recipe.stateful.items()}
+    settings = {"student": run.optim, "critic": run.critic}
+    optimizers = {role: settings[role].build(networks[role]) for role in recipe.trained}
+    ema, states = Ema(networks["student"], run.ema), States(out)
+    generator = make_generator(run.seed, "train", rank(), device=device)
+    saved: dict[str, nn.Module] = {**networks, "ema": ema.net}
+    start, spent = states.latest() or 0, 0.0
+    if start:
+        extra = states.load(start, saved, optimizers, generator)
+        clips.load(extra["data"])
+        spent = extra["seconds"]
+    began = time.monotonic() - spent
+    with _log(out, start, run.tensorboard) as log, progress(run.steps - start, run.name) as bar:
+        for step in range(start, run.steps):
+            parts = []
+            for _ in range(run.accumulate):
+                loss = recipe.loss(next(clips).to(device), step, generator)
+                (loss.total / run.accumulate).backward()
+                parts.append(loss)
+            net, optimizer, optim = networks[loss.trains], optimizers[loss.trains], settings[loss.trains]
+            norm = float(clip_grad_norm_(net.parameters(), optim.clip))
+            if not math.isfinite(norm):
+                last = states.latest()
+                raise DivergedError(
+                    f"{run.name}: step {step}: gradient norm {norm}, losses {[p.logs for p in parts]}; "
+                    f"the state after {last or 0} steps is untouched: lower optim.lr (now {optim.lr})"
+                )
+            optimizer.param_groups[0]["lr"] = optim.rate(step, run.steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if loss.trains == "student":
+                ema.update(net, step)
+            log(step, parts, norm, optim.rate(step, run.steps))
+            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in loss.logs.items()))
+            if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+                place = {"data": clips.state(), "seconds": time.monotonic() - began}
+                states.save(step + 1, saved, optimizers, generator, place)
+    return ema.net if run.ema else networks["student"]
+
+
+@contextmanager
+def _log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
+    """Write `metrics.jsonl`, a line per step, and TensorBoard events; lines of steps that a resumed run repeats go."""
+    path = out / "metrics.jsonl"
+    kept = [line for line in read_metrics(out) if line["step"] < start]
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    writer = None
+    if tensorboard:
+        require("tensorboard", "track")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out / "tensorboard", purge_step=start)
+    with path.open("a", buffering=1) as lines:
+
+        def write(step: int, parts: Sequence[Loss], norm: float, rate: float) -> None:
+            mean = {name: sum(p.logs[name] for p in parts) / len(parts) for name in parts[0].logs}
+            line = {"step": step, "trains": parts[0].trains, **mean, "grad_norm": norm, "lr": rate}
+            lines.write(json.dumps(line) + "\n")
+            if writer:
+                for name, value in mean.items() | {("grad_norm", norm), ("lr", rate)}:
+                    writer.add_scalar(f"{parts[0].trains}/{name}", value, step)
+
+        try:
+            yield write
+        finally:
+            if writer:
+                writer.close()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line cut off by an interrupt is left out."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def train(run: Run, out: Path) -> Summary:
+    """Run a stage to its end in `out`, resuming whatever is there; a finished run returns at once.
+
+    Raises ConfigError if `out` holds a run with another config.
+    """
+    done = out / "summary.json"
+    _claim(run, out)
+    if done.exists():
+        return loads(Summary, done.read_text())
+    device, start = pick_device(), time.monotonic()
+    if isinstance(run.recipe, CodecTraining):
+        result, seconds = _train_codec(run, run.recipe, out, device)
+    else:
+        result, seconds = _train_network(run, out, device)
+    losses = [line for line in read_metrics(out) if line["trains"] == "student"]
+    name = next(name for name in losses[0] if name not in ("step", "trains"))
+    tenth = max(1, len(losses) // 10)
+    ends = [sum(line[name] for line in part) / tenth for part in (losses[:tenth], losses[-tenth:])]
+    seconds = seconds or time.monotonic() - start
+    parameters = sum(p.numel() for p in result.parameters())
+    summary = Summary(
+        steps=run.steps, seconds=seconds, first_loss=ends[0], last_loss=ends[1], parameters=parameters
+    )
+    with atomic(done) as temporary:
+        temporary.write_text(dumps(summary))
+    return summary
+
+
+def _claim(run: Run, out: Path) -> None:
+    """Write the run's config, or check that it is the one that `out` was started with."""
+    path = out / "run.json"
+    if path.exists() and (old := json.loads(path.read_text())["run"]) != (new := json.loads(dumps(run))):
+        changed = [key for key in new if old.get(key) != new[key]]
+        raise ConfigError(
+            f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it"
+        )
+    if not path.exists():
+        about = {
+            "commit": git_commit(),
+            "versions": versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps({"run": json.loads(dumps(run)), **about}, indent=2))
+
+
+def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> tuple[nn.Module, float]:
+    codec = run.model.codec.build()
+    if run.init.codec:
+        codec.load_state_dict(load_codec(Path(run.init.codec)).state_dict())
+    data = RawDataset(Path(run.data), "train")
+    clips = loader(data, run.batch, run.seed, rank(), world_size())
+    trained = loop(run, out, CodecRecipe(cfg, codec), clips, device)
+    assert isinstance(trained, Codec)
+    if not cfg.freeze_encoder:
+        _normalise(trained, data, device)
+    save_codec(out, trained.cpu())
+    return trained, _seconds(out)
+
+
+@torch.no_grad()
+def _normalise(codec: Codec, data: RawDataset, device: torch.device, clips: int = 64) -> None:
+    """Give latents zero mean and unit variance per channel over some clips."""
+    latents = [codec.encode(data.batch([i]).to(device)) for i in range(min(clips, len(data)))]
+    channels = torch.cat(latents).transpose(0, 2).flatten(1)
+    codec.set_statistics(channels.mean(1), channels.std(1))
+
+
+def _train_network(run: Run, out: Path, device: torch.device) -> tuple[nn.Module, float]:
+    if not run.init.codec:
+        raise ConfigError(
+            f"{run.name}: init.codec names the codec that made the latents; it goes with the model"
+        )
+    codec = load_codec(Path(run.init.codec))
+    recipe = build_recipe(run, device)
+    clips = loader(ShardDataset(Path(run.data), "train"), run.batch, run.seed, rank(), world_size())
+    trained = loop(run, out, recipe, clips, device)
+    save_model(out, replace(run.model, codec=codec.cfg), trained.cpu(), codec)
+    return trained, _seconds(out)
+
+
+def build_recipe(run: Run, device: torch.device) -> Recipe:
+    """The recipe of a run, with its roles filled."""
+    kinds: dict[type, type] = {
+        BidirectionalConfig: Bidirectional,
+        AutoregressiveConfig: Autoregressive,
+        OdeConfig: Ode,
+        ConsistencyConfig: Consistency,
+        DmdConfig: Dmd,
+    }
+    kind = kinds[type(run.recipe)]
+    networks = {role: _fill(run, role).to(device) for role in (*kind.trained, *kind.frozen)}
+    return kind(run.recipe, networks, run.model.geometry)
+
+
+def _fill(run: Run, role: str) -> Backbone:
+    """A network for a role: from its folder, or fresh (student only)."""
+    source = {
+        "student": run.init.student,
+        "teacher": run.init.teacher,
+        "critic": run.init.critic,
+        "real": run.init.real,
+    }[role]
+    torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
+    net = run.model.network.build()
+    if source is None:
+        if role != "student":
+            raise ConfigError(
+                f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh"
+            )
+        return net
+    load_weights(
+        net, Path(source) / "model.safetensors", may_be_new=NEW_CAMERA_KEYS if role == "student" else ()
+    )
+    return net
+
+
+def _seconds(out: Path) -> float:
+    """Seconds of training that the last state has seen, over all resumed parts."""
+    states = States(out)
+    return json.loads((states.folder / f"{states.latest():06d}" / "state.json").read_text())["seconds"]
