@@ -1,4 +1,4 @@
-"""minwm: camera-controlled, streaming video world models. Importing it defines names and does nothing else."""
+"""minwm: camera-controlled, streaming video world models. Importing it only defines names."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minwm.core.config import ConfigError, UserError, dumps, from_dict, loads
+from minwm.core.camera import intrinsics
+from minwm.core.config import UserError, dumps, from_dict, loads
 from minwm.core.media import atomic
 from minwm.core.trajectory import Motion
 from minwm.nets.attention import Geometry
@@ -58,6 +61,10 @@ class ModelConfig:
             self.width // self.scale // self.network.patch
         )
         return Geometry(tokens=tokens, chunk=self.chunk, first=self.first, sink=self.sink, window=self.window)
+
+    @property
+    def intrinsics(self) -> Float[np.ndarray, "4"]:
+        return intrinsics(self.fov, self.width, self.height)
 
     @property
     def scale(self) -> int:

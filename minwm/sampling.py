@@ -4,7 +4,7 @@ One rollout serves generation, live play and the self-rollout of DMD; only who a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -189,6 +189,12 @@ class Stream:
         """Cameras of the current chunk, with the stream's prompt."""
         return Bound(self.text, self.net.watch(self._branches(cond)))
 
+    def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
+        """The current chunk, denoised but not yet committed. noise: `draws_of(sampler)` draws."""
+        if isinstance(sampler, FewStep):
+            return self.few_step(bound, noise, sampler.times)[0]
+        return self.multistep(bound, noise[0], sampler)
+
     def multistep(self, bound: Bound, noise: Latents, sampler: Multistep) -> Latents:
         scope = Cached(self.arena, self.chunk)
 
@@ -236,10 +242,8 @@ def stream(
         bound = state.look(cond.frames(a, b))
         if index == 0 and cond.first is not None:
             x = _image_chunk(cond.first, geometry)
-        elif isinstance(sampler, FewStep):
-            x, _ = state.few_step(bound, noise[:, :, a:b], sampler.times)
         else:
-            x = state.multistep(bound, noise[0, :, a:b], sampler)
+            x = state.next_chunk(bound, noise[:, :, a:b], sampler)
         yield x
         state.commit(bound, x)
 
@@ -289,10 +293,3 @@ def _image_chunk(first: Latents, geometry: Geometry) -> Latents:
             f"an image start is one latent frame, but the first chunk has {geometry.lead}; set geometry.first=1"
         )
     return first
-
-
-def with_guidance(sampler: Sampler, guidance: float) -> Sampler:
-    """The sampler with another guidance; a few-step student has none."""
-    if isinstance(sampler, FewStep):
-        raise ConfigError("a few-step student is sampled without guidance; its teacher's is built in")
-    return replace(sampler, guidance=guidance)

@@ -3,13 +3,13 @@ import torch
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError, dumps, loads
-from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.codec import Codec, CodecConfig, State
 
 FRAMES, LATENTS = 17, 5
 
 
 def small() -> Codec:
-    """A codec whose every weight matters: residual branches start at zero, which would hide errors in time."""
+    """A codec whose every weight matters: residual branches start at zero and would hide errors in time."""
     torch.manual_seed(0)
     codec = CodecConfig(channels=4, width=16, fine=12, finest=8).build()
     for parameter in codec.parameters():
@@ -37,7 +37,9 @@ def test_shapes() -> None:
     assert codec.encode(clip(frames=1)).shape[1] == 1
 
 
-@pytest.mark.parametrize("sizes", [[1] * 17, [1, 4, 4, 8], [17], [5, 12], [3, 0, 9, 5], [2, 2, 2, 2, 2, 2, 2, 2, 1]])
+@pytest.mark.parametrize(
+    "sizes", [[1] * 17, [1, 4, 4, 8], [17], [5, 12], [3, 0, 9, 5], [2, 2, 2, 2, 2, 2, 2, 2, 1]]
+)
 @torch.no_grad()
 def test_streamed_encode_equals_whole(sizes: list[int]) -> None:
     codec, pixels, state, parts = small(), clip(), None, []
@@ -63,7 +65,8 @@ def test_streamed_decode_equals_whole(sizes: list[int]) -> None:
 def test_sessions_interleave_and_rewind() -> None:
     codec = small()
     clips = [codec.encode(clip(seed=1)), codec.encode(clip(seed=2, height=8))]
-    states, drawn = [None, None], [[], []]
+    drawn: list[list[Tensor]] = [[], []]
+    states: list[State | None] = [None, None]
     for i in range(LATENTS):
         for k in (0, 1):
             codec.decode_next(clips[k][:, i : i + 1] + 1, states[k])  # a step that is taken back
@@ -83,11 +86,15 @@ def test_causal_in_time() -> None:
         torch.testing.assert_close(codec.encode(changed)[:, : i + 1], latents[:, : i + 1], atol=1e-6, rtol=0)
         seen = pixels.clone()
         seen[:, 4 * i] = 0
-        assert (codec.encode(seen)[:, i] - latents[:, i]).abs().max() > 1e-3, "a latent sees its own last frame"
+        assert (codec.encode(seen)[:, i] - latents[:, i]).abs().max() > 1e-3, (
+            "a latent sees its own last frame"
+        )
         later = latents.clone()
         later[:, i + 1 :] = 0
         same = slice(0, 4 * i + 1)
-        torch.testing.assert_close(codec.decode(later)[:, same], codec.decode(latents)[:, same], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            codec.decode(later)[:, same], codec.decode(latents)[:, same], atol=1e-6, rtol=0
+        )
 
 
 def test_statistics_make_latents_unit_variance() -> None:

@@ -34,13 +34,11 @@ def choose(name: str, options: Iterable[str], what: str) -> str:
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values: tuples become lists, paths strings; a `kind` is written first."""
     cls = type(cfg)
-    if not dataclasses.is_dataclass(cls):
-        raise ConfigError(f"a config is an instance of a dataclass, not {cfg!r}")
     tag = {"kind": _kind(cls)} if _kind(cls) else {}
     return tag | {name: _encode(getattr(cfg, name), f"{cls.__name__}.{name}") for name in _names(cls)}
 
 
-def from_dict(cls: type[T], d: Mapping[str, Any]) -> T:
+def from_dict(cls: type[T] | types.UnionType, d: Mapping[str, Any]) -> T:
     """Build `cls` (a dataclass, or a union of tagged ones) from plain values; the inverse of `to_dict`."""
     return cast(T, _decode(cls, d, _name(cls)))
 
@@ -50,7 +48,7 @@ def dumps(cfg: Any) -> str:
     return json.dumps(to_dict(cfg), indent=2) + "\n"
 
 
-def loads(cls: type[T], text: str) -> T:
+def loads(cls: type[T] | types.UnionType, text: str) -> T:
     """Read what `dumps` wrote."""
     try:
         return from_dict(cls, json.loads(text))
@@ -70,8 +68,8 @@ def override(cfg: T, values: Mapping[str, Any]) -> T:
     for key, value in values.items():
         head, _, rest = key.partition(".")
         groups.setdefault(head, {})[rest] = value
-    _check_names(cls, groups)
     for name, group in groups.items():
+        _one_of(name, _names(cls), f"{cls.__name__} has no field {name!r}")
         groups[name] = _override_field(_hints(cls)[name], getattr(cfg, name), group, f"{cls.__name__}.{name}")
     return cast(T, dataclasses.replace(cast(Any, cfg), **groups))
 
@@ -93,8 +91,7 @@ def _decode_text(hint: Any, text: Any, where: str) -> Any:
     """A command-line string as a value of `hint`: the first of its readings that fits, plain text last."""
     if not isinstance(text, str):
         return _decode(hint, text, where)
-    kinds = [_kind(m) for m in _members(hint) if isinstance(m, type)]
-    readings: list[Any] = [{"kind": text}] if text in kinds else []
+    readings: list[Any] = [{"kind": text} for m in _members(hint) if isinstance(m, type) and _kind(m) == text]
     lower = "null" if text.lower() == "none" else text.lower()
     for read, form in ((json.loads, text), (json.loads, lower), (float, text), (json.loads, f"[{text}]")):
         with contextlib.suppress(ValueError):
@@ -137,7 +134,8 @@ def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping) or value.get("kind", _kind(cls)) != _kind(cls):
         raise ConfigError(f"{where} = {value!r}: expected the fields of {cls.__name__}, kind {_kind(cls)!r}")
     values = {key: v for key, v in value.items() if key != "kind"}
-    _check_names(cls, values)
+    for name in values:
+        _one_of(name, _names(cls), f"{cls.__name__} has no field {name!r}")
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is f.default_factory:  # both MISSING
             raise ConfigError(f"{cls.__name__} needs a value for {f.name!r}, which has no default")
@@ -172,11 +170,6 @@ def _encode(value: Any, where: str) -> Any:
     raise ConfigError(f"{where} = {value!r}: a {type(value).__name__} cannot be written to a config")
 
 
-def _check_names(cls: type, names: Iterable[str]) -> None:
-    for name in names:
-        _one_of(name, _names(cls), f"{cls.__name__} has no field {name!r}")
-
-
 def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
@@ -199,9 +192,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 _hints = functools.cache(typing.get_type_hints)

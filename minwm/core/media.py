@@ -109,6 +109,7 @@ def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: 
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt = pixel_format
+        stream.thread_count = 1  # with more, the same frames give different bytes now and then
         stream.options = {"crf": str(crf), "preset": "fast"}
         for image in images:
             container.mux(
@@ -164,7 +165,9 @@ def png_bytes(frame: Frame) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(rows: Sequence[Frames], every: int, labels: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
+def contact_sheet(
+    rows: Sequence[np.ndarray | Tensor], every: int, labels: Sequence[str]
+) -> UInt8[np.ndarray, "h w 3"]:
     """Every `every`-th frame of each video side by side, one labelled row per video; sizes may differ."""
     font, gap = ImageFont.load_default(size=12), 2
     margin = 2 * gap + math.ceil(max(font.getlength(label) for label in labels))
@@ -181,7 +184,9 @@ def contact_sheet(rows: Sequence[Frames], every: int, labels: Sequence[str]) -> 
     return np.array(sheet)
 
 
-def overlay_keys(frames: Frames, keys_per_frame: Sequence[Collection[str]]) -> UInt8[np.ndarray, "n h w 3"]:
+def overlay_keys(
+    frames: Frames, keys_per_frame: Sequence[Collection[str]]
+) -> UInt8[np.ndarray, "n height width 3"]:
     """Frames enlarged to at least 256 pixels of width, with the key caps drawn on them and pressed keys lit.
 
     Each entry holds the keys held down in that frame: w a s d, and i j k l or up left down right, which are
@@ -218,7 +223,9 @@ def _key_caps(held: frozenset[str], height: int, width: int) -> Image.Image:
                 turn = {"w": 0, "a": 90, "s": 180, "d": -90}[key]
                 draw.regular_polygon((*centre, cap * 0.28), 3, rotation=turn, fill=ink)
     others = " ".join(sorted(held - CAPS.keys() - ARROWS.keys()))
-    draw.text((width / 2, height - cap), others, fill=(255, 210, 60, 255), font=font, anchor="mm")
+    draw.text(
+        (width / 2, height - cap), others, (255, 210, 60), font, "mm", stroke_width=2, stroke_fill="black"
+    )
     return layer
 
 

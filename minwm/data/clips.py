@@ -107,7 +107,9 @@ class ClipRecord:
         expected = names | {"schema", "fps", "unit", "c2w", "K"}
         if set(values) != expected:
             missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
-            raise DataError(f"{where}: missing fields {missing}, unknown fields {unknown}; {WAY_OUT}")
+            raise DataError(
+                f"{where}: missing fields {missing}, unknown fields {unknown}; make the dataset again"
+            )
         track = CameraTrack(
             c2w=np.array(values["c2w"], np.float64),
             K=np.array(values["K"], np.float64),

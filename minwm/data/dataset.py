@@ -9,18 +9,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.core.camera import CameraTrack, views
+from minwm.core.camera import views
 from minwm.core.config import UserError
 from minwm.core.media import pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Clip, Condition
-from minwm.data.clips import SCHEMA, ClipFolder, DataError, read_manifest, split_of
+from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of
 from minwm.data.shards import WAY_OUT, Entry, list_shards, read_index, read_record
 
 Split = Literal["train", "val"]
@@ -36,10 +36,8 @@ class Example:
     latents: Float[Tensor, "f c h w"]
     text: Float[Tensor, "l d"]
     """Without its zero padding."""
-    track: CameraTrack
-    """At pixel rate."""
-    meta: dict[str, Any]
-    """The record as encoded: caption, world seed and origin, licence, ... (see `ClipRecord`)."""
+    record: ClipRecord
+    """Cameras at pixel rate, caption, provenance; enough to render a procedural clip again."""
 
 
 class ShardDataset:
@@ -85,17 +83,16 @@ class ShardDataset:
     def _read(self, shard: Path, entry: Entry) -> Example:
         meta, tensors = read_record(shard, entry)
         where = f"{shard}: record {entry.id}"
-        if meta.get("schema") != SCHEMA:
-            raise DataError(f"{where}: schema {meta.get('schema')!r}, this version reads {SCHEMA}; {WAY_OUT}")
         missing = {"latent", "text", "c2w", "K"} - set(tensors)
         if missing:
             raise DataError(f"{where}: {', '.join(sorted(missing))} missing; {WAY_OUT}")
-        track = CameraTrack(tensors["c2w"].numpy(), tensors["K"].numpy(), fps=meta["fps"], unit=meta["unit"])
+        cameras = {"c2w": tensors["c2w"].numpy(), "K": tensors["K"].numpy()}
+        record = ClipRecord.from_json(meta | cameras, where)
         latents, stride = tensors["latent"].float(), self.manifest["codec"]["stride"]
-        if len(track) != stride * (len(latents) - 1) + 1:
-            sizes = f"{len(track)} cameras, {len(latents)} latents of {stride} frames"
+        if len(record.track) != stride * (len(latents) - 1) + 1:
+            sizes = f"{len(record.track)} cameras, {len(latents)} latents of {stride} frames"
             raise DataError(f"{where}: {sizes} do not fit; {WAY_OUT}")
-        return Example(entry.id, latents, tensors["text"].float(), track, meta)
+        return Example(entry.id, latents, tensors["text"].float(), record)
 
     def batch(self, indices: Sequence[int]) -> Clip:
         """Those records as one Clip on the CPU. All must have one latent shape."""
@@ -107,18 +104,21 @@ class ShardDataset:
                     f"{self.path}: latents of {one} and {two}; give each size a folder of its own"
                 )
         latents = torch.stack([e.latents for e in examples])
-        w2c, K = views([e.track for e in examples], self.manifest["codec"]["stride"])
+        w2c, K = views([e.record.track for e in examples], self.manifest["codec"]["stride"])
         text = torch.zeros(len(examples), self.manifest["text"]["length"], self.manifest["text"]["dim"])
         for row, example in zip(text, examples, strict=True):
             row[: len(example.text)] = example.text
         first = latents[:, :1] if self.image_start else None
-        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first=first))
+        states = [e.trajectory for e in examples if e.trajectory is not None]
+        trajectory = torch.stack(states, dim=1) if len(states) == len(examples) else None
+        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first=first), trajectory)
 
 
 class RawDataset:
     """Pixels of the raw clips of one split, for training a codec. Give the `val` that encoding will use."""
 
-    def __init__(self, path: Path, split: Split, *, val: float = 0.1) -> None:
+    def __init__(self, path: Path, split: Split, *, val: float = 0.1, cache_bytes: int = 2**30) -> None:
+        """Decoded clips stay in memory up to `cache_bytes`."""
         self.folder = ClipFolder(path)
         ids = self.folder.ids()
         self.ids = [clip for clip in ids if split_of(self.folder.record(clip).split_key, val) == split]
@@ -126,20 +126,26 @@ class RawDataset:
             raise DataError(f"{path}: no clips in split {split!r}; run `minwm data render` with more scenes")
         self.fingerprint = zlib.crc32("\n".join(self.ids).encode())
         self._cache: dict[int, Tensor] = {}
+        self._room = cache_bytes
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Tensor:
-        """n h w 3 uint8, kept in memory once decoded."""
-        if i not in self._cache:
-            self._cache[i] = torch.from_numpy(self.folder.frames(self.ids[i]))
-        return self._cache[i]
+        """n h w 3 uint8."""
+        if i in self._cache:
+            return self._cache[i]
+        clip = torch.from_numpy(self.folder.frames(self.ids[i]))
+        if clip.nbytes <= self._room:
+            self._cache[i] = clip
+            self._room -= clip.nbytes
+        return clip
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "b n 3 H W"]:
         return pixels(torch.stack([self[i] for i in indices]))
 
 
+@runtime_checkable
 class Batches(Protocol[T_co]):
     """Anything that a loader can draw from."""
 

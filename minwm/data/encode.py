@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from minwm.core.config import ConfigError, to_dict
 from minwm.core.media import pixels
 from minwm.core.runtime import progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
-from minwm.data.shards import NAME, Item, Summary, list_shards, read_index, write_shard
+from minwm.data.shards import NAME, Item, list_shards, read_index, summarise, write_shard
 from minwm.nets.text import TextEncoder
 
 
+@runtime_checkable
 class VideoCodec(Protocol):
     """What encoding needs of a codec."""
 
@@ -103,15 +104,7 @@ class _Encoder:
 
     def shard(self, path: Path, records: Sequence[ClipRecord]) -> None:
         items = [item for batch in _batches(records, self.cfg.batch) for item in self.items(batch)]
-        latents = [item.tensors["latent"].double().transpose(0, 1).flatten(1) for item in items]  # c (f h w)
-        summary = Summary(
-            values=sum(x.shape[1] for x in latents),
-            total=tuple(torch.stack([x.sum(1) for x in latents]).sum(0).tolist()),
-            square=tuple(torch.stack([x.square().sum(1) for x in latents]).sum(0).tolist()),
-            psnr=self.psnr(records[0]),
-            licences=tuple(sorted({r.source_license for r in records})),
-        )
-        write_shard(path, items, summary)
+        write_shard(path, items, summarise(items, self.psnr(records[0])))
 
     @torch.inference_mode()
     def items(self, records: Sequence[ClipRecord]) -> Iterator[Item]:

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ TRIES = 100
 WORLDS_PER_SEED = 1_000_000
 
 
+@runtime_checkable
 class ClipSource(Protocol):
     """What `produce` runs. Must be picklable, for worker processes."""
 
@@ -123,7 +124,7 @@ class RenderConfig:
     """Horizontal field of view in degrees."""
     motion: Motion = field(default_factory=lambda: Motion(move=0.5, turn=24.0, fps=16.0))
     """Speeds of the camera, and the frame rate."""
-    clips_per_world: int = 4
+    clips_per_world: int = 1
     trajectories: tuple[str, ...] = ()
     """Clip i follows trajectory i modulo their number; random ones if there are none."""
     supersample: int = 2
@@ -161,7 +162,7 @@ class WorldSource:
         return self.cfg.seed * WORLDS_PER_SEED + index // self.cfg.clips_per_world
 
     def clip_id(self, index: int) -> str:
-        return f"world{self.seed(index)}-{index:06d}"
+        return f"world-{self.seed(index):07d}-{index:06d}"
 
     def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
         seed = self.seed(index)

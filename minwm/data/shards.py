@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from minwm.core.config import ConfigError, from_dict, to_dict
@@ -76,6 +77,18 @@ class Item:
     id: str
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def summarise(items: Sequence[Item], psnr: float) -> Summary:
+    """Sums over the latents of the items, per channel, in float64."""
+    latents = [item.tensors["latent"].double().transpose(0, 1).flatten(1) for item in items]  # c (f h w)
+    return Summary(
+        values=sum(x.shape[1] for x in latents),
+        total=tuple(torch.stack([x.sum(1) for x in latents]).sum(0).tolist()),
+        square=tuple(torch.stack([x.square().sum(1) for x in latents]).sum(0).tolist()),
+        psnr=psnr,
+        licences=tuple(sorted({item.meta["source_license"] for item in items})),
+    )
 
 
 def write_shard(path: Path, items: Sequence[Item], summary: Summary) -> ShardIndex:

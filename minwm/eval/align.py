@@ -41,9 +41,9 @@ class Scene(Protocol):
 class AlignConfig:
     """Settings of the tracker. Colours are in [0, 1]."""
 
-    huber: float = 0.06
+    huber: float = 0.03
     """Colour residual from which the cost grows linearly."""
-    prior: float = 0.05
+    prior: float = 0.005
     """Strength of the pull to the previous estimate; 0 is none. Matters only where the image has no texture."""
     prior_trans: float = 0.15
     """Scale of that pull in world units (about one latent step)."""
@@ -56,6 +56,8 @@ class AlignConfig:
     """Share of the pixels that must show surfaces seen in frame 0; with less the frame counts as lost."""
     min_correlation: float = 0.35
     """Correlation of the frame with the render at the estimate below which the frame counts as lost."""
+    refinements: int = 2
+    """Times the scene is rendered again at the estimate of a frame to improve it."""
     supersample: int = 2
 
 
@@ -111,7 +113,7 @@ def track(
         step = se3_inverse(c2w[:, max(i - 2, 0)]) @ before
         aligner = Aligner(images[:, i], torch.from_numpy(K[:, i]).float(), config)
         pose = before @ aligner.search(view, _starting_points(step, config))
-        for _ in range(2):
+        for _ in range(config.refinements):
             pose = pose @ aligner.refine(first.view(pose, K[:, i]), before=se3_inverse(pose) @ before)
         view = first.view(pose, K[:, i])
         correlation, share = aligner.agreement(view)

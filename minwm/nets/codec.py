@@ -1,12 +1,12 @@
 """The small causal video codec: 4 frames and 8x8 pixels become one latent pixel, in a stream or in one go.
 
-Latent 0 stands for frame 0 alone, latent i for frames 4i-3 .. 4i, so that latent i needs frames <= 4i only. The
-first frame is shown to the encoder as four equal frames, and of the four that the decoder draws for latent 0 the last
-is kept: all latents are made by one rule. Space and the four frames of a group are folded into channels at once
-(pixel unshuffle), because convolutions at 64x64 would cost thirty times as much for the same picture.
+Latent 0 stands for frame 0 alone, latent i for frames 4i-3 .. 4i, so latent i needs no frame after 4i. The
+encoder is shown the first frame four times, and of the four frames that the decoder draws for latent 0 only
+the last is kept: one rule makes all latents. Space and the four frames of a group are folded into channels at
+once (pixel unshuffle): convolutions at full resolution would cost thirty times as much.
 
-Time is crossed by `Recall` blocks alone, which look one latent back. What they looked at last is the whole state of a
-stream; it is a value that the caller holds, so any number of streams can share one codec.
+Time is crossed by `Recall` blocks alone, which look one latent back. What they looked at last is the whole
+state of a stream; it is a value that the caller holds, so any number of streams can share one codec.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class CodecConfig:
     noise: float = 0.05
     """Standard deviation of the noise on latents while the decoder learns: neighbours must decode alike."""
     prior: float = 1e-4
-    """Weight of the pull of latents towards a unit Gaussian (the KL term of a VAE whose variance is fixed)."""
+    """Weight of the pull of latents to a unit Gaussian (the KL term of a VAE of fixed variance)."""
     edges: float = 1.0
     """Weight of the error of image gradients: it keeps edges sharp where L1 alone would blur them."""
 
@@ -93,7 +93,7 @@ class Stream(nn.Sequential):
     """Layers applied to every latent by itself, but for `Recall`, which takes its past from the state."""
 
     def step(self, x: Float[Tensor, "m d h w"], state: State | None, batch: int) -> tuple[Tensor, State]:
-        """Advance b = `batch` streams by m / b latents each; without a state, the first latent has itself as past."""
+        """Advance b = `batch` streams by m / b latents each; without a state, the first is its own past."""
         pasts = iter(state) if state is not None else None
         kept: list[Tensor] = []
         for layer in self:
@@ -128,7 +128,7 @@ class Codec(nn.Module):
             nn.Conv2d(cfg.width, cfg.channels, 1),
         )
         self.decoder = Stream(
-            conv(cfg.channels, cfg.width),
+            nn.Conv2d(cfg.channels, cfg.width, 1),
             *blocks(cfg.width, cfg.decoder_depth),
             nn.Conv2d(cfg.width, 4 * cfg.fine, 1),
             nn.PixelShuffle(2),
@@ -150,7 +150,9 @@ class Codec(nn.Module):
         frames = pixels.shape[1]
         if frames % self.stride != 1:
             near = self.stride * round((frames - 1) / self.stride) + 1
-            raise UserError(f"a clip of {frames} frames: the codec takes {self.stride}k + 1 of them; {near} would do")
+            raise UserError(
+                f"a clip of {frames} frames: the codec takes {self.stride}k + 1 of them; {near} would do"
+            )
         return self.encode_next(pixels)[0]
 
     def decode(self, latents: Latents) -> Pixels:
@@ -158,7 +160,7 @@ class Codec(nn.Module):
         return self.decode_next(latents)[0]
 
     def encode_next(self, pixels: Pixels, state: State | None = None) -> tuple[Latents, State]:
-        """The next frames of streams, any number of them, to the latents that they complete; no state starts anew."""
+        """The latents that the next frames of streams complete, if any; no state starts anew."""
         height, width = pixels.shape[-2:]
         if height % self.scale or width % self.scale:
             raise UserError(f"frames of {height}x{width}: the codec takes multiples of {self.scale} pixels")
@@ -182,14 +184,16 @@ class Codec(nn.Module):
     def _draw(self, latents: Latents, state: State | None) -> tuple[Pixels, State]:
         batch, f, channels = latents.shape[:3]
         if channels != self.channels:
-            raise UserError(f"latents of {channels} channels: this codec has {self.channels}, so they come from another")
+            raise UserError(
+                f"latents of {channels} channels: this codec has {self.channels}, so they come from another"
+            )
         raw = latents * per_channel(self.std) + per_channel(self.mean)
         x, pasts = self.decoder.step(raw.flatten(0, 1), state, batch)
         pixels = x.unflatten(1, (self.stride, 3)).unflatten(0, (batch, f)).flatten(1, 2)
         return pixels if state is not None else pixels[:, self.stride - 1 :], pasts
 
     def loss(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Reconstruction through slightly noisy latents: L1 + MSE + L1 of image gradients + the pull to the prior."""
+        """Reconstruction from slightly noisy latents: L1, MSE, L1 of gradients, and the prior."""
         latents = self.encode(pixels)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
         drawn, _ = self._draw(latents + self.cfg.noise * noise, None)
@@ -203,9 +207,11 @@ class Codec(nn.Module):
         return total, {name: float(value.detach()) for name, value in logs.items()}
 
     def set_statistics(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-        """Make latents of the measured `mean` and `std`, as `encode` gives them now, zero and one; pictures stay."""
+        """Bring latents to mean 0 and std 1, given those of what `encode` yields now; pictures stay."""
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-            raise UserError(f"latent statistics need finite means and a positive std per channel, got {mean}, {std}")
+            raise UserError(
+                f"latent statistics need finite means and a positive std per channel, got {mean}, {std}"
+            )
         self.mean += self.std * mean
         self.std *= std
 

@@ -32,10 +32,10 @@ class TextEncoder(Protocol):
 class WordText:
     """The text encoder of the small worlds: frozen random vectors, drawn from the hash of each word.
 
-    Nothing is learned, stored or downloaded. A state holds its word in one half and the word before it in the other,
-    as "a red tower and a blue dome" would else be "a blue tower and a red dome". Equal words have equal vectors on
-    every machine, different words nearly orthogonal ones; every number has variance 1. Case and punctuation do not
-    count.
+    Nothing is learned, stored or downloaded. A state holds its word in one half and the word before it in
+    the other: "a red tower and a blue dome" is not "a blue tower and a red dome". Equal words have equal
+    vectors on every machine, different words nearly orthogonal ones; every number has variance 1. Case and
+    punctuation do not count.
     """
 
     dim: int = 64
@@ -45,7 +45,9 @@ class WordText:
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
-            raise ConfigError(f"text.dim={self.dim}: must be even, half for a word and half for the one before")
+            raise ConfigError(
+                f"text.dim={self.dim}: must be even, half for a word and half for the one before"
+            )
         if self.length < 1:
             raise ConfigError(f"text.length={self.length}: must be at least 1")
 

@@ -1,4 +1,4 @@
-"""What a world looks like from afar: colours, hours of the day, the painted sky, the soft shadows on the ground."""
+"""What surrounds the objects: colours, hours of the day, the painted sky, the soft shadows on the ground."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.render.raycast import SHADOW_REACH, Colour, Solid
+from minwm.render.raycast import SHADOW_REACH
+from minwm.render.solids import Colour, Solid
 
 SKY_ROWS, SKY_COLUMNS = 192, 1024
 SHADOW_SIZE = 400
@@ -18,17 +19,28 @@ PAINTS: dict[str, Colour] = {
     "green": (0.30, 0.64, 0.30), "teal": (0.13, 0.62, 0.60), "blue": (0.20, 0.42, 0.84),
     "purple": (0.54, 0.32, 0.74), "pink": (0.95, 0.52, 0.66), "white": (0.93, 0.92, 0.88),
 }  # fmt: skip
-CREAM, CHARCOAL, BARK, LAMP = (0.96, 0.93, 0.84), (0.24, 0.25, 0.30), (0.45, 0.31, 0.22), (1.0, 0.86, 0.5)
+CREAM, CHARCOAL, BARK, LAMP = (0.96, 0.93, 0.84), (0.30, 0.31, 0.37), (0.45, 0.31, 0.22), (1.0, 0.86, 0.5)
 
-GROUNDS: dict[str, tuple[Colour, Colour, Colour]] = {
-    "sandy": ((0.90, 0.78, 0.56), (0.74, 0.58, 0.38), (0.86, 0.75, 0.52)),
-    "stone": ((0.76, 0.76, 0.76), (0.52, 0.54, 0.58), (0.56, 0.66, 0.44)),
-    "grassy": ((0.56, 0.74, 0.38), (0.38, 0.58, 0.30), (0.44, 0.62, 0.34)),
-    "brick": ((0.82, 0.52, 0.40), (0.62, 0.34, 0.28), (0.60, 0.62, 0.40)),
-    "marble": ((0.92, 0.92, 0.90), (0.46, 0.52, 0.62), (0.66, 0.70, 0.62)),
-    "mossy": ((0.70, 0.74, 0.60), (0.36, 0.50, 0.46), (0.40, 0.54, 0.40)),
-    "lilac": ((0.82, 0.76, 0.88), (0.58, 0.50, 0.70), (0.60, 0.62, 0.56)),
-    "snowy": ((0.94, 0.96, 0.99), (0.70, 0.78, 0.88), (0.88, 0.91, 0.95)),
+
+@dataclass(frozen=True)
+class Soil:
+    """Ground colours, and the paint that would not stand out on them."""
+
+    first: Colour
+    second: Colour
+    field: Colour
+    hides: str = ""
+
+
+GROUNDS: dict[str, Soil] = {
+    "sandy": Soil((0.90, 0.78, 0.56), (0.74, 0.58, 0.38), (0.86, 0.75, 0.52), "yellow"),
+    "stone": Soil((0.76, 0.76, 0.76), (0.52, 0.54, 0.58), (0.56, 0.66, 0.44)),
+    "grassy": Soil((0.56, 0.74, 0.38), (0.38, 0.58, 0.30), (0.44, 0.62, 0.34), "green"),
+    "brick": Soil((0.82, 0.52, 0.40), (0.62, 0.34, 0.28), (0.60, 0.62, 0.40), "red"),
+    "marble": Soil((0.92, 0.92, 0.90), (0.46, 0.52, 0.62), (0.66, 0.70, 0.62), "white"),
+    "mossy": Soil((0.70, 0.74, 0.60), (0.36, 0.50, 0.46), (0.40, 0.54, 0.40), "green"),
+    "lilac": Soil((0.82, 0.76, 0.88), (0.58, 0.50, 0.70), (0.60, 0.62, 0.56), "purple"),
+    "snowy": Soil((0.94, 0.96, 0.99), (0.70, 0.78, 0.88), (0.88, 0.91, 0.95), "white"),
 }
 
 
@@ -79,8 +91,9 @@ def _apart(azimuth: Azimuth, centre: float) -> Azimuth:
 def _mountains(rng: np.random.Generator, azimuth: Azimuth, tall: float) -> Azimuth:
     ridge = np.full_like(azimuth, 0.25 * tall)
     for i in range(9):
+        centre = 2 * np.pi * (i + rng.uniform(-0.4, 0.4)) / 9
         peak, slope = tall * rng.uniform(0.55, 1.0), rng.uniform(0.35, 0.6)
-        ridge = np.maximum(ridge, peak - slope * _apart(azimuth, 2 * np.pi * (i + rng.uniform(-0.4, 0.4)) / 9))
+        ridge = np.maximum(ridge, peak - slope * _apart(azimuth, centre))
     return ridge
 
 
@@ -109,8 +122,12 @@ def _forest(rng: np.random.Generator, azimuth: Azimuth, tall: float) -> Azimuth:
 
 Skyline = Callable[[np.random.Generator, Azimuth, float], Azimuth]
 SKYLINES: dict[str, tuple[Skyline, float]] = {
-    "mountains": (_mountains, 0.30), "hills": (_hills, 0.15), "a city": (_city, 0.20), "a forest": (_forest, 0.13),
-}  # fmt: skip
+    "mountains": (_mountains, 0.30),
+    "hills": (_hills, 0.19),
+    "a city": (_city, 0.24),
+    "a forest": (_forest, 0.17),
+}
+"""Outlines around the horizon and their height (sine of the elevation)."""
 
 
 def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count: int) -> np.ndarray:
@@ -124,44 +141,49 @@ def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count:
             across.append(np.exp(-apart * apart))
             rise = (sine - level - rng.uniform(-0.015, 0.045)) / rng.uniform(0.032, 0.055)
             up.append(np.exp(-rise * rise))
-    cover = np.clip((np.stack(up, 1) @ np.stack(across) - 0.25) / 0.6, 0, 1)
+    cover = np.stack(up, 1).astype(np.float32) @ np.stack(across).astype(np.float32)
+    cover = np.clip((cover - 0.25) / 0.6, 0, 1)
     return cover * cover * (3 - 2 * cover)
 
 
 def haze_colour(hour: Hour) -> Colour:
     """The colour that far ground and the foot of the skyline fade to."""
-    return tuple(0.86 * np.array(hour.horizon) + 0.14 * np.array(hour.ridge))
+    r, g, b = 0.86 * np.array(hour.horizon) + 0.14 * np.array(hour.ridge)
+    return float(r), float(g), float(b)
 
 
-def _over(picture: np.ndarray, colour: np.ndarray, share: np.ndarray) -> np.ndarray:
-    return picture + (colour - picture) * share[..., None]
+def _over(picture: np.ndarray, colour: np.ndarray, share: np.ndarray) -> None:
+    """Blend a colour (3 1 1 or 3 rows columns) over the picture (3 rows columns), in place."""
+    picture += (colour - picture) * share
 
 
 def paint_sky(
     rng: np.random.Generator, hour: Hour, skyline: str, sun: Float[np.ndarray, "3"]
 ) -> Float[Tensor, "3 rows columns"]:
     """Panorama for `Scene.sky`; `sun` is the unit vector towards the disc, world axes."""
-    azimuth = ((np.arange(SKY_COLUMNS, dtype=np.float32) + 0.5) / SKY_COLUMNS * 2 - 1) * np.pi
+    azimuth = ((np.arange(SKY_COLUMNS, dtype=np.float32) + 0.5) / SKY_COLUMNS * 2 - 1) * np.float32(np.pi)
     sine = (np.arange(SKY_ROWS, dtype=np.float32)[:, None] + 0.5) / SKY_ROWS
-    cosine = np.sqrt(1 - sine * sine)
-    zenith, horizon, ridge = (np.array(c, np.float32) for c in (hour.zenith, hour.horizon, hour.ridge))
-    haze = np.array(haze_colour(hour), np.float32)
-    share = (1 - np.exp(-3.0 * sine)) / (1 - np.exp(-3.0))
-    sky = np.broadcast_to(horizon + (zenith - horizon) * share[..., None], (SKY_ROWS, SKY_COLUMNS, 3)).copy()
-    towards = cosine * (np.sin(azimuth) * sun[0] + np.cos(azimuth) * sun[2]) - sine * sun[1]
-    angle = np.degrees(np.sqrt(np.clip(2 - 2 * towards, 0, None)))  # exact enough near the disc
+    zenith, horizon, disc, cloud, ridge, haze = (
+        np.array(colour, np.float32)[:, None, None]
+        for colour in (hour.zenith, hour.horizon, hour.sun, hour.cloud, hour.ridge, haze_colour(hour))
+    )
+    share = (1 - np.exp(-3.0 * sine)) / (1 - np.exp(np.float32(-3.0)))
+    sky = np.repeat(horizon + (zenith - horizon) * share, SKY_COLUMNS, axis=2)
     if hour.disc:
-        sky = _over(sky, np.array(hour.sun, np.float32), 0.55 * np.exp(-((angle / (3.2 * hour.disc)) ** 2)))
-        sky = _over(sky, np.array(hour.sun, np.float32), np.clip((hour.disc - angle) / 0.7 + 0.5, 0, 1))
-    cover = _clouds(rng, azimuth, sine[:, 0], int(rng.integers(5, 9)))
-    sky = _over(sky, np.array(hour.cloud, np.float32), 0.85 * cover)
+        x, y, z = sun.astype(np.float32)
+        towards = np.sqrt(1 - sine * sine) * (np.sin(azimuth) * x + np.cos(azimuth) * z) - sine * y
+        squared = np.float32(2 * np.degrees(1) ** 2) * (1 - towards).clip(0)  # degrees^2, exact near the disc
+        _over(sky, disc, 0.55 * np.exp(squared * np.float32(-1 / (3.2 * hour.disc) ** 2)))
+        _over(sky, disc, np.clip((hour.disc - np.sqrt(squared)) / 0.7 + 0.5, 0, 1))
+    _over(sky, cloud, 0.85 * _clouds(rng, azimuth, sine[:, 0], int(rng.integers(5, 9))))
     outline, tall = SKYLINES[skyline]
+    low = int(1.1 * tall * SKY_ROWS) + 2
     for scale, fade in ((1.0, 0.34), (0.5, 0.0)):
-        top = outline(rng, azimuth, tall * scale)
-        foot = 0.8 * np.clip(1 - sine / (0.6 * top), 0, 1)
-        colour = _over(np.broadcast_to(ridge + (haze - ridge) * fade, sky.shape), haze, foot)
-        sky = _over(sky, colour, np.clip((top - sine) * SKY_ROWS / 1.4 + 0.5, 0, 1))
-    return torch.from_numpy(np.ascontiguousarray(sky.transpose(2, 0, 1), dtype=np.float32))
+        top = outline(rng, azimuth, tall * scale).astype(np.float32)
+        foot = np.clip(1 - sine[:low] / (0.6 * top), 0, 1)
+        colour = ridge + (haze - ridge) * (fade + (1 - fade) * 0.8 * foot)
+        _over(sky[:, :low], colour, np.clip((top - sine[:low]) * (SKY_ROWS / 1.4) + 0.5, 0, 1))
+    return torch.from_numpy(np.ascontiguousarray(sky, dtype=np.float32))
 
 
 def paint_shadow(solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"]) -> Float[Tensor, "size size"]:
@@ -178,7 +200,8 @@ def paint_shadow(solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"]) -> Floa
         px, pz = grid[None, x] - solid.x, grid[z, None] - solid.z
         start = max(solid.low, 0.0) / solid.high
         along = np.clip((px * sweep[0] + pz * sweep[1]) / float(sweep @ sweep), start, 1)
-        cast = np.clip(0.5 - _outside(solid, px - along * sweep[0], pz - along * sweep[1], along) / 0.24, 0, 1)
+        distance = _outside(solid, px - along * sweep[0], pz - along * sweep[1], along)
+        cast = np.clip(0.5 - distance / 0.24, 0, 1)
         contact = np.clip(1 - _outside(solid, px, pz, np.zeros_like(along)) / 0.3, 0, 1) * (solid.low <= 0)
         both = np.maximum(cast * cast * (3 - 2 * cast), 0.6 * contact * contact)
         shadow[z, x] = np.maximum(shadow[z, x], both)

@@ -1,0 +1,54 @@
+"""Latent shards with the teacher's ODE trajectory beside every latent: the data of stage 2a."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.runtime import progress
+from minwm.core.types import Clip
+from minwm.data.clips import DataError, read_manifest, write_manifest
+from minwm.data.dataset import ShardDataset
+from minwm.data.shards import Item, list_shards, read_record, summarise, write_shard
+
+Collect = Callable[[Clip, int], Float[Tensor, "k b f c h w"]]
+"""Trajectories of a batch of clips; the second argument is the batch's number, for its random draws."""
+
+
+def collect_trajectories(
+    source: ShardDataset, out: Path, clips: int, collect: Collect, about: dict[str, Any], *, batch: int = 16
+) -> None:
+    """Write the first `clips` records of `source` with their trajectories, one shard per batch.
+
+    Resumable batch by batch. Raises DataError if `source` has fewer clips, or `out` was made from other things.
+    """
+    if clips > len(source):
+        raise DataError(
+            f"{source.path} has {len(source)} clips, {clips} trajectories were asked for; render more"
+        )
+    manifest = {**source.manifest, "trajectories": about, "counts": {"train": clips}}
+    if (out / "manifest.json").exists():
+        if read_manifest(out, "minwm pipeline")["trajectories"] != about:
+            raise DataError(
+                f"{out} holds trajectories of another teacher or recipe; delete it, or choose another folder"
+            )
+    else:
+        write_manifest(out, manifest)
+    done = len(list_shards(out))
+    starts = range(0, clips, batch)
+    with progress(len(starts) - done, "trajectories") as bar:
+        for number, start in list(enumerate(starts))[done:]:
+            indices = range(start, min(start + batch, clips))
+            states = collect(source.batch(indices), number)
+            items = [_item(source, i, states[:, j]) for j, i in enumerate(indices)]
+            summary = summarise(items, psnr=source.manifest["codec_psnr"])
+            write_shard(out / f"train-0000-{number:06d}.tar", items, summary)
+            bar.advance()
+
+
+def _item(source: ShardDataset, index: int, states: Float[Tensor, "k f c h w"]) -> Item:
+    shard, entry = source.entries[index]
+    meta, tensors = read_record(shard, entry)
+    return Item(entry.id, meta, {**tensors, "trajectory": states.cpu().contiguous()})

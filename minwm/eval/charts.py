@@ -1,0 +1,160 @@
+"""Small charts as SVG and HTML text. Colours come from the page's CSS (classes s0..s7), so they follow its theme."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+COLOURS = 8
+RAW_POINTS = 300
+"""A raw curve is thinned to this many points: more cannot be told apart on a page."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart. Values that are not finite are left out."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    faint: bool = False
+    """Drawn thin and pale, without an entry in the legend: raw data behind a smooth line."""
+    dots: bool = False
+    dashed: bool = False
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred running mean over a fifteenth of the curve, shorter at both ends."""
+    y = np.asarray(values, float)
+    half = max(1, len(y) // 30)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    stop = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    start = np.maximum(np.arange(len(y)) - half, 0)
+    return ((total[stop] - total[start]) / (stop - start)).tolist()
+
+
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 230) -> str:
+    """Lines with axes, and a legend when there are several names. The y axis is logarithmic when positive values
+    span more than a factor of 20."""
+    lines = [(s, *_finite(s)) for s in series]
+    lines = [(s, x, y) for s, x, y in lines if len(x)]
+    if not lines:
+        return '<p class="none">no data</p>'
+    xs, ys = np.concatenate([x for _, x, _ in lines]), np.concatenate([y for _, _, y in lines])
+    log = bool(ys.min() > 0 and ys.max() / ys.min() > 20)
+    y_ticks, x_ticks = (_log_ticks if log else _ticks)(ys.min(), ys.max()), _ticks(xs.min(), xs.max(), 6)
+    y_low, y_high = min(ys.min(), y_ticks[0]), max(ys.max(), y_ticks[-1])
+    left, right, top, bottom = 46, 10, 10, 34
+
+    def at_x(value: float) -> float:
+        return left + (width - left - right) * (value - xs.min()) / max(xs.max() - xs.min(), 1e-12)
+
+    def at_y(value: float) -> float:
+        a, b, v = (math.log(y_low), math.log(y_high), math.log(value)) if log else (y_low, y_high, value)
+        return height - bottom - (height - top - bottom) * (v - a) / max(b - a, 1e-12)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">']
+    for tick in y_ticks:
+        y = at_y(tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+    for tick in x_ticks:
+        parts.append(f'<text x="{at_x(tick):.1f}" y="{height - bottom + 15}" text-anchor="middle">{number(tick)}</text>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    for s, x, y in lines:
+        points = " ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b in zip(x, y, strict=True))
+        style = f"line s{s.colour % COLOURS}" + " faint" * s.faint + " dashed" * s.dashed
+        title = f"<title>{escape(s.name)}</title>"
+        parts.append(f'<polyline class="{style}" points="{points}">{title}</polyline>')
+        if s.dots:
+            parts += [
+                f'<circle class="dot s{s.colour % COLOURS}" cx="{at_x(a):.1f}" cy="{at_y(b):.1f}" r="3">'
+                f"<title>{escape(s.name)}: {number(float(b))}</title></circle>"
+                for a, b in zip(x, y, strict=True)
+            ]
+    legend = "" if len([s for s, *_ in lines if not s.faint]) < 2 else _legend([s for s, *_ in lines if not s.faint])
+    return "".join(parts) + "</svg>" + legend
+
+
+def bar(value: float, low: float, high: float, *, colour: int = 0) -> str:
+    """A score in [-1, 1] as a bar from zero, with its interval as a whisker. Values outside are cut at the ends."""
+
+    def at(x: float) -> float:
+        return 50 + 50 * min(1.0, max(-1.0, x))
+
+    start, end = sorted((50.0, at(value)))
+    return (
+        '<div class="bar"><i class="zero"></i>'
+        f'<i class="fill f{colour % COLOURS}" style="left:{start:.1f}%;width:{end - start:.1f}%"></i>'
+        f'<i class="whisker" style="left:{at(low):.1f}%;width:{max(at(high) - at(low), 0.5):.1f}%"></i></div>'
+    )
+
+
+def heat_map(table: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
+    """A square table whose cells are shaded row by row; the largest entry of each row is marked."""
+    head = "".join(f"<th>{escape(label)}</th>" for label in labels)
+    rows = []
+    for label, row in zip(labels, table, strict=True):
+        low, high = min(row), max(row)
+        cells = "".join(
+            f'<td class="heat{" best" * (value == high)}" '
+            f'style="--h:{100 * (value - low) / max(high - low, 1e-9):.0f}%">{value:.1f}</td>'
+            for value in row
+        )
+        rows.append(f"<tr><th>{escape(label)}</th>{cells}</tr>")
+    return f'<table class="heatmap"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+
+
+def number(value: float) -> str:
+    """Three significant digits, without trailing zeros or exponents where possible."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.0f}" if size >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 0.4 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _finite(series: Series) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    if len(x) > RAW_POINTS:
+        pick = np.linspace(0, len(x) - 1, RAW_POINTS).round().astype(int)
+        x, y = x[pick], y[pick]
+    return x, y
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    span = high - low or abs(high) or 1.0
+    raw = span / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)] or [low]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 3) if len(powers) < 5 else (1,)
+    inside = [m * 10.0**p for p in powers for m in digits if low * 0.999 <= m * 10.0**p <= high * 1.001]
+    return inside or [low, high]
+
+
+def _legend(series: Sequence[Series]) -> str:
+    items = "".join(f'<li class="k{s.colour % COLOURS}">{escape(s.name)}</li>' for s in series)
+    return f'<ul class="legend">{items}</ul>'

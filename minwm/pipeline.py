@@ -1,0 +1,100 @@
+"""All stages of a pipeline, wired by themselves and resumable: run it again and it goes on where it was."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.checkpoint import load_codec, load_model
+from minwm.core.config import dumps, loads
+from minwm.core.media import atomic
+from minwm.core.runtime import generator, pick_device
+from minwm.core.types import Clip
+from minwm.data.dataset import ShardDataset
+from minwm.data.encode import encode_clips
+from minwm.data.rerender import render_worlds
+from minwm.data.trajectories import collect_trajectories
+from minwm.presets import Pipeline
+from minwm.recipes.ode import OdeConfig, collect
+from minwm.train import Run, Summary, train
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of a part that is no training; kept, so that a resumed pipeline reports them all."""
+
+    seconds: float
+
+
+def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = None) -> None:
+    """Make everything that `out` lacks, up to and including the stage `until`; `say` gets a line per part."""
+    part = Part(out, say)
+    part("render", lambda: render_worlds(out / "raw", pipeline.render, clips=pipeline.clips, workers=pipeline.workers))
+    _train(pipeline.codec, out, say)
+    if until == "codec":
+        return
+    codec = load_codec(out / "codec")
+    part(
+        "encode",
+        lambda: encode_clips(out / "raw", out / "latents", codec, pipeline.codec.model.text, cfg=pipeline.encode),
+    )
+    for run in pipeline.stages:
+        if isinstance(run.recipe, OdeConfig):
+            part("collect", lambda run=run, cfg=run.recipe: _collect(run, cfg, out, pipeline.collect))
+        _train(run, out, say)
+        if run.name == until:
+            return
+
+
+class Part:
+    """Runs a part unless `out/parts/{name}.json` says that it is done."""
+
+    def __init__(self, out: Path, say: Say) -> None:
+        self.folder, self.say = out / "parts", say
+
+    def __call__(self, name: str, work: Callable[[], object]) -> None:
+        done = self.folder / f"{name}.json"
+        if done.exists():
+            self.say(f"{name}: done before")
+            return
+        start = time.monotonic()
+        work()
+        seconds = time.monotonic() - start
+        with atomic(done) as temporary:
+            temporary.write_text(dumps(Timing(seconds=seconds)))
+        self.say(f"{name}: {seconds:.0f} s")
+
+
+def part_seconds(out: Path, name: str) -> float:
+    return loads(Timing, (out / "parts" / f"{name}.json").read_text()).seconds
+
+
+def _train(run: Run, out: Path, say: Say) -> Summary:
+    summary = train(run, out / run.name)
+    speed = summary.steps / max(summary.seconds, 1e-9)
+    say(
+        f"{run.name}: {summary.steps} steps in {summary.seconds:.0f} s ({speed:.2f}/s), "
+        f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}"
+    )
+    return summary
+
+
+def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
+    """ODE trajectories of the model that the stage starts from."""
+    device, teacher = pick_device(), load_model(Path(str(run.init.student)))
+    net = teacher.net.to(device)
+
+    def trajectories(clip: Clip, number: int) -> Float[Tensor, "k b f c h w"]:
+        draws = generator(run.seed, "collect", number, device=device)
+        return collect(net, clip.to(device), cfg, teacher.config.geometry, draws)
+
+    source = ShardDataset(out / "latents", "train")
+    about = {"teacher": run.init.student, "seed": run.seed, **asdict(cfg)}
+    with torch.no_grad():
+        collect_trajectories(source, out / "trajectories", clips, trajectories, about, batch=run.batch)

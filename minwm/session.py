@@ -1,0 +1,149 @@
+"""Walking around: an engine turns the camera's next poses into frames, and a session steers it with actions.
+
+An engine looks the same whether learned or rendered, so player, evaluation and recordings cannot tell them apart.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from minwm.checkpoint import Model
+from minwm.core.camera import CameraTrack, se3_inverse
+from minwm.core.config import UserError
+from minwm.core.media import frames as to_frames
+from minwm.core.media import pixels
+from minwm.core.runtime import generator
+from minwm.core.trajectory import Action, Motion, drive
+from minwm.core.types import Condition
+from minwm.render.worlds import World
+from minwm.sampling import Bidirectional, Stream, draws_of
+
+Pose = Float[np.ndarray, "4 4"]
+Frames = UInt8[np.ndarray, "n h w 3"]
+
+
+class Engine(Protocol):
+    """Frames for a camera that moves on."""
+
+    motion: Motion
+    chunk: int
+    """Latents per step."""
+
+    def start(self) -> Frames:
+        """The first frame, seen from the identity pose."""
+        ...
+
+    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
+        """Frames for the next `chunk * stride` camera poses, relative to the first frame."""
+        ...
+
+    def snapshot(self) -> Any: ...
+
+    def restore(self, snapshot: Any) -> None: ...
+
+
+class RendererEngine:
+    """Ground truth: a procedural world seen from a placed camera."""
+
+    def __init__(
+        self, world: World, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
+    ) -> None:
+        self.world, self.origin, self.K, self.motion, self.chunk, self.size = world, origin, K, motion, chunk, size
+
+    def start(self) -> Frames:
+        return self.advance(np.eye(4)[None])
+
+    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
+        track = CameraTrack(c2w, self.K, self.motion.fps).moved(self.origin)
+        return self.world.render(track, *self.size).frames
+
+    def snapshot(self) -> None:
+        """A world has no memory."""
+
+    def restore(self, snapshot: None) -> None: ...
+
+
+class ModelEngine:
+    """A causal model, streamed chunk by chunk from its first image; deterministic for a seed."""
+
+    def __init__(self, model: Model, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int = 0) -> None:
+        cfg = model.config
+        if isinstance(cfg.sampler, Bidirectional):
+            raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
+        if image.shape[:2] != (cfg.height, cfg.width):
+            raise UserError(f"the first image is {image.shape[:2]}, this model sees {(cfg.height, cfg.width)}; resize it")
+        self.model, self.image, self.motion, self.chunk = model, image, cfg.motion, cfg.chunk
+        self.sampler, self.noise = cfg.sampler, generator(seed, "session")
+        self.text = cfg.text.encode([prompt])
+        self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
+
+    @torch.no_grad()
+    def start(self) -> Frames:
+        first, _ = self.model.codec.encode_next(pixels(self.image)[None, None])
+        cond = self._look(np.eye(4)[None])
+        self.stream = Stream(self.model.net, cond, self.model.config.geometry, self.sampler.guidance)
+        self.stream.commit(self.stream.look(cond), first)
+        decoded, self.decoding = self.model.codec.decode_next(first)
+        return to_frames(decoded[0])
+
+    @torch.no_grad()
+    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
+        bound = self.stream.look(self._look(c2w[self.motion.stride - 1 :: self.motion.stride]))
+        shape = (draws_of(self.sampler), *self.model.config.latent_shape(1, self.chunk))
+        noise = torch.randn(shape, generator=self.noise)
+        latents = self.stream.next_chunk(bound, noise, self.sampler)
+        decoded, self.decoding = self.model.codec.decode_next(latents, self.decoding)
+        self.stream.commit(bound, latents)
+        return to_frames(decoded[0])
+
+    def _look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
+        w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
+        return Condition(text=self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4))
+
+    def snapshot(self) -> tuple[Any, ...]:
+        return self.stream.arena.snapshot(), self.stream.chunk, self.decoding, self.noise.get_state()
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        arena, self.stream.chunk, self.decoding, state = snapshot
+        self.stream.arena.restore(arena)
+        self.noise.set_state(state)
+
+
+@dataclass
+class Session:
+    """An engine and where its camera is. `step` blocks for one chunk; `rewind` goes back to any earlier one."""
+
+    engine: Engine
+    pose: Pose = field(default_factory=lambda: np.eye(4))
+    """Camera-to-world relative to the first frame, float64."""
+    past: list[tuple[Pose, Any]] = field(default_factory=list)
+    """Pose and engine snapshot before every step."""
+
+    def start(self) -> Frames:
+        return self.engine.start()
+
+    def step(self, action: Action) -> Frames:
+        """Hold an action for one chunk: chunk * stride frames."""
+        self.past.append((self.pose, self.engine.snapshot()))
+        frames = self.engine.chunk * self.engine.motion.stride
+        c2w = drive(self.pose, [action] * frames, self.engine.motion)
+        self.pose = c2w[-1]
+        return self.engine.advance(c2w)
+
+    def play(self, actions: list[Action]) -> Iterator[Frames]:
+        """The first frame, then the frames of every action."""
+        yield self.start()
+        for action in actions:
+            yield self.step(action)
+
+    def rewind(self, steps: int = 1) -> None:
+        """Undo steps; what follows may take another way."""
+        if not 1 <= steps <= len(self.past):
+            raise UserError(f"cannot rewind {steps} steps: {len(self.past)} were made")
+        self.pose, snapshot = self.past[-steps]
+        self.engine.restore(snapshot)
+        del self.past[-steps:]

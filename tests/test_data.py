@@ -1,0 +1,437 @@
+"""Data: what is written is read back, an interruption loses nothing, nothing broken is read silently."""
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minwm.core.camera import intrinsics, views
+from minwm.core.config import ConfigError, UserError
+from minwm.core.media import pixels
+from minwm.core.trajectory import Motion, parse
+from minwm.data import clips as clips_module
+from minwm.data.clips import ClipFolder, ClipRecord, DataError, actions, check, report, sheet, split_of
+from minwm.data.dataset import Loader, RawDataset, ShardDataset, check_shards, loader
+from minwm.data.encode import EncodeConfig, encode_clips
+from minwm.data.rerender import RenderConfig, WorldSource, check_renders, produce, render_worlds, reproduce
+from minwm.data.shards import index_path, list_shards, read_index
+from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.text import WordText
+
+MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
+SMALL = RenderConfig(latents=3, height=32, width=32, clips_per_world=2)
+CFG = EncodeConfig(batch=3, shard_size=4, val=0.4)
+TEXT = WordText(dim=8, length=12)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A source that needs no renderer; clip i is scene i // 2."""
+
+    level: int = 200
+    kind: str = "noise"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"level": self.level}
+
+    def clip_id(self, index: int) -> str:
+        return f"noise-{index:03d}"
+
+    def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
+        track = parse("w+j*1,d*1").track(MOTION, intrinsics(70.0, 16, 16))
+        record = ClipRecord(
+            id=self.clip_id(index),
+            source="noise",
+            source_id=f"scene {index // 2}",
+            source_license="CC0-1.0",
+            split_key=f"scene:{index // 2}",
+            track=track,
+            caption=f"noise number {index}",
+            caption_source="test",
+            hw=(16, 16),
+            pose_kind="ground_truth",
+            origin=np.eye(4),
+            quality={"sharpness": 0.1 + index},
+        )
+        blocks = np.random.default_rng(index).integers(0, self.level, (len(track), 2, 2, 3), np.uint8)
+        return record, blocks.repeat(8, 1).repeat(8, 2)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    torch.manual_seed(0)
+    return CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1).build()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, codec: Codec) -> Path:
+    """raw/ and shards/ with 12 clips; tests that change anything work on a copy."""
+    base = tmp_path_factory.mktemp("data")
+    produce(Noise(), base / "raw", 12)
+    encode_clips(base / "raw", base / "shards", codec, TEXT, cfg=CFG)
+    return base
+
+
+@pytest.fixture
+def shards(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "shards", tmp_path / "shards"))
+
+
+@pytest.fixture
+def raw(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "raw", tmp_path / "raw"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Raw clips
+
+
+def test_a_clip_is_read_as_it_was_written(made: Path) -> None:
+    written, frames = Noise().make(3)
+    record = ClipFolder(made / "raw").record(written.id)
+    assert np.array_equal(record.track.c2w, written.track.c2w)
+    assert record.meta() == written.meta()
+    error = ClipFolder(made / "raw").frames(written.id).astype(float) - frames
+    assert 20 * np.log10(255 / np.sqrt((error**2).mean())) > 40
+
+
+def test_an_interrupted_run_leaves_whole_clips_and_continues(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text, calls = clips_module._write_text, []
+
+    def interrupted(path: Path, text: str) -> None:
+        calls.append(path)
+        if len(calls) == 6:  # manifest, then txt and json of each clip: between those of the third
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    monkeypatch.setattr(clips_module, "_write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        produce(Noise(), tmp_path / "raw", 4)
+    monkeypatch.undo()
+    folder = ClipFolder(tmp_path / "raw")
+    assert folder.ids() == ["noise-000", "noise-001"] and check(tmp_path / "raw") == []
+    before = (folder.clips / "noise-001.mp4").stat().st_mtime_ns
+    produce(Noise(), tmp_path / "raw", 4)
+    assert (folder.clips / "noise-001.mp4").stat().st_mtime_ns == before
+    assert folder.manifest()["clips"] == 4 and check(tmp_path / "raw") == []
+    for name in ("noise-002.mp4", "noise-002.json"):
+        assert (folder.clips / name).read_bytes() == (made / "raw/clips" / name).read_bytes()
+
+
+def test_workers_and_ranks_make_the_same_clips(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        produce(Noise(), tmp_path / "raw", 6, workers=2 if rank else 1)
+    folder = ClipFolder(tmp_path / "raw")
+    assert folder.manifest()["clips"] == 6
+    for clip in folder.ids():
+        assert (folder.clips / f"{clip}.mp4").read_bytes() == (made / f"raw/clips/{clip}.mp4").read_bytes()
+
+
+def test_a_folder_of_other_settings_is_refused(raw: Path) -> None:
+    with pytest.raises(DataError, match="level: 200 -> 100"):
+        produce(Noise(level=100), raw, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"caption": "a red box as the camera pans"}, "speaks of motion"),
+        ({"caption": " "}, "empty caption"),
+        ({"source_license": ""}, "no licence"),
+        ({"split_key": "scene:9"}, "would leak"),
+        ({"hw": [32, 32]}, "the record says"),
+        ({"K": [[0.7, 0.9, 0.5, 0.5]] * 9}, "not square"),
+        ({"c2w": np.diag([1.0, -1.0, 1.0, 1.0])[None].repeat(9, 0).tolist()}, "mirrors the world"),
+        ({"schema": 99}, "schema 99"),
+        ({"speed": 3}, r"unknown fields \['speed'\]"),
+    ],
+)
+def test_check_names_the_clip_and_the_problem(raw: Path, changes: dict[str, Any], expected: str) -> None:
+    assert check(raw) == []
+    edit(raw / "clips/noise-005.json", **changes)
+    with pytest.raises(AssertionError, match=expected):
+        assert [p for p in check(raw) if p.startswith("noise-005: ")] == []
+
+
+def test_check_sees_jumps_and_lost_clips(raw: Path) -> None:
+    record, frames = Noise().make(0)
+    c2w = record.track.c2w.copy()
+    c2w[6:, 0, 3] += 1.0
+    ClipFolder(raw).write(replace(record, track=replace(record.track, c2w=c2w)), frames)
+    (raw / "clips/noise-011.json").unlink()
+    first, second = check(raw)
+    assert first.startswith("noise-000: frame 6: a step") and second.startswith("manifest: 12 clips")
+
+
+def test_report_counts_and_shows(made: Path) -> None:
+    found = report(made / "raw")
+    assert (found["clips"], found["frames"], found["scenes"]) == (12, 108, 6)
+    assert found["actions"] == {"forward+turn left": 12, "right": 12}
+    assert found["licences"] == {"CC0-1.0": 12} and found["path_length"]["median"] == pytest.approx(0.25)
+    json.dumps(found)
+    assert sheet(made / "raw", rows=3).shape[0] >= 3 * 16
+
+
+NAMES = {"w": "forward", "s": "back", "a": "left", "d": "right", "u": "up", "dn": "down", "static": "still"}
+TURNS = {"i": "look up", "k": "look down", "j": "turn left", "l": "turn right"}
+
+
+@pytest.mark.parametrize(("keys", "name"), (NAMES | TURNS).items())
+def test_actions_read_off_poses_are_the_keys(keys: str, name: str) -> None:
+    assert actions(parse(f"{keys}*2").track(MOTION, intrinsics(70.0, 16, 16))) == [name, name]
+
+
+def test_the_split_depends_on_the_scene_alone() -> None:
+    assert [split_of(f"world:{i}", 0.1) for i in range(20)].count("val") == 2  # fixed for ever
+    share = np.mean([split_of(f"world:{i}", 0.1) == "val" for i in range(5000)])
+    assert abs(share - 0.1) < 0.02
+
+
+# ---------------------------------------------------------------------------------------------
+# Procedural worlds
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> ClipFolder:
+    return render_worlds(tmp_path_factory.mktemp("town") / "raw", SMALL, clips=3)
+
+
+def test_rendered_worlds_pass_their_checks(town: ClipFolder) -> None:
+    assert check(town.path) == [] and check_renders(town, share=1.0) == []
+    records = [town.record(clip) for clip in town.ids()]
+    assert [r.seed for r in records] == [0, 0, 1] and all(len(r.track) == 9 for r in records)
+    assert all(parse(r.trajectory).latents == 2 for r in records)
+
+
+def test_a_wrong_pose_is_seen_by_rendering_again(town: ClipFolder, tmp_path: Path) -> None:
+    copy = ClipFolder(Path(shutil.copytree(town.path, tmp_path / "raw")))
+    record = copy.record(copy.ids()[0])
+    assert record.origin is not None
+    turned = record.origin @ np.diag([-1.0, 1.0, -1.0, 1.0])
+    edit(copy.clips / f"{record.id}.json", origin=turned.tolist())
+    assert [p.split(":")[0] for p in check_renders(copy, share=1.0)] == [record.id]
+
+
+def test_a_clip_is_reproduced_from_its_record_alone(town: ClipFolder) -> None:
+    record, frames = WorldSource(SMALL).make(2)
+    assert np.array_equal(reproduce(town.record(record.id)).frames, frames)
+
+
+def test_an_encoded_clip_can_still_be_rendered(town: ClipFolder, tmp_path: Path, codec: Codec) -> None:
+    encode_clips(town.path, tmp_path, codec, replace(TEXT, length=24), cfg=replace(CFG, val=0.0))
+    example = ShardDataset(tmp_path, "train")[2]
+    _, frames = WorldSource(SMALL).make(2)
+    assert np.array_equal(reproduce(example.record).frames, frames)
+
+
+def test_prescribed_trajectories_are_followed(tmp_path: Path) -> None:
+    cfg = replace(SMALL, trajectories=("w*2", "j*2"), height=16, width=16)
+    folder = render_worlds(tmp_path, cfg, clips=2)
+    assert [folder.record(clip).trajectory for clip in folder.ids()] == ["w*2", "j*2"]
+    with pytest.raises(ConfigError, match="fills 4 latents"):
+        replace(cfg, trajectories=("w*3",))
+
+
+# ---------------------------------------------------------------------------------------------
+# Shards
+
+
+def test_a_batch_is_what_the_codec_and_the_text_encoder_gave(made: Path, codec: Codec) -> None:
+    data, folder = ShardDataset(made / "shards", "train"), ClipFolder(made / "raw")
+    clip, chosen = data.batch([4, 0]), [data.ids[4], data.ids[0]]
+    records = [folder.record(c) for c in chosen]
+    frames = torch.from_numpy(np.stack([folder.frames(c) for c in chosen]))
+    with torch.no_grad():
+        torch.testing.assert_close(clip.latents, codec.encode(pixels(frames)))
+    assert torch.equal(clip.cond.text, TEXT.encode([r.caption for r in records]))
+    w2c, K = views([r.track for r in records], 4)
+    assert clip.cond.w2c is not None and clip.cond.K is not None and clip.cond.first is not None
+    assert torch.equal(clip.cond.w2c, w2c) and torch.equal(clip.cond.K, K)
+    assert torch.equal(clip.cond.first, clip.latents[:, :1])
+    assert ShardDataset(made / "shards", "train", image_start=False).batch([0]).cond.first is None
+
+
+def test_every_clip_is_in_one_split_and_scenes_stay_together(made: Path) -> None:
+    train, val = (ShardDataset(made / "shards", split) for split in ("train", "val"))
+    assert sorted(train.ids + val.ids) == ClipFolder(made / "raw").ids()
+    scenes = [{data[i].record.split_key for i in range(len(data))} for data in (train, val)]
+    assert scenes[0] and scenes[1] and not scenes[0] & scenes[1]
+    assert train.manifest["counts"] == {"train": len(train), "val": len(val)}
+    raw = RawDataset(made / "raw", "val", val=CFG.val)
+    assert raw.ids == val.ids and raw.batch([1, 0]).shape == (2, 9, 3, 16, 16)
+
+
+def test_shards_are_plain_tars_and_the_manifest_measures_them(made: Path) -> None:
+    shard = list_shards(made / "shards")[0]
+    with tarfile.open(shard) as tar:
+        names = tar.getnames()
+        assert tar.getmember(names[1]).offset_data == read_index(shard).records[0].tensors.offset
+    first = read_index(shard).records[0].id
+    assert names[:2] == [f"{first}.json", f"{first}.safetensors"]
+    splits = [ShardDataset(made / "shards", split) for split in ("train", "val")]
+    latents = torch.cat([d.batch(range(len(d))).latents for d in splits]).double()
+    mean, std = latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4), correction=0)
+    assert splits[0].manifest["latent"]["mean"] == pytest.approx(mean.tolist(), abs=1e-6)
+    assert splits[0].manifest["latent"]["std"] == pytest.approx(std.tolist(), abs=1e-6)
+
+
+def test_encoding_continues_and_refuses_another_codec(
+    raw: Path, tmp_path: Path, codec: Codec, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "shards"
+    for name in [p.name for p in (raw / "clips").iterdir() if p.stem > "noise-006"]:
+        shutil.move(raw / "clips" / name, tmp_path / name)
+    encode_clips(raw, out, codec, TEXT, cfg=CFG)
+    before = {p: p.read_bytes() for p in list_shards(out)}
+    (out / "train-0000-000002.tar").write_bytes(b"cut off before its index was written")
+    for path in tmp_path.glob("noise-*"):
+        shutil.move(path, raw / "clips" / path.name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        encode_clips(raw, out, codec, TEXT, cfg=CFG)
+    assert {p: p.read_bytes() for p in before} == before and check_shards(out) == []
+    for split in ("train", "val"):
+        now, then = ShardDataset(out, split), ShardDataset(made / "shards", split)
+        assert now.ids == then.ids
+        torch.testing.assert_close(now.batch([0, 1]).latents, then.batch([0, 1]).latents)
+    with pytest.raises(DataError, match="another codec"):
+        encode_clips(raw, out, CodecConfig(channels=4, width=8, fine=8, finest=8).build(), TEXT, cfg=CFG)
+    with pytest.raises(DataError, match="another text"):
+        encode_clips(raw, out, codec, replace(TEXT, length=20), cfg=CFG)
+
+
+def test_half_precision_is_read_as_float32(made: Path, tmp_path: Path, codec: Codec) -> None:
+    encode_clips(made / "raw", tmp_path, codec, TEXT, cfg=replace(CFG, dtype="float16"))
+    half, full = (ShardDataset(p, "val").batch([0]) for p in (tmp_path, made / "shards"))
+    assert half.latents.dtype == torch.float32 and half.cond.w2c is not None and full.cond.w2c is not None
+    torch.testing.assert_close(half.latents, full.latents, atol=1e-3, rtol=1e-3)
+    assert torch.equal(half.cond.w2c, full.cond.w2c)
+
+
+def truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-600])
+
+
+def flip(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[read_index(shard).records[1].tensors.offset + 900] ^= 1
+    shard.write_bytes(data)
+
+
+def future(shard: Path) -> None:
+    edit(index_path(shard), schema=2)
+
+
+def garble(shard: Path) -> None:
+    index_path(shard).write_text("{")
+
+
+def no_member(shard: Path) -> None:
+    records = json.loads(index_path(shard).read_text())["records"]
+    del records[0]["tensors"]
+    edit(index_path(shard), records=records)
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (truncate, "cut off"),
+        (flip, "record noise-00[0-9]: wrong checksum of its safetensors"),
+        (future, "schema 2, this version reads 1"),
+        (garble, "not readable"),
+        (no_member, "'tensors'"),
+        (Path.unlink, "missing though its index is there"),
+    ],
+)
+def test_a_broken_shard_is_never_read_silently(
+    shards: Path, harm: Callable[[Path], None], expected: str
+) -> None:
+    shard = list_shards(shards)[0]
+    harm(shard)
+    with pytest.raises(DataError, match=expected) as caught:
+        data = ShardDataset(shards, "train")
+        data.batch(range(len(data)))
+    assert shard.name in str(caught.value) and "minwm data encode` again" in str(caught.value)
+    (problem,) = check_shards(shards)
+    assert shard.name in problem
+
+
+def test_a_wrong_folder_is_named(tmp_path: Path, made: Path) -> None:
+    for path in (tmp_path, made / "raw"):
+        with pytest.raises(UserError, match="minwm data encode"):
+            ShardDataset(path, "train")
+    with pytest.raises(UserError, match="minwm data render"):
+        ClipFolder(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loader
+
+
+@dataclass
+class Numbers:
+    """Records that are their own index."""
+
+    size: int
+    fingerprint: int = 7
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, indices: Any) -> list[int]:
+        return list(indices)
+
+
+def test_resume_is_exact(made: Path) -> None:
+    data = ShardDataset(made / "shards", "train")
+    whole = loader(data, 3, seed=5)
+    for _ in range(7):
+        next(whole)
+    state = json.loads(json.dumps(whole.state()))
+    resumed = loader(data, 3, seed=5)
+    resumed.load(state)
+    for _ in range(9):
+        one, two = next(whole), next(resumed)
+        assert torch.equal(one.latents, two.latents) and torch.equal(one.cond.text, two.cond.text)
+
+
+def test_an_epoch_holds_every_record_once_in_a_new_order() -> None:
+    stream = Loader(Numbers(10), 4, seed=1)
+    drawn = [i for _ in range(5) for i in next(stream)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+    assert stream.state() | {"epoch": 1, "position": 10} == stream.state()
+
+
+def test_ranks_share_the_batch_of_one_process() -> None:
+    one = Loader(Numbers(10), 6, seed=3)
+    ranks = [Loader(Numbers(10), 2, seed=3, rank=r, world=3) for r in range(3)]
+    for _ in range(8):
+        assert next(one) == [i for r in ranks for i in next(r)]
+    assert one.state() == ranks[0].state() == ranks[2].state()
+
+
+def test_resuming_on_other_data_is_refused() -> None:
+    state = Loader(Numbers(10), 2).state()
+    with pytest.raises(DataError, match="fingerprint"):
+        Loader(Numbers(10, fingerprint=8), 2).load(state)
+    with pytest.raises(DataError, match="seed"):
+        Loader(Numbers(10), 2, seed=1).load(state)
