@@ -98,3 +98,72 @@ def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
     about = {"teacher": run.init.student, "seed": run.seed, **asdict(cfg)}
     with torch.no_grad():
         collect_trajectories(source, out / "trajectories", clips, trajectories, about, batch=run.batch)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """One row of every table in the report."""
+
+    follow: FollowResult
+    quality: Quality
+    confusion: Confusion | None = None
+    bench: BenchResult | None = None
+    """None for anchors, which are no models."""
+
+
+def evaluate(pipeline: Pipeline, out: Path, say: Say) -> dict[str, Evaluated]:
+    """Measure every stage of the evaluation and the anchors on the same held-out clips; finished rows are kept."""
+    plan, rows = pipeline.evaluation, out / "eval"
+    names = [*plan.stages, *ANCHORS]
+    if not all((rows / f"{name}.json").exists() for name in names):
+        last = load_model(out / plan.stages[-1])
+        held = HeldOut.make(last.config, plan.clips)
+        videos = {**held.suite.anchors(), "codec": codec_bound(last, held)}
+        _save_videos(rows / "truth.safetensors", held.truth)
+        for name, anchor in zip(ANCHORS, videos.values(), strict=True):
+            _keep(rows, name, lambda anchor=anchor: _anchor(last.config, held, anchor), say)
+        for name in plan.stages:
+            _keep(rows, name, lambda name=name: _evaluate_stage(plan, out, name, held), say)
+    return {name: loads(Evaluated, (rows / f"{name}.json").read_text()) for name in names}
+
+
+ANCHORS = ("ground truth", "static camera", "another clip's camera", "codec")
+"""Videos whose score is known in advance, or bounds that of any model."""
+
+
+def _keep(rows: Path, name: str, make: Callable[[], Evaluated], say: Say) -> None:
+    path = rows / f"{name}.json"
+    if path.exists():
+        return
+    start, result = time.monotonic(), make()
+    with atomic(path) as temporary:
+        temporary.write_text(dumps(result))
+    score = f"camera score {result.follow.score.value:.2f}, PSNR {result.quality.psnr:.1f} dB"
+    say(f"evaluated {name}: {score} ({time.monotonic() - start:.0f} s)")
+
+
+def _anchor(config: ModelConfig, held: HeldOut, videos: Videos) -> Evaluated:
+    if videos.shape[1] != held.truth.shape[1]:  # rendered at the latent rate: hold each frame
+        stride = config.motion.stride
+        videos = np.repeat(videos, stride, axis=1)[:, stride - 1 :]
+    measured = measure(config, held, videos)
+    return Evaluated(follow=measured.follow, quality=measured.quality)
+
+
+def _evaluate_stage(plan: Evaluation, out: Path, name: str, held: HeldOut) -> Evaluated:
+    model = load_model(out / name)
+    videos = generate_held_out(model, held, plan.seed)
+    _save_videos(out / "eval" / f"{name}.safetensors", videos)
+    measured, table = measure(model.config, held, videos), None
+    if name in plan.counterfactual:
+        _, _, table = counterfactual(model, plan.seed)
+    bench = bench_model(model, repeats=plan.bench_repeats)
+    return Evaluated(follow=measured.follow, quality=measured.quality, confusion=table, bench=bench)
+
+
+def _save_videos(path: Path, videos: Videos) -> None:
+    with atomic(path) as temporary:
+        save_file({"frames": np.ascontiguousarray(videos)}, temporary)

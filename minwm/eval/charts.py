@@ -1,4 +1,5 @@
-"""Small charts as SVG and HTML text. Colours come from the page's CSS (classes s0..s7), so they follow its theme."""
+"""Small charts as SVG and HTML text. Colours come from the page's CSS (classes s0..s7), so they follow its
+theme."""
 
 import math
 from collections.abc import Sequence
@@ -36,9 +37,11 @@ def smooth(values: Sequence[float]) -> list[float]:
     return ((total[stop] - total[start]) / (stop - start)).tolist()
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 230) -> str:
-    """Lines with axes, and a legend when there are several names. The y axis is logarithmic when positive values
-    span more than a factor of 20."""
+def line_chart(
+    series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 230
+) -> str:
+    """Lines with axes, and a legend when there are several names. The y axis is logarithmic when positive
+    values span more than a factor of 20."""
     lines = [(s, *_finite(s)) for s in series]
     lines = [(s, x, y) for s, x, y in lines if len(x)]
     if not lines:
@@ -61,10 +64,15 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
         y = at_y(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x_ticks:
-        parts.append(f'<text x="{at_x(tick):.1f}" y="{height - bottom + 15}" text-anchor="middle">{number(tick)}</text>')
+    base = height - bottom + 15
+    parts += [
+        f'<text x="{at_x(tick):.1f}" y="{base}" text-anchor="middle">{number(tick)}</text>'
+        for tick in x_ticks
+    ]
     middle = (left + width - right) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     for s, x, y in lines:
         points = " ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b in zip(x, y, strict=True))
         style = f"line s{s.colour % COLOURS}" + " faint" * s.faint + " dashed" * s.dashed
@@ -76,12 +84,13 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
                 f"<title>{escape(s.name)}: {number(float(b))}</title></circle>"
                 for a, b in zip(x, y, strict=True)
             ]
-    legend = "" if len([s for s, *_ in lines if not s.faint]) < 2 else _legend([s for s, *_ in lines if not s.faint])
-    return "".join(parts) + "</svg>" + legend
+    shown = [s for s, *_ in lines if not s.faint]
+    return "".join(parts) + "</svg>" + (_legend(shown) if len(shown) > 1 else "")
 
 
 def bar(value: float, low: float, high: float, *, colour: int = 0) -> str:
-    """A score in [-1, 1] as a bar from zero, with its interval as a whisker. Values outside are cut at the ends."""
+    """A score in [-1, 1] as a bar from zero, with its interval as a whisker. Values outside are cut at the
+    ends."""
 
     def at(x: float) -> float:
         return 50 + 50 * min(1.0, max(-1.0, x))
@@ -102,7 +111,7 @@ def heat_map(table: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
         low, high = min(row), max(row)
         cells = "".join(
             f'<td class="heat{" best" * (value == high)}" '
-            f'style="--h:{100 * (value - low) / max(high - low, 1e-9):.0f}%">{value:.1f}</td>'
+            f'style="--h:{80 * (value - low) / max(high - low, 1e-9):.0f}%">{value:.1f}</td>'
             for value in row
         )
         rows.append(f"<tr><th>{escape(label)}</th>{cells}</tr>")

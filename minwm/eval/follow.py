@@ -1,8 +1,10 @@
-"""Does the video obey the commanded camera? Measured from pixels alone, in worlds that can be rendered exactly.
+"""Does the video obey the commanded camera? Measured from pixels alone, in worlds that can be rendered
+exactly.
 
 Three answers, from coarse to fine:
 - retrieval: among true renders of the commanded, the static and other cameras, is the commanded one nearest?
-- tracking: the camera that the video shows (`align.track`), against the commanded one, in degrees and world units;
+- tracking: the camera that the video shows (`align.track`), against the commanded one, in degrees and world
+units;
 - confusion: one first frame, several actions; which action's true video does each generated one resemble?
 
 Every number has anchors that go through the same measurement: `Suite.anchors`.
@@ -62,8 +64,8 @@ class FollowResult:
     trans_err_u: Interval
     """Distance between shown and commanded position, world units."""
     score: Interval
-    """1 - error / (error of a camera that never moves), mean of rotation and translation: 1 obeys, 0 stands still,
-    negative moves the wrong way."""
+    """1 - error / (error of a camera that never moves), mean of rotation and translation: 1 obeys, 0 stands
+    still, negative moves the wrong way."""
     score_rot: float | None
     """The rotation half of the score; None when no command turns."""
     score_trans: float | None
@@ -110,7 +112,8 @@ class Suite:
         }
 
     def latent_rate(self, videos: UInt8[Array, "c n h w 3"]) -> UInt8[Array, "c f h w 3"]:
-        """The frames at which latents have poses. Takes videos at either rate; raises FollowError otherwise."""
+        """The frames at which latents have poses. Takes videos at either rate; raises FollowError
+        otherwise."""
         count, length, *size = self.candidates[:, 0].shape[:4]
         if videos.shape[0] == count and list(videos.shape[2:4]) == size:
             if videos.shape[1] == length:
@@ -132,25 +135,34 @@ def prepare(
     distractors: int = 5,
     config: AlignConfig | None = None,
 ) -> Suite:
-    """Render all candidates at the latent rate. Distractors are other clips' cameras, started at this clip's first
-    pose, that differ clearly from the command. Raises FollowError when no other clip has a different camera."""
+    """Render all candidates at the latent rate. Distractors are other clips' cameras, started at this clip's
+    first pose, that differ clearly from the command. Raises FollowError when no other clip has a different
+    camera."""
     config = config or AlignConfig()
     lengths = sorted({len(case.track) for case in cases})
     if len(lengths) != 1:
-        raise FollowError(f"clips of lengths {lengths}; camera following needs at least one clip, all of one length")
+        raise FollowError(
+            f"clips of lengths {lengths}; camera following needs at least one clip, all of one length"
+        )
     tracks = [case.track.at_latent_rate(stride) for case in cases]
     others = [_distractors(i, tracks, distractors) for i in range(len(cases))]
     count = min(map(len, others))
     if not count:
         lonely = next(i for i, found in enumerate(others) if not found)
-        raise FollowError(f"clip {lonely}: no other clip moves differently; add clips with other trajectories")
-    candidates = np.stack([
-        np.stack([
-            case.scene.render(path, height, width, config.supersample).frames
-            for path in (own, _static(own), *found[:count])
-        ])
-        for case, own, found in zip(cases, tracks, others, strict=True)
-    ])
+        raise FollowError(
+            f"clip {lonely}: no other clip moves differently; add clips with other trajectories"
+        )
+    candidates = np.stack(
+        [
+            np.stack(
+                [
+                    case.scene.render(path, height, width, config.supersample).frames
+                    for path in (own, _static(own), *found[:count])
+                ]
+            )
+            for case, own, found in zip(cases, tracks, others, strict=True)
+        ]
+    )
     commanded, K = np.stack([t.c2w for t in tracks]), np.stack([t.K for t in tracks])
     first = FirstView([case.scene for case in cases], commanded[:, 0], K[:, 0], (height, width), config)
     seen = [first.view(commanded[:, i], K[:, i]).seen.mean((1, 2)).numpy() for i in range(commanded.shape[1])]
@@ -170,7 +182,9 @@ def evaluate(
     hit = (likeness.argmax(1) == 0).astype(float)
     gap = likeness[:, 0] - likeness[:, 1:].max(1)
 
-    shown = track([case.scene for case in suite.cases], suite.commanded[:, 0], suite.K, frames, config or AlignConfig())
+    shown = track(
+        [case.scene for case in suite.cases], suite.commanded[:, 0], suite.K, frames, config or AlignConfig()
+    )
     motion, wanted = _anchored(shown.c2w), _anchored(suite.commanded)
     still_rot, still_trans = _differences(np.broadcast_to(np.eye(4), wanted.shape), wanted)
     rot, trans = _differences(motion, wanted)
@@ -210,7 +224,8 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counterfactual control: row = the action given, column = the action whose true video it is compared with."""
+    """Counterfactual control: row = the action given, column = the action whose true video it is compared
+    with."""
 
     actions: list[str]
     psnr: list[list[float]]
@@ -224,12 +239,18 @@ def confusion(
 ) -> Confusion:
     """Compare each action's generated video with every action's true one, all from one first frame."""
     if not len(generated) == len(truth) == len(actions):
-        raise FollowError(f"{len(generated)} generated and {len(truth)} true videos for {len(actions)} actions")
-    table = np.stack([psnr(np.broadcast_to(one, truth.shape)[:, 1:], truth[:, 1:]).mean(-1) for one in generated])
+        raise FollowError(
+            f"{len(generated)} generated and {len(truth)} true videos for {len(actions)} actions"
+        )
+    table = np.stack(
+        [psnr(np.broadcast_to(one, truth.shape)[:, 1:], truth[:, 1:]).mean(-1) for one in generated]
+    )
     accuracy = float((table.argmax(1) == np.arange(len(table))).mean())
     return Confusion(list(actions), table.tolist(), accuracy)
 
 
+DISTINCT_DEGREES, DISTINCT_UNITS = 3.0, 0.06
+"""Two cameras differ clearly when their mean difference exceeds one of these (half a latent step)."""
 MIN_DEGREES, MIN_UNITS = 0.1, 2e-3
 """Below these mean errors of a static camera the commands count as not turning, or not moving."""
 
@@ -282,8 +303,8 @@ def _static(path: CameraTrack) -> CameraTrack:
 
 
 def _distractors(index: int, tracks: Sequence[CameraTrack], count: int) -> list[CameraTrack]:
-    """The next clips' cameras moved to this clip's start, skipping those that nearly coincide with its command or
-    with one another (mean difference below 3 degrees and a quarter of the step-free path)."""
+    """The next clips' cameras moved to this clip's start, skipping those that nearly coincide with its
+    command, with standing still or with one another."""
     own = tracks[index]
     kept = [own, _static(own)]
     for offset in range(1, len(tracks)):
@@ -298,4 +319,4 @@ def _distractors(index: int, tracks: Sequence[CameraTrack], count: int) -> list[
 
 def _distinct(a: CameraTrack, b: CameraTrack) -> bool:
     rot, trans = _differences(a.c2w, b.c2w)
-    return bool(rot.mean() > 3.0 or trans.mean() > 0.06)
+    return bool(rot.mean() > DISTINCT_DEGREES or trans.mean() > DISTINCT_UNITS)

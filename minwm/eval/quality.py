@@ -15,7 +15,8 @@ from minwm.core.config import UserError
 
 Array = np.ndarray
 QUANTISATION = 1 / 12
-"""Variance of rounding to 8 bits. The floor of the squared error, so that equal frames read 58.9 dB, not infinity."""
+"""Variance of rounding to 8 bits. The floor of the squared error, so that equal frames read 58.9 dB, not
+infinity."""
 
 
 class QualityError(UserError):
@@ -30,7 +31,8 @@ def psnr(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "*n h w 3"]) -> Float[Arra
 
 
 def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "*n h w 3"]) -> Float[Array, "*n"]:
-    """Structural similarity of each frame (Wang et al. 2004): Gaussian window of 11, sigma 1.5, mean over colours."""
+    """Structural similarity of each frame (Wang et al. 2004): Gaussian window of 11, sigma 1.5, mean over
+    colours."""
     _same_shape(a, b)
     if min(a.shape[-3:-1]) < 11:
         raise QualityError(f"ssim: frames of {a.shape[-3]}x{a.shape[-2]} are smaller than its window of 11")
@@ -39,14 +41,17 @@ def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "*n h w 3"]) -> Float[Arra
     var_x, var_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
     cov = _windowed(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    score = (
+        (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    )
     return score.mean((1, 2, 3)).reshape(a.shape[:-3]).numpy()
 
 
 def chunk_spans(frames: int, first: int, chunk: int, stride: int) -> list[tuple[int, int]]:
     """Pixel-frame ranges [start, stop) of the chunks of a clip that is generated `chunk` latents at a time.
 
-    `first` latents form chunk 0 (latent 0 is one frame, each later one `stride`). A last, shorter chunk is kept.
+    `first` latents form chunk 0 (latent 0 is one frame, each later one `stride`). A last, shorter chunk is
+    kept.
     """
     edges = [0, 1 + stride * (first - 1)]
     while edges[-1] < frames:
@@ -67,6 +72,8 @@ class Quality:
     """Slope of a straight line through the PSNR of the generated chunks; 0 is no drift."""
     sharpness: float
     """Gradient energy of the generated frames over that of the true ones; 1 is as sharp, less is blurred."""
+    given: int
+    """Chunks at the start that were conditions, not results."""
 
 
 def quality(
@@ -76,11 +83,14 @@ def quality(
     *,
     given: int = 1,
 ) -> Quality:
-    """Measure clips against their true renders. The first `given` chunks were conditions, so they do not count
-    in the totals and the slope (they are still listed). Raises QualityError when nothing is left to measure."""
+    """Measure clips against their true renders. The first `given` chunks were conditions, so they do not
+    count in the totals and the slope (they are still listed). Raises QualityError when nothing is left to
+    measure."""
     _same_shape(generated, truth)
     if not 0 <= given < len(spans):
-        raise QualityError(f"{len(spans)} chunks of which {given} were given: nothing was generated; pass longer clips")
+        raise QualityError(
+            f"{len(spans)} chunks of which {given} were given: nothing was generated; pass longer clips"
+        )
     frame_psnr, frame_ssim = psnr(generated, truth).mean(0), ssim(generated, truth).mean(0)
     per_psnr = [float(frame_psnr[a:b].mean()) for a, b in spans]
     per_ssim = [float(frame_ssim[a:b].mean()) for a, b in spans]
@@ -92,6 +102,7 @@ def quality(
         ssim_per_chunk=per_ssim,
         drift_db_per_chunk=slope(per_psnr[given:]),
         sharpness=_sharpness(generated[:, start:]) / max(_sharpness(truth[:, start:]), 1e-9),
+        given=given,
     )
 
 
@@ -117,4 +128,6 @@ def _sharpness(frames: Array) -> float:
 
 def _same_shape(a: Array, b: Array) -> None:
     if a.shape != b.shape or a.shape[-1] != 3 or a.ndim < 4:
-        raise QualityError(f"cannot compare frames of shape {a.shape} with {b.shape}; both must be (..., n, h, w, 3)")
+        raise QualityError(
+            f"cannot compare frames of shape {a.shape} with {b.shape}; both must be (..., n, h, w, 3)"
+        )

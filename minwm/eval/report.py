@@ -113,13 +113,16 @@ class ReportData:
 
 def write_report(path: str | Path, data: ReportData) -> Path:
     """Write the page in one piece and return its path."""
+    names = [stage.name for stage in data.stages]
+    models = [name for name in (*data.following, *data.quality) if name not in names]
+    colours = {name: i for i, name in enumerate(dict.fromkeys([*names, *models]))}
     sections = [
         ("pipeline", "Pipeline", _pipeline(data.stages)),
         ("gallery", "Held-out clips", _gallery(data.examples, data.fps)),
         ("speed", "Speed", _speed(data.latency)),
-        ("camera", "Camera following", _following(data.following, data.anchors)),
+        ("camera", "Camera following", _following(data.following, data.anchors, colours)),
         ("control", "Counterfactual control", _confusions(data.confusion)),
-        ("quality", "Quality and drift", _quality(data.quality, data.quality_anchors)),
+        ("quality", "Quality and drift", _quality(data.quality, data.quality_anchors, colours)),
         ("training", "Training", _training(data.stages)),
         ("reproduce", "Run it again, change one thing", _commands(data.commands)),
         ("caveats", "What to keep in mind", _caveats(data.caveats)),
@@ -132,7 +135,9 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         facts="".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in data.facts.items()),
         tiles=_tiles(data),
         nav="".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections),
-        sections="".join(f'<section id="{k}"><h2>{title}</h2>{body}</section>' for k, title, body in sections),
+        sections="".join(
+            f'<section id="{k}"><h2>{title}</h2>{body}</section>' for k, title, body in sections
+        ),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +152,7 @@ def _tiles(data: ReportData) -> str:
     if len(data.latency) > 1:
         first, last = data.latency[0], data.latency[-1]
         tiles.append((f"{number(last.fps)} fps", f"{last.name}, end to end"))
-        tiles.append((f"{number(first.first_ms / last.first_ms)}×", f"sooner on screen than {first.name}"))
+        tiles.append((f"{number(first.first_ms / last.first_ms)}x", f"sooner on screen than {first.name}"))
     if data.following:
         name, result = list(data.following.items())[-1]
         tiles.append((f"{result.score.value:.2f}", f"camera score of {name}: 1 obeys, 0 stands still"))
@@ -162,17 +167,22 @@ def _pipeline(stages: Sequence[Stage]) -> str:
     cards = []
     for i, stage in enumerate(stages):
         main = next(iter(stage.losses.values()), ())
-        facts = [("init", stage.init_from or "random"), ("steps", number(stage.steps)), ("time", duration(stage.seconds))]
+        facts = [
+            ("init", stage.init_from or "random"),
+            ("steps", number(stage.steps)),
+            ("time", duration(stage.seconds)),
+        ]
         if stage.steps:
             facts.append(("speed", f"{number(stage.steps / max(stage.seconds, 1e-9))} steps/s"))
         if len(main):
             ends = smooth(main)
-            facts.append((f"loss ({next(iter(stage.losses))})", f"{number(ends[0])} → {number(ends[-1])}"))
+            facts.append((next(iter(stage.losses)), f"{number(ends[0])} → {number(ends[-1])}"))
         if stage.passes_per_chunk is not None:
             facts.append(("passes per chunk", str(stage.passes_per_chunk)))
         rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
         cards.append(
-            f'<li class="k{i % COLOURS}"><h3>{escape(stage.name)}</h3><p>{escape(stage.what)}</p><dl>{rows}</dl></li>'
+            f'<li class="k{i % COLOURS}"><h3>{escape(stage.name)}</h3><p>{escape(stage.what)}</p>'
+            f"<dl>{rows}</dl></li>"
         )
     share = "".join(
         f'<i class="f{i % COLOURS}" style="flex:{stage.seconds / total:.4f}" '
@@ -187,7 +197,8 @@ def _gallery(examples: Sequence[Example], fps: float) -> str:
         return ""
     controls = (
         '<div class="controls"><button id="play" type="button">Pause</button>'
-        '<input id="scrub" type="range" min="0" max="1000" value="0" aria-label="position in all clips"></div>'
+        '<input id="scrub" type="range" min="0" max="1000" value="0" aria-label="position in all clips">'
+        "</div>"
     )
     return controls + "".join(_example(example, fps) for example in examples)
 
@@ -198,8 +209,10 @@ def _example(example: Example, fps: float) -> str:
         scale = max(1, round(VIDEO_PIXELS / video.frames.shape[1]))
         source = _data("video/mp4", mp4_bytes(video.frames, fps, scale=scale))
         figures.append(
-            f'<figure{" class=truth" * (i == 0)}><video autoplay loop muted playsinline preload="auto" src="{source}">'
-            f"</video><figcaption>{escape(video.label)}<small>{escape(video.note)}</small></figcaption></figure>"
+            f'<figure{" class=truth" * (i == 0)}><video autoplay loop muted playsinline preload="auto" '
+            f'src="{source}">'
+            f"</video><figcaption>{escape(video.label)}<small>{escape(video.note)}</small></figcaption>"
+            "</figure>"
         )
     every = max(1, (len(example.videos[0].frames) - 1) // 8)
     sheet = contact_sheet([v.frames for v in example.videos], every, [v.label for v in example.videos])
@@ -209,7 +222,8 @@ def _example(example: Example, fps: float) -> str:
         f'<p class="route"><code>{escape(example.trajectory)}</code><span class="pad"></span></p>'
         f'<div class="clips">{"".join(figures)}</div>'
         f'<details><summary>Every {every}{_ordinal(every)} frame</summary><div class="wide">'
-        f'<img alt="frames of all clips" src="{_data("image/png", png_bytes(sheet))}"></div></details></article>'
+        f'<img alt="frames of all clips" src="{_data("image/png", png_bytes(sheet))}"></div></details>'
+        "</article>"
     )
 
 
@@ -219,42 +233,66 @@ def _speed(rows: Sequence[Latency]) -> str:
     base = rows[0]
     body = "".join(
         f"<tr><th>{escape(r.name)}</th><td>{r.passes}</td><td>{number(r.first_ms)}</td>"
-        f"<td>{number(base.first_ms / r.first_ms)}×</td><td>{number(r.chunk_ms)}</td><td>{number(r.p90_ms)}</td>"
-        f"<td>{number(r.fps)}</td><td>{number(r.fps / base.fps)}×</td></tr>"
+        f"<td>{number(base.first_ms / r.first_ms)}&times;</td><td>{number(r.chunk_ms)}</td>"
+        f"<td>{number(r.p90_ms)}</td>"
+        f"<td>{number(r.fps)}</td><td>{number(r.fps / base.fps)}&times;</td></tr>"
         for r in rows
     )
-    head = _head("model", "passes", "first chunk, ms", "sooner", "later chunks, ms", "p90", "frames/s", "speed-up")
+    head = _head(
+        "model", "passes", "first chunk, ms", "sooner", "later chunks, ms", "p90", "frames/s", "speed-up"
+    )
     return (
-        "<p>Time until the first chunk exists (network only), time of each later chunk, and frames per second "
+        "<p>Time until the first chunk exists (network only), time of each later chunk, and frames per "
+        "second "
         f"from noise to pixels. Factors are relative to {escape(base.name)}.</p>"
         f'<div class="wide"><table>{head}{body}</table></div>'
     )
 
 
-def _following(models: Mapping[str, FollowResult], anchors: Mapping[str, FollowResult]) -> str:
-    rows = [(name, r, i, False) for i, (name, r) in enumerate(models.items())]
+def _following(
+    models: Mapping[str, FollowResult], anchors: Mapping[str, FollowResult], colours: Mapping[str, int]
+) -> str:
+    rows = [(name, r, colours[name], False) for name, r in models.items()]
     rows += [(name, r, COLOURS - 1, True) for name, r in anchors.items()]
     if not rows:
         return ""
     body = "".join(
         f"<tr{' class=anchor' * anchor}><th>{escape(name)}</th>"
-        f"<td>{bar(r.score.value, r.score.low, r.score.high, colour=colour)}</td><td>{_interval(r.score, 2)}</td>"
-        f"<td>{_interval(r.rot_err_deg, 1)}</td><td>{_interval(r.trans_err_u, 3)}</td><td>{_optional(r.turn_ratio)}</td>"
-        f"<td>{_optional(r.speed_ratio)}</td><td>{100 * r.retrieval.value:.0f}%</td><td>{_interval(r.psnr_gap, 1)}</td>"
+        f"<td>{bar(r.score.value, r.score.low, r.score.high, colour=colour)}</td>"
+        f"<td>{_interval(r.score, 2)}</td>"
+        f"<td>{_interval(r.rot_err_deg, 1)}</td><td>{_interval(r.trans_err_u, 3)}</td>"
+        f"<td>{_optional(r.turn_ratio)}</td>"
+        f"<td>{_optional(r.speed_ratio)}</td><td>{100 * r.retrieval.value:.0f}%</td>"
+        f"<td>{_fixed(r.psnr_gap.value, 1)}</td>"
         f"<td>{100 * r.lost_frac:.0f}%</td></tr>"
         for name, r, colour, anchor in rows
     )
     head = _head(
-        "video", "−1 … 0 … 1", "score", "rotation, °", "position, u", "turn", "speed", "retrieval", "gap, dB", "lost"
+        "video",
+        "-1 … 0 … 1",
+        "score",
+        "rotation, °",
+        "position, u",
+        "turn",
+        "speed",
+        "retrieval",
+        "gap, dB",
+        "lost",
     )
     result = rows[0][1]
     return (
-        "<p>The camera that each video shows, found by aligning its frames with the known world, against the camera "
-        "that was commanded. <b>Score</b> = 1 − error / error of a camera that never moves, mean of rotation and "
-        "position: 1 obeys, 0 stands still, below 0 moves the wrong way. <b>Turn</b> and <b>speed</b>: shown over "
-        f"commanded. <b>Retrieval</b>: the commanded camera's true video is the nearest of {result.candidates}. "
-        f"{result.clips} clips; brackets are bootstrap 95% intervals; a camera that never moves errs by "
-        f"{result.static_rot_deg:.1f}° and {result.static_trans_u:.3f} u.</p>"
+        "<p>The camera that each video shows, found by aligning its frames with the known world, against "
+        "the camera "
+        "that was commanded. <b>Score</b> = 1 &minus; error / error of a camera that never moves, mean of "
+        "rotation and "
+        "position: 1 obeys, 0 stands still, below 0 moves the wrong way. <b>Turn</b> and <b>speed</b>: "
+        "shown over "
+        f"commanded. <b>Retrieval</b>: how often the commanded camera's true video is the nearest among "
+        f"{result.candidates}, and by how many dB (<b>gap</b>). <b>Lost</b>: frames that resemble no view "
+        "of the world; "
+        f"they count as standing still. Measured on {result.clips} clips, with bootstrap 95% intervals; a "
+        "camera that "
+        f"never moves errs by {result.static_rot_deg:.1f}° and {result.static_trans_u:.3f} u.</p>"
         f'<div class="wide"><table class="follow">{head}{body}</table></div>'
     )
 
@@ -268,31 +306,41 @@ def _confusions(tables: Mapping[str, Confusion]) -> str:
         for name, table in tables.items()
     )
     return (
-        "<p>One first frame, one action per row. Columns: PSNR (dB) to the true video of each action. A model under "
+        "<p>One first frame, one action per row. Columns: PSNR (dB) to the true video of each action. A "
+        "model under "
         "control is brightest on the diagonal; the percentage is the share of rows where it is.</p>"
         f'<div class="pair">{figures}</div>'
     )
 
 
-def _quality(rows: Mapping[str, Quality], anchors: Collection[str]) -> str:
+def _quality(rows: Mapping[str, Quality], anchors: Collection[str], colours: Mapping[str, int]) -> str:
     if not rows:
         return ""
     body = "".join(
-        f"<tr{' class=anchor' * (name in anchors)}><th>{escape(name)}</th><td>{q.psnr:.2f}</td><td>{q.ssim:.3f}</td>"
+        f"<tr{' class=anchor' * (name in anchors)}><th>{escape(name)}</th><td>{q.psnr:.2f}</td>"
+        f"<td>{q.ssim:.3f}</td>"
         f"<td>{q.drift_db_per_chunk:+.2f}</td><td>{100 * q.sharpness:.0f}%</td></tr>"
         for name, q in rows.items()
     )
     head = _head("video", "PSNR, dB", "SSIM", "drift, dB/chunk", "sharpness")
     chart = line_chart(
         [
-            Series(name, range(len(q.psnr_per_chunk)), q.psnr_per_chunk, i, dots=True, dashed=name in anchors)
-            for i, (name, q) in enumerate(rows.items())
+            Series(
+                name,
+                range(q.given, len(q.psnr_per_chunk)),
+                q.psnr_per_chunk[q.given :],
+                colours[name],
+                dots=True,
+                dashed=name in anchors,
+            )
+            for name, q in rows.items()
         ],
-        x_label="chunk (0 is the given first frame)",
+        x_label="chunk",
         y_label="PSNR, dB",
     )
     return (
-        "<p>Against the true render of the commanded camera, so a wrong camera costs here too. Sharpness is the "
+        "<p>Against the true render of the commanded camera, so a wrong camera costs here too. Sharpness "
+        "is the "
         "gradient energy relative to the truth.</p>"
         f'<div class="pair"><div class="wide"><table>{head}{body}</table></div><figure>{chart}'
         "<figcaption>PSNR (dB) per chunk</figcaption></figure></div>"
@@ -305,8 +353,10 @@ def _training(stages: Sequence[Stage]) -> str:
         for name, values in stage.losses.items():
             steps = [j * stage.log_every for j in range(len(values))]
             curves = [Series(name, steps, values, i, faint=True), Series(name, steps, smooth(values), i)]
-            chart = line_chart(curves, x_label="step", y_label=f"{stage.name}: {name}")
-            figures.append(f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>")
+            chart = line_chart(curves, x_label="step", y_label=f"{stage.name}: {name}", width=340, height=200)
+            figures.append(
+                f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>"
+            )
     return f'<div class="curves">{"".join(figures)}</div>' if figures else ""
 
 
@@ -323,11 +373,17 @@ def _head(*names: str) -> str:
 
 
 def _interval(x: Interval, digits: int) -> str:
-    return f"{x.value:.{digits}f} <small>[{x.low:.{digits}f}, {x.high:.{digits}f}]</small>"
+    low, high = _fixed(x.low, digits), _fixed(x.high, digits)
+    return f"{_fixed(x.value, digits)} <small>[{low}, {high}]</small>"
+
+
+def _fixed(value: float, digits: int) -> str:
+    """Fixed digits with a real minus sign, and never a negative zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "&minus;")
 
 
 def _optional(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return "&ndash;" if value is None else _fixed(value, 2)
 
 
 def _ordinal(n: int) -> str:

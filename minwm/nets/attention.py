@@ -177,11 +177,17 @@ class KVArena:
         self.kv[layer, 0, :, :, : self.geometry.text] = k
         self.kv[layer, 1, :, :, : self.geometry.text] = v
 
-    def snapshot(self) -> Tensor:
-        return self.kv.clone()
+    def about_to_lose(self, chunk: int) -> Tensor | None:
+        """A copy of what `chunk` will overwrite; None while the ring still has room. For undoing a step."""
+        if chunk < self.geometry.slots:
+            return None
+        start, stop = self.geometry.span(self.geometry.slot(chunk))
+        return self.kv[..., start:stop, :].clone()
 
-    def restore(self, snapshot: Tensor) -> None:
-        self.kv.copy_(snapshot)
+    def put_back(self, chunk: int, lost: Tensor | None) -> None:
+        if lost is not None:
+            start, stop = self.geometry.span(self.geometry.slot(chunk))
+            self.kv[..., start:stop, :] = lost
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Grid:
 
     def whole(self) -> Window:
         rows, columns = (np.tile(np.arange(k), (len(self.c2w), 1)) for k in (self.height, self.width))
-        return self._window(np.arange(len(self.c2w)), rows, columns, self.c2w[:, :3, 3], np.eye(3))
+        return self.window(np.arange(len(self.c2w)), rows, columns, self.c2w[:, :3, 3], np.eye(3))
 
     def windows(self, solids: Sequence[Solid]) -> Iterator[tuple[Solid, Window]]:
         """The solids in view, nearest first, each with the rectangle around it (one size in all frames)."""
@@ -155,9 +155,9 @@ class Grid:
                 columns = np.minimum(left[i, frames], self.width - wide)[:, None] + np.arange(wide)
                 axes = solids[i].axes
                 origin = (self.c2w[frames, :3, 3] - [solids[i].x, 0, solids[i].z]) @ axes.T
-                yield solids[i], self._window(frames, rows, columns, origin, axes)
+                yield solids[i], self.window(frames, rows, columns, origin, axes)
 
-    def _window(
+    def window(
         self, frames: np.ndarray, rows: np.ndarray, columns: np.ndarray, origin: np.ndarray, axes: np.ndarray
     ) -> Window:
         turn = (axes @ self.c2w[frames, :3, :3]).transpose(1, 0, 2)[..., None]
@@ -173,7 +173,7 @@ Entry = tuple[Tensor, Tensor]
 
 
 def _enter_block(solid: Solid, window: Window, grid: Grid) -> Entry:
-    """Clip against six planes with 1/t = speed / gap: enter by the last plane in front, leave by the first behind."""
+    """Clip by six planes; 1/t = speed / gap. A ray enters by the last plane it faces, leaves by the first other."""
     normals, offsets = solid.planes
     gap = offsets[:, None] - normals @ window.origin.T  # f m; negative: the camera is on the outer side
     near = grid.tensor(np.where(np.abs(gap) < 1e-6, 1e-6, gap))[:, :, None, None]
@@ -227,5 +227,7 @@ def hit(solid: Solid, window: Window, grid: Grid, depth: Tensor) -> Hits:
     rays, t, flat = take(rays, front), take(t, front), take(flat, front)
     depth.index_copy_(0, flat, t)
     d = (window.across + window.down).flatten(1).index_select(1, rays)
-    frame = take(torch.arange(len(window.origin), device=t.device)[:, None, None].expand_as(window.flat), rays)
+    frame = take(
+        torch.arange(len(window.origin), device=t.device)[:, None, None].expand_as(window.flat), rays
+    )
     return Hits(flat, t, grid.tensor(window.origin.T).index_select(1, frame) + t * d, d)

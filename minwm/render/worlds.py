@@ -77,11 +77,11 @@ class World:
             else:
                 gaps = np.stack([np.hypot(local[..., 0], local[..., 2]) - a, above])
             nearest = np.minimum(nearest, np.linalg.norm(gaps.clip(0), axis=0))
-        return nearest.clip(0)
+        return np.asarray(nearest.clip(0))
 
     def free(self, points: Float[np.ndarray, "*n 3"]) -> Bool[np.ndarray, "*n"]:
         """Whether a camera may be at these world points: at least CLEARANCE from everything."""
-        return self.clearance(points) >= CLEARANCE
+        return np.asarray(self.clearance(points) >= CLEARANCE)
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 256) -> np.ndarray | None:
         """World pose (4x4) of the first frame such that the whole path is free and the views are good.

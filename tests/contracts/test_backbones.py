@@ -121,7 +121,7 @@ def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient() -> N
     past, now = latents(1).requires_grad_(), latents(2, seed=3).requires_grad_()
     with torch.no_grad():
         net.velocity(past, torch.zeros(2, 1), Bound(text, net.watch(cond.frames(0, 1))), Cached(arena, 0))
-    before = arena.snapshot()
+    before = arena.kv.clone()
     v = net.velocity(now, torch.ones(2, 2), Bound(text, net.watch(cond.frames(1, 3))), Peek(arena, 1))
     v.sum().backward()
     assert torch.equal(arena.kv, before)
