@@ -4,18 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minwm.checkpoint import load_model as load
     from minwm.core.camera import CameraTrack
     from minwm.core.types import Clip
-    from minwm.session import Session, load
+    from minwm.session import Session
 
 __version__ = "0.1.0"
 __all__ = ["CameraTrack", "Clip", "Session", "load"]
 
 _HOME = {
-    "CameraTrack": "minwm.core.camera",
-    "Clip": "minwm.core.types",
-    "Session": "minwm.session",
-    "load": "minwm.session",
+    "CameraTrack": ("minwm.core.camera", "CameraTrack"),
+    "Clip": ("minwm.core.types", "Clip"),
+    "Session": ("minwm.session", "Session"),
+    "load": ("minwm.checkpoint", "load_model"),
 }
 
 
@@ -23,7 +24,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562), so that `import minwm` needs no torch."""
     if name not in _HOME:
         raise AttributeError(f"minwm has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, there = _HOME[name]
+    return getattr(importlib.import_module(module), there)
 
 
 def __dir__() -> list[str]:

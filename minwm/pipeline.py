@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from minwm.checkpoint import load_codec, load_model
+from minwm.checkpoint import ModelConfig, load_codec, load_model
 from minwm.core.config import dumps, loads
 from minwm.core.media import atomic
 from minwm.core.runtime import generator, pick_device
@@ -18,7 +20,11 @@ from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.data.trajectories import collect_trajectories
-from minwm.presets import Pipeline
+from minwm.eval.bench import BenchResult, bench_model
+from minwm.eval.follow import Confusion, FollowResult
+from minwm.eval.quality import Quality
+from minwm.eval.suite import HeldOut, Videos, codec_bound, counterfactual, generate_held_out, measure
+from minwm.presets import Evaluation, Pipeline
 from minwm.recipes.ode import OdeConfig, collect
 from minwm.train import Run, Summary, train
 

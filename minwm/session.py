@@ -5,13 +5,13 @@ An engine looks the same whether learned or rendered, so player, evaluation and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from minwm.checkpoint import Model
+from minwm.checkpoint import Model, ModelConfig
 from minwm.core.camera import CameraTrack, se3_inverse, views
 from minwm.core.config import UserError
 from minwm.core.media import frames as to_frames
@@ -26,6 +26,7 @@ Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n h w 3"]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Frames for a camera that moves on."""
 
@@ -58,6 +59,17 @@ class RendererEngine:
     ) -> None:
         self.world, self.origin, self.K, self.motion, self.chunk, self.size = world, origin, K, motion, chunk, size
 
+    @classmethod
+    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
+        """A world, and a place in it from which the whole anchored track is free, seen as a model would see it."""
+        if seed < 0:
+            raise UserError(f"world {seed}: worlds are numbered from 0")
+        world = World(seed)
+        origin = world.spawn(np.random.default_rng(seed), track)
+        if origin is None:
+            raise UserError(f"world {seed} has no free path for this trajectory; try another world or a shorter one")
+        return cls(world, origin, track.K[0], cfg.motion, cfg.chunk, (cfg.height, cfg.width))
+
     def start(self) -> Frames:
         return self.advance(np.eye(4)[None])
 
@@ -78,8 +90,7 @@ class ModelEngine:
         cfg = model.config
         if isinstance(cfg.sampler, Bidirectional):
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
-        if image.shape[:2] != (cfg.height, cfg.width):
-            raise UserError(f"the first image is {image.shape[:2]}, this model sees {(cfg.height, cfg.width)}; resize it")
+        check_image(cfg, image)
         self.model, self.image, self.motion, self.chunk = model, image, cfg.motion, cfg.chunk
         self.sampler, self.noise = cfg.sampler, generator(seed, "session")
         self.text = cfg.text.encode([prompt])
@@ -158,11 +169,39 @@ class Session:
 def generate_clips(
     model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: list[str], tracks: list[CameraTrack], seed: int
 ) -> UInt8[np.ndarray, "b n h w 3"]:
-    """Videos from first images along camera tracks (pixel rate), with whatever sampler the model has."""
-    cfg = model.config
-    first = model.codec.encode(pixels(images)[:, None])
+    """Videos from first images along camera tracks (pixel rate), with whatever sampler the model has, on its device.
+
+    Raises UserError for images of another size, or a length that the model cannot make.
+    """
+    cfg, device = model.config, next(model.net.parameters()).device
     w2c, K = views(tracks, cfg.motion.stride)
-    cond = Condition(text=cfg.text.encode(prompts), w2c=w2c, K=K, first=first)
+    check_image(cfg, images[0])
+    check_length(cfg, w2c.shape[1])
+    first = model.codec.encode(pixels(images)[:, None].to(device))
+    cond = Condition(text=cfg.text.encode(prompts), w2c=w2c, K=K, first=first).to(device)
     shape = cfg.latent_shape(len(images), w2c.shape[1])
     noise = draw(shape, draws_of(cfg.sampler), first, generator(seed, "generate"))
     return to_frames(model.codec.decode(generate(model.net, cfg.sampler, noise, cond, cfg.geometry)))
+
+
+def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    if image.shape[:2] != (cfg.height, cfg.width):
+        size, want = (f"{w}x{h}" for h, w in (image.shape[:2], (cfg.height, cfg.width)))
+        raise UserError(f"the first image is {size} pixels, this model sees {want}; crop and resize it")
+
+
+def check_length(cfg: ModelConfig, latents: int) -> None:
+    """Raise UserError, naming lengths that fit, unless the model can make a clip of that many latents."""
+    stride, lead, chunk = cfg.motion.stride, cfg.geometry.lead, cfg.chunk
+    if isinstance(cfg.sampler, Bidirectional):
+        kind, fit = "makes whole clips only", [cfg.latents]
+    else:
+        below = lead + max(0, (latents - lead) // chunk) * chunk
+        kind = f"goes on by {chunk} latents"
+        fit = [latents] if below == latents > lead else [n for n in (below, below + chunk) if n > lead]
+    if latents not in fit:
+        ways = " or ".join(f"{n - 1} latents ({stride * (n - 1) + 1} frames)" for n in fit)
+        raise UserError(
+            f"a trajectory of {latents - 1} latents ({stride * (latents - 1) + 1} frames) does not fit: "
+            f"this model {kind}; give {ways}"
+        )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class Summary:
     parameters: int
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """A recipe, as the loop sees it."""
 

@@ -16,12 +16,14 @@ from minwm.core.camera import intrinsics, views
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import pixels
 from minwm.core.trajectory import Motion, parse
+from minwm.core.types import Clip
 from minwm.data import clips as clips_module
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, actions, check, report, sheet, split_of
 from minwm.data.dataset import Loader, RawDataset, ShardDataset, check_shards, loader
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, WorldSource, check_renders, produce, render_worlds, reproduce
 from minwm.data.shards import index_path, list_shards, read_index
+from minwm.data.trajectories import collect_trajectories
 from minwm.nets.codec import Codec, CodecConfig
 from minwm.nets.text import WordText
 
@@ -138,16 +140,23 @@ def test_an_interrupted_run_leaves_whole_clips_and_continues(
         assert_same(folder, ClipFolder(made / "raw"), clip)
 
 
-def test_workers_and_ranks_make_the_same_clips(
+def test_ranks_make_the_clips_of_one_process(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        produce(Noise(), tmp_path / "raw", 6, workers=2 if rank else 1)
+        produce(Noise(), tmp_path / "raw", 12)
     folder = ClipFolder(tmp_path / "raw")
-    assert folder.manifest()["clips"] == 6
+    assert folder.manifest()["clips"] == 12
     for clip in folder.ids():
+        assert_same(folder, ClipFolder(made / "raw"), clip)
+
+
+@pytest.mark.slow  # two new processes import torch: many seconds on a busy machine
+def test_workers_make_the_clips_of_one_process(tmp_path: Path, made: Path) -> None:
+    folder = produce(Noise(), tmp_path / "raw", 4, workers=2)
+    for clip in ("noise-000", "noise-001", "noise-002", "noise-003"):
         assert_same(folder, ClipFolder(made / "raw"), clip)
 
 
@@ -331,6 +340,24 @@ def test_half_precision_is_read_as_float32(made: Path, tmp_path: Path, codec: Co
     assert half.latents.dtype == torch.float32 and half.cond.w2c is not None and full.cond.w2c is not None
     torch.testing.assert_close(half.latents, full.latents, atol=1e-3, rtol=1e-3)
     assert torch.equal(half.cond.w2c, full.cond.w2c)
+
+
+def test_trajectories_stand_beside_the_latents_they_lead_to(made: Path, tmp_path: Path) -> None:
+    source = ShardDataset(made / "shards", "train")
+    numbers = []
+
+    def collect(clip: Clip, number: int) -> torch.Tensor:
+        numbers.append(number)
+        return torch.stack([clip.latents * k for k in (3, 2, 1)])
+
+    for _ in range(2):
+        collect_trajectories(source, tmp_path, 5, collect, {"teacher": "a"}, batch=2)
+    clip = ShardDataset(tmp_path, "train").batch([3, 0])
+    assert numbers == [0, 1, 2] and clip.trajectory is not None
+    torch.testing.assert_close(clip.trajectory, torch.stack([clip.latents * k for k in (3, 2, 1)]))
+    assert torch.equal(clip.latents, source.batch([3, 0]).latents) and check_shards(tmp_path) == []
+    with pytest.raises(DataError, match="another teacher"):
+        collect_trajectories(source, tmp_path, 5, collect, {"teacher": "b"}, batch=2)
 
 
 def truncate(shard: Path) -> None:

@@ -16,7 +16,7 @@ import minwm
 PACKAGE = Path(minwm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVEL = dict(core=0, render=1, control=1, nets=2, sampling=3, checkpoint=4, data=5, recipes=5, session=5)
-LEVEL |= dict(parallel=5, train=6, eval=6, play=6, presets=7, pipeline=8, cli=9, __main__=10)
+LEVEL |= dict(parallel=5, train=6, eval=6, play=6, presets=7, pipeline=8, summary=9, cli=10, __main__=11)
 LIGHT = {"torch", "numpy", "einops", "jaxtyping", "safetensors", "PIL"}
 """What any file may import at its top; every other library is imported inside functions, in one file each."""
 SHARED = {"tyro", "rich"}
@@ -144,7 +144,7 @@ import minwm
 assert dict(os.environ) == before
 assert "torch" not in sys.modules and "numpy" not in sys.modules, sorted(set(sys.modules) - loaded)
 assert {"CameraTrack", "Clip", "Session", "load"} <= set(dir(minwm))
-from minwm import CameraTrack
+from minwm import CameraTrack, Clip, Session, load
 import torch
 assert CameraTrack.__name__ == "CameraTrack" and not torch.cuda.is_initialized()
 assert dict(os.environ) == before

@@ -117,7 +117,7 @@ def test_parity_would_notice_any_parameter(pair: tuple[Wan, nn.Module]) -> None:
     idle = []
     for name, parameter in ours.named_parameters():
         kept = parameter.clone()
-        parameter += 0.1 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
         if (ours(x, t, cond) - before).abs().max() < 1e-3:
             idle.append(name)
         parameter.copy_(kept)

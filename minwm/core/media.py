@@ -109,8 +109,10 @@ def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: 
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt = pixel_format
-        stream.thread_count = 1  # with more, the same frames give different bytes now and then
-        stream.options = {"crf": str(crf), "preset": "fast"}
+        # The same frames must give the same bytes: x264's macroblock tree reads memory that nobody set when
+        # pictures are small, and the number of threads changes the result.
+        stream.options = {"crf": str(crf), "preset": "fast", "x264-params": "mbtree=0"}
+        stream.thread_count = 1
         for image in images:
             container.mux(
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))

@@ -38,6 +38,8 @@ class Example:
     """Without its zero padding."""
     record: ClipRecord
     """Cameras at pixel rate, caption, provenance; enough to render a procedural clip again."""
+    trajectory: Float[Tensor, "k f c h w"] | None = None
+    """A teacher's states on the way to these latents, where they were collected (see `trajectories.py`)."""
 
 
 class ShardDataset:
@@ -92,7 +94,8 @@ class ShardDataset:
         if len(record.track) != stride * (len(latents) - 1) + 1:
             sizes = f"{len(record.track)} cameras, {len(latents)} latents of {stride} frames"
             raise DataError(f"{where}: {sizes} do not fit; {WAY_OUT}")
-        return Example(entry.id, latents, tensors["text"].float(), record)
+        states = tensors["trajectory"].float() if "trajectory" in tensors else None
+        return Example(entry.id, latents, tensors["text"].float(), record, states)
 
     def batch(self, indices: Sequence[int]) -> Clip:
         """Those records as one Clip on the CPU. All must have one latent shape."""

@@ -10,7 +10,7 @@ invent.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,23 +19,16 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from minwm.core.camera import CameraTrack, se3_exp, se3_inverse, se3_log
+from minwm.render.worlds import Rendered
 
 Array = np.ndarray
 
 
-class Images(Protocol):
-    """What a renderer returns: frames uint8 `n h w 3` and z-depth float32 `n h w` (inf for the sky)."""
-
-    @property
-    def frames(self) -> Array: ...
-    @property
-    def depth(self) -> Array: ...
-
-
+@runtime_checkable
 class Scene(Protocol):
     """A known world, rendered along a track in its own coordinates."""
 
-    def render(self, track: CameraTrack, height: int, width: int, supersample: int = 2) -> Images: ...
+    def render(self, track: CameraTrack, height: int, width: int, supersample: int = 2) -> Rendered: ...
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Suite:
             "another clip's camera": self.candidates[:, 2],
         }
 
-    def latent_rate(self, videos: UInt8[Array, "c n h w 3"]) -> UInt8[Array, "c f h w 3"]:
+    def latent_rate(self, videos: UInt8[Array, "..."]) -> UInt8[Array, "c f h w 3"]:
         """The frames at which latents have poses. Takes videos at either rate; raises FollowError
         otherwise."""
         count, length, *size = self.candidates[:, 0].shape[:4]
@@ -292,7 +292,7 @@ def _anchored(c2w: Float[Array, "c f 4 4"]) -> Float[Array, "c f 4 4"]:
     return se3_inverse(c2w[:, :1]) @ c2w
 
 
-def _differences(a: Float[Array, "c f 4 4"], b: Float[Array, "c f 4 4"]) -> tuple[Array, Array]:
+def _differences(a: Float[Array, "*n 4 4"], b: Float[Array, "*n 4 4"]) -> tuple[Array, Array]:
     """Angle in degrees and distance between poses."""
     turn = se3_log(se3_inverse(a) @ b)[..., 3:]
     return np.degrees(np.linalg.norm(turn, axis=-1)), np.linalg.norm(a[..., :3, 3] - b[..., :3, 3], axis=-1)

@@ -5,6 +5,7 @@ Frames are uint8 arrays `... n h w 3`; everything here is a pure function of the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ class QualityError(UserError):
     """Frames that cannot be compared."""
 
 
-def psnr(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "*n h w 3"]) -> Float[Array, "*n"]:
+def psnr(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "..."]) -> Float[Array, "*n"]:
     """Peak signal-to-noise ratio of each frame in dB. Raises QualityError when the shapes differ."""
     _same_shape(a, b)
     error = ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean((-3, -2, -1))
     return 10 * np.log10(255.0**2 / np.maximum(error, QUANTISATION))
 
 
-def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "*n h w 3"]) -> Float[Array, "*n"]:
+def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "..."]) -> Float[Array, "*n"]:
     """Structural similarity of each frame (Wang et al. 2004): Gaussian window of 11, sigma 1.5, mean over
     colours."""
     _same_shape(a, b)
@@ -50,13 +51,13 @@ def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "*n h w 3"]) -> Float[Arra
 def chunk_spans(frames: int, first: int, chunk: int, stride: int) -> list[tuple[int, int]]:
     """Pixel-frame ranges [start, stop) of the chunks of a clip that is generated `chunk` latents at a time.
 
-    `first` latents form chunk 0 (latent 0 is one frame, each later one `stride`). A last, shorter chunk is
-    kept.
+    `first` latents form chunk 0 (latent 0 is one frame, each later one `stride`). The last
+    chunk may be shorter.
     """
     edges = [0, 1 + stride * (first - 1)]
     while edges[-1] < frames:
         edges.append(min(edges[-1] + stride * chunk, frames))
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Quality:
 
 def quality(
     generated: UInt8[Array, "c n h w 3"],
-    truth: UInt8[Array, "c n h w 3"],
+    truth: UInt8[Array, "..."],
     spans: Sequence[tuple[int, int]],
     *,
     given: int = 1,

@@ -189,7 +189,8 @@ def _pipeline(stages: Sequence[Stage]) -> str:
         f'title="{escape(stage.name)}: {duration(stage.seconds)}"></i>'
         for i, stage in enumerate(stages)
     )
-    return f'<ol class="stages">{"".join(cards)}</ol><div class="share">{share}</div><p class="hint">Share of the time.</p>'
+    bar_of_time = f'<div class="share">{share}</div><p class="hint">Share of the time.</p>'
+    return f'<ol class="stages">{"".join(cards)}</ol>{bar_of_time}'
 
 
 def _gallery(examples: Sequence[Example], fps: float) -> str:

@@ -13,7 +13,7 @@ from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
 from minwm.core.trajectory import parse
 from minwm.data.rerender import RenderConfig, WorldSource
-from minwm.eval.follow import Case, Confusion, FollowResult, Suite, confusion, evaluate, prepare
+from minwm.eval.follow import Case, Confusion, FollowError, FollowResult, Suite, confusion, evaluate, prepare
 from minwm.eval.quality import Quality, chunk_spans, quality
 from minwm.render.worlds import World
 from minwm.session import generate_clips
@@ -50,6 +50,13 @@ class HeldOut:
         suite = prepare(cases, config.height, config.width, stride=config.motion.stride)
         truth = np.stack([frames for _, frames in made])
         return cls(names, [r.caption for r in records], [r.track for r in records], truth, suite)
+
+    @staticmethod
+    def labels(config: ModelConfig, clips: int) -> list[tuple[str, str]]:
+        """(trajectory, caption) of every clip, without rendering."""
+        names = [trajectory(PATTERNS[i % len(PATTERNS)], config.latents - 1) for i in range(clips)]
+        source = _source(config, names)
+        return [(name, World(source.seed(i)).caption) for i, name in enumerate(names)]
 
 
 @dataclass(frozen=True)
@@ -113,4 +120,4 @@ def _open_place(config: ModelConfig, tracks: Sequence[CameraTrack]) -> tuple[Wor
         origin = world.spawn(np.random.default_rng(seed), longest)
         if origin is not None:
             return world, origin, world.caption
-    raise RuntimeError("no held-out world has room for every action; use a slower motion")
+    raise FollowError("no held-out world has room for every action; use a slower motion")

@@ -6,7 +6,7 @@ All zeros is the null prompt of guidance.
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from minwm.core.config import ConfigError, UserError
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Anything that turns captions into states of a fixed shape."""
 

@@ -173,7 +173,7 @@ Entry = tuple[Tensor, Tensor]
 
 
 def _enter_block(solid: Solid, window: Window, grid: Grid) -> Entry:
-    """Clip by six planes; 1/t = speed / gap. A ray enters by the last plane it faces, leaves by the first other."""
+    """Clip by six planes; 1/t = speed / gap. Rays enter by the last plane faced, leave by the first other."""
     normals, offsets = solid.planes
     gap = offsets[:, None] - normals @ window.origin.T  # f m; negative: the camera is on the outer side
     near = grid.tensor(np.where(np.abs(gap) < 1e-6, 1e-6, gap))[:, :, None, None]

@@ -19,7 +19,7 @@ CLEARANCE = 0.25
 """Least distance of a camera from anything, world units."""
 HAZE_DISTANCE = 15.0
 PLAZA_RADIUS = 6.0
-LOOK_AROUND = 40
+LOOK_AROUND = 64
 """A spawn is the most interesting of this many places: good views that still differ between draws."""
 LIGHT_ELEVATION = 0.6
 """Objects are lit from at least this height (radians), or a low sun would leave the ground dark."""
@@ -106,14 +106,17 @@ class World:
     def _interest(self, poses: Float[np.ndarray, "k p 4 4"]) -> Float[np.ndarray, "k"]:
         """How much there is to see in the dullest pose of a path; far less when one object fills a view."""
         centres = np.array([[t.x, -0.4, t.z] for t in self.things])
-        radius = np.array([t.radius for t in self.things])
         local = np.einsum("kpji,kpoj->kpoi", poses[..., :3, :3], centres - poses[..., None, :3, 3])
         side, depth = np.abs(local[..., 0]), local[..., 2]
         seen = (side < 0.7 * depth) & (depth > 0.9) & (depth < 4.5)
         families = np.stack([(seen & (self.family == i)).any(2) for i in range(self.family.max() + 1)])
         near = seen & (depth < 2.5)
         interest = np.minimum(seen.sum(2), 5) + 1.5 * families.sum(0) + near.any(2) + families[0]
-        filling = (depth > 0) & (np.hypot(side, depth) < 2.1 * radius + 0.2) & (side < depth + radius)
+        low = [solid for solid in self.solids if solid.low < 0.8]  # not the lintels, one sees through gates
+        places = np.array([[solid.x, -0.4, solid.z] for solid in low])
+        local = np.einsum("kpji,kpoj->kpoi", poses[..., :3, :3], places - poses[..., None, :3, 3])
+        side, depth, size = np.abs(local[..., 0]), local[..., 2], np.array([max(s.reach) for s in low])
+        filling = (depth > 0) & (np.hypot(side, depth) < 2.0 * size + 0.45) & (side < depth + size)
         return interest.min(1) - 5.0 * filling.any((1, 2))
 
     def render(

@@ -1,0 +1,312 @@
+"""The loop: what is resumed is bit-exact, what diverges stops in time, and averages are averages."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minwm import checkpoint
+from minwm.checkpoint import ModelConfig, States, load_model, save_codec, save_model
+from minwm.core.config import ConfigError
+from minwm.core.trajectory import Motion
+from minwm.data.dataset import Loader, ShardDataset, loader
+from minwm.data.encode import EncodeConfig, encode_clips
+from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.data.trajectories import collect_trajectories
+from minwm.nets.codec import CodecConfig
+from minwm.nets.text import WordText
+from minwm.nets.wan import WanConfig
+from minwm.recipes.base import Loss
+from minwm.recipes.codec import CodecTraining
+from minwm.recipes.consistency import ConsistencyConfig
+from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
+from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig, collect
+from minwm.sampling import FewStep
+from minwm.train import DivergedError, Init, OptimConfig, Run, loop, read_metrics, train
+
+MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
+MODEL = ModelConfig(
+    network=WanConfig(
+        dim=32, heads=2, layers=1, ffn=32, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
+    ),
+    sampler=FewStep(),
+    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    motion=MOTION,
+    text=WordText(dim=8),
+    latents=5,
+    height=32,
+    width=32,
+)
+RECIPES = {
+    "bidirectional": BidirectionalConfig(),
+    "autoregressive": AutoregressiveConfig(),
+    "ode": OdeConfig(ode_steps=4),
+    "consistency": ConsistencyConfig(grid=4),
+    "dmd": DmdConfig(steps=2, critic_updates=2),
+    "codec": CodecTraining(),
+}
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """raw/, codec/, latents/, trajectories/ and two models with random weights."""
+    out = tmp_path_factory.mktemp("project")
+    cfg = RenderConfig(seed=5, motion=MOTION, latents=MODEL.latents, height=32, width=32)
+    render_worlds(out / "raw", cfg, clips=8, workers=1)
+    torch.manual_seed(0)
+    codec = MODEL.codec.build().eval()
+    save_codec(out / "codec", codec)
+    encode_clips(out / "raw", out / "latents", codec, MODEL.text, cfg=EncodeConfig(val=0.3))
+    for name in ("one", "two"):
+        net = MODEL.network.build()
+        nn.init.normal_(net.head.head.weight, std=0.1)
+        save_model(out / name, MODEL, net, codec)
+    data, teacher, ode = ShardDataset(out / "latents", "train"), load_model(out / "one"), RECIPES["ode"]
+
+    def states(clip: Any, number: int) -> Tensor:
+        return collect(teacher.net, clip, ode, MODEL.geometry, torch.Generator().manual_seed(number))
+
+    collect_trajectories(data, out / "trajectories", 4, states, {"teacher": "one"}, batch=2)
+    return out
+
+
+def stage(name: str, project: Path, **changes: Any) -> Run:
+    one, two = str(project / "one"), str(project / "two")
+    roles = {
+        "consistency": {"teacher": two},
+        "dmd": {"critic": two, "real": two},
+        "codec": {"student": None, "codec": None},
+    }.get(name, {})
+    data = {"codec": "raw", "ode": "trajectories"}.get(name, "latents")
+    run = Run(
+        name=name,
+        model=MODEL,
+        recipe=RECIPES[name],
+        data=str(project / data),
+        init=Init(**{"student": one, "codec": str(project / "codec"), **roles}),
+        steps=STEPS,
+        batch=2,
+        optim=OptimConfig(lr=1e-2, warmup=3, final=0.1),
+        save_every=3,
+        ema=0.5,
+        tensorboard=False,
+    )
+    return replace(run, **changes)
+
+
+def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a later batch is loaded."""
+    following, seen = Loader.__next__, []
+
+    def next_batch(self: Loader) -> Any:
+        if len(seen) == batches:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return following(self)
+
+    monkeypatch.setattr(Loader, "__next__", next_batch)
+
+
+def final_state(out: Path) -> dict[str, Any]:
+    """Everything that the last state and the results hold, except clocks."""
+    folder = out / "state" / f"{STEPS:06d}"
+    files = {path.name: path.read_bytes() for path in [*folder.iterdir(), *out.glob("*.safetensors")]}
+    state = json.loads(files.pop("state.json"))
+    del state["seconds"]
+    return files | {"state": state, "metrics": read_metrics(out)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resuming_is_bit_exact(
+    name: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks, averages, targets, optimisers, random draws, place in the data, and the log."""
+    run = stage(name, project)
+    train(run, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(5, patch)
+        train(run, tmp_path / "parts")
+    assert States(tmp_path / "parts").latest() == 3
+    assert len(read_metrics(tmp_path / "parts")) == 5
+    torch.manual_seed(99)
+    torch.rand(7)
+    train(run, tmp_path / "parts")
+    whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    roles = {"student", "ema"} | {"dmd": {"critic"}, "consistency": {"target"}}.get(name, set())
+    optimizers = {f"optimizer-{role}" for role in roles & {"student", "critic"}}
+    assert {f"{x}.safetensors" for x in roles | optimizers | {"random"}} <= set(whole)
+    assert whole.keys() == parts.keys()
+    for key in whole:
+        assert whole[key] == parts[key], key
+    assert [line["step"] for line in whole["metrics"]] == list(range(STEPS))
+
+
+def test_an_interrupted_save_leaves_the_former_state(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, save, saved = stage("dmd", project), checkpoint._save, []
+
+    def disk_full(path: Path, tensors: dict[str, Tensor]) -> None:
+        if len(saved) == 8:  # a state has six files: this is within the second
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(path, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoint, "_save", disk_full)
+        train(run, tmp_path / "parts")
+    assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003"]
+    (tmp_path / "parts" / "state" / ".000006.tmp").mkdir()  # what a power cut would leave
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "los')
+    train(run, tmp_path / "parts")
+    train(run, tmp_path / "whole")
+    assert final_state(tmp_path / "parts") == final_state(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000007"]
+
+
+def test_a_finished_run_returns_at_once(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stage("bidirectional", project, tensorboard=True)
+    summary = train(run, tmp_path)
+    assert summary.steps == STEPS and summary.seconds > 0 and math.isfinite(summary.last_loss)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    interrupt_after(0, monkeypatch)
+    assert train(run, tmp_path) == summary
+    model = load_model(tmp_path)
+    assert model.config == MODEL and not any(p.requires_grad for p in model.net.parameters())
+
+
+def test_another_config_in_the_same_folder_is_refused(project: Path, tmp_path: Path) -> None:
+    run = stage("bidirectional", project, steps=1)
+    train(run, tmp_path)
+    with pytest.raises(ConfigError, match="another optim, seed; give another --out, or delete it"):
+        train(replace(run, seed=1, optim=OptimConfig(lr=1.0)), tmp_path)
+
+
+def test_roles_that_cannot_be_filled_are_named(project: Path, tmp_path: Path) -> None:
+    run = stage("consistency", project)
+    with pytest.raises(ConfigError, match="init.teacher names no model folder"):
+        train(replace(run, init=replace(run.init, teacher=None)), tmp_path / "a")
+    with pytest.raises(ConfigError, match="init.codec names the codec"):
+        train(replace(run, init=replace(run.init, codec=None)), tmp_path / "b")
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop alone, on a network of three numbers
+
+
+@dataclass
+class Numbers:
+    """Record i is a row of a fixed table."""
+
+    table: Tensor
+    fingerprint: int = 0
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        return self.table[list(indices)]
+
+
+class Dot:
+    """Loss: mean of w . x, whose gradient is the mean of x whatever w is."""
+
+    trained = ("student",)
+
+    def __init__(self, change: Callable[[int, Tensor], Tensor] = lambda _, loss: loss) -> None:
+        self.net, self.change, self.seen = nn.Linear(3, 1, bias=False), change, []
+
+    @property
+    def stateful(self) -> dict[str, nn.Module]:
+        return {"student": self.net}
+
+    def loss(self, clip: Tensor, step: int, generator: torch.Generator) -> Loss:  # noqa: ARG002
+        self.seen.append((clip, self.net.weight.detach().clone()))
+        total = self.change(step, self.net(clip).mean())
+        return Loss(total, "student", {"loss": float(total.detach())})
+
+
+def run_loop(recipe: Dot, out: Path, **changes: Any) -> nn.Module:
+    run = Run(name="dot", model=MODEL, recipe=BidirectionalConfig(), data="", tensorboard=False)
+    run = replace(run, **{"steps": 6, "batch": 2, "optim": OptimConfig(lr=0.1, clip=1e9), **changes})
+    table = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    return loop(run, out, recipe, loader(Numbers(table), run.batch, run.seed), torch.device("cpu"))
+
+
+def test_accumulation_averages_gradients(tmp_path: Path) -> None:
+    split, whole = Dot(), Dot()
+    whole.net.load_state_dict(split.net.state_dict())
+    run_loop(split, tmp_path / "split", batch=2, accumulate=3)
+    run_loop(whole, tmp_path / "whole", batch=6)
+    norms = [line["grad_norm"] for line in read_metrics(tmp_path / "split")]
+    for step, norm in enumerate(norms):
+        batches = torch.cat([x for x, _ in split.seen[3 * step : 3 * step + 3]])
+        assert norm == pytest.approx(float(batches.mean(0).norm()), rel=1e-5)
+    torch.testing.assert_close(split.net.weight, whole.net.weight)
+    same = zip(read_metrics(tmp_path / "split"), read_metrics(tmp_path / "whole"), strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in same)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_stops_before_the_step(tmp_path: Path, value: float) -> None:
+    recipe = Dot(lambda step, loss: loss * value if step == 4 else loss)
+    with pytest.raises(DivergedError, match=r"step 4: gradient norm (nan|inf).* after 3 steps .*lower optim.lr"):
+        run_loop(recipe, tmp_path, save_every=3)
+    assert torch.equal(recipe.net.weight, recipe.seen[4][1]), "the bad gradient was not applied"
+    assert States(tmp_path).latest() == 3
+    healed = Dot()
+    run_loop(healed, tmp_path, save_every=3)
+    assert torch.equal(healed.seen[0][1], recipe.seen[3][1])
+
+
+def test_ema_is_the_average_and_zero_is_off(tmp_path: Path) -> None:
+    recipe = Dot()
+    mean = run_loop(recipe, tmp_path / "mean", ema=0.3)
+    weights = [w for _, w in recipe.seen[1:]] + [recipe.net.weight.detach()]
+    want = recipe.seen[0][1]
+    for step, weight in enumerate(weights):
+        decay = min(0.3, (1 + step) / (10 + step))
+        want = decay * want + (1 - decay) * weight
+    torch.testing.assert_close(dict(mean.named_parameters())["weight"], want)
+    raw = Dot()
+    assert run_loop(raw, tmp_path / "raw", ema=0.0) is raw.net
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    """By the norm that the log shows; a rescaled gradient changes nothing for Adam but through its epsilon."""
+    norms = []
+    recipe = Dot(lambda _, loss: 1e6 * loss)
+    recipe.net.weight.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
+    run_loop(recipe, tmp_path, optim=OptimConfig(lr=0.1, clip=1e-9), steps=1)
+    assert float(norms[0]) == pytest.approx(read_metrics(tmp_path)[0]["grad_norm"])
+    moved = (recipe.net.weight - recipe.seen[0][1]).norm()
+    assert 0 < moved < 0.1, "the clipped gradient is below Adam's epsilon"
+
+
+def test_learning_rate() -> None:
+    optim = OptimConfig(lr=2.0, warmup=10, final=0.25)
+    rates = [optim.rate(step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2, rel=1e-3)
+    assert max(rates) == rates[9] and rates[9] > 1.9
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[50] == pytest.approx((2.0 + 0.5) / 2)
+    assert rates[100] == pytest.approx(0.5)
+    assert {OptimConfig(lr=3.0).rate(step, 9) for step in range(9)} == {3.0}
+
+
+def test_nonsense_is_refused() -> None:
+    run = Run(name="dot", model=MODEL, recipe=BidirectionalConfig(), data="")
+    for change, message in {"steps": "at least 1", "accumulate": "at least 1", "ema": "a decay"}.items():
+        with pytest.raises(ConfigError, match=message):
+            replace(run, **{change: 1 if change == "ema" else 0})
