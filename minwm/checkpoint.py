@@ -7,7 +7,7 @@ DIR/state/000400/                      what resuming needs: networks, optimisers
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minwm.core.camera import intrinsics
-from minwm.core.config import UserError, dumps, from_dict, loads
+from minwm.core.config import UserError, dumps, loads
 from minwm.core.media import atomic
 from minwm.core.trajectory import Motion
 from minwm.nets.attention import Geometry
@@ -43,7 +43,7 @@ class ModelConfig:
     codec: CodecConfig
     motion: Motion
     """Speeds and frame rate: a key means the same motion for every model trained on them."""
-    text: WordText = WordText()
+    text: WordText = field(default_factory=WordText)
     latents: int = 9
     """Latent frames per training clip."""
     height: int = 64
@@ -57,9 +57,7 @@ class ModelConfig:
 
     @property
     def geometry(self) -> Geometry:
-        tokens = (self.height // self.scale // self.network.patch) * (
-            self.width // self.scale // self.network.patch
-        )
+        tokens = (self.height // self.scale // self.network.patch) * (self.width // self.scale // self.network.patch)
         return Geometry(tokens=tokens, chunk=self.chunk, first=self.first, sink=self.sink, window=self.window)
 
     @property

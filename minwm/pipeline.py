@@ -41,7 +41,10 @@ class Timing:
 def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = None) -> None:
     """Make everything that `out` lacks, up to and including the stage `until`; `say` gets a line per part."""
     part = Part(out, say)
-    part("render", lambda: render_worlds(out / "raw", pipeline.render, clips=pipeline.clips, workers=pipeline.workers))
+    part(
+        "render",
+        lambda: render_worlds(out / "raw", pipeline.render, clips=pipeline.clips, workers=pipeline.workers),
+    )
     _train(pipeline.codec, out, say)
     if until == "codec":
         return

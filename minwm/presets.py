@@ -1,4 +1,4 @@
-"""Named runs, as functions. A pipeline is data, a codec, stages, and what to evaluate; every path follows from `out`."""
+"""Named runs, as functions. A pipeline is data, a codec, stages and their evaluation; paths follow from `out`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig, T
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.sampling import Autoregressive, Bidirectional, FewStep
-from minwm.train import Init, OptimConfig, Run
+from minwm.train import Init, OptimConfig, RecipeConfig, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,13 @@ def starting_checkpoint(name: str) -> str | None:
 def demo(out: Path) -> Pipeline:
     """Everything in minutes on two CPU cores; codec and foundation continue from shipped checkpoints."""
     steps = {
-        "codec": 60, "foundation": 60, "camera": 300, "ar": 200, "ode": 120, "consistency": 150, "dmd": 100
+        "codec": 60,
+        "foundation": 60,
+        "camera": 300,
+        "ar": 200,
+        "ode": 120,
+        "consistency": 150,
+        "dmd": 100,
     }
     pipeline = _pipeline("demo", out, clips=256, worlds_seed=0, steps=steps, batch=12)
     codec = replace(
@@ -95,7 +101,13 @@ def demo(out: Path) -> Pipeline:
 def demo_scratch(out: Path) -> Pipeline:
     """The same from random weights, in hours: what made the shipped checkpoints."""
     steps = {
-        "codec": 2500, "foundation": 6000, "camera": 3000, "ar": 2000, "ode": 1000, "consistency": 1000, "dmd": 500
+        "codec": 2500,
+        "foundation": 6000,
+        "camera": 3000,
+        "ar": 2000,
+        "ode": 1000,
+        "consistency": 1000,
+        "dmd": 500,
     }
     return _pipeline("demo-scratch", out, clips=1600, worlds_seed=1, steps=steps, batch=16)
 
@@ -108,11 +120,12 @@ def smoke(out: Path) -> Pipeline:
     small = replace(small, codec=CodecConfig(width=16, fine=16, finest=8, encoder_depth=1, decoder_depth=1))
     ode = next(run for run in pipeline.stages if run.name == "ode").recipe
     changes = {"ode": {"recipe": replace(ode, ode_steps=4)}}
-    shrunk = tuple(
-        replace(run, model=_like(run.model, small), **changes.get(run.name, {})) for run in pipeline.stages
-    )
+    shrunk = tuple(replace(run, model=_like(run.model, small), **changes.get(run.name, {})) for run in pipeline.stages)
     return replace(
-        pipeline, codec=replace(pipeline.codec, model=small), stages=shrunk, collect=4,
+        pipeline,
+        codec=replace(pipeline.codec, model=small),
+        stages=shrunk,
+        collect=4,
         evaluation=Evaluation(clips=3, bench_repeats=1),
     )
 
@@ -124,49 +137,55 @@ def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
-def _pipeline(
-    name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapping[str, int], batch: int
-) -> Pipeline:
+def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapping[str, int], batch: int) -> Pipeline:
     base = tiny_model()
     camera = replace(base, network=replace(base.network, camera="dual"))
-    causal = replace(camera, sampler=Autoregressive(steps=50, guidance=1.5, shift=SHIFT))
+    stepwise = replace(camera, sampler=Autoregressive(steps=50, guidance=1.5, shift=SHIFT))
     few = replace(camera, sampler=FewStep(steps=4, shift=SHIFT))
     law = TimeLaw(shift=SHIFT, weight="none")
 
     def folder(stage: str) -> str:
         return str(out / stage)
 
-    def run(stage: str, model: ModelConfig, recipe: object, lr: float, **fields: object) -> Run:
-        """A stage that starts from `init`; the codec goes with every model."""
-        init = fields.pop("init", Init())
-        optim = OptimConfig(lr=lr, beta2=0.99, warmup=20, final=0.1)
-        fields = {"data": folder("latents"), "optim": optim, "batch": batch, "save_every": 50} | fields
+    def run(stage: str, model: ModelConfig, recipe: RecipeConfig, lr: float, init: Init) -> Run:
         return Run(
-            name=stage, model=model, recipe=recipe, steps=steps[stage], seed=1,
-            init=replace(init, codec=folder("codec")), **fields,
+            name=stage,
+            model=model,
+            recipe=recipe,
+            data=folder("latents"),
+            init=replace(init, codec=folder("codec")),
+            steps=steps[stage],
+            batch=batch,
+            optim=OptimConfig(lr=lr, beta2=0.99, warmup=20, final=0.1),
+            seed=1,
+            save_every=50,
         )
 
+    after_ar = Init(student=folder("ar"), teacher=folder("ar"))
+    bidirectional, causal = BidirectionalConfig(time=law), AutoregressiveConfig(time=law)
+    ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
+    consistency = ConsistencyConfig(shift=SHIFT, guidance=1.5, target_decay=0.95)
+    dmd = DmdConfig(shift=SHIFT, guidance=1.5)
+    scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     stages = (
-        run("foundation", base, BidirectionalConfig(time=law, image_start=0.8), 1e-3),
-        run("camera", camera, BidirectionalConfig(time=law), 1e-3, init=Init(student=folder("foundation"))),
-        run("ar", causal, AutoregressiveConfig(time=law), 5e-4, init=Init(student=folder("camera"))),
-        run(
-            "ode", few, OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5), 3e-4,
-            init=Init(student=folder("ar")), data=folder("trajectories"),
-        ),
-        run(
-            "consistency", few, ConsistencyConfig(shift=SHIFT, guidance=1.5, target_decay=0.95), 3e-4,
-            init=Init(student=folder("ar"), teacher=folder("ar")),
-        ),
-        run(
-            "dmd", few, DmdConfig(shift=SHIFT, guidance=1.5), 5e-5,
-            critic=OptimConfig(lr=1e-4, beta1=0.0, warmup=5),
-            init=Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera")),
-        ),
+        run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init()),
+        run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation"))),
+        run("ar", stepwise, causal, 5e-4, Init(student=folder("camera"))),
+        replace(run("ode", few, ode, 3e-4, Init(student=folder("ar"))), data=folder("trajectories")),
+        run("consistency", few, consistency, 3e-4, after_ar),
+        replace(run("dmd", few, dmd, 5e-5, scores), critic=OptimConfig(lr=1e-4, beta1=0.0, warmup=5)),
     )
     codec = Run(
-        name="codec", model=base, recipe=CodecTraining(), data=folder("raw"), steps=steps["codec"], batch=1,
-        optim=OptimConfig(lr=3e-3, beta2=0.99, warmup=50, final=0.02), ema=0.99, save_every=100, seed=1,
+        name="codec",
+        model=base,
+        recipe=CodecTraining(),
+        data=folder("raw"),
+        steps=steps["codec"],
+        batch=1,
+        optim=OptimConfig(lr=3e-3, beta2=0.99, warmup=50, final=0.02),
+        ema=0.99,
+        save_every=100,
+        seed=1,
     )
     render = RenderConfig(seed=worlds_seed, motion=MOTION, latents=base.latents, clips_per_world=2)
     return Pipeline(
@@ -174,7 +193,11 @@ def _pipeline(
     )
 
 
-PIPELINES: dict[str, Callable[[Path], Pipeline]] = {"demo": demo, "demo-scratch": demo_scratch, "smoke": smoke}
+PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
+    "demo": demo,
+    "demo-scratch": demo_scratch,
+    "smoke": smoke,
+}
 
 
 def pipeline(name: str, out: Path) -> Pipeline:

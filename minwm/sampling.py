@@ -103,9 +103,7 @@ def unipc(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:
         """x at `step + 1` from x at `step`; with `new`, the x_0 predicted there, this is the corrector."""
         t, t_next = float(times[step]), float(times[step + 1])
         h = snr[step + 1] - snr[step]
-        past = (
-            [(float((snr[i] - snr[step]) / h), m) for i, m in history if i < step][-1:] if order == 2 else []
-        )
+        past = [(float((snr[i] - snr[step]) / h), m) for i, m in history if i < step][-1:] if order == 2 else []
         m0 = dict(history)[step]
         phi = torch.expm1(-h)
         out = t_next / t * x - (1 - t_next) * float(phi) * m0
@@ -160,14 +158,12 @@ def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond
     return x if cond.first is None else torch.cat([cond.first.to(x), x[:, 1:]], dim=1)
 
 
-def guided_velocity(
-    net: Backbone, x: Latents, t: Tensor, bound: Bound, scope: Scope, scale: float
-) -> Latents:
+def guided_velocity(net: Backbone, x: Latents, t: Tensor, bound: Bound, scope: Scope, scale: float) -> Latents:
     """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
         return net(x, t, bound, scope)
-    both = net(torch.cat([x, x]), torch.cat([t, t]), bound, scope)
-    return guide(*both.chunk(2), scale)
+    cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), bound, scope).chunk(2)
+    return guide(cond, uncond, scale)
 
 
 class Stream:

@@ -55,9 +55,22 @@ class RendererEngine:
     """Ground truth: a procedural world seen from a placed camera."""
 
     def __init__(
-        self, world: World, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
+        self,
+        world: World,
+        origin: Pose,
+        K: Float[np.ndarray, "4"],
+        motion: Motion,
+        chunk: int,
+        size: tuple[int, int],
     ) -> None:
-        self.world, self.origin, self.K, self.motion, self.chunk, self.size = world, origin, K, motion, chunk, size
+        self.world, self.origin, self.K, self.motion, self.chunk, self.size = (
+            world,
+            origin,
+            K,
+            motion,
+            chunk,
+            size,
+        )
 
     @classmethod
     def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
@@ -167,7 +180,11 @@ class Session:
 
 @torch.no_grad()
 def generate_clips(
-    model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: list[str], tracks: list[CameraTrack], seed: int
+    model: Model,
+    images: UInt8[np.ndarray, "b h w 3"],
+    prompts: list[str],
+    tracks: list[CameraTrack],
+    seed: int,
 ) -> UInt8[np.ndarray, "b n h w 3"]:
     """Videos from first images along camera tracks (pixel rate), with whatever sampler the model has, on its device.
 

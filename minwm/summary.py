@@ -121,9 +121,11 @@ def _examples(pipeline: Pipeline, out: Path) -> list[Example]:
     videos = {label: load_file(out / "eval" / f"{file}.safetensors")["frames"] for file, label in names.items()}
     return [
         Example(
-            caption, trajectory, parse(trajectory).keys_per_frame(),
+            caption,
+            trajectory,
+            parse(trajectory).keys_per_frame(),
             [Video(label, np.ascontiguousarray(frames[i])) for label, frames in videos.items()],
-        )  # fmt: skip
+        )
         for i, (trajectory, caption) in enumerate(held[: plan.examples])
     ]
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from minwm.checkpoint import ModelConfig, States, load_codec, load_model, load_weights, save_codec, save_model
+from minwm.checkpoint import ModelConfig, States, load_codec, load_weights, save_codec, save_model
 from minwm.core.config import ConfigError, UserError, dumps, loads
 from minwm.core.media import atomic
 from minwm.core.runtime import generator as make_generator
@@ -29,9 +29,7 @@ from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidire
 from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 
-RecipeConfig = (
-    CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
-)
+RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
 NEW_CAMERA_KEYS = ("prope_o.weight", "prope_o.bias")
 """What phase 1 adds to a model without camera control; zero at first."""
 
@@ -125,12 +123,12 @@ class Summary:
 class Trainable(Protocol):
     """A recipe, as the loop sees it."""
 
-    trained: Any
+    trained: ClassVar[tuple[str, ...]]
 
     @property
     def stateful(self) -> Mapping[str, nn.Module]: ...
 
-    def loss(self, clip: Any, step: int, generator: torch.Generator) -> Loss: ...
+    def loss(self, clip: Any, /, step: int, generator: torch.Generator) -> Loss: ...
 
 
 class Ema:
@@ -245,9 +243,7 @@ def train(run: Run, out: Path) -> Summary:
     ends = [sum(line[name] for line in part) / tenth for part in (losses[:tenth], losses[-tenth:])]
     seconds = seconds or time.monotonic() - start
     parameters = sum(p.numel() for p in result.parameters())
-    summary = Summary(
-        steps=run.steps, seconds=seconds, first_loss=ends[0], last_loss=ends[1], parameters=parameters
-    )
+    summary = Summary(steps=run.steps, seconds=seconds, first_loss=ends[0], last_loss=ends[1], parameters=parameters)
     with atomic(done) as temporary:
         temporary.write_text(dumps(summary))
     return summary
@@ -258,9 +254,7 @@ def _claim(run: Run, out: Path) -> None:
     path = out / "run.json"
     if path.exists() and (old := json.loads(path.read_text())["run"]) != (new := json.loads(dumps(run))):
         changed = [key for key in new if old.get(key) != new[key]]
-        raise ConfigError(
-            f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it"
-        )
+        raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
     if not path.exists():
         about = {
             "commit": git_commit(),
@@ -272,6 +266,7 @@ def _claim(run: Run, out: Path) -> None:
 
 
 def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> tuple[nn.Module, float]:
+    torch.manual_seed(run.seed)  # fresh parameters are part of the run
     codec = run.model.codec.build()
     if run.init.codec:
         codec.load_state_dict(load_codec(Path(run.init.codec)).state_dict())
@@ -295,9 +290,7 @@ def _normalise(codec: Codec, data: RawDataset, device: torch.device, clips: int 
 
 def _train_network(run: Run, out: Path, device: torch.device) -> tuple[nn.Module, float]:
     if not run.init.codec:
-        raise ConfigError(
-            f"{run.name}: init.codec names the codec that made the latents; it goes with the model"
-        )
+        raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec))
     recipe = build_recipe(run, device)
     clips = loader(ShardDataset(Path(run.data), "train"), run.batch, run.seed, rank(), world_size())
@@ -332,13 +325,9 @@ def _fill(run: Run, role: str) -> Backbone:
     net = run.model.network.build()
     if source is None:
         if role != "student":
-            raise ConfigError(
-                f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh"
-            )
+            raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
         return net
-    load_weights(
-        net, Path(source) / "model.safetensors", may_be_new=NEW_CAMERA_KEYS if role == "student" else ()
-    )
+    load_weights(net, Path(source) / "model.safetensors", may_be_new=NEW_CAMERA_KEYS if role == "student" else ())
     return net
 
 

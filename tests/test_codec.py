@@ -37,9 +37,7 @@ def test_shapes() -> None:
     assert codec.encode(clip(frames=1)).shape[1] == 1
 
 
-@pytest.mark.parametrize(
-    "sizes", [[1] * 17, [1, 4, 4, 8], [17], [5, 12], [3, 0, 9, 5], [2, 2, 2, 2, 2, 2, 2, 2, 1]]
-)
+@pytest.mark.parametrize("sizes", [[1] * 17, [1, 4, 4, 8], [17], [5, 12], [3, 0, 9, 5], [2, 2, 2, 2, 2, 2, 2, 2, 1]])
 @torch.no_grad()
 def test_streamed_encode_equals_whole(sizes: list[int]) -> None:
     codec, pixels, state, parts = small(), clip(), None, []
@@ -86,15 +84,11 @@ def test_causal_in_time() -> None:
         torch.testing.assert_close(codec.encode(changed)[:, : i + 1], latents[:, : i + 1], atol=1e-6, rtol=0)
         seen = pixels.clone()
         seen[:, 4 * i] = 0
-        assert (codec.encode(seen)[:, i] - latents[:, i]).abs().max() > 1e-3, (
-            "a latent sees its own last frame"
-        )
+        assert (codec.encode(seen)[:, i] - latents[:, i]).abs().max() > 1e-3, "a latent sees its own last frame"
         later = latents.clone()
         later[:, i + 1 :] = 0
         same = slice(0, 4 * i + 1)
-        torch.testing.assert_close(
-            codec.decode(later)[:, same], codec.decode(latents)[:, same], atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(codec.decode(later)[:, same], codec.decode(latents)[:, same], atol=1e-6, rtol=0)
 
 
 def test_statistics_make_latents_unit_variance() -> None:

@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -195,9 +196,9 @@ def test_another_config_in_the_same_folder_is_refused(project: Path, tmp_path: P
 
 def test_roles_that_cannot_be_filled_are_named(project: Path, tmp_path: Path) -> None:
     run = stage("consistency", project)
-    with pytest.raises(ConfigError, match="init.teacher names no model folder"):
+    with pytest.raises(ConfigError, match=r"init\.teacher names no model folder"):
         train(replace(run, init=replace(run.init, teacher=None)), tmp_path / "a")
-    with pytest.raises(ConfigError, match="init.codec names the codec"):
+    with pytest.raises(ConfigError, match=r"init\.codec names the codec"):
         train(replace(run, init=replace(run.init, codec=None)), tmp_path / "b")
 
 
@@ -222,7 +223,7 @@ class Numbers:
 class Dot:
     """Loss: mean of w . x, whose gradient is the mean of x whatever w is."""
 
-    trained = ("student",)
+    trained: ClassVar[tuple[str, ...]] = ("student",)
 
     def __init__(self, change: Callable[[int, Tensor], Tensor] = lambda _, loss: loss) -> None:
         self.net, self.change, self.seen = nn.Linear(3, 1, bias=False), change, []
@@ -231,7 +232,7 @@ class Dot:
     def stateful(self) -> dict[str, nn.Module]:
         return {"student": self.net}
 
-    def loss(self, clip: Tensor, step: int, generator: torch.Generator) -> Loss:  # noqa: ARG002
+    def loss(self, clip: Tensor, step: int, generator: torch.Generator) -> Loss:
         self.seen.append((clip, self.net.weight.detach().clone()))
         total = self.change(step, self.net(clip).mean())
         return Loss(total, "student", {"loss": float(total.detach())})
@@ -261,7 +262,9 @@ def test_accumulation_averages_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_divergence_stops_before_the_step(tmp_path: Path, value: float) -> None:
     recipe = Dot(lambda step, loss: loss * value if step == 4 else loss)
-    with pytest.raises(DivergedError, match=r"step 4: gradient norm (nan|inf).* after 3 steps .*lower optim.lr"):
+    with pytest.raises(
+        DivergedError, match=r"step 4: gradient norm (nan|inf).* after 3 steps .*lower optim.lr"
+    ):
         run_loop(recipe, tmp_path, save_every=3)
     assert torch.equal(recipe.net.weight, recipe.seen[4][1]), "the bad gradient was not applied"
     assert States(tmp_path).latest() == 3
@@ -284,7 +287,7 @@ def test_ema_is_the_average_and_zero_is_off(tmp_path: Path) -> None:
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
-    """By the norm that the log shows; a rescaled gradient changes nothing for Adam but through its epsilon."""
+    """By the norm that the log shows; Adam notices another scale of the gradient only through its epsilon."""
     norms = []
     recipe = Dot(lambda _, loss: 1e6 * loss)
     recipe.net.weight.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
@@ -299,7 +302,7 @@ def test_learning_rate() -> None:
     rates = [optim.rate(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.2, rel=1e-3)
     assert max(rates) == rates[9] and rates[9] > 1.9
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert rates[50] == pytest.approx((2.0 + 0.5) / 2)
     assert rates[100] == pytest.approx(0.5)
     assert {OptimConfig(lr=3.0).rate(step, 9) for step in range(9)} == {3.0}

@@ -330,9 +330,7 @@ def pose_errors(a: CameraTrack, b: CameraTrack) -> dict[str, Array]:
     }
 
 
-def views(
-    tracks: Sequence[CameraTrack], stride: int
-) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
+def views(tracks: Sequence[CameraTrack], stride: int) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
     """What a network sees of pixel-rate tracks: w2c and K per latent in float32.
 
     Anchored at frame 0 while still in float64, so that a far-away world origin costs no digits.

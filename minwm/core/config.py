@@ -178,9 +178,7 @@ def _one_of(name: str, known: list[str], problem: str) -> str:
     if name in known:
         return name
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    raise ConfigError(
-        f"{problem}; did you mean {close[0]!r}?" if close else f"{problem} ({', '.join(known)})"
-    )
+    raise ConfigError(f"{problem}; did you mean {close[0]!r}?" if close else f"{problem} ({', '.join(known)})")
 
 
 def _kind(cls: type) -> str | None:

@@ -114,9 +114,7 @@ def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: 
         stream.options = {"crf": str(crf), "preset": "fast", "x264-params": "mbtree=0"}
         stream.thread_count = 1
         for image in images:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode(None))
 
 
@@ -167,9 +165,7 @@ def png_bytes(frame: Frame) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(
-    rows: Sequence[np.ndarray | Tensor], every: int, labels: Sequence[str]
-) -> UInt8[np.ndarray, "h w 3"]:
+def contact_sheet(rows: Sequence[np.ndarray | Tensor], every: int, labels: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
     """Every `every`-th frame of each video side by side, one labelled row per video; sizes may differ."""
     font, gap = ImageFont.load_default(size=12), 2
     margin = 2 * gap + math.ceil(max(font.getlength(label) for label in labels))
@@ -186,9 +182,7 @@ def contact_sheet(
     return np.array(sheet)
 
 
-def overlay_keys(
-    frames: Frames, keys_per_frame: Sequence[Collection[str]]
-) -> UInt8[np.ndarray, "n height width 3"]:
+def overlay_keys(frames: Frames, keys_per_frame: Sequence[Collection[str]]) -> UInt8[np.ndarray, "n height width 3"]:
     """Frames enlarged to at least 256 pixels of width, with the key caps drawn on them and pressed keys lit.
 
     Each entry holds the keys held down in that frame: w a s d, and i j k l or up left down right, which are
@@ -225,9 +219,7 @@ def _key_caps(held: frozenset[str], height: int, width: int) -> Image.Image:
                 turn = {"w": 0, "a": 90, "s": 180, "d": -90}[key]
                 draw.regular_polygon((*centre, cap * 0.28), 3, rotation=turn, fill=ink)
     others = " ".join(sorted(held - CAPS.keys() - ARROWS.keys()))
-    draw.text(
-        (width / 2, height - cap), others, (255, 210, 60), font, "mm", stroke_width=2, stroke_fill="black"
-    )
+    draw.text((width / 2, height - cap), others, (255, 210, 60), font, "mm", stroke_width=2, stroke_fill="black")
     return layer
 
 

@@ -58,9 +58,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{error.name} is not installed; run: pip install 'minwm[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"{error.name} is not installed; run: pip install 'minwm[{extra}]'") from error
 
 
 @functools.cache
@@ -74,9 +72,7 @@ def git_commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -86,7 +82,7 @@ def versions() -> dict[str, str]:
     """What a measurement depends on: python, torch, platform, processor, and the GPU if there is one."""
     found = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # itself a subclass of str
         "platform": platform.platform(),
         "cpu": f"{_cpu_name()}, {os.cpu_count()} threads",
     }

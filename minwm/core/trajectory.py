@@ -178,9 +178,7 @@ class Trajectory:
             )
         steps = motion.stride if steps_per_latent is None else steps_per_latent
         if steps < 1:
-            raise TrajectoryError(
-                f"steps_per_latent = {steps}; use 1 (latent rate) or {motion.stride} (pixel rate)"
-            )
+            raise TrajectoryError(f"steps_per_latent = {steps}; use 1 (latent rate) or {motion.stride} (pixel rate)")
         rate = motion.fps * steps / motion.stride
         actions = [action for action in self.actions() for _ in range(steps)]
         poses = drive(np.eye(4), actions, motion, 1 / rate)
@@ -206,13 +204,10 @@ def parse(text: str, *, stride: int = 4) -> Trajectory:
         except _SegmentError as error:
             raise TrajectoryError(_point_at(text, begin, part, str(error))) from None
         if sum(segment.latents for segment in segments) > MAX_LATENTS:
-            raise TrajectoryError(
-                _point_at(text, begin, part, f"more than {MAX_LATENTS} latents; use smaller counts")
-            )
+            raise TrajectoryError(_point_at(text, begin, part, f"more than {MAX_LATENTS} latents; use smaller counts"))
         begin += len(part) + 1
     merged = (
-        Segment(keys, sum(segment.latents for segment in run))
-        for keys, run in groupby(segments, lambda s: s.keys)
+        Segment(keys, sum(segment.latents for segment in run)) for keys, run in groupby(segments, lambda s: s.keys)
     )
     return Trajectory(tuple(merged), stride)
 
@@ -253,9 +248,7 @@ def _chord(names: list[str]) -> tuple[str, ...]:
 def _latents(chord: str, sign: str, count: str, stride: int) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", count):
         most = f"{MAX_LATENTS * stride} pixel frames" if sign == ":" else f"{MAX_LATENTS} latents"
-        raise _SegmentError(
-            f"count {count!r} is not a whole number from 1 to {most}; write for example {chord}*3"
-        )
+        raise _SegmentError(f"count {count!r} is not a whole number from 1 to {most}; write for example {chord}*3")
     number = int(count)
     if sign != ":":
         return number
@@ -315,9 +308,7 @@ def random_track(
 ) -> tuple[CameraTrack, Trajectory]:
     """A random trajectory and its pixel-rate track, which never looks more than 25 degrees up or down."""
     if frames < motion.stride + 1 or (frames - 1) % motion.stride:
-        raise TrajectoryError(
-            f"{frames} frames do not fill whole latents; use {motion.stride} * k + 1, k >= 1"
-        )
+        raise TrajectoryError(f"{frames} frames do not fill whole latents; use {motion.stride} * k + 1, k >= 1")
     per_latent = motion.turn * motion.stride / motion.fps
     max_pitch = int(_MAX_PITCH_DEG / per_latent) if per_latent > 0 else frames
     while True:  # turning after looking up tilts the axes, so the sum of angles is not yet the elevation

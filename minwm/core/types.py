@@ -24,14 +24,13 @@ class Condition:
     first: Float[Tensor, "b 1 c h w"] | None = None
     """Clean first latent: an image start. None generates the first frame too."""
 
-    def _map(self, change) -> "Condition":  # noqa: ANN001 - any Tensor -> Tensor
-        changed = {
-            f.name: change(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None
-        }
-        return replace(self, **changed)
-
     def to(self, device: torch.device | str) -> "Condition":
-        return self._map(lambda x: x.to(device))
+        moved = {name: x.to(device) for name, x in self.parts().items()}
+        return replace(self, **moved)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that this condition has."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     def frames(self, start: int, stop: int) -> "Condition":
         """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
@@ -48,10 +47,8 @@ class Condition:
     @staticmethod
     def stack(*conditions: "Condition") -> "Condition":
         """Concatenate along the batch axis; all must have the same parts."""
-        parts = {}
-        for field in fields(Condition):
-            values = [getattr(c, field.name) for c in conditions]
-            parts[field.name] = None if values[0] is None else torch.cat(values)
+        names = conditions[0].parts()
+        parts = {name: torch.cat([condition.parts()[name] for condition in conditions]) for name in names}
         return Condition(**parts)
 
 
@@ -66,6 +63,4 @@ class Clip:
 
     def to(self, device: torch.device | str) -> "Clip":
         trajectory = self.trajectory if self.trajectory is None else self.trajectory.to(device)
-        return replace(
-            self, latents=self.latents.to(device), cond=self.cond.to(device), trajectory=trajectory
-        )
+        return replace(self, latents=self.latents.to(device), cond=self.cond.to(device), trajectory=trajectory)

@@ -107,9 +107,7 @@ class ClipRecord:
         expected = names | {"schema", "fps", "unit", "c2w", "K"}
         if set(values) != expected:
             missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
-            raise DataError(
-                f"{where}: missing fields {missing}, unknown fields {unknown}; make the dataset again"
-            )
+            raise DataError(f"{where}: missing fields {missing}, unknown fields {unknown}; make the dataset again")
         track = CameraTrack(
             c2w=np.array(values["c2w"], np.float64),
             K=np.array(values["K"], np.float64),
@@ -150,9 +148,7 @@ class ClipFolder:
             old, new = {"kind": before["kind"], **before["config"]}, {"kind": kind, **config}
             names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             changes = ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)
-            raise DataError(
-                f"{path} has other settings ({changes}); choose another folder or delete this one"
-            )
+            raise DataError(f"{path} has other settings ({changes}); choose another folder or delete this one")
         return folder
 
     def ids(self) -> list[str]:

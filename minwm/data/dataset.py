@@ -45,9 +45,7 @@ class Example:
 class ShardDataset:
     """Records of one split, sorted by id, readable in any order."""
 
-    def __init__(
-        self, path: Path, split: Split, *, image_start: bool = True, cache_bytes: int = 2**30
-    ) -> None:
+    def __init__(self, path: Path, split: Split, *, image_start: bool = True, cache_bytes: int = 2**30) -> None:
         """`image_start`: the clean first latent is a condition. Up to `cache_bytes` stay in memory."""
         self.path, self.image_start = path, image_start
         self.manifest = read_manifest(path, "minwm data encode")
@@ -60,9 +58,7 @@ class ShardDataset:
                 self.entries += [(shard, entry) for entry in read_index(shard).records]
         self.entries.sort(key=lambda pair: pair[1].id)
         if not self.entries:
-            raise DataError(
-                f"{path}: no records in split {split!r}; encode more scenes, or with another `val`"
-            )
+            raise DataError(f"{path}: no records in split {split!r}; encode more scenes, or with another `val`")
         self.ids = [entry.id for _, entry in self.entries]
         for one, two in zip(self.ids, self.ids[1:], strict=False):
             if one == two:
@@ -103,9 +99,7 @@ class ShardDataset:
         for example in examples[1:]:
             if example.latents.shape != examples[0].latents.shape:
                 one, two = (f"{e.id} {tuple(e.latents.shape)}" for e in (examples[0], example))
-                raise DataError(
-                    f"{self.path}: latents of {one} and {two}; give each size a folder of its own"
-                )
+                raise DataError(f"{self.path}: latents of {one} and {two}; give each size a folder of its own")
         latents = torch.stack([e.latents for e in examples])
         w2c, K = views([e.record.track for e in examples], self.manifest["codec"]["stride"])
         text = torch.zeros(len(examples), self.manifest["text"]["length"], self.manifest["text"]["dim"])
@@ -163,14 +157,10 @@ class Batches(Protocol[T_co]):
 class Loader(Generic[T]):
     """Endless iterator over batches; `state` and `load` resume it bit-exactly."""
 
-    def __init__(
-        self, dataset: Batches[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, dataset: Batches[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         """`batch` is per rank."""
         if batch < 1 or not 0 <= rank < world:
-            raise DataError(
-                f"loader: batch={batch}, rank={rank}, world={world}; need batch > 0, rank < world"
-            )
+            raise DataError(f"loader: batch={batch}, rank={rank}, world={world}; need batch > 0, rank < world")
         self.dataset, self.batch, self.seed, self.rank, self.world = dataset, batch, seed, rank, world
         self.epoch = self.position = 0
         self._order = self._shuffled(0)

@@ -227,9 +227,7 @@ def reproduce(record: ClipRecord, track: CameraTrack | None = None, *, supersamp
     """Frames and depth of a procedural clip, rendered again from its record; `track` (anchored at the clip's
     frame 0) renders what another path would have seen."""
     if record.seed is None or record.origin is None:
-        raise DataError(
-            f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again"
-        )
+        raise DataError(f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again")
     anchored = track if track is not None else record.track
     return _render(record.seed, anchored.moved(record.origin), record.hw, supersample)
 

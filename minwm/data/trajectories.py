@@ -25,9 +25,7 @@ def collect_trajectories(
     Resumable batch by batch. Raises DataError if `source` has fewer clips, or `out` was made from other things.
     """
     if clips > len(source):
-        raise DataError(
-            f"{source.path} has {len(source)} clips, {clips} trajectories were asked for; render more"
-        )
+        raise DataError(f"{source.path} has {len(source)} clips, {clips} trajectories were asked for; render more")
     manifest = {**source.manifest, "trajectories": about, "counts": {"train": clips}}
     if (out / "manifest.json").exists():
         if read_manifest(out, "minwm pipeline")["trajectories"] != about:

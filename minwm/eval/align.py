@@ -242,9 +242,7 @@ class Aligner:
             motion = self._update(motion, anchor, columns, residual, weight)
         return best, lowest
 
-    def _update(
-        self, motion: Tensor, anchor: Tensor, columns: Tensor, residual: Tensor, weight: Tensor
-    ) -> Tensor:
+    def _update(self, motion: Tensor, anchor: Tensor, columns: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
         rows = columns.flatten(2)  # b 6 (3 p)
         weighted = rows * weight.flatten(1)[:, None]
         hessian = weighted @ rows.transpose(1, 2)

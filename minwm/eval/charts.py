@@ -37,9 +37,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return ((total[stop] - total[start]) / (stop - start)).tolist()
 
 
-def line_chart(
-    series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 230
-) -> str:
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: int = 460, height: int = 230) -> str:
     """Lines with axes, and a legend when there are several names. The y axis is logarithmic when positive
     values span more than a factor of 20."""
     lines = [(s, *_finite(s)) for s in series]
@@ -65,14 +63,9 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
     base = height - bottom + 15
-    parts += [
-        f'<text x="{at_x(tick):.1f}" y="{base}" text-anchor="middle">{number(tick)}</text>'
-        for tick in x_ticks
-    ]
+    parts += [f'<text x="{at_x(tick):.1f}" y="{base}" text-anchor="middle">{number(tick)}</text>' for tick in x_ticks]
     middle = (left + width - right) / 2
-    parts.append(
-        f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
     for s, x, y in lines:
         points = " ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b in zip(x, y, strict=True))
         style = f"line s{s.colour % COLOURS}" + " faint" * s.faint + " dashed" * s.dashed

@@ -141,17 +141,13 @@ def prepare(
     config = config or AlignConfig()
     lengths = sorted({len(case.track) for case in cases})
     if len(lengths) != 1:
-        raise FollowError(
-            f"clips of lengths {lengths}; camera following needs at least one clip, all of one length"
-        )
+        raise FollowError(f"clips of lengths {lengths}; camera following needs at least one clip, all of one length")
     tracks = [case.track.at_latent_rate(stride) for case in cases]
     others = [_distractors(i, tracks, distractors) for i in range(len(cases))]
     count = min(map(len, others))
     if not count:
         lonely = next(i for i, found in enumerate(others) if not found)
-        raise FollowError(
-            f"clip {lonely}: no other clip moves differently; add clips with other trajectories"
-        )
+        raise FollowError(f"clip {lonely}: no other clip moves differently; add clips with other trajectories")
     candidates = np.stack(
         [
             np.stack(
@@ -182,9 +178,7 @@ def evaluate(
     hit = (likeness.argmax(1) == 0).astype(float)
     gap = likeness[:, 0] - likeness[:, 1:].max(1)
 
-    shown = track(
-        [case.scene for case in suite.cases], suite.commanded[:, 0], suite.K, frames, config or AlignConfig()
-    )
+    shown = track([case.scene for case in suite.cases], suite.commanded[:, 0], suite.K, frames, config or AlignConfig())
     motion, wanted = _anchored(shown.c2w), _anchored(suite.commanded)
     still_rot, still_trans = _differences(np.broadcast_to(np.eye(4), wanted.shape), wanted)
     rot, trans = _differences(motion, wanted)
@@ -239,12 +233,8 @@ def confusion(
 ) -> Confusion:
     """Compare each action's generated video with every action's true one, all from one first frame."""
     if not len(generated) == len(truth) == len(actions):
-        raise FollowError(
-            f"{len(generated)} generated and {len(truth)} true videos for {len(actions)} actions"
-        )
-    table = np.stack(
-        [psnr(np.broadcast_to(one, truth.shape)[:, 1:], truth[:, 1:]).mean(-1) for one in generated]
-    )
+        raise FollowError(f"{len(generated)} generated and {len(truth)} true videos for {len(actions)} actions")
+    table = np.stack([psnr(np.broadcast_to(one, truth.shape)[:, 1:], truth[:, 1:]).mean(-1) for one in generated])
     accuracy = float((table.argmax(1) == np.arange(len(table))).mean())
     return Confusion(list(actions), table.tolist(), accuracy)
 

@@ -42,9 +42,7 @@ def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "..."]) -> Float[Array, "*
     var_x, var_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
     cov = _windowed(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = (
-        (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    )
+    score = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return score.mean((1, 2, 3)).reshape(a.shape[:-3]).numpy()
 
 
@@ -89,9 +87,7 @@ def quality(
     measure."""
     _same_shape(generated, truth)
     if not 0 <= given < len(spans):
-        raise QualityError(
-            f"{len(spans)} chunks of which {given} were given: nothing was generated; pass longer clips"
-        )
+        raise QualityError(f"{len(spans)} chunks of which {given} were given: nothing was generated; pass longer clips")
     frame_psnr, frame_ssim = psnr(generated, truth).mean(0), ssim(generated, truth).mean(0)
     per_psnr = [float(frame_psnr[a:b].mean()) for a, b in spans]
     per_ssim = [float(frame_ssim[a:b].mean()) for a, b in spans]
@@ -129,6 +125,4 @@ def _sharpness(frames: Array) -> float:
 
 def _same_shape(a: Array, b: Array) -> None:
     if a.shape != b.shape or a.shape[-1] != 3 or a.ndim < 4:
-        raise QualityError(
-            f"cannot compare frames of shape {a.shape} with {b.shape}; both must be (..., n, h, w, 3)"
-        )
+        raise QualityError(f"cannot compare frames of shape {a.shape} with {b.shape}; both must be (..., n, h, w, 3)")

@@ -135,9 +135,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         facts="".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in data.facts.items()),
         tiles=_tiles(data),
         nav="".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections),
-        sections="".join(
-            f'<section id="{k}"><h2>{title}</h2>{body}</section>' for k, title, body in sections
-        ),
+        sections="".join(f'<section id="{k}"><h2>{title}</h2>{body}</section>' for k, title, body in sections),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,8 +179,7 @@ def _pipeline(stages: Sequence[Stage]) -> str:
             facts.append(("passes per chunk", str(stage.passes_per_chunk)))
         rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
         cards.append(
-            f'<li class="k{i % COLOURS}"><h3>{escape(stage.name)}</h3><p>{escape(stage.what)}</p>'
-            f"<dl>{rows}</dl></li>"
+            f'<li class="k{i % COLOURS}"><h3>{escape(stage.name)}</h3><p>{escape(stage.what)}</p><dl>{rows}</dl></li>'
         )
     share = "".join(
         f'<i class="f{i % COLOURS}" style="flex:{stage.seconds / total:.4f}" '
@@ -239,9 +236,7 @@ def _speed(rows: Sequence[Latency]) -> str:
         f"<td>{number(r.fps)}</td><td>{number(r.fps / base.fps)}&times;</td></tr>"
         for r in rows
     )
-    head = _head(
-        "model", "passes", "first chunk, ms", "sooner", "later chunks, ms", "p90", "frames/s", "speed-up"
-    )
+    head = _head("model", "passes", "first chunk, ms", "sooner", "later chunks, ms", "p90", "frames/s", "speed-up")
     return (
         "<p>Time until the first chunk exists (network only), time of each later chunk, and frames per "
         "second "
@@ -355,9 +350,7 @@ def _training(stages: Sequence[Stage]) -> str:
             steps = [j * stage.log_every for j in range(len(values))]
             curves = [Series(name, steps, values, i, faint=True), Series(name, steps, smooth(values), i)]
             chart = line_chart(curves, x_label="step", y_label=f"{stage.name}: {name}", width=340, height=200)
-            figures.append(
-                f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>"
-            )
+            figures.append(f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>")
     return f'<div class="curves">{"".join(figures)}</div>' if figures else ""
 
 

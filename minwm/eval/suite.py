@@ -89,7 +89,7 @@ def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple
     config = model.config
     names = [f"{action}*{(latents or config.latents) - 1}" for action in ACTIONS]
     tracks = [parse(name, stride=config.motion.stride).track(config.motion, config.intrinsics) for name in names]
-    world, origin, caption = _open_place(config, tracks)
+    world, origin, caption = _open_place(tracks)
     truth = np.stack([world.render(t.moved(origin), config.height, config.width).frames for t in tracks])
     same = [generate_clips(model, truth[:1, 0], [caption], [track], seed)[0] for track in tracks]
     videos = np.stack(same)
@@ -110,7 +110,7 @@ def _source(config: ModelConfig, names: Sequence[str]) -> WorldSource:
     return WorldSource(render)
 
 
-def _open_place(config: ModelConfig, tracks: Sequence[CameraTrack]) -> tuple[World, np.ndarray, str]:
+def _open_place(tracks: Sequence[CameraTrack]) -> tuple[World, np.ndarray, str]:
     """A held-out world with a spot from which every one of the tracks is free."""
     longest = CameraTrack(
         np.concatenate([track.c2w for track in tracks]), tracks[0].K[0], fps=tracks[0].fps

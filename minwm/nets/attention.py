@@ -65,9 +65,7 @@ class Geometry:
         return self.lead + (chunk - 1) * self.chunk if chunk else 0
 
     def chunk_of(self, frame: Frames) -> Frames:
-        return torch.where(
-            frame < self.lead, 0, 1 + (frame - self.lead).div(self.chunk, rounding_mode="floor")
-        )
+        return torch.where(frame < self.lead, 0, 1 + (frame - self.lead).div(self.chunk, rounding_mode="floor"))
 
     def chunks(self, frames: int) -> list[tuple[int, int]]:
         """[start, stop) of every chunk of a clip; `frames` must be a whole number of chunks."""

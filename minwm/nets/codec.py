@@ -150,9 +150,7 @@ class Codec(nn.Module):
         frames = pixels.shape[1]
         if frames % self.stride != 1:
             near = self.stride * round((frames - 1) / self.stride) + 1
-            raise UserError(
-                f"a clip of {frames} frames: the codec takes {self.stride}k + 1 of them; {near} would do"
-            )
+            raise UserError(f"a clip of {frames} frames: the codec takes {self.stride}k + 1 of them; {near} would do")
         return self.encode_next(pixels)[0]
 
     def decode(self, latents: Latents) -> Pixels:
@@ -209,9 +207,7 @@ class Codec(nn.Module):
     def set_statistics(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
         """Bring latents to mean 0 and std 1, given those of what `encode` yields now; pictures stay."""
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-            raise UserError(
-                f"latent statistics need finite means and a positive std per channel, got {mean}, {std}"
-            )
+            raise UserError(f"latent statistics need finite means and a positive std per channel, got {mean}, {std}")
         self.mean += self.std * mean
         self.std *= std
 

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Layer norm in float32, whatever the dtype of x."""
 
-    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:  # noqa: A002 - torch's name
         weight = self.weight if self.weight is None else self.weight.float()
         bias = self.bias if self.bias is None else self.bias.float()
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
@@ -56,14 +56,16 @@ class Rope3D(nn.Module):
     `pairs` are the channel pairs of each axis; each axis has frequencies of its own.
     """
 
+    axis0: Tensor
+    axis1: Tensor
+    axis2: Tensor
+
     def __init__(self, pairs: tuple[int, int, int], max_positions: int = 1024, theta: float = 1e4) -> None:
         super().__init__()
         for axis, count in enumerate(pairs):
             frequency = theta ** (-torch.arange(count, dtype=torch.float64) / max(count, 1))
             angle = torch.arange(max_positions, dtype=torch.float64)[:, None] * frequency
-            self.register_buffer(
-                f"axis{axis}", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False
-            )
+            self.register_buffer(f"axis{axis}", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False)
 
     def forward(self, frames: list[int], height: int, width: int) -> Float[Tensor, "2 s half"]:
         """cos and sin for the tokens of `frames` (positions in time) x height x width."""
@@ -85,8 +87,6 @@ def rotate(x: Float[Tensor, "b s a e"], table: Float[Tensor, "2 s half"]) -> Flo
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def unpatchify(
-    x: Float[Tensor, "b f p d"], height: int, width: int, patch: int
-) -> Float[Tensor, "b f c h w"]:
+def unpatchify(x: Float[Tensor, "b f p d"], height: int, width: int, patch: int) -> Float[Tensor, "b f c h w"]:
     """Tokens of (patch row, patch column, channel) features back to latents (Wan's order: channel last)."""
     return rearrange(x, "b f (h w) (i j c) -> b f c (h i) (w j)", h=height, w=width, i=patch, j=patch)

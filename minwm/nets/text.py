@@ -46,9 +46,7 @@ class WordText:
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
-            raise ConfigError(
-                f"text.dim={self.dim}: must be even, half for a word and half for the one before"
-            )
+            raise ConfigError(f"text.dim={self.dim}: must be even, half for a word and half for the one before")
         if self.length < 1:
             raise ConfigError(f"text.length={self.length}: must be at least 1")
 

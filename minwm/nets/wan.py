@@ -3,8 +3,9 @@
 Sources: Wan2.1 `wan/modules/model.py` for the architecture (facts in the docstrings), minWM for `prope_o`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class WanConfig:
         if self.dim % unit:
             near = max(1, round(self.dim / unit)) * unit
             raise ConfigError(
-                f"wan.dim={self.dim}: {self.heads} heads with camera={self.camera} need a multiple of {unit}; try {near}"
+                f"wan.dim={self.dim}: {self.heads} heads and camera={self.camera} need a multiple of {unit}; try {near}"
             )
 
     def build(self) -> "Wan":
@@ -104,13 +105,11 @@ class SelfAttention(nn.Module):
         main, projective = out.split(self.heads, dim=2)
         return self.o(main.flatten(2)) + self.prope_o(camera.outputs(projective).flatten(2))
 
-    def single(
-        self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: Projection, scope: Scope
-    ) -> Tensor:
+    def single(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: Projection, scope: Scope) -> Tensor:
         """The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs."""
         back = torch.stack([rope[0], -rope[1]])  # D^T and D^-1 of a rotation both turn it back
 
-        def halves(y: Tensor, project, table: Tensor) -> Tensor:  # noqa: ANN001 - a method of Projection
+        def halves(y: Tensor, project: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
             a, b = y.chunk(2, dim=-1)
             return torch.cat([project(a.contiguous()), rotate(b, table)], dim=-1)
 
@@ -130,10 +129,7 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
 
     def read(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]:
-        k, v = (
-            rearrange(y, "b l (a e) -> b a l e", a=self.heads)
-            for y in (self.norm_k(self.k(text)), self.v(text))
-        )
+        k, v = (rearrange(y, "b l (a e) -> b a l e", a=self.heads) for y in (self.norm_k(self.k(text)), self.v(text)))
         return k, v
 
     def forward(self, x: Float[Tensor, "b f p d"], k: Tensor, v: Tensor) -> Float[Tensor, "b f p d"]:
@@ -194,22 +190,16 @@ class Wan(Backbone):
         self.config = cfg
         self.layers, self.head_width = cfg.layers, cfg.dim // cfg.heads
         self.heads = cfg.heads * (2 if cfg.camera == "dual" else 1)
-        self.patch_embedding = nn.Conv3d(
-            cfg.channels, cfg.dim, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch)
-        )
+        self.patch_embedding = nn.Conv3d(cfg.channels, cfg.dim, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch))
         self.text_embedding = nn.Sequential(
             nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim)
         )
-        self.time_embedding = nn.Sequential(
-            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
-        )
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
         self.head = Head(cfg)
         e = self.head_width
-        self.rope = Rope3D(
-            (0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e), cfg.max_positions
-        )
+        self.rope = Rope3D((0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e), cfg.max_positions)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -234,7 +224,7 @@ class Wan(Backbone):
                 f"text states have shape {tuple(text.shape)}, this network reads {want}; pad with zero rows"
             )
         text = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.read(text) for block in self.blocks]
+        return [block.cross_attn.read(text) for block in cast(list[Block], self.blocks)]
 
     def watch(self, cond: Condition) -> Projection | None:
         if self.config.camera == "none":
@@ -247,9 +237,7 @@ class Wan(Backbone):
 
     def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
         h, w = (n // self.config.patch for n in x.shape[-2:])
-        tokens = self.patch_embedding(
-            rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype)
-        )
+        tokens = self.patch_embedding(rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype))
         tokens = rearrange(tokens, "b d f h w -> b f (h w) d")
         sines = sinusoid(1000 * t, self.config.freq_dim).to(tokens.dtype)
         time = self.time_embedding(sines)

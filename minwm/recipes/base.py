@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,14 +32,11 @@ class Recipe(ABC):
     frozen: ClassVar[tuple[str, ...]] = ()
     """Roles that never change and are not saved with the run."""
 
-    def __init__(self, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
+    def __init__(self, cfg: Any, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
         wanted = {*self.trained, *self.frozen}
         if set(networks) != wanted:
-            raise ConfigError(
-                f"{type(self).__name__} needs the roles {sorted(wanted)}, not {sorted(networks)}"
-            )
-        self.networks = dict(networks)
-        self.geometry = geometry
+            raise ConfigError(f"{type(self).__name__} needs the roles {sorted(wanted)}, not {sorted(networks)}")
+        self.cfg, self.networks, self.geometry = cfg, dict(networks), geometry
         for role in self.frozen:
             self.networks[role].requires_grad_(False).eval()
 
@@ -76,9 +73,7 @@ def hold_first(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
     """Squared error, averaged within frames and then over frames with weight."""
-    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (
-        weight > 0
-    ).sum().clamp_min(1)
+    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (weight > 0).sum().clamp_min(1)
 
 
 def noise_like(x: Latents, generator: torch.Generator) -> Latents:

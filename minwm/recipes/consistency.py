@@ -1,6 +1,7 @@
-"""Stage 2b, causal consistency distillation: neighbours on one PF-ODE trajectory agree on its end (paper eq. 2)."""
+"""Stage 2b, causal consistency distillation: neighbours on a PF-ODE trajectory agree on its end (paper eq. 2)."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ import torch
 
 from minwm.core.flow import Latents, euler, interpolate, schedule, x0_from_velocity
 from minwm.core.types import Clip
+from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, teacher_forced
 from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, pick
 from minwm.recipes.ode import guided_teacher
@@ -33,9 +35,10 @@ class Consistency(Recipe):
 
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
 
-    def __init__(self, cfg: ConsistencyConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        super().__init__(*args, **kwargs)
-        self.cfg = cfg
+    cfg: ConsistencyConfig
+
+    def __init__(self, cfg: ConsistencyConfig, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
+        super().__init__(cfg, networks, geometry)
         self.times = schedule(cfg.grid, cfg.shift)
         self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False).eval()
 
@@ -54,9 +57,7 @@ class Consistency(Recipe):
     def _end(self, net: Backbone, clip: Clip, x: Latents, t: float) -> Latents:
         """f(x, t): where the trajectory through x ends."""
         times = x.new_full(x.shape[:2], t)
-        return x0_from_velocity(
-            x, teacher_forced(net, clip.latents, x, times, clip.cond, self.geometry), times
-        )
+        return x0_from_velocity(x, teacher_forced(net, clip.latents, x, times, clip.cond, self.geometry), times)
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -1,4 +1,4 @@
-"""Flow matching: bidirectional (foundation, and phase 1 with cameras) and teacher-forced autoregressive (stage 1)."""
+"""Flow matching: bidirectional (foundation, phase 1 with cameras) and autoregressive by teacher forcing (stage 1)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -70,9 +70,7 @@ class AutoregressiveConfig(DiffusionConfig):
 class Bidirectional(Recipe):
     """One time per clip, every frame sees every frame: || v(x_t, t) - (eps - x_0) ||^2 (paper, Sec. 2.1)."""
 
-    def __init__(self, cfg: BidirectionalConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        super().__init__(*args, **kwargs)
-        self.cfg = cfg
+    cfg: BidirectionalConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         clip = self.cfg.prepare(clip, generator)
@@ -87,9 +85,7 @@ class Bidirectional(Recipe):
 class Autoregressive(Recipe):
     """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1)."""
 
-    def __init__(self, cfg: AutoregressiveConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        super().__init__(*args, **kwargs)
-        self.cfg = cfg
+    cfg: AutoregressiveConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         clip = self.cfg.prepare(clip, generator)

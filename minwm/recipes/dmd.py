@@ -1,6 +1,6 @@
-"""Stage 3, asymmetric distribution matching: a causal student, bidirectional scores, on the student's own rollouts."""
+"""Stage 3, asymmetric distribution matching: causal student, bidirectional scores, the student's own rollouts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -56,10 +56,7 @@ class Dmd(Recipe):
     trained: ClassVar[tuple[str, ...]] = ("student", "critic")
     frozen: ClassVar[tuple[str, ...]] = ("real",)
 
-    def __init__(self, cfg: DmdConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        super().__init__(*args, **kwargs)
-        self.cfg = cfg
-        self.times = schedule(cfg.steps, cfg.shift)[:-1]
+    cfg: DmdConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         turn = self.student_loss if step % (1 + self.cfg.critic_updates) == 0 else self.critic_loss
@@ -73,9 +70,7 @@ class Dmd(Recipe):
             fake = self._x0(self.networks["critic"], x, t, clip.cond, 1.0)
             step = direction(x0, real, fake, held(clip))
         total = surrogate(x0, step)
-        return Loss(
-            total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())}
-        )
+        return Loss(total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())})
 
     def critic_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
         """Flow matching on the student's current videos."""
@@ -87,11 +82,10 @@ class Dmd(Recipe):
         total = frame_mse(self.networks["critic"](x, t, clip.cond), velocity(x0, eps), held(clip))
         return Loss(total, "critic", {"critic": float(total.detach())})
 
-    def _rollout(
-        self, clip: Clip, exit_step: int | None, generator: torch.Generator
-    ) -> tuple[Latents, Latents]:
+    def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Latents, Latents]:
         noise = draw(tuple(clip.latents.shape), self.cfg.steps, clip.latents, generator)
-        return self_rollout(self.networks["student"], noise, clip.cond, self.geometry, self.times, exit_step)
+        times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
+        return self_rollout(self.networks["student"], noise, clip.cond, self.geometry, times, exit_step)
 
     def _times(self, x: Latents, generator: torch.Generator) -> Times:
         """One time per clip, for all frames."""
@@ -106,5 +100,5 @@ class Dmd(Recipe):
     def _x0(net: Backbone, x: Latents, t: Times, cond: Condition, guidance: float) -> Latents:
         v = net(x, t, cond)
         if guidance != 1:
-            v = guide(v, net(x, t, replace(cond, text=torch.zeros_like(cond.text))), guidance)
+            v = guide(v, net(x, t, cond.without_text()), guidance)
         return x0_from_velocity(x, v, t)

@@ -1,4 +1,4 @@
-"""Stage 2a, causal ODE distillation: collect the teacher's PF-ODE trajectories, then regress their end (paper eq. 1)."""
+"""Stage 2a, causal ODE distillation: collect the teacher's PF-ODE trajectories, regress their end (paper eq. 1)."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,16 +30,14 @@ class OdeConfig:
     def __post_init__(self) -> None:
         if self.ode_steps % self.steps:
             near = max(1, round(self.ode_steps / self.steps)) * self.steps
-            raise ConfigError(
-                f"ode.ode_steps={self.ode_steps} is not a multiple of steps={self.steps}; try {near}"
-            )
+            raise ConfigError(f"ode.ode_steps={self.ode_steps} is not a multiple of steps={self.steps}; try {near}")
 
 
 @torch.no_grad()
 def collect(
     teacher: Backbone, clip: Clip, cfg: OdeConfig, geometry: Geometry, generator: torch.Generator
 ) -> Float[Tensor, "k b f c h w"]:
-    """States at the student's times, then the end point. Every chunk runs along its own ODE at once, given real history.
+    """States at the student's times, then the end point. Every chunk runs along its own ODE, given real history.
 
     A uniform grid of `ode_steps`, shifted, passes through the student's times exactly, every ode_steps / steps.
     """
@@ -52,35 +50,31 @@ def collect(
     return torch.stack([*states, x])
 
 
-def guided_teacher(
-    teacher: Backbone, clip: Clip, x: Latents, t: float, guidance: float, geometry: Geometry
-) -> Latents:
-    """Velocity of the autoregressive teacher on all chunks at time t given the clip's real history, with guidance."""
+def guided_teacher(teacher: Backbone, clip: Clip, x: Latents, t: float, guidance: float, geometry: Geometry) -> Latents:
+    """Velocity of the autoregressive teacher on all chunks at time t, given real history, with guidance."""
     times = x.new_full(x.shape[:2], t)
     if guidance == 1:
         return teacher_forced(teacher, clip.latents, x, times, clip.cond, geometry)
-    cond = Condition.stack(clip.cond, clip.cond.without_text())
-    both = teacher_forced(teacher, *(torch.cat([y, y]) for y in (clip.latents, x, times)), cond, geometry)
-    return guide(*both.chunk(2), guidance)
+    both = Condition.stack(clip.cond, clip.cond.without_text())
+    clean, noisy, times = (torch.cat([y, y]) for y in (clip.latents, x, times))
+    cond, uncond = teacher_forced(teacher, clean, noisy, times, both, geometry).chunk(2)
+    return guide(cond, uncond, guidance)
 
 
 class Ode(Recipe):
     """|| G(x_t, t | real history) - x_ODE ||^2 at one of the student's times; clips carry their trajectory."""
 
-    def __init__(self, cfg: OdeConfig, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        super().__init__(*args, **kwargs)
-        self.cfg = cfg
-        self.times = schedule(cfg.steps, cfg.shift)[:-1]
+    cfg: OdeConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        states = clip.trajectory
-        if states is None or len(states) != len(self.times) + 1:
-            held_states = 0 if states is None else len(states)
+        states, times = clip.trajectory, schedule(self.cfg.steps, self.cfg.shift)[:-1]
+        if states is None or len(states) != len(times) + 1:
+            found = 0 if states is None else len(states)
             raise ConfigError(
-                f"stage 2a needs clips with {len(self.times) + 1} trajectory states, these have {held_states}; collect them first"
+                f"stage 2a needs clips with {len(times) + 1} trajectory states, these have {found}; collect them"
             )
-        k = pick(len(self.times), generator)
-        t = states.new_full(states.shape[1:3], self.times[k])
+        k = pick(len(times), generator)
+        t = states.new_full(states.shape[1:3], times[k])
         v = teacher_forced(self.networks["student"], clip.latents, states[k], t, clip.cond, self.geometry)
         total = frame_mse(x0_from_velocity(states[k], v, t), states[-1], held(clip))
         return Loss(total, "student", {"loss": float(total.detach())})

@@ -227,7 +227,5 @@ def hit(solid: Solid, window: Window, grid: Grid, depth: Tensor) -> Hits:
     rays, t, flat = take(rays, front), take(t, front), take(flat, front)
     depth.index_copy_(0, flat, t)
     d = (window.across + window.down).flatten(1).index_select(1, rays)
-    frame = take(
-        torch.arange(len(window.origin), device=t.device)[:, None, None].expand_as(window.flat), rays
-    )
+    frame = take(torch.arange(len(window.origin), device=t.device)[:, None, None].expand_as(window.flat), rays)
     return Hits(flat, t, grid.tensor(window.origin.T).index_select(1, frame) + t * d, d)

@@ -29,9 +29,7 @@ class Thing:
     solids: tuple[Solid, ...]
 
 
-def _block(
-    low: float, high: float, base: tuple[float, float], top: tuple[float, float], paint: Colour
-) -> Solid:
+def _block(low: float, high: float, base: tuple[float, float], top: tuple[float, float], paint: Colour) -> Solid:
     return Solid("block", 0, 0, 0, low, high, base, top, paint, paint)
 
 
@@ -97,9 +95,7 @@ def _drum(rng: Draw, paint: Colour, accent: Colour) -> Parts:
 
 def _sphere(rng: Draw, paint: Colour, accent: Colour) -> Parts:
     r = rng.uniform(0.38, 0.52)
-    return [
-        replace(_ball(r, r, paint), accent=accent, pattern=_one_of(rng, STRIPES[0], Pattern(1, 1, 3, 0.5)))
-    ]
+    return [replace(_ball(r, r, paint), accent=accent, pattern=_one_of(rng, STRIPES[0], Pattern(1, 1, 3, 0.5)))]
 
 
 def _dome(rng: Draw, paint: Colour, accent: Colour) -> Parts:

@@ -57,9 +57,7 @@ class World:
         cell, yaw = rng.uniform(1.3, 1.8), rng.uniform(0, np.pi)
         shadow = paint_shadow(self.solids, sun)
         ground = Ground(pattern, cell, yaw, (soil.first, soil.second), soil.field, PLAZA_RADIUS, shadow)
-        self.scene = Scene(
-            self.solids, ground, light, paint_sky(rng, hour, skyline, _direction(azimuth, elevation))
-        )
+        self.scene = Scene(self.solids, ground, light, paint_sky(rng, hour, skyline, _direction(azimuth, elevation)))
         self.caption = (
             f"{families[0].words()} and {families[1].words()} on a {ground_name} {pattern} plaza "
             f"under {article(hour_name)} {hour_name} sky with {skyline}"

@@ -1,4 +1,4 @@
-"""What must hold for every training stage: its loss falls, it moves one network, it is true to its equation."""
+"""What must hold for every training stage: its loss falls, it moves one network, it follows its equation."""
 
 import copy
 from collections.abc import Iterator
@@ -107,16 +107,16 @@ class Exact(Backbone):
         super().__init__()
         self.datum = nn.Parameter(datum.clone())
 
-    def read(self, text: Tensor) -> TextKV:  # noqa: ARG002
+    def read(self, text: Tensor) -> TextKV:
         return []
 
-    def watch(self, cond: Condition) -> None:  # noqa: ARG002
+    def watch(self, cond: Condition) -> None:
         return None
 
-    def tokens(self, height: int, width: int) -> int:  # noqa: ARG002
+    def tokens(self, height: int, width: int) -> int:
         return GEOMETRY.tokens
 
-    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:  # noqa: ARG002
+    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
         ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
         t = t[:, :, None, None, None]
         return torch.where(t > 0, (x - ends) / t.clamp_min(1e-3), 0)
@@ -283,7 +283,7 @@ LAWS: list[tuple[TimeLaw, list[float]]] = [
 
 @pytest.mark.parametrize(("law", "want"), LAWS, ids=["wan", "hunyuan"])
 def test_time_quantiles(law: TimeLaw, want: list[float]) -> None:
-    """Of the foundation models' training, at 1, 25, 50, 75 and 99 %; theirs come from a grid of 1000 times."""
+    """Of the foundation models' training, at 1, 25, 50, 75 and 99 %; theirs are those of a grid of 1000."""
     t = law.draw((200_000,), seeded())
     got = t.quantile(torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99]))
     torch.testing.assert_close(got, torch.tensor(want), atol=7e-3, rtol=0)

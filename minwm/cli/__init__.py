@@ -1,0 +1,27 @@
+"""The command line: every verb is a typed function that parses, builds and makes one call.
+
+Heavy modules are imported inside the verbs, so that `minwm --help` is quick.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from minwm.cli import models, tools  # noqa: F401  (their verbs register themselves)
+from minwm.cli.base import parse
+from minwm.core.config import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        parse(list(sys.argv[1:] if argv is None else argv))()
+    except SystemExit:  # help was asked for, and printed
+        return 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        way_out = "nothing half-written is left; run the same command again to continue"
+        print(f"interrupted: {way_out}", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0

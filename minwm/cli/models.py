@@ -1,0 +1,157 @@
+"""Verbs that train, use and measure models."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from minwm.cli.base import (
+    Count,
+    Fields,
+    Flag,
+    Folder,
+    Json,
+    Model,
+    Route,
+    Show,
+    app,
+    changes,
+    command,
+    numbers,
+    read_track,
+    refuse_existing,
+    say,
+)
+from minwm.core.config import UserError, dumps, override, to_dict
+
+
+@command(app, "pipeline")
+def pipeline(
+    name: Annotated[Positional[str], arg(metavar="NAME", help="demo, demo-scratch or smoke")],
+    out: Annotated[Path | None, arg(metavar="DIR", help="folder of everything; runs/NAME if not given")] = None,
+    until: Annotated[str | None, arg(metavar="STAGE", help="stop after this stage")] = None,
+) -> None:
+    """Run all stages, each from the one before, then write the report."""
+    from minwm import presets
+    from minwm.pipeline import run_pipeline
+
+    out = out or Path("runs") / name
+    plan = presets.pipeline(name, out)
+    if until:
+        plan.stage(until)
+    run_pipeline(plan, out, say, until)
+
+
+@command(app, "train")
+def train(
+    stage: Annotated[Positional[str], arg(metavar="PIPELINE/STAGE")],
+    out: Annotated[Path | None, arg(metavar="DIR", help="folder of the run; PROJECT/STAGE if not given")] = None,
+    project: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="folder with data and earlier stages; runs/PIPELINE if not given"),
+    ] = None,
+    json: Json = None,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Train one stage, such as demo/camera."""
+    from minwm import presets
+    from minwm.train import train as run_training
+
+    project = project or Path("runs") / stage.partition("/")[0]
+    run = override(presets.stage(stage, project), changes(fields))
+    if show:
+        return say(dumps(run))
+    out = out or project / run.name
+    say(f"{stage}: {run.recipe.kind}, {run.steps} steps of {run.batch * run.accumulate} clips -> {out}")
+    return numbers(asdict(run_training(run, out)), json)
+
+
+@command(app, "generate")
+def generate(
+    model: Model,
+    trajectory: Route,
+    out: Annotated[Path, arg(metavar="FILE.mp4")],
+    prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
+    image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
+    world: Annotated[int | None, arg(metavar="SEED", help="start in this procedural world")] = None,
+    keys: Annotated[Flag, arg(help="draw the keys on the video")] = False,
+    compare: Annotated[Flag, arg(help="with --world: the true view beside it")] = False,
+    seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
+) -> None:
+    """Make a video from a first frame, a prompt and a trajectory."""
+    import numpy as np
+
+    from minwm.checkpoint import load_model
+    from minwm.core.media import overlay_keys, read_image, write_video
+    from minwm.core.runtime import pick_device
+    from minwm.session import RendererEngine, generate_clips
+
+    refuse_existing(out, ".mp4")
+    loaded = load_model(model)
+    track, route = read_track(trajectory, loaded.config)
+    if keys and route is None:
+        raise UserError(f"--keys: {trajectory} holds poses, not keys")
+    if image and world is None and not compare and prompt is not None:
+        first, truth = read_image(image), []
+    elif world is not None and not image:
+        place = RendererEngine.spawn(world, track, loaded.config)
+        first, truth = place.start()[0], [place.advance(track.c2w)] if compare else []
+        prompt = place.world.caption if prompt is None else prompt
+    else:
+        raise UserError("give --image PNG with --prompt TEXT, or --world SEED (which --compare needs)")
+    if loaded.config.network.camera == "none":
+        say("this model has no camera control: the trajectory only says how long the video is")
+    start = time.monotonic()
+    for part in (loaded.net, loaded.codec):
+        part.to(pick_device())
+    videos = [*truth, generate_clips(loaded, first[None], [prompt], [track], seed)[0]]
+    seconds = time.monotonic() - start
+    if keys and route:
+        videos = [overlay_keys(video, route.keys_per_frame()) for video in videos]
+    write_video(out, np.concatenate(videos, axis=2), loaded.config.motion.fps)
+    say(f"{prompt!r}\n{out}: {len(track)} frames in {seconds:.1f} s")
+
+
+@command(app, "eval")
+def evaluate(model: Model, json: Json = None, clips: Count = 16, seed: Count = 1) -> None:
+    """Measure camera following, quality and drift in worlds that no stage has seen."""
+    from minwm.checkpoint import load_model
+    from minwm.eval.suite import HeldOut, counterfactual, generate_held_out, measure
+
+    loaded = load_model(model)
+    held = HeldOut.make(loaded.config, clips)
+    measured = measure(loaded.config, held, generate_held_out(loaded, held, seed))
+    numbers(to_dict(replace(measured, confusion=counterfactual(loaded, seed)[2])), json)
+
+
+@command(app, "bench")
+def bench(model: Model, json: Json = None, repeats: Count = 5) -> None:
+    """Measure latency and frames per second."""
+    from minwm.checkpoint import load_model
+    from minwm.eval.bench import bench_model
+
+    numbers(to_dict(bench_model(load_model(model), repeats=repeats)), json)
+
+
+@command(app, "inspect")
+def inspect_model(folder: Folder, json: Json = None) -> None:
+    """Say what is in a model folder: sizes, sampler, geometry, speeds of its keys."""
+    from minwm.checkpoint import load_model
+
+    model = load_model(folder)
+    cfg, geometry = model.config, model.config.geometry
+    per_latent = cfg.motion.stride / cfg.motion.fps
+    sizes = {
+        "parameters": sum(p.numel() for p in model.net.parameters()),
+        "codec_parameters": sum(p.numel() for p in model.codec.parameters()),
+        "passes": cfg.sampler.passes,
+        "clip_frames": cfg.motion.stride * (cfg.latents - 1) + 1,
+        "tokens_per_latent": geometry.tokens,
+        "cache_rows": geometry.rows,
+        "units_per_latent": cfg.motion.move * per_latent,
+        "degrees_per_latent": cfg.motion.turn * per_latent,
+    }
+    numbers(sizes | to_dict(cfg), json)

@@ -1,0 +1,157 @@
+"""Verbs about training clips, and about cameras."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from minwm.cli.base import (
+    Count,
+    Fields,
+    File,
+    Folder,
+    Json,
+    Out,
+    Show,
+    camera,
+    changes,
+    command,
+    data,
+    numbers,
+    read_track,
+    refuse_existing,
+    say,
+    write_numbers,
+)
+from minwm.core.config import UserError, dumps, override
+
+
+@command(data, "data", "render")
+def data_render(out: Out, clips: Count = 64, workers: Count = 1, show: Show = False, fields: Fields = ()) -> None:
+    """Render clips of procedural worlds, with exact cameras."""
+    from minwm.data.rerender import RenderConfig, render_worlds
+
+    cfg = override(RenderConfig(), changes(fields))
+    if show:
+        return say(dumps(cfg))
+    folder = render_worlds(out, cfg, clips=clips, workers=workers)
+    return say(f"{out}: {len(folder.ids())} clips")
+
+
+@command(data, "data", "encode")
+def data_encode(
+    raw: Folder,
+    codec: Annotated[Path, arg(metavar="DIR", help="codec folder, such as runs/demo/codec")],
+    out: Out,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Turn raw clips into latent shards."""
+    from minwm.checkpoint import load_codec
+    from minwm.core.runtime import pick_device
+    from minwm.data.encode import EncodeConfig, encode_clips
+    from minwm.nets.text import WordText
+
+    cfg, device = override(EncodeConfig(), changes(fields)), pick_device()
+    if show:
+        return say(dumps(cfg))
+    made = encode_clips(raw, out, load_codec(codec).to(device), WordText(), device, cfg)
+    return say(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
+
+
+@command(data, "data", "check")
+def data_check(folder: Folder, json: Json = None) -> None:
+    """Look for anything wrong in raw clips or latent shards."""
+    from minwm.data.clips import ClipFolder, check, read_manifest
+    from minwm.data.dataset import check_shards
+    from minwm.data.rerender import check_renders
+
+    if read_manifest(folder, "minwm data render")["kind"] == "latent shards":
+        problems = check_shards(folder)
+    else:
+        problems = check(folder) or check_renders(ClipFolder(folder))
+    write_numbers({"problems": problems}, json)
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise UserError(f"{folder}: problems found, {len(problems)} in all (listed above)")
+    say(f"{folder}: nothing wrong")
+
+
+@command(data, "data", "report")
+def data_report(
+    folder: Folder,
+    sheet: Annotated[Path | None, arg(metavar="PNG", help="draw some of the clips here")] = None,
+    json: Json = None,
+) -> None:
+    """Count what a folder of raw clips holds."""
+    from minwm.core.media import write_image
+    from minwm.data import clips
+
+    numbers(clips.report(folder), json)
+    if sheet:
+        write_image(sheet, clips.sheet(folder))
+
+
+@command(camera, "camera", "check")
+def camera_check(file: File, json: Json = None) -> None:
+    """Check a pose file, and say in words what its camera does."""
+    import numpy as np
+
+    from minwm.core.camera import CameraTrack, so3_log
+    from minwm.data.clips import actions
+
+    track = CameraTrack.load(file)
+    relative = track.relative()
+    speed = np.linalg.norm(relative[:, :3, 3], axis=-1) * track.fps
+    turn = np.degrees(np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1)) * track.fps
+    ahead = float(relative[:, 2, 3].sum() * track.fps / max(speed.sum(), 1e-9))
+    values = {
+        "frames": len(track),
+        "fps": track.fps,
+        "field_of_view_deg": np.degrees(2 * np.arctan(0.5 / track.K[0, :2])).tolist(),
+        f"path_length_{track.unit}": track.path_length(),
+        f"fastest_{track.unit}_per_second": float(speed.max(initial=0)),
+        "fastest_degrees_per_second": float(turn.max(initial=0)),
+        "share_of_motion_straight_ahead": ahead,
+    }
+    if (len(track) - 1) % 4 == 0:
+        values |= {"latents": (len(track) - 1) // 4 + 1, "motion": list(dict.fromkeys(actions(track)))}
+    numbers(values, json)
+    if "latents" not in values:
+        say("note: models take 4 * k + 1 frames")
+    if ahead < -0.5:
+        say("note: it moves backwards; if it should not, these poses are world-to-camera: invert them")
+
+
+@command(camera, "camera", "show")
+def camera_show(
+    trajectory: Annotated[Positional[str], arg(metavar='"KEYS"|FILE.json')],
+    model: Annotated[Path | None, arg(metavar="DIR", help="take the speeds of this model's keys")] = None,
+    out: Annotated[Path | None, arg(metavar="FILE.json", help="save the poses")] = None,
+    json: Json = None,
+) -> None:
+    """Print where a trajectory leads, latent by latent."""
+    import numpy as np
+
+    from minwm.checkpoint import load_config
+    from minwm.presets import tiny_model
+
+    if out:
+        refuse_existing(out, ".json")
+    cfg = load_config(model) if model else tiny_model()
+    track, route = read_track(trajectory, cfg)
+    c2w = track.at_latent_rate(cfg.motion.stride).c2w
+    x, y, z = c2w[:, :3, 2].T  # where the camera looks
+    table: dict[str, list[float]] = {
+        **dict(zip(("right", "down", "forward"), c2w[:, :3, 3].T.tolist(), strict=True)),
+        "heading": np.degrees(np.arctan2(x, z)).tolist(),
+        "elevation": np.degrees(np.arcsin((0 - y).clip(-1, 1))).tolist(),
+    }
+    say(f"{route.describe() if route else trajectory}: {len(track)} frames at {track.fps:g} per second")
+    say("".join(f"{name:>11}" for name in ("latent", *table)))
+    for latent, row in enumerate(zip(*table.values(), strict=True)):
+        say(f"{latent:>11}" + "".join(f"{value:>11.3f}" for value in row))
+    write_numbers(table, json)
+    if out:
+        track.save(out)

@@ -1,0 +1,263 @@
+"""The command line: what works, and that every bad input is one clear line, exit code 2 and nothing half-written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minwm.checkpoint
+import minwm.core.media
+from minwm.checkpoint import save_codec, save_model
+from minwm.cli import main
+from minwm.core.config import dumps
+from minwm.core.media import read_video, write_image
+from minwm.core.trajectory import Motion, parse
+from minwm.presets import smoke
+
+MODELS = ("foundation", "camera", "dmd")
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the preset `smoke`: random models, and six clips of three latents."""
+    out = tmp_path_factory.mktemp("project")
+    torch.manual_seed(0)
+    plan = smoke(out)
+    codec = plan.codec.model.codec.build()
+    save_codec(out / "codec", codec)
+    for name in MODELS:
+        config = plan.stage(name).model
+        save_model(out / name, config, config.network.build(), codec)
+    assert run("data", "render", "--out", out / "raw", "--clips", 6, "--latents", 3, "--seed", 5) == 0
+    assert run("data", "encode", out / "raw", "--codec", out / "codec", "--out", out / "latents") == 0
+    return out
+
+
+@pytest.fixture
+def line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """The one line that an error leaves."""
+
+    def read() -> str:
+        lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return read
+
+
+def train(project: Path, out: Path, *more: object) -> int:
+    fields = ("--steps", 4, "--save-every", 2, "--tensorboard", "false")
+    return run("train", "smoke/foundation", "--project", project, "--out", out, *fields, *more)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+BAD = [
+    ("pipeline smoky", "there is no pipeline 'smoky'; did you mean 'smoke'?"),
+    ("pipeline smoke --until dmt", "there is no stage 'dmt'; did you mean 'dmd'?"),
+    ("train smoke/camra", "there is no stage 'camra'; did you mean 'camera'?"),
+    ("train smoke", "'smoke' names no stage; give PIPELINE/STAGE"),
+    ("train smoke/camera --optim.lrr 1e-5", "OptimConfig has no field 'lrr'; did you mean 'lr'?"),
+    ("train smoke/camera --recipe.text_dropuot 0", "no field 'text_dropuot'; did you mean 'text_dropout'?"),
+    ("train smoke/camera --steps many", "Run.steps = 'many': expected int"),
+    ("train smoke/camera --steps 0", "run.steps=0: must be at least 1"),
+    ("train smoke/camera --steps", "--steps needs a value"),
+    ("train smoke/camera steps", "'steps' is no field; write --FIELD VALUE"),
+    ("trian smoke/camera", "Unrecognized options: trian"),
+    ("generate", "Missing from minwm generate: --model DIR"),
+    ("camera show w*2,q*3", "'q' is not a key; use w s a d"),
+    ("camera show none.json", "none.json: cannot read a camera track"),
+    ("camera check none.json", "none.json: cannot read a camera track"),
+    ("inspect nowhere", "nowhere holds no model (no model.json)"),
+    ("data check nowhere", "nowhere/manifest.json: missing"),
+    ("data encode nowhere --codec nowhere --out x", "nowhere holds no codec"),
+    ("generate --model nowhere --trajectory w*8 --world 1 --out x.avi", "the name must end in .mp4"),
+]
+
+
+@pytest.mark.parametrize(("words", "problem"), BAD, ids=[words for words, _ in BAD])
+def test_bad_input_is_one_line(
+    words: str, problem: str, line: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.split()) == 2
+    assert problem in line()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_malformed_trajectory_is_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("camera", "show", "w*8,aa*4") == 2
+    _, shown, caret = capsys.readouterr().err.splitlines()
+    assert shown[caret.index("^") : caret.rindex("^") + 1] == "aa*4"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--world 1 --trajectory w*7", "give 6 latents (25 frames) or 8 latents (33 frames)"),
+        ("--world 1 --trajectory dn*8", "world 1 has no free path"),
+        ("--world -1 --trajectory w*8", "worlds are numbered from 0"),
+        ("--trajectory w*8", "give --image PNG with --prompt TEXT, or --world SEED"),
+        ("--trajectory w*8 --image small.png", "give --image PNG with --prompt TEXT"),
+        ("--trajectory w*8 --prompt x --image small.png", "the first image is 32x16 pixels, this model sees 64x64"),
+        ("--trajectory w*8 --prompt x --image none.png", "none.png cannot be read as an image"),
+        ("--trajectory track.json --world 1 --keys", "track.json holds poses, not keys"),
+    ],
+)
+def test_generation_refuses(
+    words: str, problem: str, project: Path, line: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_image("small.png", np.zeros((16, 32, 3), np.uint8))
+    parse("w*8").track(Motion(0.5, 24.0, 16.0), np.array([0.7, 0.7, 0.5, 0.5])).save("track.json")
+    before = set(tmp_path.iterdir())
+    assert run("generate", "--model", project / "dmd", "--out", "x.mp4", *words.split()) == 2
+    assert problem in line()
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_bidirectional_model_has_one_length(project: Path, line: Callable[[], str], tmp_path: Path) -> None:
+    words = ("--world", 1, "--trajectory", "w*6", "--out", tmp_path / "x.mp4")
+    assert run("generate", "--model", project / "camera", *words) == 2
+    assert "give 8 latents (33 frames)" in line()
+
+
+def test_generate_writes_a_video(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
+    words = ("generate", "--model", project / "dmd", "--world", 3, "--trajectory", "j*2")
+    assert run(*words, "--out", tmp_path / "a.mp4") == 0
+    assert run(*words, "--out", tmp_path / "b.mp4", "--keys", "--compare") == 0
+    (plain, fps), (both, _) = read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4")
+    assert plain.shape == (9, 64, 64, 3) and fps == 16 and both.shape == (9, 256, 512, 3)
+    assert run(*words, "--out", tmp_path / "a.mp4") == 2
+    assert "a.mp4 exists; delete it, or give another name" in line()
+
+
+def test_a_mirrored_pose_names_its_frame(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
+    path = tmp_path / "track.json"
+    assert run("camera", "show", "w*2", "--out", path) == 0
+    assert run("camera", "check", path) == 0
+    record = json.loads(path.read_text())
+    record["c2w"][3][1][1] = -1.0
+    path.write_text(json.dumps(record))
+    use = ("generate", "--model", project / "dmd", "--world", 1, "--out", tmp_path / "x.mp4", "--trajectory", path)
+    for words in (("camera", "check", path), use):
+        assert run(*words) == 2
+        assert "frame 3: det(R) = -1.0, a rotation has +1" in line()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_truncated_shard_is_named(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: Callable[[], str]
+) -> None:
+    latents = shutil.copytree(project / "latents", tmp_path / "latents")
+    assert run("data", "check", latents) == 0
+    shard = next(latents.glob("train-*.tar"))
+    os.truncate(shard, shard.stat().st_size - 1000)
+    problem = f"{shard}: {shard.stat().st_size} bytes, its index says {shard.stat().st_size + 1000} (cut off?)"
+    capsys.readouterr()
+    assert run("data", "check", latents) == 2
+    shown = capsys.readouterr()
+    assert problem in shown.out and "error: " in shown.err
+    assert train(project, tmp_path / "run", "--data", latents) == 2
+    assert problem in line()
+    assert not (tmp_path / "run" / "state").exists() and not leftovers(tmp_path)
+
+
+def test_weights_of_another_architecture_are_refused(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
+    other = shutil.copytree(project / "dmd", tmp_path / "other")
+    config = smoke(project).stage("dmd").model
+    wider = replace(config, network=replace(config.network, dim=64))
+    (other / "model.json").write_text(dumps(wider))
+    assert run("inspect", other) == 2
+    assert "model.safetensors is of another architecture than Wan: " in line()
+    assert train(project, tmp_path / "run", "--init.student", project / "dmd") == 2
+    assert "prope_o" in line()
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    project: Path, tmp_path: Path, line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(minwm.core.media, "_sync", full)
+    assert run("camera", "show", "w", "--out", tmp_path / "x.json") == 2
+    assert re.search(r"no space left to write .*x\.json: \d+ bytes are free", line())
+    assert train(project, tmp_path / "run") == 2
+    assert "no space left to write" in line()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_interrupted_save_keeps_the_one_before(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(project, tmp_path / "whole") == 0
+    out, save = tmp_path / "cut", minwm.checkpoint.save_file
+
+    def interrupt(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save(tensors, path)
+        if "000004" in str(path) and "optimizer" in str(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minwm.checkpoint, "save_file", interrupt)
+        assert train(project, out) == 130
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith("interrupted: ") and "the same command again" in shown
+    assert [path.name for path in (out / "state").iterdir()] == ["000002"]
+    assert not leftovers(out) and not (out / "model.json").exists()
+    assert train(project, out) == 0
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_run_folder_is_not_reused(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
+    assert train(project, tmp_path) == 0
+    assert train(project, tmp_path, "--optim.lr", "1e-9") == 2
+    assert "holds a run with another optim; give another --out, or delete it" in line()
+
+
+def test_fields_are_read_in_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = ("--optim.lr", "1e-4", "--steps=7", "--save-every", "3", "recipe.image_start=0.5")
+    assert run("train", *fields, "smoke/camera", "--show") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["optim"]["lr"] == 1e-4 and shown["steps"] == 7 and shown["save_every"] == 3
+    assert shown["recipe"] == shown["recipe"] | {"kind": "bidirectional", "image_start": 0.5}
+    assert run("data", "render", "--out", "x", "--motion.fps", "8", "--trajectories", '["w*4,a*4"]', "--show") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["motion"]["fps"] == 8 and shown["trajectories"] == ["w*4,a*4"]
+
+
+def test_numbers_are_written(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("inspect", project / "dmd"), ("data", "report", project / "raw"), ("camera", "show", "w*2")):
+        assert run(*words, "--json", tmp_path / "x.json") == 0
+        written = json.loads((tmp_path / "x.json").read_text())
+        assert {"command", "commit", "versions"} < written.keys()
+    shown = capsys.readouterr().out
+    assert "sampler.kind: few_step" in shown and "clips: 6" in shown and "(2 latents after the first" in shown
+    assert written["forward"] == [0.0, 0.125, 0.25]
+
+
+def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0 and run("train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "minwm pipeline demo" in shown and "--FIELD VALUE" in shown
+    script = "import sys, minwm.cli; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], check=True)
