@@ -61,7 +61,7 @@ def line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
 
 def train(project: Path, out: Path, *more: object) -> int:
     fields = ("--steps", 4, "--save-every", 2, "--tensorboard", "false")
-    return run("train", "smoke/foundation", "--project", project, "--out", out, *fields, *more)
+    return run("train", "smoke/foundation", "--root", project, "--out", out, *fields, *more)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -235,8 +235,8 @@ def test_a_run_folder_is_not_reused(project: Path, tmp_path: Path, line: Callabl
 
 
 def test_fields_are_read_in_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
-    fields = ("--optim.lr", "1e-4", "--steps=7", "--save-every", "3", "recipe.image_start=0.5")
-    assert run("train", *fields, "smoke/camera", "--show") == 0
+    fields = ("--optim.lr", "1e-4", "--steps=7", "recipe.image_start=0.5", "--save-every", "3")
+    assert run("train", "smoke/camera", *fields, "--show") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optim"]["lr"] == 1e-4 and shown["steps"] == 7 and shown["save_every"] == 3
     assert shown["recipe"] == shown["recipe"] | {"kind": "bidirectional", "image_start": 0.5}

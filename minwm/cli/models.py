@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -13,7 +13,7 @@ from minwm.cli.base import (
     Flag,
     Folder,
     Json,
-    Model,
+    ModelFolder,
     Route,
     Show,
     app,
@@ -23,8 +23,12 @@ from minwm.cli.base import (
     read_track,
     refuse_existing,
     say,
+    write_numbers,
 )
 from minwm.core.config import UserError, dumps, override, to_dict
+
+if TYPE_CHECKING:
+    from minwm.checkpoint import Model
 
 
 @command(app, "pipeline")
@@ -32,23 +36,29 @@ def pipeline(
     name: Annotated[Positional[str], arg(metavar="NAME", help="demo, demo-scratch or smoke")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of everything; runs/NAME if not given")] = None,
     until: Annotated[str | None, arg(metavar="STAGE", help="stop after this stage")] = None,
+    json: Json = None,
 ) -> None:
-    """Run all stages, each from the one before, then write the report."""
+    """Run all stages, each from the one before; then measure, and write the report."""
     from minwm import presets
-    from minwm.pipeline import run_pipeline
+    from minwm.pipeline import evaluate, run_pipeline
+    from minwm.summary import report
 
     out = out or Path("runs") / name
     plan = presets.pipeline(name, out)
     if until:
         plan.stage(until)
     run_pipeline(plan, out, say, until)
+    if not until:
+        rows = evaluate(plan, out, say)
+        write_numbers({name: to_dict(row) for name, row in rows.items()}, json)
+        say(f"report: {report(plan, out, rows)}")
 
 
 @command(app, "train")
 def train(
     stage: Annotated[Positional[str], arg(metavar="PIPELINE/STAGE")],
-    out: Annotated[Path | None, arg(metavar="DIR", help="folder of the run; PROJECT/STAGE if not given")] = None,
-    project: Annotated[
+    out: Annotated[Path | None, arg(metavar="DIR", help="folder of the run; ROOT/STAGE if not given")] = None,
+    root: Annotated[
         Path | None,
         arg(metavar="DIR", help="folder with data and earlier stages; runs/PIPELINE if not given"),
     ] = None,
@@ -60,18 +70,18 @@ def train(
     from minwm import presets
     from minwm.train import train as run_training
 
-    project = project or Path("runs") / stage.partition("/")[0]
-    run = override(presets.stage(stage, project), changes(fields))
+    root = root or Path("runs") / stage.partition("/")[0]
+    run = override(presets.stage(stage, root), changes(fields))
     if show:
         return say(dumps(run))
-    out = out or project / run.name
+    out = out or root / run.name
     say(f"{stage}: {run.recipe.kind}, {run.steps} steps of {run.batch * run.accumulate} clips -> {out}")
     return numbers(asdict(run_training(run, out)), json)
 
 
 @command(app, "generate")
 def generate(
-    model: Model,
+    model: ModelFolder,
     trajectory: Route,
     out: Annotated[Path, arg(metavar="FILE.mp4")],
     prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
@@ -84,13 +94,11 @@ def generate(
     """Make a video from a first frame, a prompt and a trajectory."""
     import numpy as np
 
-    from minwm.checkpoint import load_model
     from minwm.core.media import overlay_keys, read_image, write_video
-    from minwm.core.runtime import pick_device
     from minwm.session import RendererEngine, generate_clips
 
     refuse_existing(out, ".mp4")
-    loaded = load_model(model)
+    loaded = _load(model)
     track, route = read_track(trajectory, loaded.config)
     if keys and route is None:
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
@@ -105,8 +113,6 @@ def generate(
     if loaded.config.network.camera == "none":
         say("this model has no camera control: the trajectory only says how long the video is")
     start = time.monotonic()
-    for part in (loaded.net, loaded.codec):
-        part.to(pick_device())
     videos = [*truth, generate_clips(loaded, first[None], [prompt], [track], seed)[0]]
     seconds = time.monotonic() - start
     if keys and route:
@@ -116,24 +122,33 @@ def generate(
 
 
 @command(app, "eval")
-def evaluate(model: Model, json: Json = None, clips: Count = 16, seed: Count = 1) -> None:
+def evaluate(model: ModelFolder, json: Json = None, clips: Count = 16, seed: Count = 1) -> None:
     """Measure camera following, quality and drift in worlds that no stage has seen."""
-    from minwm.checkpoint import load_model
     from minwm.eval.suite import HeldOut, counterfactual, generate_held_out, measure
 
-    loaded = load_model(model)
+    loaded = _load(model)
     held = HeldOut.make(loaded.config, clips)
     measured = measure(loaded.config, held, generate_held_out(loaded, held, seed))
     numbers(to_dict(replace(measured, confusion=counterfactual(loaded, seed)[2])), json)
 
 
 @command(app, "bench")
-def bench(model: Model, json: Json = None, repeats: Count = 5) -> None:
+def bench(model: ModelFolder, json: Json = None, repeats: Count = 5) -> None:
     """Measure latency and frames per second."""
-    from minwm.checkpoint import load_model
     from minwm.eval.bench import bench_model
 
-    numbers(to_dict(bench_model(load_model(model), repeats=repeats)), json)
+    numbers(to_dict(bench_model(_load(model), repeats=repeats)), json)
+
+
+def _load(folder: Path) -> "Model":
+    """A model on the device of this machine."""
+    from minwm.checkpoint import load_model
+    from minwm.core.runtime import pick_device
+
+    model = load_model(folder)
+    for part in (model.net, model.codec):
+        part.to(pick_device())
+    return model
 
 
 @command(app, "inspect")

@@ -7,7 +7,7 @@ decode    latents to uint8 frames on the host
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -96,7 +96,8 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
     like = torch.empty(0, device=device)
     noise = draw(cfg.latent_shape(1, count), draws_of(cfg.sampler), like, generator(0, "bench"))
     given = 0 if cond.first is None else 1
-    _clip(model, noise, cond)  # warm-up: kernels are chosen, memory is taken
+    quick = replace(model, config=replace(cfg, sampler=replace(cfg.sampler, steps=1)))
+    _clip(quick, noise, cond)  # warm-up: kernels are chosen, memory is taken
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     clips = [_clip(model, noise, cond) for _ in range(max(1, repeats))]

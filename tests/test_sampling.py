@@ -1,0 +1,229 @@
+"""Solvers against a reference and their order; rollouts against loops written by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minwm.core.camera import se3_exp
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, interpolate, schedule
+from minwm.core.types import Condition
+from minwm.nets.attention import Geometry
+from minwm.nets.backbone import Backbone, teacher_forced
+from minwm.nets.wan import WanConfig
+from minwm.sampling import (
+    Autoregressive,
+    Bidirectional,
+    FewStep,
+    Multistep,
+    draw,
+    draws_of,
+    generate,
+    self_rollout,
+    solve_euler,
+    stream,
+    unipc,
+)
+
+GEOMETRY = Geometry(tokens=4, chunk=2, first=1, window=8, sink=1)
+FRAMES = 5
+SIZE = (1, FRAMES, 4, 4, 4)
+TIMES = schedule(3, 5.0)[:-1]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def net() -> Backbone:
+    torch.manual_seed(0)
+    cfg = WanConfig(
+        dim=32, heads=2, layers=2, ffn=32, channels=4, text_dim=6, text_length=5, freq_dim=16, camera="dual"
+    )
+    net = cfg.build().double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.25)
+    return net
+
+
+def condition(image: bool = True) -> Condition:
+    poses = 0.2 * torch.randn(FRAMES, 6, generator=seeded(1), dtype=torch.float64).cumsum(0)
+    return Condition(
+        text=torch.randn(1, 5, 6, generator=seeded(2), dtype=torch.float64),
+        w2c=torch.from_numpy(se3_exp(poses.numpy())).float()[None],
+        K=torch.tensor([0.5, 0.5, 0.5, 0.5]).expand(1, FRAMES, 4),
+        first=torch.randn(1, 1, *SIZE[2:], generator=seeded(3), dtype=torch.float64) if image else None,
+    )
+
+
+def noise(draws: int, seed: int = 5) -> Tensor:
+    return draw(SIZE, draws, torch.empty(0, dtype=torch.float64), seeded(seed))
+
+
+# ---------------------------------------------------------------------------------------------
+# Solvers
+
+
+def field(x: Tensor, t: float) -> Tensor:
+    """A velocity that is linear in nothing."""
+    matrix = 0.4 * torch.randn(4, 4, generator=seeded(8), dtype=torch.float64)
+    return torch.tanh(x @ matrix) + t * x + math.sin(3 * t)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+def test_unipc_is_that_of_diffusers(steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=2
+    )
+    grid = 0.999 * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sigmas = 5 * grid / (1 + 4 * grid)
+    reference.set_timesteps(steps)
+    reference.sigmas, reference.timesteps = sigmas, 1000 * sigmas[:-1]
+    start = noise(1)[0]
+    x = start
+    for sigma, t in zip(sigmas.tolist(), reference.timesteps, strict=False):
+        x = reference.step(field(x, sigma), t, x).prev_sample
+    torch.testing.assert_close(unipc(field, start, steps, 5.0), x, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 17])
+@pytest.mark.parametrize("solver", [solve_euler, unipc])
+def test_a_straight_flow_is_solved_exactly(solver: type, steps: int) -> None:
+    start, slope = noise(2)
+    end = solver(lambda x, t: slope, start, steps, 5.0)  # noqa: ARG005
+    # unipc starts at shift(0.999), not at 1
+    torch.testing.assert_close(end, start - slope, atol=3e-4 if solver is unipc else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(solve_euler, 1), (unipc, 2)])
+def test_order_of_convergence(solver: type, order: int) -> None:
+    """Twice the steps, 2^order smaller error."""
+    start = noise(1)[0]
+    fine = solver(field, start, 1024, 1.0)
+    errors = [float((solver(field, start, steps, 1.0) - fine).norm()) for steps in (16, 32, 64)]
+    for coarse, finer in zip(errors, errors[1:], strict=False):
+        assert coarse / finer == pytest.approx(2**order, rel=0.35)
+
+
+def test_passes_count_both_branches() -> None:
+    assert Bidirectional(steps=50, guidance=3.0).passes == 100
+    assert Autoregressive(steps=50, guidance=1.0).passes == 50
+    assert FewStep().passes == 4
+    assert FewStep().times == pytest.approx([1, 0.9375, 0.833333, 0.625], abs=1e-6)
+    with pytest.raises(ConfigError, match=r"sampler\.steps=0"):
+        Multistep(steps=0)
+
+
+@pytest.mark.parametrize("kind", [Bidirectional, Autoregressive])
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@torch.no_grad()
+def test_guidance_without_a_prompt_is_no_guidance(net: Backbone, kind: type, image: bool) -> None:
+    """The two branches are then equal; and with a prompt, guidance does something."""
+    geometry = GEOMETRY if image else replace(GEOMETRY, first=1)
+    cond = condition(image)
+    null = cond.without_text()
+    one, three = (kind(steps=3, guidance=g, solver="euler") for g in (1.0, 3.0))
+    a, b = (generate(net, sampler, noise(1), null, geometry) for sampler in (one, three))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    c, d = (generate(net, sampler, noise(1), cond, geometry) for sampler in (one, three))
+    assert (c - d).abs().max() > 0.01
+
+
+def test_noise_is_the_same_for_a_seed() -> None:
+    assert torch.equal(noise(2, seed=1), noise(2, seed=1))
+    assert not torch.equal(noise(2, seed=1)[0], noise(2, seed=1)[1])
+    assert noise(2).dtype == torch.float64 and (draws_of(FewStep(steps=3)), draws_of(Bidirectional())) == (3, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@torch.no_grad()
+def by_hand(net: Backbone, draws: Tensor, cond: Condition, times: list[float]) -> Latents:
+    """Few-step generation without a cache: every pass sees the whole clean past through the teacher's mask."""
+    clip = torch.zeros_like(draws[0])
+    for a, b in GEOMETRY.chunks(FRAMES):
+        if a == 0 and cond.first is not None:
+            clip[:, :1] = cond.first
+            continue
+        x = draws[0].clone()
+        for step, t in enumerate(times):
+            level = torch.full(x.shape[:2], t, dtype=x.dtype)
+            x0 = x - t * teacher_forced(net, clip, x, level, cond, GEOMETRY)
+            if step + 1 < len(times):
+                x = interpolate(x0, draws[step + 1], torch.full_like(level, times[step + 1]))
+        clip[:, a:b] = x0[:, a:b]
+    return clip
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool) -> None:
+    sampler, cond = FewStep(steps=3), condition(image)
+    got = generate(net, sampler, noise(3), cond, GEOMETRY)
+    torch.testing.assert_close(got, by_hand(net, noise(3), cond, sampler.times), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_autoregressive_rollout_is_the_teachers_ode(net: Backbone) -> None:
+    cond, clip, start = condition(), torch.zeros(SIZE, dtype=torch.float64), noise(1)[0]
+    sampler = Autoregressive(steps=3, guidance=1.0, solver="euler")
+    for a, b in GEOMETRY.chunks(FRAMES):
+
+        def velocity(x: Latents, t: float) -> Latents:
+            return teacher_forced(net, clip, x, x.new_full(x.shape[:2], t), cond, GEOMETRY)
+
+        clip[:, a:b] = cond.first if a == 0 else solve_euler(velocity, start, 3, sampler.shift)[:, a:b]
+    got = generate(net, sampler, noise(1), cond, GEOMETRY)
+    torch.testing.assert_close(got, clip, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_stream_can_be_left_and_makes_what_it_made_before(net: Backbone) -> None:
+    """A chunk depends on nothing that comes later."""
+    sampler, cond = FewStep(steps=3), condition()
+    whole = generate(net, sampler, noise(3), cond, GEOMETRY)
+    chunks = stream(net, sampler, noise(3), cond, GEOMETRY)
+    torch.testing.assert_close(torch.cat([next(chunks), next(chunks)], 1), whole[:, :3], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_self_rollout_is_the_stream_whatever_is_scored(net: Backbone, exit_step: int) -> None:
+    """Context is the fully denoised chunk, not the scored prediction; the last step scores the clip itself."""
+    cond = condition()
+    want = generate(net, FewStep(steps=3), noise(3), cond, GEOMETRY)
+    clip, scored = self_rollout(net, noise(3), cond, GEOMETRY, TIMES, exit_step)
+    torch.testing.assert_close(clip, want, atol=1e-5, rtol=1e-5)
+    assert not clip.requires_grad and scored.requires_grad
+    assert torch.equal(scored[:, :1], cond.first)
+    torch.testing.assert_close(bool(torch.allclose(scored, clip, atol=1e-5)), exit_step == 2)
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_gradient_flows_through_the_scored_pass_alone(net: Backbone, exit_step: int) -> None:
+    """Every chunk's score depends on its own cameras, and on no camera of another chunk, nor on other draws."""
+    cond, draws = condition(), noise(3).requires_grad_()
+    assert cond.w2c is not None
+    cond = replace(cond, w2c=cond.w2c.requires_grad_())
+    _, scored = self_rollout(net, draws, cond, GEOMETRY, TIMES, exit_step)
+    for a, b in GEOMETRY.chunks(FRAMES)[1:]:
+        wanted = [cond.w2c, draws]
+        cameras, start = torch.autograd.grad(scored[:, a:b].square().sum(), wanted, retain_graph=True)
+        frames = cameras.abs().amax((0, 2, 3)) > 0
+        assert frames.tolist() == [a <= frame < b for frame in range(FRAMES)]
+        used = start.abs().amax((1, 3, 4, 5)) > 0
+        if exit_step == 0:  # its input is the draw itself; later inputs were computed without gradient
+            assert used[0].tolist() == frames.tolist()
+        assert not used[1:].any() or exit_step > 0
+    grads = torch.autograd.grad(scored.square().sum(), list(net.parameters()))
+    assert all(g.abs().max() > 0 for g in grads)
+
+
+def test_an_image_needs_a_first_chunk_of_one(net: Backbone) -> None:
+    with pytest.raises(ConfigError, match=r"set geometry\.first=1"):
+        generate(net, FewStep(steps=1), noise(1)[:, :, :4], condition(), replace(GEOMETRY, first=0))
