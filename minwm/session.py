@@ -105,13 +105,14 @@ class ModelEngine:
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
         check_image(cfg, image)
         self.model, self.image, self.motion, self.chunk = model, image, cfg.motion, cfg.chunk
-        self.sampler, self.noise = cfg.sampler, generator(seed, "session")
+        self.sampler, self.seed, self.device = cfg.sampler, seed, next(model.net.parameters()).device
         self.text = cfg.text.encode([prompt])
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
 
     @torch.no_grad()
     def start(self) -> Frames:
-        first, _ = self.model.codec.encode_next(pixels(self.image)[None, None])
+        self.noise = generator(self.seed, "session")
+        first, _ = self.model.codec.encode_next(pixels(self.image)[None, None].to(self.device))
         cond = self._look(np.eye(4)[None])
         self.stream = Stream(self.model.net, cond, self.model.config.geometry, self.sampler.guidance)
         self.stream.commit(self.stream.look(cond), first)
@@ -122,7 +123,7 @@ class ModelEngine:
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         bound = self.stream.look(self._look(c2w[self.motion.stride - 1 :: self.motion.stride]))
         shape = (draws_of(self.sampler), *self.model.config.latent_shape(1, self.chunk))
-        noise = torch.randn(shape, generator=self.noise)
+        noise = torch.randn(shape, generator=self.noise).to(self.device)
         latents = self.stream.next_chunk(bound, noise, self.sampler)
         decoded, self.decoding = self.model.codec.decode_next(latents, self.decoding)
         self.stream.commit(bound, latents)
@@ -130,7 +131,7 @@ class ModelEngine:
 
     def _look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
         w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
-        return Condition(text=self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4))
+        return Condition(text=self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
         lost = self.stream.arena.about_to_lose(self.stream.chunk)

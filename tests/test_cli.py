@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import minwm.checkpoint
 import minwm.core.media
 from minwm.checkpoint import save_codec, save_model
 from minwm.cli import main
+from minwm.cli.base import parse as parse_command
 from minwm.core.config import dumps
 from minwm.core.media import read_video, write_image
 from minwm.core.trajectory import Motion, parse
 from minwm.presets import smoke
 
+ROOT = Path(minwm.__file__).parents[1]
 MODELS = ("foundation", "camera", "dmd")
 
 
@@ -261,3 +264,28 @@ def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
     assert "minwm pipeline demo" in shown and "--FIELD VALUE" in shown
     script = "import sys, minwm.cli; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def documented() -> list[str]:
+    """Every `minwm` command in the code blocks of README and docs."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)]
+    return [line for block in blocks for line in block.splitlines() if line.startswith("minwm ")]
+
+
+@pytest.mark.parametrize("text", documented())
+def test_documented_commands_are_understood(text: str) -> None:
+    """Parsing binds the arguments and runs nothing; fields are checked against the preset."""
+    words = shlex.split(text)[1:]
+    work = parse_command(words)
+    assert callable(work)
+    if words[0] == "train" or words[:2] == ["data", "render"]:
+        assert run(*words, *(() if "--show" in words else ("--show",))) == 0
+
+
+def test_the_readme_lists_every_file() -> None:
+    tree = re.search(r"```\n(minwm/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree
+    listed = re.findall(r"── (\w+\.\w+)", tree[1])
+    package = [p.name for p in (ROOT / "minwm").rglob("*") if p.suffix in (".py", ".html") and p.stat().st_size]
+    assert sorted(listed) == sorted(package)

@@ -3,6 +3,7 @@
 Heavy modules are imported inside the verbs, so that `minwm --help` is quick.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(list(sys.argv[1:] if argv is None else argv))()
     except SystemExit:  # help was asked for, and printed
         return 0
+    except BrokenPipeError:  # whoever reads the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains when it ends
+        return 141
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -1,0 +1,200 @@
+"""What is saved is what is loaded, and nothing wrong is loaded silently."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minwm.checkpoint import (
+    CheckpointError,
+    Model,
+    ModelConfig,
+    States,
+    load_codec,
+    load_model,
+    load_weights,
+    save_codec,
+    save_model,
+)
+from minwm.core.config import ConfigError
+from minwm.core.trajectory import Motion
+from minwm.core.types import Condition
+from minwm.nets.codec import CodecConfig
+from minwm.nets.text import WordText
+from minwm.nets.wan import WanConfig
+from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.train import NEW_CAMERA_KEYS
+
+CONFIG = ModelConfig(
+    network=WanConfig(
+        dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
+    ),
+    sampler=FewStep(steps=2),
+    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    motion=Motion(move=0.5, turn=24.0, fps=16.0),
+    text=WordText(dim=8),
+    height=32,
+    width=32,
+)
+PLAIN = replace(CONFIG.network, camera="none")
+
+
+@pytest.fixture
+def model() -> Model:
+    """With random statistics in the codec, which are buffers and no parameters."""
+    codec = CONFIG.codec.build()
+    codec.set_statistics(torch.randn(4), torch.rand(4) + 0.5)
+    net = CONFIG.network.build()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return Model(CONFIG, net, codec)
+
+
+@pytest.fixture
+def saved(model: Model, tmp_path: Path) -> Path:
+    save_model(tmp_path, model.config, model.net, model.codec)
+    return tmp_path
+
+
+@torch.no_grad()
+def test_round_trip(model: Model, saved: Path) -> None:
+    loaded = load_model(saved)
+    assert loaded.config == CONFIG
+    for name in ("net", "codec"):
+        before, after = getattr(model, name).state_dict(), getattr(loaded, name)
+        assert before.keys() == after.state_dict().keys()
+        assert all(torch.equal(before[key], value) for key, value in after.state_dict().items())
+        assert not after.training and not any(p.requires_grad for p in after.parameters())
+    x, t = torch.randn(CONFIG.latent_shape(1, 2)), torch.rand(1, 2)
+    cond = Condition(CONFIG.text.encode(["a room"]), torch.eye(4).expand(1, 2, 4, 4), torch.ones(1, 2, 4) / 2)
+    assert torch.equal(model.net(x, t, cond), loaded.net(x, t, cond))
+    assert torch.equal(model.codec.decode(x), loaded.codec.decode(x))
+
+
+@pytest.mark.parametrize(
+    "sampler", [Bidirectional(guidance=1.5), Autoregressive(steps=7), FewStep(steps=3)], ids=lambda s: s.kind
+)
+def test_the_config_says_everything(model: Model, tmp_path: Path, sampler: Sampler) -> None:
+    config = replace(CONFIG, sampler=sampler, motion=Motion(move=0.1, turn=9.0, fps=8.0), window=3, fov=80.0)
+    save_model(tmp_path, config, model.net, model.codec)
+    assert load_model(tmp_path).config == config
+
+
+def test_codec_round_trip(model: Model, tmp_path: Path) -> None:
+    save_codec(tmp_path, model.codec)
+    pixels = torch.rand(1, 5, 3, 32, 32)
+    assert torch.equal(load_codec(tmp_path).encode(pixels), model.codec.encode(pixels))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no model \(no model\.json\)"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no codec"):
+        load_codec(tmp_path)
+
+
+def test_weights_that_are_gone_are_named(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
+        load_model(saved)
+
+
+def test_an_interrupted_save_is_no_model(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("minwm.checkpoint._write_text", stopped)
+        save_model(tmp_path, CONFIG, model.net, model.codec)
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_model(saved)
+
+
+def test_another_architecture_is_refused_with_its_keys(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    deeper = replace(CONFIG.network, layers=3).build()
+    with pytest.raises(CheckpointError, match=r"another architecture than Wan: 29 missing: blocks\.2\.cross_attn"):
+        load_weights(deeper, path)
+    shallower = replace(CONFIG.network, layers=1).build()
+    with pytest.raises(CheckpointError, match=r"29 unexpected: blocks\.1\."):
+        load_weights(shallower, path)
+    wider = replace(CONFIG.network, ffn=56).build()
+    with pytest.raises(CheckpointError, match=r"of another shape: blocks\.0\.ffn\.0\.\w+ is \(48.*, not \(56"):
+        load_weights(wider, path)
+
+
+def test_a_refused_checkpoint_changes_nothing(saved: Path) -> None:
+    net = replace(CONFIG.network, ffn=56).build()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(CheckpointError):
+        load_weights(net, saved / "model.safetensors")
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+
+
+def test_only_the_camera_branch_may_be_new_and_it_is_listed(tmp_path: Path) -> None:
+    path, plain = tmp_path / "model.safetensors", PLAIN.build()
+    save_file(plain.state_dict(), path)
+    net = CONFIG.network.build()
+    new = load_weights(net, path, may_be_new=NEW_CAMERA_KEYS)
+    assert new == [f"blocks.{i}.self_attn.prope_o.{part}" for i in range(2) for part in ("bias", "weight")]
+    assert all(net.state_dict()[key].abs().max() == 0 for key in new)
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in plain.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"4 missing: blocks\.0\.self_attn\.prope_o\.bias"):
+        load_weights(net, path)
+    lacking = {key: value for key, value in plain.state_dict().items() if not key.startswith("head.")}
+    save_file(lacking, path)
+    with pytest.raises(CheckpointError, match=r"3 missing: head\.head\.bias"):
+        load_weights(net, path, may_be_new=NEW_CAMERA_KEYS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_into_float32(saved: Path, model: Model, dtype: torch.dtype) -> None:
+    path = saved / "model.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+    net = load_model(saved).net
+    for key, value in net.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.net.state_dict()[key].to(dtype).float())
+
+
+def test_a_misspelt_config_is_refused(saved: Path) -> None:
+    path = saved / "model.json"
+    path.write_text(path.read_text().replace('"chunk"', '"chunks"'))
+    with pytest.raises(ConfigError, match="did you mean 'chunk'"):
+        load_model(saved)
+
+
+def test_training_states_restore_everything(tmp_path: Path) -> None:
+    def fresh(seed: int) -> tuple[nn.Linear, torch.optim.Optimizer, torch.Generator]:
+        torch.manual_seed(seed)
+        net = nn.Linear(3, 2)
+        return net, torch.optim.AdamW(net.parameters(), 0.1), torch.Generator().manual_seed(seed)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        net(torch.randn(4, 3, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one, states = fresh(1), States(tmp_path)
+    assert states.latest() is None
+    step(*one)
+    states.save(1, {"student": one[0]}, {"student": one[1]}, one[2], {"data": [3, 4]})
+    two = fresh(2)
+    assert states.load(1, {"student": two[0]}, {"student": two[1]}, two[2])["data"] == [3, 4]
+    for part in (one, two):
+        step(*part)
+    assert torch.equal(one[0].weight, two[0].weight)
+    states.save(2, {"student": one[0]}, {"student": one[1]}, one[2], {})
+    assert states.latest() == 2 and [path.name for path in states.folder.iterdir()] == ["000002"]

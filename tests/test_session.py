@@ -1,0 +1,199 @@
+"""Walking around: a session makes what generation makes, can go back, and looks the same for worlds and models."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minwm.checkpoint import Model, ModelConfig
+from minwm.core.camera import CameraTrack, views
+from minwm.core.config import UserError
+from minwm.core.media import frames as to_frames
+from minwm.core.media import pixels
+from minwm.core.runtime import generator
+from minwm.core.trajectory import Action, Motion, parse
+from minwm.core.types import Condition
+from minwm.nets.codec import CodecConfig
+from minwm.nets.text import WordText
+from minwm.nets.wan import WanConfig
+from minwm.render.worlds import World
+from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, draws_of, generate
+from minwm.session import Engine, ModelEngine, RendererEngine, Session, generate_clips
+
+CONFIG = ModelConfig(
+    network=WanConfig(
+        dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
+    ),
+    sampler=FewStep(steps=2),
+    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
+    motion=Motion(move=0.5, turn=24.0, fps=16.0),
+    text=WordText(dim=8),
+    latents=7,
+    height=32,
+    width=32,
+    window=2,
+)
+STREAMING = [FewStep(steps=2), Autoregressive(steps=2, guidance=2.0), Autoregressive(steps=2, guidance=1.0)]
+ALONG = "w*2,j*2,d+l*2"
+ACTIONS = [Action.of(keys) for keys in (["w"], ["j"], ["d", "l"])]
+"""The same way: a chunk is two latents."""
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    net, codec = CONFIG.network.build(), CONFIG.codec.build()
+    for part in (net, codec):
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return Model(CONFIG, net.eval().requires_grad_(False), codec.eval().requires_grad_(False))
+
+
+@pytest.fixture
+def image(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (32, 32, 3), np.uint8)
+
+
+def with_sampler(model: Model, sampler: Sampler) -> Model:
+    return replace(model, config=replace(model.config, sampler=sampler))
+
+
+def different(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference in grey levels."""
+    return float(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("sampler", STREAMING, ids=str)
+@torch.no_grad()
+def test_session_makes_what_generation_makes(model: Model, image: np.ndarray, sampler: Sampler) -> None:
+    """Codec, cache and cameras stream: frame for frame the whole clip decoded at once, from the same noise."""
+    model = with_sampler(model, sampler)
+    session = Session(ModelEngine(model, image, "a red room", seed=3))
+    streamed = list(session.play(ACTIONS))
+    assert [len(part) for part in streamed] == [1, 8, 8, 8]
+
+    draws = generator(3, "session")  # as the engine draws it: chunk by chunk
+    shape = (draws_of(sampler), *CONFIG.latent_shape(1, 2))
+    noise = torch.cat([torch.randn(shape, generator=draws) for _ in ACTIONS], dim=2)
+    noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
+    w2c, K = views([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
+    first = model.codec.encode(pixels(image)[None, None])
+    cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first=first)
+    latents = generate(model.net, sampler, noise, cond, CONFIG.geometry)
+    whole = to_frames(model.codec.decode(latents)[0])
+    assert different(np.concatenate(streamed), whole) <= 1
+    assert different(whole[1:9], whole[9:17]) > 1
+
+
+def test_the_camera_is_where_the_actions_lead(model: Model, image: np.ndarray) -> None:
+    session = Session(ModelEngine(model, image, "a room"))
+    for _ in session.play(ACTIONS):
+        pass
+    track = parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)
+    np.testing.assert_allclose(session.pose, track.c2w[-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", STREAMING, ids=str)
+@pytest.mark.parametrize("back", [1, 2, 5])
+def test_rewinding_and_acting_again_gives_the_same_frames(
+    model: Model, image: np.ndarray, sampler: Sampler, back: int
+) -> None:
+    """Also when the ring of the cache has overwritten what the past had written: it holds three chunks here."""
+    session = Session(ModelEngine(with_sampler(model, sampler), image, "a room", seed=1))
+    session.start()
+    actions = [Action.of([key]) for key in "wjdslwa"]
+    before = [session.step(action) for action in actions]
+    session.rewind(back)
+    again = [session.step(action) for action in actions[-back:]]
+    assert np.array_equal(np.concatenate(before[-back:]), np.concatenate(again))
+    session.rewind(back)
+    other = session.step(Action.of(["i"]))
+    assert not np.array_equal(other, again[0]), "another way leads elsewhere"
+
+
+def test_rewinding_too_far_is_refused(model: Model, image: np.ndarray) -> None:
+    session = Session(ModelEngine(model, image, "a room"))
+    session.start()
+    session.step(ACTIONS[0])
+    with pytest.raises(UserError, match="cannot rewind 2 steps: 1 were made"):
+        session.rewind(2)
+
+
+def test_seed_prompt_and_camera_matter(model: Model, image: np.ndarray) -> None:
+    def walk(prompt: str = "a room", seed: int = 0, key: str = "w") -> np.ndarray:
+        session = Session(ModelEngine(model, image, prompt, seed))
+        session.start()
+        return session.step(Action.of([key]))
+
+    assert np.array_equal(walk(), walk())
+    for other in (walk(prompt="a blue sphere"), walk(seed=1), walk(key="j")):
+        assert not np.array_equal(walk(), other)
+
+
+def test_starting_again_starts_again(model: Model, image: np.ndarray) -> None:
+    engine = ModelEngine(model, image, "a room")
+    one, two = (np.concatenate(list(Session(engine).play(ACTIONS))) for _ in range(2))
+    assert np.array_equal(one, two)
+
+
+def test_two_sessions_of_one_model_do_not_disturb_each_other(model: Model, image: np.ndarray) -> None:
+    alone = list(Session(ModelEngine(model, image, "a room", 1)).play(ACTIONS))
+    one, two = (Session(ModelEngine(model, image, "a room", seed)) for seed in (1, 2))
+    woven = [part for part, _ in zip(one.play(ACTIONS), two.play(ACTIONS), strict=True)]
+    assert np.array_equal(np.concatenate(alone), np.concatenate(woven))
+
+
+def test_a_bidirectional_model_cannot_be_steered(model: Model, image: np.ndarray) -> None:
+    with pytest.raises(UserError, match="bidirectional model makes whole clips"):
+        ModelEngine(with_sampler(model, Bidirectional()), image, "a room")
+
+
+def test_an_image_of_another_size_is_refused(model: Model) -> None:
+    with pytest.raises(UserError, match="64x48 pixels, this model sees 32x32"):
+        ModelEngine(model, np.zeros((48, 64, 3), np.uint8), "a room")
+
+
+@pytest.mark.parametrize("sampler", [Bidirectional(steps=2), *STREAMING], ids=str)
+def test_generated_clips_start_with_their_image(model: Model, image: np.ndarray, sampler: Sampler) -> None:
+    model = with_sampler(model, sampler)
+    tracks = [parse(way).track(CONFIG.motion, CONFIG.intrinsics) for way in (ALONG, "l*6")]
+    videos = generate_clips(model, np.stack([image, 255 - image]), ["a room", "a hall"], tracks, seed=0)
+    assert videos.shape == (2, 25, 32, 32, 3)
+    seen = to_frames(model.codec.decode(model.codec.encode(pixels(image)[None, None]))[0])
+    assert different(videos[0, :1], seen) <= 1
+    with pytest.raises(UserError, match="latents"):
+        generate_clips(model, image[None], ["a room"], [parse("w*5").track(CONFIG.motion, CONFIG.intrinsics)], 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Worlds
+
+
+@pytest.fixture(scope="module")
+def place() -> tuple[World, np.ndarray, CameraTrack]:
+    track = parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)
+    world = World(4)
+    origin = world.spawn(np.random.default_rng(0), track)
+    assert origin is not None
+    return world, origin, track
+
+
+def test_a_renderer_is_an_engine(place: tuple[World, np.ndarray, CameraTrack]) -> None:
+    """Frame for frame the world itself, seen along the whole track at once."""
+    world, origin, track = place
+    engine: Engine = RendererEngine(world, origin, CONFIG.intrinsics, CONFIG.motion, 2, (16, 24))
+    session = Session(engine)
+    walked = np.concatenate(list(session.play(ACTIONS)))
+    assert different(walked, world.render(track.moved(origin), 16, 24).frames) <= 1
+    session.rewind(2)
+    assert np.array_equal(np.concatenate([session.step(a) for a in ACTIONS[1:]]), walked[9:])
+
+
+def test_a_world_finds_a_free_place(place: tuple[World, np.ndarray, CameraTrack]) -> None:
+    _, _, track = place
+    engine = RendererEngine.spawn(4, track, CONFIG)
+    assert engine.start().shape == (1, 32, 32, 3)
+    with pytest.raises(UserError, match="numbered from 0"):
+        RendererEngine.spawn(-1, track, CONFIG)
