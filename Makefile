@@ -2,8 +2,8 @@
 #   make demo    install, run the whole pipeline small, write runs/demo/report.html
 #   make test    install, run the tests
 #
-# TORCH names the torch to install first; nothing installed later may replace it. For a particular build:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# TORCH names the torch to install first, with any pip options that select a build (a CPU build is enough);
+# nothing installed later may replace it.
 # To keep a torch that python3 already has (say, one built for your GPU), pass an empty one: make demo TORCH=
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

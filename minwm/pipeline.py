@@ -155,9 +155,6 @@ def _keep(rows: Path, name: str, make: Callable[[], Evaluated], say: Say) -> Non
 
 
 def _anchor(config: ModelConfig, held: HeldOut, videos: Videos) -> Evaluated:
-    if videos.shape[1] != held.truth.shape[1]:  # rendered at the latent rate: hold each frame
-        stride = config.motion.stride
-        videos = np.repeat(videos, stride, axis=1)[:, stride - 1 :]
     measured = measure(config, held, videos)
     return Evaluated(follow=measured.follow, quality=measured.quality)
 

@@ -126,9 +126,7 @@ def final_state(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_resuming_is_bit_exact(
-    name: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_is_bit_exact(name: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks, averages, targets, optimisers, random draws, place in the data, and the log."""
     run = stage(name, project)
     train(run, tmp_path / "whole")
@@ -174,9 +172,7 @@ def test_an_interrupted_save_leaves_the_former_state(
     assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000007"]
 
 
-def test_a_finished_run_returns_at_once(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_returns_at_once(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = stage("bidirectional", project, tensorboard=True)
     summary = train(run, tmp_path)
     assert summary.steps == STEPS and summary.seconds > 0 and math.isfinite(summary.last_loss)
@@ -262,9 +258,7 @@ def test_accumulation_averages_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_divergence_stops_before_the_step(tmp_path: Path, value: float) -> None:
     recipe = Dot(lambda step, loss: loss * value if step == 4 else loss)
-    with pytest.raises(
-        DivergedError, match=r"step 4: gradient norm (nan|inf).* after 3 steps .*lower optim.lr"
-    ):
+    with pytest.raises(DivergedError, match=r"step 4: gradient norm (nan|inf).* after 3 steps .*lower optim.lr"):
         run_loop(recipe, tmp_path, save_every=3)
     assert torch.equal(recipe.net.weight, recipe.seen[4][1]), "the bad gradient was not applied"
     assert States(tmp_path).latest() == 3

@@ -79,9 +79,12 @@ def generate_held_out(model: Model, held: HeldOut, seed: int) -> Videos:
 
 
 def measure(config: ModelConfig, held: HeldOut, videos: Videos) -> Measured:
+    """Videos at the pixel rate, or at the latent rate (one frame per latent, as the anchors are rendered)."""
+    rate = config.motion.stride if videos.shape[1] == held.truth.shape[1] else 1
+    truth = held.truth[:, :: config.motion.stride // rate]
     first = config.first or config.chunk
-    spans = chunk_spans(videos.shape[1], first, config.chunk, config.motion.stride)
-    return Measured(evaluate(held.suite, videos), quality(videos, held.truth, spans))
+    spans = chunk_spans(videos.shape[1], first, config.chunk, rate)
+    return Measured(evaluate(held.suite, videos), quality(videos, truth, spans))
 
 
 def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple[Videos, Videos, Confusion]:
