@@ -60,7 +60,7 @@ class Pipeline:
 
 SHIFT = 3.0
 """A clip of the demo has 144 tokens where Wan's has 31,200: less noise destroys it, so times are shifted less."""
-MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
+MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
 
 
 def tiny_model() -> ModelConfig:
@@ -90,7 +90,6 @@ def demo(out: Path) -> Pipeline:
     pipeline = _pipeline("demo", out, clips=256, worlds_seed=0, steps=steps, batch=12)
     codec = replace(
         pipeline.codec,
-        recipe=CodecTraining(freeze_encoder=True),
         init=Init(codec=starting_checkpoint("codec")),
     )
     foundation, *rest = pipeline.stages
@@ -101,15 +100,15 @@ def demo(out: Path) -> Pipeline:
 def demo_scratch(out: Path) -> Pipeline:
     """The same from random weights, in hours: what made the shipped checkpoints."""
     steps = {
-        "codec": 2500,
-        "foundation": 6000,
-        "camera": 3000,
-        "ar": 2000,
+        "codec": 4000,
+        "foundation": 2600,
+        "camera": 4000,
+        "ar": 1000,
         "ode": 1000,
         "consistency": 1000,
         "dmd": 500,
     }
-    return _pipeline("demo-scratch", out, clips=1600, worlds_seed=1, steps=steps, batch=16)
+    return _pipeline("demo-scratch", out, clips=1200, worlds_seed=1, steps=steps, batch=16)
 
 
 def smoke(out: Path) -> Pipeline:
@@ -117,7 +116,7 @@ def smoke(out: Path) -> Pipeline:
     stages = ("codec", "foundation", "camera", "ar", "ode", "consistency", "dmd")
     pipeline = _pipeline("smoke", out, clips=12, worlds_seed=2, steps=dict.fromkeys(stages, 2), batch=2)
     small = replace(tiny_model(), network=replace(tiny_model().network, dim=32, heads=2, layers=2, ffn=64))
-    small = replace(small, codec=CodecConfig(width=16, fine=16, finest=8, encoder_depth=1, decoder_depth=1))
+    small = replace(small, codec=CodecConfig(width=16, fine=16, finest=8, decoder_depth=1))
     ode = next(run for run in pipeline.stages if run.name == "ode").recipe
     changes = {"ode": {"recipe": replace(ode, ode_steps=4)}}
     shrunk = tuple(replace(run, model=_like(run.model, small), **changes.get(run.name, {})) for run in pipeline.stages)
@@ -187,7 +186,7 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
         save_every=100,
         seed=1,
     )
-    render = RenderConfig(seed=worlds_seed, motion=MOTION, latents=base.latents, clips_per_world=2)
+    render = RenderConfig(seed=worlds_seed, motion=MOTION, latents=base.latents, clips_per_world=1)
     return Pipeline(
         name=name, render=render, clips=clips, encode=EncodeConfig(), codec=codec, stages=stages, collect=96
     )

@@ -63,14 +63,8 @@ class RendererEngine:
         chunk: int,
         size: tuple[int, int],
     ) -> None:
-        self.world, self.origin, self.K, self.motion, self.chunk, self.size = (
-            world,
-            origin,
-            K,
-            motion,
-            chunk,
-            size,
-        )
+        self.world, self.origin, self.K = world, origin, K
+        self.motion, self.chunk, self.size = motion, chunk, size
 
     @classmethod
     def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
@@ -154,6 +148,8 @@ class Session:
     """Pose and engine snapshot before every step."""
 
     def start(self) -> Frames:
+        """The first frame; a session that has walked begins anew."""
+        self.pose, self.past = np.eye(4), []
         return self.engine.start()
 
     def step(self, action: Action) -> Frames:

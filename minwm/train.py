@@ -266,26 +266,17 @@ def _claim(run: Run, out: Path) -> None:
 
 
 def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> tuple[nn.Module, float]:
-    torch.manual_seed(run.seed)  # fresh parameters are part of the run
-    codec = run.model.codec.build()
+    torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
+    codec, data = run.model.codec.build(), RawDataset(Path(run.data), "train")
     if run.init.codec:
         codec.load_state_dict(load_codec(Path(run.init.codec)).state_dict())
-    data = RawDataset(Path(run.data), "train")
+    elif not States(out).latest():
+        codec.fit(data.batch([i]) for i in range(min(cfg.fit_clips, len(data))))
     clips = loader(data, run.batch, run.seed, rank(), world_size())
-    trained = loop(run, out, CodecRecipe(cfg, codec), clips, device)
+    trained = loop(run, out, CodecRecipe(codec), clips, device)
     assert isinstance(trained, Codec)
-    if not cfg.freeze_encoder:
-        _normalise(trained, data, device)
     save_codec(out, trained.cpu())
     return trained, _seconds(out)
-
-
-@torch.no_grad()
-def _normalise(codec: Codec, data: RawDataset, device: torch.device, clips: int = 64) -> None:
-    """Give latents zero mean and unit variance per channel over some clips."""
-    latents = [codec.encode(data.batch([i]).to(device)) for i in range(min(clips, len(data)))]
-    channels = torch.cat(latents).transpose(0, 2).flatten(1)
-    codec.set_statistics(channels.mean(1), channels.std(1))
 
 
 def _train_network(run: Run, out: Path, device: torch.device) -> tuple[nn.Module, float]:

@@ -19,9 +19,7 @@ def test_ring_with_text_prefix_equals_attention_over_the_visible_rows(window: in
     rule, frame = chunk_causal(geometry), torch.arange(13)
     visible = rule(frame[:, None], frame[None]).repeat_interleave(2, 0).repeat_interleave(2, 1)
     visible = torch.cat([torch.ones(26, 3, dtype=torch.bool), visible], 1)
-    whole = F.scaled_dot_product_attention(
-        q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), attn_mask=visible
-    )
+    whole = F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), attn_mask=visible)
     for i, (a, b) in enumerate(geometry.chunks(13)):
         rows = slice(2 * a, 2 * b)
         out = Cached(arena, i)(0, q[:, :, rows], k[:, :, rows], v[:, :, rows])

@@ -58,9 +58,7 @@ def test_log_undoes_exp_at_every_angle(angle: float) -> None:
 def test_exp_is_the_limit_of_many_small_steps() -> None:
     twist = np.array([0.5, -0.2, 1.0, 0.3, -1.2, 0.7])
     for count in (2, 64):
-        np.testing.assert_allclose(
-            np.linalg.matrix_power(se3_exp(twist / count), count), se3_exp(twist), atol=1e-12
-        )
+        np.testing.assert_allclose(np.linalg.matrix_power(se3_exp(twist / count), count), se3_exp(twist), atol=1e-12)
     small = twist / 2**20  # one Euler step of the body-frame velocity, applied 2**20 times
     v, w = small[:3], small[3:]
     step = np.eye(4)

@@ -47,7 +47,8 @@ PLAIN = replace(CONFIG.network, camera="none")
 def model() -> Model:
     """With random statistics in the codec, which are buffers and no parameters."""
     codec = CONFIG.codec.build()
-    codec.set_statistics(torch.randn(4), torch.rand(4) + 0.5)
+    codec.mean.normal_()
+    codec.std.uniform_(0.5, 1.5)
     net = CONFIG.network.build()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)

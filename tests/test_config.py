@@ -151,9 +151,7 @@ def test_text_that_is_no_json_and_values_that_cannot_be_written() -> None:
 )  # fmt: skip
 def test_overrides_are_read_as_the_fields_type(key: str, text: Any, expected: Any) -> None:
     value: Any = override(Run("x"), {key: text})
-    for name in (
-        key.removesuffix(".kind").split(".") if key not in ("shape.radius", "ema.lr") else [key.split(".")[0]]
-    ):
+    for name in key.removesuffix(".kind").split(".") if key not in ("shape.radius", "ema.lr") else [key.split(".")[0]]:
         value = getattr(value, name)
     assert value == expected and type(value) is type(expected)
 

@@ -140,9 +140,7 @@ def test_an_interrupted_run_leaves_whole_clips_and_continues(
         assert_same(folder, ClipFolder(made / "raw"), clip)
 
 
-def test_ranks_make_the_clips_of_one_process(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_make_the_clips_of_one_process(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
@@ -395,9 +393,7 @@ def no_member(shard: Path) -> None:
         (Path.unlink, "missing though its index is there"),
     ],
 )
-def test_a_broken_shard_is_never_read_silently(
-    shards: Path, harm: Callable[[Path], None], expected: str
-) -> None:
+def test_a_broken_shard_is_never_read_silently(shards: Path, harm: Callable[[Path], None], expected: str) -> None:
     shard = list_shards(shards)[0]
     harm(shard)
     with pytest.raises(DataError, match=expected) as caught:

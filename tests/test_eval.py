@@ -62,9 +62,7 @@ def test_a_correct_video_scores_one(of_truth: FollowResult) -> None:
     assert result.retrieval.value == 1 and result.psnr_gap.value > 10
     assert result.rot_err_deg.value < 0.4 and result.trans_err_u.value < 0.02
     assert result.score.value > 0.95 and result.lost_frac == 0
-    assert result.speed_ratio == pytest.approx(1, abs=0.05) and result.turn_ratio == pytest.approx(
-        1, abs=0.05
-    )
+    assert result.speed_ratio == pytest.approx(1, abs=0.05) and result.turn_ratio == pytest.approx(1, abs=0.05)
 
 
 def test_a_correct_but_degraded_video_scores_nearly_one(suite: Suite) -> None:
@@ -140,9 +138,7 @@ def test_drift_is_the_slope_over_generated_chunks(rng: np.random.Generator) -> N
 
 
 def test_charts_skip_what_is_not_finite() -> None:
-    chart = charts.line_chart(
-        [charts.Series("a", [0, 1, 2], [1.0, float("nan"), 3.0])], x_label="step", y_label="loss"
-    )
+    chart = charts.line_chart([charts.Series("a", [0, 1, 2], [1.0, float("nan"), 3.0])], x_label="step", y_label="loss")
     assert "nan" not in chart and "<polyline" in chart
     assert "no data" in charts.line_chart([], x_label="x", y_label="y")
     assert len(charts.smooth([1.0, 2.0, 3.0])) == 3

@@ -96,9 +96,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             media.read_image(path)
     with pytest.raises(UserError, match="at least one frame"):
         media.write_video(tmp_path / "x.mp4", clip()[:0], 16)
-    with pytest.raises(
-        ValueError, match=r"uint8 with 3 channels last, not float64 of shape \(9, 48, 64, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"uint8 with 3 channels last, not float64 of shape \(9, 48, 64, 3\)"):
         media.contact_sheet([clip() / 255.0], every=1, labels=["x"])
 
 
@@ -174,17 +172,13 @@ def test_generators_differ_by_salt_and_repeat() -> None:
 
 def test_missing_extras_name_themselves() -> None:
     assert runtime.require("json", "data") is __import__("json")
-    with pytest.raises(
-        UserError, match=r"no_such_library is not installed; run: pip install 'minwm\[data\]'"
-    ):
+    with pytest.raises(UserError, match=r"no_such_library is not installed; run: pip install 'minwm\[data\]'"):
         runtime.require("no_such_library.part", "data")
 
 
 def test_the_commit_is_this_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(runtime.__file__).parents[2]
-    head = subprocess.run(
-        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     commit = runtime.git_commit.__wrapped__()
     assert (commit or "").removesuffix("-dirty") == (head.stdout.strip() if head.returncode == 0 else "")
     monkeypatch.setenv("PATH", "")
@@ -192,9 +186,7 @@ def test_the_commit_is_this_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"python", "torch", "platform", "cpu"} <= runtime.versions().keys()
 
 
-def test_progress_writes_about_ten_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_writes_about_ten_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     with runtime.progress(200, "clips") as bar:
         for step in range(200):

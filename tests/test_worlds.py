@@ -11,9 +11,7 @@ from minwm.render.solids import Grid, hit
 from minwm.render.worlds import CLEARANCE, World
 
 K = (0.63, 0.63, 0.5, 0.5)
-MOTION_WORDS = re.compile(
-    r"\b(camera|mov\w*|turn\w*|walk\w*|pan\w*|forward|backward|left|right|zoom\w*|fly\w*)\b"
-)
+MOTION_WORDS = re.compile(r"\b(camera|mov\w*|turn\w*|walk\w*|pan\w*|forward|backward|left|right|zoom\w*|fly\w*)\b")
 
 
 def track(frames: int = 9, yaw: float = 0.0, right: float = 0.0, forward: float = 0.0) -> CameraTrack:

@@ -63,10 +63,11 @@ def train(
         arg(metavar="DIR", help="folder with data and earlier stages; runs/PIPELINE if not given"),
     ] = None,
     json: Json = None,
+    resume: Annotated[Flag, arg(help="insist that there is a run to continue; continuing is the default")] = False,
     show: Show = False,
     fields: Fields = (),
 ) -> None:
-    """Train one stage, such as demo/camera."""
+    """Train one stage, such as demo/camera; an interrupted run is continued."""
     from minwm import presets
     from minwm.train import train as run_training
 
@@ -75,6 +76,8 @@ def train(
     if show:
         return say(dumps(run))
     out = out or root / run.name
+    if resume and not (out / "run.json").exists():
+        raise UserError(f"--resume: {out} holds no run; leave it out to start one")
     say(f"{stage}: {run.recipe.kind}, {run.steps} steps of {run.batch * run.accumulate} clips -> {out}")
     return numbers(asdict(run_training(run, out)), json)
 
@@ -133,19 +136,36 @@ def evaluate(model: ModelFolder, json: Json = None, clips: Count = 16, seed: Cou
 
 
 @command(app, "bench")
-def bench(model: ModelFolder, json: Json = None, repeats: Count = 5) -> None:
+def bench(
+    model: Annotated[Path | None, arg(metavar="DIR", help="model folder, such as runs/demo/dmd")] = None,
+    preset: Annotated[str | None, arg(metavar="PIPELINE/STAGE", help="its model, with --random-weights")] = None,
+    random_weights: Annotated[Flag, arg(help="as fast as trained ones")] = False,
+    json: Json = None,
+    repeats: Count = 5,
+) -> None:
     """Measure latency and frames per second."""
-    from minwm.eval.bench import bench_model
+    from minwm import presets
+    from minwm.eval.bench import bench_model, random_model
 
-    numbers(to_dict(bench_model(_load(model), repeats=repeats)), json)
+    if model and not (preset or random_weights):
+        loaded = _load(model)
+    elif preset and random_weights and not model:
+        loaded = _on_device(random_model(presets.stage(preset, Path("runs")).model))
+    else:
+        raise UserError("give --model DIR, or --preset PIPELINE/STAGE with --random-weights")
+    numbers(to_dict(bench_model(loaded, repeats=repeats)), json)
 
 
 def _load(folder: Path) -> "Model":
-    """A model on the device of this machine."""
     from minwm.checkpoint import load_model
+
+    return _on_device(load_model(folder))
+
+
+def _on_device(model: "Model") -> "Model":
+    """The model on the device of this machine."""
     from minwm.core.runtime import pick_device
 
-    model = load_model(folder)
     for part in (model.net, model.codec):
         part.to(pick_device())
     return model

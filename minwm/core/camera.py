@@ -259,7 +259,7 @@ class CameraTrack:
         if not isinstance(record, dict) or {key: record.get(key) for key in known} != known:
             raise CameraError(
                 f"{path}: no minwm camera track (schema {SCHEMA}, {CONVENTION}); "
-                "convert other formats with `minwm camera convert`"
+                "write one with CameraTrack.save (OpenCV axes, camera to world)"
             )
         missing = {"c2w", "K", "fps", "unit"} - record.keys()
         if missing:

@@ -1,4 +1,4 @@
-"""Training the small codec: reconstruction of rendered clips. No camera, no text, no diffusion."""
+"""Training the decoder of the small codec: reconstruction of rendered clips. No camera, no text, no diffusion."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,8 +14,8 @@ from minwm.recipes.base import Loss
 @dataclass(frozen=True, kw_only=True)
 class CodecTraining:
     kind: ClassVar[str] = "codec"
-    freeze_encoder: bool = False
-    """Train the decoder alone, so that latents keep their meaning for the networks that know them."""
+    fit_clips: int = 256
+    """Clips from which the encoder is found, in closed form; a codec that is continued keeps its encoder."""
 
 
 class CodecRecipe:
@@ -23,10 +23,8 @@ class CodecRecipe:
 
     trained: ClassVar[tuple[str, ...]] = ("student",)
 
-    def __init__(self, cfg: CodecTraining, codec: Codec) -> None:
+    def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        if cfg.freeze_encoder:
-            codec.freeze_encoder()
 
     @property
     def stateful(self) -> dict[str, Codec]:

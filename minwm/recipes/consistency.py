@@ -40,10 +40,13 @@ class Consistency(Recipe):
     def __init__(self, cfg: ConsistencyConfig, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
         super().__init__(cfg, networks, geometry)
         self.times = schedule(cfg.grid, cfg.shift)
+        self.followed: int | None = None
         self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False).eval()
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        self._follow()
+        if step != self.followed:  # once per step, however many micro-batches it has
+            self._follow()
+            self.followed = step
         i = pick(self.cfg.grid, generator)
         t, t_next = self.times[i], self.times[i + 1]
         eps = noise_like(clip.latents, generator)

@@ -44,9 +44,7 @@ def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -
     """Random prompt, and a random walk of cameras."""
     generator = torch.Generator().manual_seed(seed)
     steps = 0.2 * torch.randn(batch, frames, 6, generator=generator, dtype=torch.float64)
-    w2c = torch.stack(
-        [torch.stack([torch.from_numpy(se3_exp(s.numpy())) for s in walk]) for walk in steps.cumsum(1)]
-    )
+    w2c = torch.stack([torch.stack([torch.from_numpy(se3_exp(s.numpy())) for s in walk]) for walk in steps.cumsum(1)])
     K = torch.tensor([0.5, 0.9, 0.5, 0.5], dtype=torch.float64).expand(batch, frames, 4)
     return Condition(
         text=torch.randn(batch, 5, 6, generator=generator, dtype=torch.float64),

@@ -28,9 +28,7 @@ def frames_of(geometry: Geometry) -> int:
     return geometry.lead + 4 * geometry.chunk
 
 
-def streamed(
-    net: Backbone, x: torch.Tensor, t: torch.Tensor, cond: Condition, geometry: Geometry
-) -> torch.Tensor:
+def streamed(net: Backbone, x: torch.Tensor, t: torch.Tensor, cond: Condition, geometry: Geometry) -> torch.Tensor:
     arena, text, parts = net.arena(geometry, len(x)), net.read(cond.text), []
     for i, (a, b) in enumerate(geometry.chunks(x.shape[1])):
         bound = Bound(text, net.watch(cond.frames(a, b)))
@@ -142,9 +140,7 @@ def test_arena_never_moves_nor_allocates_over_fifty_chunks() -> None:
     assert (arena.kv.data_ptr(), arena.kv.numel()) == (pointer, size)
 
 
-@pytest.mark.parametrize(
-    "sampler", [Bidirectional(steps=3), Autoregressive(steps=3), FewStep()], ids=lambda s: s.kind
-)
+@pytest.mark.parametrize("sampler", [Bidirectional(steps=3), Autoregressive(steps=3), FewStep()], ids=lambda s: s.kind)
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 def test_generation_is_deterministic_and_keeps_the_image(sampler: object, image: bool) -> None:
     net = small("wan-dual")
