@@ -39,7 +39,7 @@ class Timing:
 
 
 def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = None) -> None:
-    """Make everything that `out` lacks, up to and including the stage `until`; `say` gets a line per part."""
+    """Make everything that `out` lacks, to the end or to the stage `until`; `say` gets a line per part."""
     part = Part(out, say)
     part(
         "render",
@@ -59,6 +59,7 @@ def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = No
         _train(run, out, say)
         if run.name == until:
             return
+    part("evaluate", lambda: evaluate(pipeline, out, say))
 
 
 class Part:
@@ -123,20 +124,23 @@ class Evaluated:
     """None for anchors, which are no models."""
 
 
-def evaluate(pipeline: Pipeline, out: Path, say: Say) -> dict[str, Evaluated]:
-    """Measure every stage of the evaluation and the anchors on the same held-out clips; finished rows are kept."""
-    plan, rows = pipeline.evaluation, out / "eval"
-    names = [*plan.stages, *ANCHORS]
-    if not all((rows / f"{name}.json").exists() for name in names):
-        last = load_model(out / plan.stages[-1])
-        held = HeldOut.make(last.config, plan.clips)
-        videos = {**held.suite.anchors(), "codec": codec_bound(last, held)}
-        _save_videos(rows / "truth.safetensors", held.truth)
-        for name, anchor in zip(ANCHORS, videos.values(), strict=True):
-            _keep(rows, name, lambda anchor=anchor: _anchor(last.config, held, anchor), say)
-        for name in plan.stages:
-            _keep(rows, name, lambda name=name: _evaluate_stage(plan, out, name, held), say)
-    return {name: loads(Evaluated, (rows / f"{name}.json").read_text()) for name in names}
+def evaluate(pipeline: Pipeline, out: Path, say: Say) -> None:
+    """Measure the stages of the evaluation and the anchors on the same held-out clips; finished rows are kept."""
+    plan, folder = pipeline.evaluation, out / "eval"
+    last = load_model(out / plan.stages[-1])
+    held = HeldOut.make(last.config, plan.clips)
+    videos = {**held.suite.anchors(), "codec": codec_bound(last, held)}
+    _save_videos(folder / "truth.safetensors", held.truth)
+    for name, anchor in zip(ANCHORS, videos.values(), strict=True):
+        _keep(folder, name, lambda anchor=anchor: _anchor(last.config, held, anchor), say)
+    for name in plan.stages:
+        _keep(folder, name, lambda name=name: _evaluate_stage(plan, out, name, held), say)
+
+
+def load_rows(pipeline: Pipeline, out: Path) -> dict[str, Evaluated]:
+    """What `evaluate` found, stages first."""
+    names = [*pipeline.evaluation.stages, *ANCHORS]
+    return {name: loads(Evaluated, (out / "eval" / f"{name}.json").read_text()) for name in names}
 
 
 ANCHORS = ("ground truth", "static camera", "another clip's camera", "codec")

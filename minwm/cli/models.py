@@ -40,7 +40,7 @@ def pipeline(
 ) -> None:
     """Run all stages, each from the one before; then measure, and write the report."""
     from minwm import presets
-    from minwm.pipeline import evaluate, run_pipeline
+    from minwm.pipeline import load_rows, run_pipeline
     from minwm.summary import report
 
     out = out or Path("runs") / name
@@ -49,7 +49,7 @@ def pipeline(
         plan.stage(until)
     run_pipeline(plan, out, say, until)
     if not until:
-        rows = evaluate(plan, out, say)
+        rows = load_rows(plan, out)
         write_numbers({name: to_dict(row) for name, row in rows.items()}, json)
         say(f"report: {report(plan, out, rows)}")
 
