@@ -71,13 +71,13 @@ def tiny_model() -> ModelConfig:
 
 
 def starting_checkpoint(name: str) -> str | None:
-    """Folder of a checkpoint that is shipped with the package, made by `minwm pipeline demo-scratch`."""
+    """Folder of a checkpoint shipped with the package (assets/demo/README.md says how they were made)."""
     folder = Path(str(files("minwm"))) / "assets" / "demo" / name
     return str(folder) if folder.exists() else None
 
 
 def demo(out: Path) -> Pipeline:
-    """Everything in minutes on two CPU cores; codec and foundation continue from shipped checkpoints."""
+    """Everything in minutes on two CPU cores; some stages continue from shipped checkpoints."""
     steps = {
         "codec": 60,
         "foundation": 60,
@@ -88,13 +88,14 @@ def demo(out: Path) -> Pipeline:
         "dmd": 100,
     }
     pipeline = _pipeline("demo", out, clips=256, worlds_seed=0, steps=steps, batch=12)
-    codec = replace(
-        pipeline.codec,
-        init=Init(codec=starting_checkpoint("codec")),
-    )
-    foundation, *rest = pipeline.stages
-    foundation = replace(foundation, init=replace(foundation.init, student=starting_checkpoint("foundation")))
-    return replace(pipeline, codec=codec, stages=(foundation, *rest))
+    codec = replace(pipeline.codec, init=Init(codec=starting_checkpoint("codec")))
+    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run) for run in pipeline.stages))
+
+
+def _from_shipped(run: Run) -> Run:
+    """A stage that continues from a shipped checkpoint of itself, where there is one."""
+    shipped = starting_checkpoint(run.name)
+    return replace(run, init=replace(run.init, student=shipped)) if shipped else run
 
 
 def demo_scratch(out: Path) -> Pipeline:

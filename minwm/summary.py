@@ -1,6 +1,6 @@
 """The report of a pipeline: gathers what the stages left on disk. Every number and picture is read, none is typed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +27,8 @@ WHAT = {
     "consistency": "stage 2b: causal consistency distillation",
     "dmd": "stage 3: asymmetric DMD on self-rollouts",
 }
+
+SHIPPED = "shipped checkpoint"
 
 
 def report(pipeline: Pipeline, out: Path, rows: Mapping[str, Evaluated]) -> Path:
@@ -61,7 +63,7 @@ def report(pipeline: Pipeline, out: Path, rows: Mapping[str, Evaluated]) -> Path
             quality={name: row.quality for name, row in rows.items()},
             quality_anchors=ANCHORS,
             commands=_commands(pipeline, out),
-            caveats=_caveats(pipeline),
+            caveats=_caveats(stages),
         ),
     )
 
@@ -101,7 +103,7 @@ def _origin(source: str | None, out: Path) -> str | None:
     if source is None:
         return None
     path = Path(source)
-    return path.name if path.parent == out else f"shipped checkpoint {path.name}"
+    return path.name if path.parent == out else f"{SHIPPED} {path.name}"
 
 
 def _summary(out: Path, run: Run) -> Summary:
@@ -147,20 +149,17 @@ def _commands(pipeline: Pipeline, out: Path) -> list[Command]:
     ]
 
 
-def _caveats(pipeline: Pipeline) -> list[str]:
-    shipped = [
-        run.name for run in (pipeline.codec, *pipeline.stages)
-        for source in (run.init.codec if run is pipeline.codec else run.init.student,) if source and "assets" in source
-    ]  # fmt: skip
+def _caveats(stages: Sequence[Stage]) -> list[str]:
+    shipped = [stage.name for stage in stages if (stage.init_from or "").startswith(SHIPPED)]
     notes = [
         "Camera scores are measured on generated pixels, by aligning them to the known world, and only where the "
         "first frame saw it; what a model invents elsewhere is not judged.",
         "Latency is that of this machine, batch 1, float32; the clock is that of the paper's table 1 (network only).",
     ]
     if shipped:
-        notes.insert(
-            0,
-            f"To fit the time, {' and '.join(shipped)} continued from checkpoints shipped with minwm, made by "
-            "`minwm pipeline demo-scratch`; every other stage started from the stage before it.",
+        start = (
+            f"To fit the time, {', '.join(shipped)} continued from checkpoints shipped with minwm; "
+            "minwm/assets/demo/README.md says how they were made. Every other stage started from one before it."
         )
+        notes.insert(0, start)
     return notes
