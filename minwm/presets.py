@@ -34,7 +34,7 @@ class Evaluation:
     examples: int = 6
     """Clips shown in the report."""
     seed: int = 1
-    bench_repeats: int = 5
+    bench_repeats: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +79,13 @@ def starting_checkpoint(name: str) -> str | None:
 def demo(out: Path) -> Pipeline:
     """Everything in minutes on two CPU cores; some stages continue from shipped checkpoints."""
     steps = {
-        "codec": 60,
+        "codec": 150,
         "foundation": 60,
-        "camera": 300,
-        "ar": 200,
+        "camera": 200,
+        "ar": 280,
         "ode": 120,
-        "consistency": 150,
-        "dmd": 100,
+        "consistency": 110,
+        "dmd": 75,
     }
     pipeline = _pipeline("demo", out, clips=256, worlds_seed=0, steps=steps, batch=12)
     codec = replace(pipeline.codec, init=Init(codec=starting_checkpoint("codec")))
@@ -101,7 +101,7 @@ def _from_shipped(run: Run) -> Run:
 def demo_scratch(out: Path) -> Pipeline:
     """The same from random weights, in hours: what made the shipped checkpoints."""
     steps = {
-        "codec": 4000,
+        "codec": 2500,
         "foundation": 2600,
         "camera": 4000,
         "ar": 1000,
@@ -164,8 +164,8 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
     after_ar = Init(student=folder("ar"), teacher=folder("ar"))
     bidirectional, causal = BidirectionalConfig(time=law), AutoregressiveConfig(time=law)
     ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
-    consistency = ConsistencyConfig(shift=SHIFT, guidance=1.5, target_decay=0.95)
-    dmd = DmdConfig(shift=SHIFT, guidance=1.5)
+    consistency = ConsistencyConfig(grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9)
+    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     stages = (
         run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init()),
@@ -173,7 +173,7 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
         run("ar", stepwise, causal, 5e-4, Init(student=folder("camera"))),
         replace(run("ode", few, ode, 3e-4, Init(student=folder("ar"))), data=folder("trajectories")),
         run("consistency", few, consistency, 3e-4, after_ar),
-        replace(run("dmd", few, dmd, 5e-5, scores), critic=OptimConfig(lr=1e-4, beta1=0.0, warmup=5)),
+        replace(run("dmd", few, dmd, 1e-4, scores), critic=OptimConfig(lr=2e-4, beta1=0.0, warmup=5)),
     )
     codec = Run(
         name="codec",
@@ -189,7 +189,7 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
     )
     render = RenderConfig(seed=worlds_seed, motion=MOTION, latents=base.latents, clips_per_world=1)
     return Pipeline(
-        name=name, render=render, clips=clips, encode=EncodeConfig(), codec=codec, stages=stages, collect=96
+        name=name, render=render, clips=clips, encode=EncodeConfig(), codec=codec, stages=stages, collect=64
     )
 
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,6 +168,7 @@ def write_numbers(values: Mapping[str, Any], file: Path | None) -> None:
 
     if file:
         line = shlex.join(["minwm", *sys.argv[1:]])
-        about = {"command": line, "commit": git_commit(), "versions": versions()}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        about = {"command": line, "date": date, "commit": git_commit(), "versions": versions()}
         with atomic(file) as temporary:
             temporary.write_text(jsonlib.dumps({**about, **values}, indent=1) + "\n")
