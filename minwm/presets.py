@@ -82,20 +82,22 @@ def demo(out: Path) -> Pipeline:
         "codec": 150,
         "foundation": 60,
         "camera": 200,
-        "ar": 280,
+        "ar": 380,
         "ode": 120,
         "consistency": 110,
         "dmd": 75,
     }
     pipeline = _pipeline("demo", out, clips=256, worlds_seed=0, steps=steps, batch=12)
-    codec = replace(pipeline.codec, init=Init(codec=starting_checkpoint("codec")))
-    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run) for run in pipeline.stages))
+    codec = _from_shipped(pipeline.codec, "codec")
+    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run, "student") for run in pipeline.stages))
 
 
-def _from_shipped(run: Run) -> Run:
-    """A stage that continues from a shipped checkpoint of itself, where there is one."""
+def _from_shipped(run: Run, role: str) -> Run:
+    """A stage that continues, gently, from a shipped checkpoint of itself, where there is one."""
     shipped = starting_checkpoint(run.name)
-    return replace(run, init=replace(run.init, student=shipped)) if shipped else run
+    if not shipped:
+        return run
+    return replace(run, init=replace(run.init, **{role: shipped}), optim=replace(run.optim, lr=0.2 * run.optim.lr))
 
 
 def demo_scratch(out: Path) -> Pipeline:

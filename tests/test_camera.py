@@ -193,8 +193,8 @@ def test_save_and_load_lose_nothing(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda r: r.pop("K"), "lacks K"),
-        (lambda r: r.update(convention="c2w, OpenGL"), "camera convert"),
-        (lambda r: r.update(schema=2), "camera convert"),
+        (lambda r: r.update(convention="c2w, OpenGL"), "CameraTrack.save"),
+        (lambda r: r.update(schema=2), "CameraTrack.save"),
         (lambda r: r.update(fps="fast"), "fast"),
         (lambda r: r["c2w"].pop(), "K has shape"),
         (lambda r: r["c2w"][3][0].pop(), "camera.json"),
