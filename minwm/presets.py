@@ -111,7 +111,7 @@ def demo_scratch(out: Path) -> Pipeline:
         "consistency": 1000,
         "dmd": 500,
     }
-    return _pipeline("demo-scratch", out, clips=1200, worlds_seed=1, steps=steps, batch=16)
+    return _pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
 
 
 def smoke(out: Path) -> Pipeline:

@@ -138,7 +138,7 @@ def _commands(pipeline: Pipeline, out: Path) -> list[Command]:
         Command("the whole run again; finished parts are kept", f"minwm pipeline {pipeline.name} --out {out}"),
         Command(
             "your own trajectory, in a world of your choice, with the keys drawn in",
-            f'minwm generate --model {last} --world 42 --trajectory "w*4,l*4" --keys --out my.mp4',
+            f'minwm generate --model {last} --world 5042 --trajectory "w*4,l*4" --keys --out my.mp4',
         ),
         Command("measure one model alone", f"minwm eval --model {last} --json eval.json"),
         Command("its latency and speed", f"minwm bench --model {last} --json bench.json"),
