@@ -165,13 +165,10 @@ def _pipeline(stages: Sequence[Stage]) -> str:
     cards = []
     for i, stage in enumerate(stages):
         main = next(iter(stage.losses.values()), ())
-        facts = [
-            ("init", stage.init_from or "random"),
-            ("steps", number(stage.steps)),
-            ("time", duration(stage.seconds)),
-        ]
+        facts = [("time", duration(stage.seconds))]
         if stage.steps:
-            facts.append(("speed", f"{number(stage.steps / max(stage.seconds, 1e-9))} steps/s"))
+            speed = f"{number(stage.steps / max(stage.seconds, 1e-9))} steps/s"
+            facts += [("init", stage.init_from or "random"), ("steps", number(stage.steps)), ("speed", speed)]
         if len(main):
             ends = smooth(main)
             facts.append((next(iter(stage.losses)), f"{number(ends[0])} → {number(ends[-1])}"))
