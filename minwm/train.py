@@ -232,18 +232,19 @@ def train(run: Run, out: Path) -> Summary:
     _claim(run, out)
     if done.exists():
         return loads(Summary, done.read_text())
-    device, start = pick_device(), time.monotonic()
+    device = pick_device()
     if isinstance(run.recipe, CodecTraining):
-        result, seconds = _train_codec(run, run.recipe, out, device)
+        result = _train_codec(run, run.recipe, out, device)
     else:
-        result, seconds = _train_network(run, out, device)
+        result = _train_network(run, out, device)
     losses = [line for line in read_metrics(out) if line["trains"] == "student"]
     name = next(name for name in losses[0] if name not in ("step", "trains"))
     tenth = max(1, len(losses) // 10)
     ends = [sum(line[name] for line in part) / tenth for part in (losses[:tenth], losses[-tenth:])]
-    seconds = seconds or time.monotonic() - start
     parameters = sum(p.numel() for p in result.parameters())
-    summary = Summary(steps=run.steps, seconds=seconds, first_loss=ends[0], last_loss=ends[1], parameters=parameters)
+    summary = Summary(
+        steps=run.steps, seconds=_seconds(out), first_loss=ends[0], last_loss=ends[1], parameters=parameters
+    )
     with atomic(done) as temporary:
         temporary.write_text(dumps(summary))
     return summary
@@ -265,7 +266,7 @@ def _claim(run: Run, out: Path) -> None:
             temporary.write_text(json.dumps({"run": json.loads(dumps(run)), **about}, indent=2))
 
 
-def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> tuple[nn.Module, float]:
+def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> nn.Module:
     torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
     codec, data = run.model.codec.build(), RawDataset(Path(run.data), "train")
     if run.init.codec:
@@ -276,10 +277,10 @@ def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) 
     trained = loop(run, out, CodecRecipe(codec), clips, device)
     assert isinstance(trained, Codec)
     save_codec(out, trained.cpu())
-    return trained, _seconds(out)
+    return trained
 
 
-def _train_network(run: Run, out: Path, device: torch.device) -> tuple[nn.Module, float]:
+def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
     if not run.init.codec:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec))
@@ -287,7 +288,7 @@ def _train_network(run: Run, out: Path, device: torch.device) -> tuple[nn.Module
     clips = loader(ShardDataset(Path(run.data), "train"), run.batch, run.seed, rank(), world_size())
     trained = loop(run, out, recipe, clips, device)
     save_model(out, replace(run.model, codec=codec.cfg), trained.cpu(), codec)
-    return trained, _seconds(out)
+    return trained
 
 
 def build_recipe(run: Run, device: torch.device) -> Recipe:

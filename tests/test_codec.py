@@ -111,15 +111,15 @@ def test_fit_finds_the_best_linear_code() -> None:
     variance = latents.var((0, 1, 3, 4))
     assert (variance.diff() < 0).all(), "channels are ordered from coarse to fine"
     torch.testing.assert_close(variance.mean(), torch.tensor(1.0), atol=0.02, rtol=0)
-    blocks = torch.cat([pixels[:, :1].expand(-1, 3, -1, -1, -1), pixels], 1).reshape(24, 2, 4, 3, 4, 8, 4, 8)
-    rows = blocks.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(0, 3).flatten(1)
-    u, s, v = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    best = ((u[:, 16:] * s[16:]) @ v[16:]).square().sum()
+    blocks = codec._blocks(torch.cat([pixels[:, :1].expand(-1, 3, -1, -1, -1), pixels], 1))
+    rows = blocks.movedim(1, -1).flatten(0, -2)
+    lost = torch.linalg.svdvals(rows - rows.mean(0))[16:].square().sum()
+    error = (codec.synthesis(codec.analysis(blocks)) - blocks).square().sum()
+    assert lost > 0, "or there is nothing to lose"
+    torch.testing.assert_close(error, lost, atol=0, rtol=1e-3)
     drawn, _ = codec._draw(latents, None)
-    given = pixels - drawn  # of the first group only its last frame is drawn; it stands four times in `rows`
-    error = given[:, 1:].square().sum()
-    assert error <= best <= error + 4 * given[:, :1].square().sum() * 1.5
-    assert best > 0
+    linear = torch.nn.functional.pixel_shuffle(codec.synthesis(codec.analysis(blocks)), 8)
+    torch.testing.assert_close(drawn, linear.unflatten(0, (24, 2)).reshape(24, 8, 3, 32, 32)[:, 3:], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

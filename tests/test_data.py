@@ -18,8 +18,8 @@ from minwm.core.media import pixels
 from minwm.core.trajectory import Motion, parse
 from minwm.core.types import Clip
 from minwm.data import clips as clips_module
-from minwm.data.clips import ClipFolder, ClipRecord, DataError, actions, check, report, sheet, split_of
-from minwm.data.dataset import Loader, RawDataset, ShardDataset, check_shards, loader
+from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet
+from minwm.data.dataset import RawDataset, ShardDataset, check_shards
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, WorldSource, check_renders, produce, render_worlds, reproduce
 from minwm.data.shards import index_path, list_shards, read_index
@@ -201,21 +201,6 @@ def test_report_counts_and_shows(made: Path) -> None:
     assert found["licences"] == {"CC0-1.0": 12} and found["path_length"]["median"] == pytest.approx(0.25)
     json.dumps(found)
     assert sheet(made / "raw", rows=3).shape[0] >= 3 * 16
-
-
-NAMES = {"w": "forward", "s": "back", "a": "left", "d": "right", "u": "up", "dn": "down", "static": "still"}
-TURNS = {"i": "look up", "k": "look down", "j": "turn left", "l": "turn right"}
-
-
-@pytest.mark.parametrize(("keys", "name"), (NAMES | TURNS).items())
-def test_actions_read_off_poses_are_the_keys(keys: str, name: str) -> None:
-    assert actions(parse(f"{keys}*2").track(MOTION, intrinsics(70.0, 16, 16))) == [name, name]
-
-
-def test_the_split_depends_on_the_scene_alone() -> None:
-    assert [split_of(f"world:{i}", 0.1) for i in range(20)].count("val") == 2  # fixed for ever
-    share = np.mean([split_of(f"world:{i}", 0.1) == "val" for i in range(5000)])
-    assert abs(share - 0.1) < 0.02
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,57 +395,3 @@ def test_a_wrong_folder_is_named(tmp_path: Path, made: Path) -> None:
             ShardDataset(path, "train")
     with pytest.raises(UserError, match="minwm data render"):
         ClipFolder(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------
-# Loader
-
-
-@dataclass
-class Numbers:
-    """Records that are their own index."""
-
-    size: int
-    fingerprint: int = 7
-
-    def __len__(self) -> int:
-        return self.size
-
-    def batch(self, indices: Any) -> list[int]:
-        return list(indices)
-
-
-def test_resume_is_exact(made: Path) -> None:
-    data = ShardDataset(made / "shards", "train")
-    whole = loader(data, 3, seed=5)
-    for _ in range(7):
-        next(whole)
-    state = json.loads(json.dumps(whole.state()))
-    resumed = loader(data, 3, seed=5)
-    resumed.load(state)
-    for _ in range(9):
-        one, two = next(whole), next(resumed)
-        assert torch.equal(one.latents, two.latents) and torch.equal(one.cond.text, two.cond.text)
-
-
-def test_an_epoch_holds_every_record_once_in_a_new_order() -> None:
-    stream = Loader(Numbers(10), 4, seed=1)
-    drawn = [i for _ in range(5) for i in next(stream)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
-    assert stream.state() | {"epoch": 1, "position": 10} == stream.state()
-
-
-def test_ranks_share_the_batch_of_one_process() -> None:
-    one = Loader(Numbers(10), 6, seed=3)
-    ranks = [Loader(Numbers(10), 2, seed=3, rank=r, world=3) for r in range(3)]
-    for _ in range(8):
-        assert next(one) == [i for r in ranks for i in next(r)]
-    assert one.state() == ranks[0].state() == ranks[2].state()
-
-
-def test_resuming_on_other_data_is_refused() -> None:
-    state = Loader(Numbers(10), 2).state()
-    with pytest.raises(DataError, match="fingerprint"):
-        Loader(Numbers(10, fingerprint=8), 2).load(state)
-    with pytest.raises(DataError, match="seed"):
-        Loader(Numbers(10), 2, seed=1).load(state)

@@ -5,10 +5,9 @@ encoder is shown the first frame four times, and of the four frames that the dec
 the last is kept: one rule makes all latents. Space and the four frames of a group are folded into channels at
 once (pixel unshuffle): convolutions at full resolution would cost thirty times as much.
 
-The encoder is linear: the principal components of such blocks, found in closed form (`fit`). It wins over a
-learned one here: neighbouring latents stay alike, coarse channels weigh more than fine ones, and it never
-moves, so networks that know its latents stay right while the decoder goes on learning. The decoder adds what a
-network knows of such pictures to the linear reconstruction.
+The encoder is linear: the principal components of such blocks, found in closed form (`fit`). Its channels are
+ordered from coarse to fine, and it never moves, so networks that know its latents stay right while the decoder
+goes on learning. The decoder adds what a network knows of such pictures to the linear reconstruction.
 
 Time is crossed by the decoder's `Recall` blocks alone, which look one latent back. What they looked at last,
 and the frames that wait for a group to be full, are the whole state of a stream; it is a value that the caller

@@ -332,9 +332,6 @@ def test_consistency_target_follows_the_student() -> None:
     assert not gradients(target)
 
 
-# DMD
-
-
 def test_critic_steps_follow_every_student_step() -> None:
     recipe = make("dmd", critic_updates=2, steps=1)
     assert [recipe.loss(clip(), s, seeded()).trains[0] for s in range(7)] == list("sccsccs")
