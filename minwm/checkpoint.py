@@ -5,9 +5,10 @@ DIR/state/000400/                      what resuming needs: networks, optimisers
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minwm.core.camera import intrinsics
-from minwm.core.config import UserError, dumps, loads
+from minwm.core.config import dumps, loads
 from minwm.core.media import atomic
+from minwm.core.runtime import pick_device
 from minwm.core.trajectory import Motion
+from minwm.core.weights import (
+    CheckpointError,
+    describe,
+    fill,
+    mismatches,
+    new_folder,
+    read_weights,
+    write_safetensors,
+)
+from minwm.formats import Published
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 from minwm.nets.text import WordText
+from minwm.nets.umt5 import Umt5Text
 from minwm.nets.wan import WanConfig
+from minwm.nets.wan_vae import WanVae, WanVaeConfig, diffusers_names
 from minwm.sampling import Sampler
 
-
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or of another architecture."""
+AnyCodecConfig = CodecConfig | WanVaeConfig | TaehvConfig
+AnyCodec = Codec | WanVae | Taehv
+SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
+"""Focal lengths of square pictures, 70 degrees wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,33 +55,48 @@ class ModelConfig:
 
     network: WanConfig
     sampler: Sampler
-    codec: CodecConfig
+    codec: AnyCodecConfig
     motion: Motion
     """Speeds and frame rate: a key means the same motion for every model trained on them."""
-    text: WordText = field(default_factory=WordText)
+    text: WordText | Umt5Text = field(default_factory=WordText)
+    negative: str | None = None
+    """Prompt of the unconditional branch of guidance; None: states of zeros."""
     latents: int = 9
     """Latent frames per training clip."""
     height: int = 64
     width: int = 64
-    fov: float = 70.0
-    """Horizontal field of view of the training cameras, in degrees."""
+    focal: tuple[float, float] = SQUARE_70
+    """fx / width and fy / height of the training cameras."""
     chunk: int = 2
     first: int = 1
     sink: int = 1
     window: int = 8
+    roll: bool = False
+    """Sinks follow the window in time (`Geometry.roll`): for streams much longer than training clips."""
 
     @property
     def geometry(self) -> Geometry:
         tokens = (self.height // self.scale // self.network.patch) * (self.width // self.scale // self.network.patch)
-        return Geometry(tokens=tokens, chunk=self.chunk, first=self.first, sink=self.sink, window=self.window)
+        return Geometry(
+            tokens=tokens, chunk=self.chunk, first=self.first, sink=self.sink, window=self.window, roll=self.roll
+        )
 
     @property
     def intrinsics(self) -> Float[np.ndarray, "4"]:
-        return intrinsics(self.fov, self.width, self.height)
+        return np.array([*self.focal, 0.5, 0.5])
 
     @property
     def scale(self) -> int:
-        return Codec.scale
+        return self.codec.scale
+
+    def read(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
+        texts = self.text.encode(prompts)
+        return {"text": texts} if (null := self.null()) is None else {"text": texts, "null": null.expand_as(texts)}
+
+    def null(self) -> Float[Tensor, "l d"] | None:
+        """Text states of the negative prompt."""
+        return None if self.negative is None else self.text.encode([self.negative])[0]
 
     def latent_shape(self, batch: int, latents: int | None = None) -> tuple[int, int, int, int, int]:
         frames = latents or self.latents
@@ -79,7 +109,15 @@ class Model:
 
     config: ModelConfig
     net: Backbone
-    codec: Codec
+    codec: AnyCodec
+
+    def ready(self) -> "Model":
+        """The model on this machine's device, in place; on a GPU in bfloat16, which is what its kernels are for."""
+        device = pick_device()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for part in (self.net, self.codec):
+            part.to(device, dtype)
+        return self
 
 
 def save_model(folder: Path, config: ModelConfig, net: nn.Module, codec: nn.Module) -> None:
@@ -106,16 +144,61 @@ def load_config(folder: Path) -> ModelConfig:
     return loads(ModelConfig, path.read_text())
 
 
-def save_codec(folder: Path, codec: Codec) -> None:
+def adopt(source: Published, config: ModelConfig, codec: Path, target: Path) -> list[str]:
+    """Make a model folder of a published transformer and codec; returns sentences about what was chosen.
+
+    `config` says all but the network, which is the file's own; its codec may be another than what `codec` holds
+    (`read_codec`). Raises CheckpointError if anything does not fit; then nothing is written.
+    """
+    if problems := source.mismatches():
+        raise CheckpointError(f"{source.weights.path} is no whole network: {describe(problems)}")
+    if source.action:
+        raise CheckpointError(
+            f"{source.weights.path} has {len(source.action)} trained parameters of discrete actions, for which no "
+            "network here has a place; --drop-action leaves them out, and changes what it does"
+        )
+    codec_config, tensors = read_codec(codec, config.codec)
+    if codec_config.channels != source.config.channels:
+        raise CheckpointError(
+            f"{codec} has latents of {codec_config.channels} channels, {source.weights.path} of "
+            f"{source.config.channels}: they do not belong together"
+        )
+    with new_folder(target) as folder:
+        write_safetensors(folder / "codec.safetensors", tensors)
+        write_safetensors(folder / "model.safetensors", source.tensors)
+        _write_text(folder / "model.json", dumps(replace(config, network=source.config, codec=codec_config)))
+    return list(source.notes)
+
+
+def read_codec(path: Path, expected: AnyCodecConfig) -> tuple[AnyCodecConfig, dict[str, Tensor]]:
+    """Config and tensors, by our names, of a published codec: a Wan VAE in either naming, or a tiny TAEHV."""
+    tensors = read_weights(path).tensors
+    config = TAEHV.get(path.stem, expected)
+    if isinstance(config, WanVaeConfig):
+        names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
+        if "quant_conv.weight" in tensors:
+            tensors = {names.get(name, name): value for name, value in tensors.items()}
+    with torch.device("meta"):
+        skeleton = config.build()
+    if problems := mismatches(skeleton, tensors):
+        raise CheckpointError(f"{path} does not fit {type(skeleton).__name__}: {describe(problems)}")
+    return config, tensors
+
+
+def save_codec(folder: Path, codec: AnyCodec) -> None:
     _save(folder / "codec.safetensors", codec.state_dict())
     _write_text(folder / "codec.json", dumps(codec.cfg))
 
 
-def load_codec(folder: Path) -> Codec:
+def load_codec(folder: Path) -> AnyCodec:
+    """The codec of a codec folder or of a model folder."""
     path = folder / "codec.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder} holds no codec (no codec.json)")
-    codec = loads(CodecConfig, path.read_text()).build()
+    if path.exists():
+        codec = loads(AnyCodecConfig, path.read_text()).build()
+    elif (folder / "model.json").exists():
+        codec = load_config(folder).codec.build()
+    else:
+        raise CheckpointError(f"{folder} holds no codec (neither codec.json nor model.json)")
     load_weights(codec, folder / "codec.safetensors")
     return codec.eval().requires_grad_(False)
 
@@ -125,22 +208,7 @@ def load_weights(net: nn.Module, path: Path, may_be_new: tuple[str, ...] = ()) -
 
     Those keep their initialisation: this is how a zero-initialised camera branch joins a model without one.
     """
-    found, wanted = _load(path), net.state_dict()
-    unknown = sorted(set(found) - set(wanted))
-    missing = sorted(set(wanted) - set(found))
-    new = [key for key in missing if key.endswith(may_be_new)] if may_be_new else []
-    wrong = [
-        f"{key} is {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in found
-        if key in wanted and found[key].shape != wanted[key].shape
-    ]
-    lost = [key for key in missing if key not in new]
-    if unknown or lost or wrong:
-        parts = [("unexpected", unknown), ("missing", lost), ("of another shape", wrong)]
-        problems = "; ".join(f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in parts if keys)
-        raise CheckpointError(f"{path} is of another architecture than {type(net).__name__}: {problems}")
-    net.load_state_dict(found, strict=False)
-    return new
+    return fill(net, _load(path), path, may_be_new)
 
 
 class States:

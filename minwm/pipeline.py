@@ -41,17 +41,17 @@ class Timing:
 def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = None) -> None:
     """Make everything that `out` lacks, to the end or to the stage `until`; `say` gets a line per part."""
     part = Part(out, say)
-    part(
-        "render",
-        lambda: render_worlds(out / "raw", pipeline.render, clips=pipeline.clips, workers=pipeline.workers),
-    )
-    _train(pipeline.codec, out, say)
-    if until == "codec":
-        return
-    codec = load_codec(out / "codec")
+    if (render := pipeline.render) is not None:
+        part("render", lambda: render_worlds(out / "raw", render, clips=pipeline.clips, workers=pipeline.workers))
+    if pipeline.codec:
+        _train(pipeline.codec, out, say)
+        if until == "codec":
+            return
+    start = pipeline.stages[0]
+    codec = load_codec(Path(str(start.init.codec))).to(pick_device())
     part(
         "encode",
-        lambda: encode_clips(out / "raw", out / "latents", codec, pipeline.codec.model.text, cfg=pipeline.encode),
+        lambda: encode_clips(out / "raw", out / "latents", codec, start.model.text, pick_device(), pipeline.encode),
     )
     for run in pipeline.stages:
         if isinstance(run.recipe, OdeConfig):
@@ -104,7 +104,7 @@ def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
         draws = generator(run.seed, "collect", number, device=device)
         return collect(net, clip.to(device), cfg, teacher.config.geometry, draws)
 
-    source = ShardDataset(out / "latents", "train")
+    source = ShardDataset(out / "latents", "train", null=run.model.null())
     about = {"teacher": run.init.student, "seed": run.seed, **asdict(cfg)}
     with torch.no_grad():
         collect_trajectories(source, out / "trajectories", clips, trajectories, about, batch=run.batch)
@@ -127,7 +127,7 @@ class Evaluated:
 def evaluate(pipeline: Pipeline, out: Path, say: Say) -> None:
     """Measure the stages of the evaluation and the anchors on the same held-out clips; finished rows are kept."""
     plan, folder = pipeline.evaluation, out / "eval"
-    last = load_model(out / plan.stages[-1])
+    last = load_model(out / plan.stages[-1]).ready()
     held = HeldOut.make(last.config, plan.clips)
     videos = {**held.suite.anchors(), "codec": codec_bound(last, held)}
     _save_videos(folder / "truth.safetensors", held.truth)
@@ -164,7 +164,7 @@ def _anchor(config: ModelConfig, held: HeldOut, videos: Videos) -> Evaluated:
 
 
 def _evaluate_stage(plan: Evaluation, out: Path, name: str, held: HeldOut) -> Evaluated:
-    model = load_model(out / name)
+    model = load_model(out / name).ready()
     videos = generate_held_out(model, held, plan.seed)
     _save_videos(out / "eval" / f"{name}.safetensors", videos)
     measured, table = measure(model.config, held, videos), None

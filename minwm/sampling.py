@@ -4,14 +4,15 @@ One rollout serves generation, live play and the self-rollout of DMD; only who a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.core.camera import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, guide, interpolate, schedule
 from minwm.core.types import Condition
@@ -166,24 +167,67 @@ def guided_velocity(net: Backbone, x: Latents, t: Tensor, bound: Bound, scope: S
     return guide(cond, uncond, scale)
 
 
+REACH = 8.0
+"""World units that a camera may be from the origin of its stream's cache before the cache is moved to it.
+
+Projective keys and queries grow with that distance while their products do not; bfloat16 would lose the difference.
+"""
+
+
 class Stream:
     """A network unrolled chunk by chunk: its arena, its prompt, and the index of the next chunk.
 
-    The chunk functions are pure in (noise, cameras, chunk index, arena); only `commit` moves the stream on.
+    The chunk functions are pure in (noise, cameras, chunk index, arena). `commit` moves the stream on, and `look`
+    brings the cache to where the next chunk is: attention knows only differences of positions and relative poses,
+    so this changes no result, but it keeps numbers small however far and long one walks.
     """
 
-    def __init__(self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0) -> None:
-        self.net, self.geometry, self.guidance = net, geometry, guidance
+    def __init__(
+        self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0, reach: float | None = REACH
+    ) -> None:
+        self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
         self.text = net.read(self._branches(cond).text)
         self.arena = net.arena(geometry, len(self._branches(cond).text))
         self.chunk = 0
+        self.origin = torch.eye(4, dtype=torch.float64).expand(len(cond.text), 4, 4)
+        """Pose of the cache's world frame in the caller's."""
+        self.rolled = 0
+        """Latent frames by which the sinks have moved in time."""
 
     def _branches(self, cond: Condition) -> Condition:
         return cond if self.guidance == 1 else Condition.stack(cond, cond.without_text())
 
     def look(self, cond: Condition) -> Bound:
         """Cameras of the current chunk, with the stream's prompt."""
+        origin = self.origin
+        if cond.w2c is not None:
+            w2c = cond.w2c.double().cpu()
+            if self.reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > self.reach:
+                origin = se3_inverse(w2c[:, 0].detach())
+            cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
+        self._settle(origin, self.geometry.rolled(self.chunk))
         return Bound(self.text, self.net.watch(self._branches(cond)))
+
+    @torch.no_grad()
+    def _settle(self, origin: Float[Tensor, "b 4 4"], rolled: int) -> None:
+        """Express the cache in another world frame, and move its sinks in time."""
+        geometry = self.geometry
+        text, sinks = geometry.text, geometry.text + geometry.start(geometry.sink) * geometry.tokens
+        if origin is not self.origin:
+            frame = (se3_inverse(self.origin) @ origin).repeat(1 if self.guidance == 1 else 2, 1, 1)
+            self.arena.rewrite(lambda kv: self.net.rebased(kv, frame), slice(text, None), values=True)
+        if moved := rolled - self.rolled:
+            self.arena.rewrite(lambda keys: self.net.later(keys, moved), slice(text, sinks), values=False)
+        self.origin, self.rolled = origin, rolled
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten."""
+        return self.arena.about_to_lose(self.chunk), self.chunk, self.origin, self.rolled
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        lost, self.chunk, origin, rolled = snapshot
+        self._settle(origin, rolled)
+        self.arena.put_back(self.chunk, lost)
 
     def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
         """The current chunk, denoised but not yet committed. noise: `draws_of(sampler)` draws."""
@@ -237,7 +281,7 @@ def stream(
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         bound = state.look(cond.frames(a, b))
         if index == 0 and cond.first is not None:
-            x = _image_chunk(cond.first, geometry)
+            x = image_chunk(cond.first, geometry)
         else:
             x = state.next_chunk(bound, noise[:, :, a:b], sampler)
         yield x
@@ -269,12 +313,17 @@ def self_rollout(
     Every chunk is denoised in full and that result, not the scored one, becomes the context of later chunks;
     context carries no gradient.
     """
-    state = Stream(net, cond, geometry)
+    if net.checkpointing and exit_step is not None and len(geometry.chunks(noise.shape[2])) > geometry.slots:
+        raise ConfigError(
+            f"a self-rollout of {noise.shape[2]} latents overwrites its cache of {geometry.slots} chunks, which "
+            "checkpointing reads again in the backward pass; raise window, or switch checkpointing off"
+        )
+    state = Stream(net, cond, geometry, reach=None)
     clip, scored = [], []
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         bound = state.look(cond.frames(a, b))
         if index == 0 and cond.first is not None:
-            x, graded = _image_chunk(cond.first, geometry), None
+            x, graded = image_chunk(cond.first, geometry), None
         else:
             x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step)
         clip.append(x)
@@ -283,7 +332,8 @@ def self_rollout(
     return torch.cat(clip, 1), torch.cat(scored, 1)
 
 
-def _image_chunk(first: Latents, geometry: Geometry) -> Latents:
+def image_chunk(first: Latents, geometry: Geometry) -> Latents:
+    """The image as the first chunk of a stream; ConfigError if that has another length."""
     if geometry.lead != 1:
         raise ConfigError(
             f"an image start is one latent frame, but the first chunk has {geometry.lead}; set geometry.first=1"

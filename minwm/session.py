@@ -14,16 +14,17 @@ from jaxtyping import Float, UInt8
 from minwm.checkpoint import Model, ModelConfig
 from minwm.core.camera import CameraTrack, se3_inverse, views
 from minwm.core.config import UserError
+from minwm.core.flow import Latents
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
 from minwm.core.runtime import generator
 from minwm.core.trajectory import Action, Motion, drive
 from minwm.core.types import Condition
 from minwm.render.worlds import World
-from minwm.sampling import Bidirectional, Stream, draw, draws_of, generate
+from minwm.sampling import Bidirectional, Stream, draw, draws_of, generate, image_chunk
 
 Pose = Float[np.ndarray, "4 4"]
-Frames = UInt8[np.ndarray, "n h w 3"]
+Frames = UInt8[np.ndarray, "n H W 3"]
 
 
 @runtime_checkable
@@ -91,49 +92,55 @@ class RendererEngine:
 
 
 class ModelEngine:
-    """A causal model, streamed chunk by chunk from its first image; deterministic for a seed."""
+    """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed."""
 
-    def __init__(self, model: Model, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int = 0) -> None:
+    def __init__(self, model: Model, image: UInt8[np.ndarray, "h w 3"] | None, prompt: str, seed: int = 0) -> None:
         cfg = model.config
         if isinstance(cfg.sampler, Bidirectional):
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
-        check_image(cfg, image)
+        if image is not None:
+            check_image(cfg, image)
         self.model, self.image, self.motion, self.chunk = model, image, cfg.motion, cfg.chunk
         self.sampler, self.seed, self.device = cfg.sampler, seed, next(model.net.parameters()).device
-        self.text = cfg.text.encode([prompt])
+        self.text = cfg.read([prompt])
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
 
     @torch.no_grad()
     def start(self) -> Frames:
-        self.noise = generator(self.seed, "session")
-        first, _ = self.model.codec.encode_next(pixels(self.image)[None, None].to(self.device))
-        cond = self._look(np.eye(4)[None])
-        self.stream = Stream(self.model.net, cond, self.model.config.geometry, self.sampler.guidance)
-        self.stream.commit(self.stream.look(cond), first)
-        decoded, self.decoding = self.model.codec.decode_next(first)
-        return to_frames(decoded[0])
+        """The image; without one, the first chunk, in which the camera stands still."""
+        self.noise, self.decoding = generator(self.seed, "session"), None
+        geometry, first = self.model.config.geometry, None
+        still = np.eye(4)[None].repeat(geometry.lead, 0)
+        self.stream = Stream(self.model.net, self._look(still), geometry, self.sampler.guidance)
+        if self.image is not None:
+            first = self.model.codec.encode(pixels(self.image)[None, None].to(self.device))
+            first = image_chunk(first, geometry)
+        return self._chunk(still, first)
 
     @torch.no_grad()
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
-        bound = self.stream.look(self._look(c2w[self.motion.stride - 1 :: self.motion.stride]))
-        shape = (draws_of(self.sampler), *self.model.config.latent_shape(1, self.chunk))
-        noise = torch.randn(shape, generator=self.noise).to(self.device)
-        latents = self.stream.next_chunk(bound, noise, self.sampler)
+        return self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
+
+    def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Frames:
+        bound = self.stream.look(self._look(c2w))
+        if latents is None:
+            shape = (draws_of(self.sampler), *self.model.config.latent_shape(1, len(c2w)))
+            noise = torch.randn(shape, generator=self.noise).to(self.device)
+            latents = self.stream.next_chunk(bound, noise, self.sampler)
         decoded, self.decoding = self.model.codec.decode_next(latents, self.decoding)
         self.stream.commit(bound, latents)
         return to_frames(decoded[0])
 
     def _look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
         w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
-        return Condition(text=self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
+        return Condition(**self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
-        lost = self.stream.arena.about_to_lose(self.stream.chunk)
-        return lost, self.stream.chunk, self.decoding, self.noise.get_state()
+        return self.stream.snapshot(), self.decoding, self.noise.get_state()
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        lost, self.stream.chunk, self.decoding, state = snapshot
-        self.stream.arena.put_back(self.stream.chunk, lost)
+        stream, self.decoding, state = snapshot
+        self.stream.restore(stream)
         self.noise.set_state(state)
 
 
@@ -178,23 +185,26 @@ class Session:
 @torch.no_grad()
 def generate_clips(
     model: Model,
-    images: UInt8[np.ndarray, "b h w 3"],
+    images: UInt8[np.ndarray, "b h w 3"] | None,
     prompts: list[str],
     tracks: list[CameraTrack],
     seed: int,
 ) -> UInt8[np.ndarray, "b n h w 3"]:
-    """Videos from first images along camera tracks (pixel rate), with whatever sampler the model has, on its device.
+    """Videos along camera tracks (pixel rate), with whatever sampler the model has, on its device.
 
+    They begin with the images; without any, with what the prompts say.
     Raises UserError for images of another size, or a length that the model cannot make.
     """
     cfg, device = model.config, next(model.net.parameters()).device
     w2c, K = views(tracks, cfg.motion.stride)
-    check_image(cfg, images[0])
     check_length(cfg, w2c.shape[1])
-    first = model.codec.encode(pixels(images)[:, None].to(device))
-    cond = Condition(text=cfg.text.encode(prompts), w2c=w2c, K=K, first=first).to(device)
-    shape = cfg.latent_shape(len(images), w2c.shape[1])
-    noise = draw(shape, draws_of(cfg.sampler), first, generator(seed, "generate"))
+    first = None
+    if images is not None:
+        check_image(cfg, images[0])
+        first = model.codec.encode(pixels(images)[:, None].to(device))
+    cond = Condition(**cfg.read(prompts), w2c=w2c, K=K, first=first).to(device)
+    shape = cfg.latent_shape(len(prompts), w2c.shape[1])
+    noise = draw(shape, draws_of(cfg.sampler), torch.empty(0, device=device), generator(seed, "generate"))
     return to_frames(model.codec.decode(generate(model.net, cfg.sampler, noise, cond, cfg.geometry)))
 
 

@@ -72,7 +72,8 @@ def _stages(pipeline: Pipeline, out: Path) -> list[Stage]:
     def part(name: str, what: str) -> Stage:
         return Stage(name, what, None, 0, part_seconds(out, name))
 
-    stages = [part("render", f"{pipeline.clips} clips with exact cameras"), _stage(pipeline.codec, out)]
+    stages = [part("render", f"{pipeline.clips} clips with exact cameras")] if pipeline.render else []
+    stages += [_stage(pipeline.codec, out)] if pipeline.codec else []
     stages.append(part("encode", "clips to latents"))
     for run in pipeline.stages:
         if isinstance(run.recipe, OdeConfig):

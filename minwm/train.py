@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from minwm.core.media import atomic
 from minwm.core.runtime import generator as make_generator
 from minwm.core.runtime import git_commit, pick_device, progress, rank, require, versions, world_size
 from minwm.data.dataset import Loader, RawDataset, ShardDataset, loader
+from minwm.formats import CAMERA
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import Codec
 from minwm.recipes.base import Loss, Recipe
@@ -30,8 +31,6 @@ from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 
 RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
-NEW_CAMERA_KEYS = ("prope_o.weight", "prope_o.bias")
-"""What phase 1 adds to a model without camera control; zero at first."""
 
 
 class DivergedError(UserError):
@@ -98,6 +97,10 @@ class Run:
     """Decay of the averaged weights that are saved as the model; 0 saves the raw weights."""
     seed: int = 0
     save_every: int = 100
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
+    checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass: much less memory, a third more time."""
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -162,7 +165,8 @@ def loop(run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: tor
         for step in range(start, run.steps):
             parts = []
             for _ in range(run.accumulate):
-                loss = recipe.loss(next(clips).to(device), step, generator)
+                with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
+                    loss = recipe.loss(next(clips).to(device), step, generator)
                 (loss.total / run.accumulate).backward()
                 parts.append(loss)
             net, optimizer, optim = networks[loss.trains], optimizers[loss.trains], settings[loss.trains]
@@ -269,6 +273,8 @@ def _claim(run: Run, out: Path) -> None:
 def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> nn.Module:
     torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
     codec, data = run.model.codec.build(), RawDataset(Path(run.data), "train")
+    if not isinstance(codec, Codec):
+        raise ConfigError(f"{run.name}: model.codec is {type(codec).__name__}; only the small codec is trained here")
     if run.init.codec:
         codec.load_state_dict(load_codec(Path(run.init.codec)).state_dict())
     elif not States(out).latest():
@@ -285,7 +291,9 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec))
     recipe = build_recipe(run, device)
-    clips = loader(ShardDataset(Path(run.data), "train"), run.batch, run.seed, rank(), world_size())
+    begins_with_image = run.model.geometry.lead == 1
+    data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=run.model.null())
+    clips = loader(data, run.batch, run.seed, rank(), world_size())
     trained = loop(run, out, recipe, clips, device)
     save_model(out, replace(run.model, codec=codec.cfg), trained.cpu(), codec)
     return trained
@@ -302,6 +310,8 @@ def build_recipe(run: Run, device: torch.device) -> Recipe:
     }
     kind = kinds[type(run.recipe)]
     networks = {role: _fill(run, role).to(device) for role in (*kind.trained, *kind.frozen)}
+    for role in kind.trained:
+        networks[role].checkpointing = run.checkpointing
     return kind(run.recipe, networks, run.model.geometry)
 
 
@@ -319,7 +329,7 @@ def _fill(run: Run, role: str) -> Backbone:
         if role != "student":
             raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
         return net
-    load_weights(net, Path(source) / "model.safetensors", may_be_new=NEW_CAMERA_KEYS if role == "student" else ())
+    load_weights(net, Path(source) / "model.safetensors", may_be_new=CAMERA if role == "student" else ())
     return net
 
 

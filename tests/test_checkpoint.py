@@ -23,11 +23,11 @@ from minwm.checkpoint import (
 from minwm.core.config import ConfigError
 from minwm.core.trajectory import Motion
 from minwm.core.types import Condition
+from minwm.formats import CAMERA
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.nets.wan import WanConfig
 from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler
-from minwm.train import NEW_CAMERA_KEYS
 
 CONFIG = ModelConfig(
     network=WanConfig(
@@ -80,7 +80,7 @@ def test_round_trip(model: Model, saved: Path) -> None:
     "sampler", [Bidirectional(guidance=1.5), Autoregressive(steps=7), FewStep(steps=3)], ids=lambda s: s.kind
 )
 def test_the_config_says_everything(model: Model, tmp_path: Path, sampler: Sampler) -> None:
-    config = replace(CONFIG, sampler=sampler, motion=Motion(move=0.1, turn=9.0, fps=8.0), window=3, fov=80.0)
+    config = replace(CONFIG, sampler=sampler, motion=Motion(move=0.1, turn=9.0, fps=8.0), window=3, focal=(0.6, 0.7))
     save_model(tmp_path, config, model.net, model.codec)
     assert load_model(tmp_path).config == config
 
@@ -148,7 +148,7 @@ def test_only_the_camera_branch_may_be_new_and_it_is_listed(tmp_path: Path) -> N
     path, plain = tmp_path / "model.safetensors", PLAIN.build()
     save_file(plain.state_dict(), path)
     net = CONFIG.network.build()
-    new = load_weights(net, path, may_be_new=NEW_CAMERA_KEYS)
+    new = load_weights(net, path, may_be_new=CAMERA)
     assert new == [f"blocks.{i}.self_attn.prope_o.{part}" for i in range(2) for part in ("bias", "weight")]
     assert all(net.state_dict()[key].abs().max() == 0 for key in new)
     assert all(torch.equal(net.state_dict()[key], value) for key, value in plain.state_dict().items())
@@ -157,7 +157,7 @@ def test_only_the_camera_branch_may_be_new_and_it_is_listed(tmp_path: Path) -> N
     lacking = {key: value for key, value in plain.state_dict().items() if not key.startswith("head.")}
     save_file(lacking, path)
     with pytest.raises(CheckpointError, match=r"3 missing: head\.head\.bias"):
-        load_weights(net, path, may_be_new=NEW_CAMERA_KEYS)
+        load_weights(net, path, may_be_new=CAMERA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

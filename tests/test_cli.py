@@ -87,9 +87,9 @@ BAD = [
     ("camera show w*2,q*3", "'q' is not a key; use w s a d"),
     ("camera show none.json", "none.json: cannot read a camera track"),
     ("camera check none.json", "none.json: cannot read a camera track"),
-    ("inspect nowhere", "nowhere holds no model (no model.json)"),
+    ("inspect nowhere", "nowhere does not exist"),
     ("data check nowhere", "nowhere/manifest.json: missing"),
-    ("data encode nowhere --codec nowhere --out x", "nowhere holds no codec"),
+    ("data encode nowhere --codec nowhere --out x", "nowhere holds no codec (neither codec.json nor model.json)"),
     ("generate --model nowhere --trajectory w*8 --world 1 --out x.avi", "the name must end in .mp4"),
 ]
 

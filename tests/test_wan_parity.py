@@ -1,43 +1,17 @@
 """Our Wan is Wan: the same numbers as diffusers' class, from the same weights, every one of them random."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
 
 from minwm.core.types import Condition
+from minwm.formats import diffusers_names
 from minwm.nets.wan import Wan, WanConfig
 
 diffusers = pytest.importorskip("diffusers")
 
-SMALL = WanConfig(
-    dim=64, heads=2, layers=2, ffn=96, channels=4, text_dim=16, text_length=8, freq_dim=32, max_positions=64
-)
-RENAMES = {
-    r"condition_embedder\.time_embedder\.linear_1": "time_embedding.0",
-    r"condition_embedder\.time_embedder\.linear_2": "time_embedding.2",
-    r"condition_embedder\.time_proj": "time_projection.1",
-    r"condition_embedder\.text_embedder\.linear_1": "text_embedding.0",
-    r"condition_embedder\.text_embedder\.linear_2": "text_embedding.2",
-    r"^scale_shift_table": "head.modulation",
-    r"proj_out": "head.head",
-    r"scale_shift_table": "modulation",
-    r"\.norm2\.": ".norm3.",
-    r"attn1\.": "self_attn.",
-    r"attn2\.": "cross_attn.",
-    r"to_out\.0": "o",
-    r"to_([qkv])\.": r"\1.",
-    r"ffn\.net\.0\.proj": "ffn.0",
-    r"ffn\.net\.2": "ffn.2",
-}
-"""diffusers' parameter names to those of the release, in order; everything else has one name."""
-
-
-def release_name(key: str) -> str:
-    for pattern, name in RENAMES.items():
-        key = re.sub(pattern, name, key)
-    return key
+SMALL = WanConfig(dim=64, heads=2, layers=2, ffn=96, channels=4, text_dim=16, text_length=8, freq_dim=32)
+RELEASE = {theirs: ours for ours, theirs in diffusers_names(30).items()}
 
 
 def reference(cfg: WanConfig) -> nn.Module:
@@ -52,7 +26,7 @@ def reference(cfg: WanConfig) -> nn.Module:
         freq_dim=cfg.freq_dim,
         ffn_dim=cfg.ffn,
         num_layers=cfg.layers,
-        rope_max_seq_len=cfg.max_positions,
+        rope_max_seq_len=64,
     )
 
 
@@ -62,7 +36,7 @@ def pair() -> tuple[Wan, nn.Module]:
     theirs, ours = reference(SMALL), SMALL.build()
     for name, parameter in theirs.named_parameters():  # norms scale near 1, or attention would be uniform
         nn.init.normal_(parameter, mean=float(name.endswith(("norm_q.weight", "norm_k.weight"))), std=0.2)
-    ours.load_state_dict({release_name(key): value for key, value in theirs.state_dict().items()})
+    ours.load_state_dict({RELEASE[key]: value for key, value in theirs.state_dict().items()})
     return ours, theirs
 
 
@@ -128,7 +102,7 @@ def test_full_size_has_the_names_and_shapes_of_the_release() -> None:
     """Wan2.1-T2V-1.3B: 27 tensors per block and 15 around them, 825 in all."""
     with torch.device("meta"):
         ours, theirs = WanConfig().build(), reference(WanConfig())
-    want = {release_name(key): value.shape for key, value in theirs.state_dict().items()}
+    want = {RELEASE[key]: value.shape for key, value in theirs.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == want
     assert len(want) == len(theirs.state_dict()) == 825
     assert sum(p.numel() for p in ours.parameters()) == 1_418_996_800

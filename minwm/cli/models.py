@@ -11,7 +11,6 @@ from minwm.cli.base import (
     Count,
     Fields,
     Flag,
-    Folder,
     Json,
     ModelFolder,
     Route,
@@ -28,7 +27,10 @@ from minwm.cli.base import (
 from minwm.core.config import UserError, dumps, override, to_dict
 
 if TYPE_CHECKING:
-    from minwm.checkpoint import Model
+    import numpy as np
+    from jaxtyping import UInt8
+
+    from minwm.checkpoint import Model, ModelConfig
 
 
 @command(app, "pipeline")
@@ -94,10 +96,10 @@ def generate(
     compare: Annotated[Flag, arg(help="with --world: the true view beside it")] = False,
     seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
 ) -> None:
-    """Make a video from a first frame, a prompt and a trajectory."""
+    """Make a video along a trajectory, from a prompt, from a picture and a prompt, or from a procedural world."""
     import numpy as np
 
-    from minwm.core.media import overlay_keys, read_image, write_video
+    from minwm.core.media import overlay_keys, write_video
     from minwm.session import RendererEngine, generate_clips
 
     refuse_existing(out, ".mp4")
@@ -105,23 +107,33 @@ def generate(
     track, route = read_track(trajectory, loaded.config)
     if keys and route is None:
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
-    if image and world is None and not compare and prompt is not None:
-        first, truth = read_image(image), []
-    elif world is not None and not image:
+    if world is not None and not image:
         place = RendererEngine.spawn(world, track, loaded.config)
-        first, truth = place.start()[0], [place.advance(track.c2w)] if compare else []
+        first, truth = place.start(), [place.advance(track.c2w)] if compare else []
         prompt = place.world.caption if prompt is None else prompt
+    elif world is None and not compare and prompt is not None:
+        first, truth = _first_frame(image, loaded.config) if image else None, []
     else:
-        raise UserError("give --image PNG with --prompt TEXT, or --world SEED (which --compare needs)")
+        raise UserError("give --prompt TEXT (and --image PNG), or --world SEED (which --compare needs)")
     if loaded.config.network.camera == "none":
         say("this model has no camera control: the trajectory only says how long the video is")
     start = time.monotonic()
-    videos = [*truth, generate_clips(loaded, first[None], [prompt], [track], seed)[0]]
+    videos = [*truth, generate_clips(loaded, first, [prompt], [track], seed)[0]]
     seconds = time.monotonic() - start
     if keys and route:
         videos = [overlay_keys(video, route.keys_per_frame()) for video in videos]
     write_video(out, np.concatenate(videos, axis=2), loaded.config.motion.fps)
     say(f"{prompt!r}\n{out}: {len(track)} frames in {seconds:.1f} s")
+
+
+def _first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
+    from minwm.core.media import fit, read_image
+
+    image = read_image(path)
+    if image.shape[:2] != (cfg.height, cfg.width):
+        h, w = image.shape[:2]
+        say(f"{path}: {w}x{h} pixels, cropped in the middle and resized to the model's {cfg.width}x{cfg.height}")
+    return fit(image, cfg.height, cfg.width)[None]
 
 
 @command(app, "eval")
@@ -150,7 +162,7 @@ def bench(
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
-        loaded = _on_device(random_model(presets.stage(preset, Path("runs")).model))
+        loaded = random_model(presets.stage(preset, Path("runs")).model).ready()
     else:
         raise UserError("give --model DIR, or --preset PIPELINE/STAGE with --random-weights")
     numbers(to_dict(bench_model(loaded, repeats=repeats)), json)
@@ -159,20 +171,10 @@ def bench(
 def _load(folder: Path) -> "Model":
     from minwm.checkpoint import load_model
 
-    return _on_device(load_model(folder))
+    return load_model(folder).ready()
 
 
-def _on_device(model: "Model") -> "Model":
-    """The model on the device of this machine."""
-    from minwm.core.runtime import pick_device
-
-    for part in (model.net, model.codec):
-        part.to(pick_device())
-    return model
-
-
-@command(app, "inspect")
-def inspect_model(folder: Folder, json: Json = None) -> None:
+def inspect_model(folder: Path, json: Path | None) -> None:
     """Say what is in a model folder: sizes, sampler, geometry, speeds of its keys."""
     from minwm.checkpoint import load_model
 

@@ -41,13 +41,13 @@ def data_render(out: Out, clips: Count = 64, workers: Count = 1, show: Show = Fa
 @command(data, "data", "encode")
 def data_encode(
     raw: Folder,
-    codec: Annotated[Path, arg(metavar="DIR", help="codec folder, such as runs/demo/codec")],
+    codec: Annotated[Path, arg(metavar="DIR", help="codec folder, or model folder, whose text encoder is used too")],
     out: Out,
     show: Show = False,
     fields: Fields = (),
 ) -> None:
     """Turn raw clips into latent shards."""
-    from minwm.checkpoint import load_codec
+    from minwm.checkpoint import load_codec, load_config
     from minwm.core.runtime import pick_device
     from minwm.data.encode import EncodeConfig, encode_clips
     from minwm.nets.text import WordText
@@ -55,7 +55,8 @@ def data_encode(
     cfg, device = override(EncodeConfig(), changes(fields)), pick_device()
     if show:
         return say(dumps(cfg))
-    made = encode_clips(raw, out, load_codec(codec).to(device), WordText(), device, cfg)
+    text = load_config(codec).text if (codec / "model.json").exists() else WordText()
+    made = encode_clips(raw, out, load_codec(codec).to(device), text, device, cfg)
     return say(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 

@@ -55,3 +55,12 @@ def _per_frame(x: Tokens, matrix: Float[Tensor, "b f 4 4"]) -> Tokens:
     b, f = matrix.shape[:2]
     groups = x.reshape(b * f, -1, 4)
     return (groups @ matrix.to(x.dtype).reshape(b * f, 4, 4)).reshape(x.shape)
+
+
+def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:
+    """Projective keys or values after the world's frame has moved to the pose `frame` (given in the old frame).
+
+    V_g becomes V_g F, so P_g^-1 k becomes F^-1 P_g^-1 k: one rigid motion for all of them.
+    """
+    rows = kv.float().reshape(len(kv), -1, 4) @ se3_inverse(frame).mT.to(kv.device, torch.float32)
+    return rows.view(kv.shape).to(kv.dtype)

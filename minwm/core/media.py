@@ -44,7 +44,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # some writers (safetensors) would leave it for the owner alone
         yield temporary
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
@@ -149,6 +152,11 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def fit(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The largest part in the middle that has the shape of height x width, resized to it."""
+    return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
 def jpeg(frame: Frame, quality: int = 85) -> bytes:

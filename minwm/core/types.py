@@ -23,6 +23,8 @@ class Condition:
     """fx/W, fy/H, cx/W, cy/H per latent frame."""
     first: Float[Tensor, "b 1 c h w"] | None = None
     """Clean first latent: an image start. None generates the first frame too."""
+    null: Float[Tensor, "b l d"] | None = None
+    """Text states of the unconditional branch of guidance (a negative prompt); None: the null prompt."""
 
     def to(self, device: torch.device | str) -> "Condition":
         moved = {name: x.to(device) for name, x in self.parts().items()}
@@ -41,8 +43,8 @@ class Condition:
         )
 
     def without_text(self) -> "Condition":
-        """The unconditional branch of guidance: the null prompt, with camera and image kept."""
-        return replace(self, text=torch.zeros_like(self.text))
+        """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""
+        return replace(self, text=torch.zeros_like(self.text) if self.null is None else self.null)
 
     @staticmethod
     def stack(*conditions: "Condition") -> "Condition":

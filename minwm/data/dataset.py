@@ -45,9 +45,19 @@ class Example:
 class ShardDataset:
     """Records of one split, sorted by id, readable in any order."""
 
-    def __init__(self, path: Path, split: Split, *, image_start: bool = True, cache_bytes: int = 2**30) -> None:
-        """`image_start`: the clean first latent is a condition. Up to `cache_bytes` stay in memory."""
-        self.path, self.image_start = path, image_start
+    def __init__(
+        self,
+        path: Path,
+        split: Split,
+        *,
+        image_start: bool = True,
+        null: Float[Tensor, "l d"] | None = None,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        """`image_start`: the clean first latent is a condition. `null`: text states of the unconditional branch of
+        guidance, if not zeros. Up to `cache_bytes` stay in memory.
+        """
+        self.path, self.image_start, self.null = path, image_start, null
         self.manifest = read_manifest(path, "minwm data encode")
         if self.manifest.get("kind") != "latent shards":
             kind = self.manifest.get("kind")
@@ -108,7 +118,8 @@ class ShardDataset:
         first = latents[:, :1] if self.image_start else None
         states = [e.trajectory for e in examples if e.trajectory is not None]
         trajectory = torch.stack(states, dim=1) if len(states) == len(examples) else None
-        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first=first), trajectory)
+        null = None if self.null is None else self.null.expand_as(text)
+        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first=first, null=null), trajectory)
 
 
 class RawDataset:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,20 +22,8 @@ from minwm.core.media import pixels
 from minwm.core.runtime import progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
 from minwm.data.shards import NAME, Item, list_shards, read_index, summarise, write_shard
+from minwm.nets.codec import VideoCodec
 from minwm.nets.text import TextEncoder
-
-
-@runtime_checkable
-class VideoCodec(Protocol):
-    """What encoding needs of a codec."""
-
-    stride: int
-    scale: int
-    channels: int
-
-    def encode(self, pixels: Float[Tensor, "b n 3 H W"]) -> Float[Tensor, "b f c h w"]: ...
-
-    def decode(self, latents: Float[Tensor, "b f c h w"]) -> Float[Tensor, "b n 3 H W"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +71,8 @@ def encode_clips(
     done = {entry.id for shard in list_shards(out) for entry in read_index(shard).records}
     mine = folder.ids()[rank() :: world_size()]
     records = [folder.record(clip) for clip in mine if clip not in done]
+    if records:  # all at once: a large text encoder is loaded for captions that it has not seen, and let go
+        text.encode(sorted({r.caption for r in records}))
     encoder = _Encoder(folder, codec, text, torch.device(device), cfg)
     with progress(len(records), "encoded") as bar:
         for split in ("train", "val"):

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from minwm.core.camera import CameraTrack, intrinsics
 from minwm.core.config import ConfigError, to_dict
@@ -121,7 +122,9 @@ class RenderConfig:
     width: int = 64
     """Pixels."""
     fov: float = 70.0
-    """Horizontal field of view in degrees."""
+    """Horizontal field of view in degrees, of square pixels."""
+    focal: tuple[float, float] | None = None
+    """fx / width and fy / height instead, for pixels that are not square."""
     motion: Motion = field(default_factory=lambda: Motion(move=0.5, turn=24.0, fps=16.0))
     """Speeds of the camera, and the frame rate."""
     clips_per_world: int = 1
@@ -145,6 +148,10 @@ class RenderConfig:
     @property
     def frames(self) -> int:
         return self.motion.stride * (self.latents - 1) + 1
+
+    @property
+    def intrinsics(self) -> Float[np.ndarray, "4"]:
+        return np.array([*self.focal, 0.5, 0.5]) if self.focal else intrinsics(self.fov, self.width, self.height)
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,7 @@ class WorldSource:
     def place(self, index: int) -> tuple[CameraTrack, Trajectory, np.ndarray]:
         """A track anchored at the identity, its command, and a world pose from which its path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
-        K = intrinsics(self.cfg.fov, self.cfg.width, self.cfg.height)
+        K = self.cfg.intrinsics
         world = _world(self.seed(index))
         for _ in range(TRIES):
             track, trajectory = self._path(index, rng, K)

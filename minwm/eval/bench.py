@@ -141,7 +141,7 @@ def _condition(model: Model, image: Image | None, count: int, device: torch.devi
     first = model.codec.encode(pixels(image)[None, None].to(device)) if cfg.geometry.lead == 1 else None
     w2c = torch.eye(4).expand(1, count, 4, 4)
     K = torch.tensor(cfg.intrinsics, dtype=torch.float32).expand(1, count, 4)
-    return Condition(text=cfg.text.encode(["a room"]), w2c=w2c, K=K, first=first).to(device)
+    return Condition(**cfg.read(["a room"]), w2c=w2c, K=K, first=first).to(device)
 
 
 def _clip(model: Model, noise: Noise, cond: Condition) -> _Clip:

@@ -107,7 +107,7 @@ def codec_bound(model: Model, held: HeldOut) -> Videos:
 
 def _source(config: ModelConfig, names: Sequence[str]) -> WorldSource:
     render = RenderConfig(
-        latents=config.latents, height=config.height, width=config.width, fov=config.fov, motion=config.motion,
+        latents=config.latents, height=config.height, width=config.width, focal=config.focal, motion=config.motion,
         clips_per_world=1, trajectories=tuple(names), seed=HELD_OUT,
     )  # fmt: skip
     return WorldSource(render)

@@ -37,6 +37,8 @@ class Geometry:
     """First chunks that are never forgotten."""
     window: int = 8
     """Chunks kept besides the sinks, the current one included."""
+    roll: bool = False
+    """Sinks follow the window in time as if nothing lay between: for streams much longer than training clips."""
     text: int = 0
     """Rows at the front for text keys, seen by all (joint-attention backbones)."""
 
@@ -82,6 +84,10 @@ class Geometry:
     def span(self, slot: int) -> tuple[int, int]:
         """Rows [start, stop) of a slot in the arena."""
         return self.text + self.start(slot) * self.tokens, self.text + self.start(slot + 1) * self.tokens
+
+    def rolled(self, chunk: int) -> int:
+        """Latent frames by which the sinks have moved in time when a chunk is generated."""
+        return max(0, chunk + 1 - self.slots) * self.chunk if self.roll else 0
 
     def filled(self, chunk: int) -> int:
         """Rows in use while a chunk is generated; grows until the ring is full, then stays."""
@@ -174,6 +180,12 @@ class KVArena:
         """Write the text prefix, once per prompt; it must fill `geometry.text` rows."""
         self.kv[layer, 0, :, :, : self.geometry.text] = k
         self.kv[layer, 1, :, :, : self.geometry.text] = v
+
+    def rewrite(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
+        """Apply a change to cached keys, and to values too if asked, layer by layer and in place."""
+        for layer in self.kv:
+            for part in layer if values else layer[:1]:
+                part[:, :, rows] = change(part[:, :, rows])
 
     def about_to_lose(self, chunk: int) -> Tensor | None:
         """A copy of what `chunk` will overwrite; None while the ring still has room. For undoing a step."""

@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minwm.control.prope import Projection
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
-from minwm.nets.attention import Full, Geometry, KVArena, Masked, Scope, teacher_forcing
+from minwm.nets.attention import Full, Geometry, Heads, KVArena, Masked, Scope, teacher_forcing
 
 TextKV = list[tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]]
 
@@ -32,6 +34,8 @@ class Backbone(nn.Module, ABC):
     layers: int
     heads: int
     head_width: int
+    checkpointing: bool = False
+    """Compute the activations of a block again in the backward pass instead of keeping them."""
 
     @abstractmethod
     def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
@@ -49,6 +53,19 @@ class Backbone(nn.Module, ABC):
     def tokens(self, height: int, width: int) -> int:
         """Tokens per latent frame of height x width latents."""
 
+    @abstractmethod
+    def later(self, keys: Heads, frames: int) -> Heads:
+        """Cached keys, had their frames come `frames` later in time."""
+
+    @abstractmethod
+    def rebased(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+        """Cached keys or values after the world's frame has moved to the pose `frame`."""
+
+    def through(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *args, use_reentrant=False))
+        return block(*args)
+
     def bind(self, cond: Condition) -> Bound:
         return Bound(self.read(cond.text), self.watch(cond))
 
@@ -58,13 +75,16 @@ class Backbone(nn.Module, ABC):
 
     def arena(self, geometry: Geometry, batch: int) -> KVArena:
         weight = next(self.parameters())
+        kind, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         return KVArena(
             geometry,
             self.layers,
             batch,
             self.heads,
             self.head_width,
-            dtype=weight.dtype,
+            dtype=dtype,
             device=weight.device,
         )
 

@@ -16,6 +16,7 @@ holds, so any number of streams can share one codec.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,30 @@ Latents = Float[Tensor, "b f c h w"]
 State = tuple[Tensor, ...]
 
 
+@runtime_checkable
+class VideoCodec(Protocol):
+    """Any codec: whole clips of stride * k + 1 frames, or a stream whose state the caller holds."""
+
+    stride: int
+    scale: int
+    channels: int
+
+    def encode(self, pixels: Pixels) -> Latents: ...
+
+    def decode(self, latents: Latents) -> Pixels: ...
+
+    def encode_next(self, pixels: Pixels, state: State | None = None) -> tuple[Latents, State]: ...
+
+    def decode_next(self, latents: Latents, state: State | None = None) -> tuple[Pixels, State]: ...
+
+
 @dataclass(frozen=True)
 class CodecConfig:
     """Shape of the small codec and of its loss."""
 
+    kind: ClassVar[str] = "small"
+    scale: ClassVar[int] = 8
+    """Rows and columns of pixels per row and column of latents."""
     channels: int = 16
     """Channels of a latent."""
     width: int = 96
@@ -112,7 +133,7 @@ class Codec(nn.Module):
     """Pixels in [-1, 1] to latents of about unit variance and back; see the head of the file."""
 
     stride = 4
-    scale = 8
+    scale = CodecConfig.scale
     mean: Tensor
     std: Tensor
 
@@ -195,7 +216,7 @@ class Codec(nn.Module):
         if height % self.scale or width % self.scale:
             raise UserError(f"frames of {height}x{width}: the codec takes multiples of {self.scale} pixels")
         waiting = pixels[:, :1].expand(-1, self.stride - 1, -1, -1, -1) if state is None else state[0]
-        pixels = torch.cat([waiting, pixels], dim=1)
+        pixels = torch.cat([waiting, pixels], dim=1).to(self.mean)
         batch, ready = len(pixels), pixels.shape[1] // self.stride
         if not ready:  # torch's pixel unshuffle cannot handle an empty batch
             shape = (batch, 0, self.channels, height // self.scale, width // self.scale)
@@ -206,7 +227,7 @@ class Codec(nn.Module):
 
     def decode_next(self, latents: Latents, state: State | None = None) -> tuple[Pixels, State]:
         """The frames of the next latents of streams: four each, but one for the first latent of a stream."""
-        pixels, state = self._draw(latents, state)
+        pixels, state = self._draw(latents.to(self.mean), state)
         return pixels.clamp(-1, 1), state
 
     def _draw(self, latents: Latents, state: State | None) -> tuple[Pixels, State]:

@@ -1,12 +1,14 @@
 """Parts shared by the backbones: norms, modulation, rotary tables, patches, the time embedding."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from minwm.core.config import ConfigError
 
 
 class RMSNorm(nn.Module):
@@ -50,37 +52,40 @@ def video_pairs(head_width: int) -> tuple[int, int, int]:
     return head_width // 2 - 2 * third, third, third
 
 
-class Rope3D(nn.Module):
-    """Rotary tables over (time, row, column), real and precomputed; channel pairs are interleaved (2i, 2i+1).
+@dataclass(frozen=True)
+class Rope3D:
+    """Rotary angles over (time, row, column); channel pairs are interleaved (2i, 2i+1).
 
-    `pairs` are the channel pairs of each axis; each axis has frequencies of its own.
+    `pairs` are the channel pairs of each axis; each axis has frequencies of its own. Positions in time are any
+    integers: a stream never runs out of them.
     """
 
-    axis0: Tensor
-    axis1: Tensor
-    axis2: Tensor
+    pairs: tuple[int, int, int]
+    theta: float = 1e4
 
-    def __init__(self, pairs: tuple[int, int, int], max_positions: int = 1024, theta: float = 1e4) -> None:
-        super().__init__()
-        for axis, count in enumerate(pairs):
-            frequency = theta ** (-torch.arange(count, dtype=torch.float64) / max(count, 1))
-            angle = torch.arange(max_positions, dtype=torch.float64)[:, None] * frequency
-            self.register_buffer(f"axis{axis}", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False)
-
-    def forward(self, frames: list[int], height: int, width: int) -> Float[Tensor, "2 s half"]:
-        """cos and sin for the tokens of `frames` (positions in time) x height x width."""
-        size = (len(frames), height, width)
-        if (last := max(*frames, height - 1, width - 1)) >= self.axis0.shape[1]:
-            raise ConfigError(
-                f"position {last} lies beyond the rotary tables; raise max_positions={self.axis0.shape[1]}"
-            )
-        time = self.axis0[:, frames][:, :, None, None].expand(-1, *size, -1)
-        row = self.axis1[:, :height][:, None, :, None].expand(-1, *size, -1)
-        column = self.axis2[:, :width][:, None, None].expand(-1, *size, -1)
-        return torch.cat([time, row, column], dim=-1).flatten(1, 3)
+    def __call__(
+        self, frames: Sequence[int], height: int, width: int, device: torch.device
+    ) -> Float[Tensor, "2 s half"]:
+        """cos and sin for the tokens of `frames` (positions in time) x height x width, float32."""
+        return _rope_table(self, tuple(frames), height, width, device)
 
 
-def rotate(x: Float[Tensor, "b s a e"], table: Float[Tensor, "2 s half"]) -> Float[Tensor, "b s a e"]:
+@lru_cache(maxsize=16)
+def _rope_table(rope: Rope3D, frames: tuple[int, ...], height: int, width: int, device: torch.device) -> Tensor:
+    """All passes over one chunk share a table, so it is kept. No buffer: a cast to bfloat16 would ruin it."""
+    size = (len(frames), height, width)
+    axes = []
+    with torch.inference_mode(False):  # or training could not use a table that sampling made
+        for axis, (count, places) in enumerate(zip(rope.pairs, (frames, range(height), range(width)), strict=True)):
+            frequency = rope.theta ** (-torch.arange(count, dtype=torch.float64) / max(count, 1))
+            angle = torch.tensor(list(places), dtype=torch.float64)[:, None] * frequency
+            table = torch.stack([angle.cos(), angle.sin()]).float().to(device)
+            shape = [2, *(n if i == axis else 1 for i, n in enumerate(size)), count]
+            axes.append(table.view(shape).expand(-1, *size, -1))
+        return torch.cat(axes, dim=-1).flatten(1, 3)
+
+
+def rotate(x: Float[Tensor, "b s a e"], table: Float[Tensor, "2 #s half"]) -> Float[Tensor, "b s a e"]:
     """Turn each pair (x_2i, x_2i+1) by its angle."""
     cos, sin = table[0, :, None], table[1, :, None]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

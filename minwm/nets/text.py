@@ -6,7 +6,7 @@ All zeros is the null prompt of guidance.
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class WordText:
     punctuation do not count.
     """
 
+    kind: ClassVar[str] = "words"
     dim: int = 64
     """Width of a state."""
     length: int = 24

@@ -13,11 +13,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minwm.control.prope import Mode, Projection
+from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
-from minwm.nets.attention import Scope
+from minwm.nets.attention import Heads, Scope
 from minwm.nets.backbone import Backbone, Bound, TextKV
 from minwm.nets.layers import LayerNorm, RMSNorm, Rope3D, modulate, rotate, sinusoid, unpatchify, video_pairs
 
@@ -43,12 +43,13 @@ class WanConfig:
     """Width of the time sinusoid."""
     patch: int = 2
     """Latent rows and columns per token."""
-    max_positions: int = 1024
-    """Length of the rotary tables: latent frames, rows or columns."""
     camera: Mode = "none"
     """How cameras enter self-attention (control/prope.py)."""
 
     def __post_init__(self) -> None:
+        for name in ("dim", "heads", "layers", "ffn", "channels", "text_dim", "text_length", "freq_dim", "patch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"wan.{name}={getattr(self, name)}: must be at least 1")
         unit = self.heads * (8 if self.camera == "single" else 4)
         if self.dim % unit:
             near = max(1, round(self.dim / unit)) * unit
@@ -199,7 +200,7 @@ class Wan(Backbone):
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
         self.head = Head(cfg)
         e = self.head_width
-        self.rope = Rope3D((0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e), cfg.max_positions)
+        self.rope = Rope3D((0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -235,6 +236,18 @@ class Wan(Backbone):
             )
         return Projection.bind(cond.w2c, cond.K)
 
+    def later(self, keys: Heads, frames: int) -> Heads:
+        if self.config.camera == "single":  # its rotary part has no time
+            return keys
+        table = self.rope([frames], 1, 1, keys.device)
+        return torch.cat([rotate(keys[:, : self.config.heads], table), keys[:, self.config.heads :]], dim=1)
+
+    def rebased(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+        if self.config.camera == "single":
+            projective, rotary = kv.chunk(2, dim=-1)
+            return torch.cat([rebased(projective, frame), rotary], dim=-1)
+        return torch.cat([kv[:, : self.config.heads], rebased(kv[:, self.config.heads :], frame)], dim=1)
+
     def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
         h, w = (n // self.config.patch for n in x.shape[-2:])
         tokens = self.patch_embedding(rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype))
@@ -242,7 +255,7 @@ class Wan(Backbone):
         sines = sinusoid(1000 * t, self.config.freq_dim).to(tokens.dtype)
         time = self.time_embedding(sines)
         modulation = self.time_projection(time).float().unflatten(-1, (6, -1))
-        rope = self.rope(scope.positions(x.shape[1]), h, w)
+        rope = self.rope(scope.positions(x.shape[1]), h, w, x.device)
         for block, text in zip(self.blocks, bound.text, strict=True):
-            tokens = block(tokens, modulation, rope, text, bound.camera, scope)
+            tokens = self.through(block, tokens, modulation, rope, text, bound.camera, scope)
         return unpatchify(self.head(tokens, time.float()), h, w, self.config.patch).to(x.dtype)

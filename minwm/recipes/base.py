@@ -51,9 +51,9 @@ class Recipe(ABC):
 
 
 def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condition:
-    """Replace prompts by the null prompt, clip by clip, so that guidance has an unconditional branch."""
-    keep = _uniform(len(cond.text), generator) >= rate
-    return replace(cond, text=cond.text * keep.to(cond.text)[:, None, None])
+    """Take prompts away, clip by clip, so that guidance has an unconditional branch."""
+    keep = (_uniform(len(cond.text), generator) >= rate).to(cond.text.device)
+    return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.without_text().text))
 
 
 def held(clip: Clip) -> Float[Tensor, "b f"]:

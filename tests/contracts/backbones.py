@@ -18,7 +18,6 @@ SMALL = {
         text_dim=6,
         text_length=5,
         freq_dim=16,
-        max_positions=128,
         camera=camera,
     )
     for camera in ("none", "dual", "single")

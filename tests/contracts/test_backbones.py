@@ -13,7 +13,7 @@ from minwm.core.config import ConfigError
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Geometry, Masked, Peek, chunk_causal
 from minwm.nets.backbone import Backbone, Bound, teacher_forced
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, draw, draws_of, generate
+from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, Stream, draw, draws_of, generate
 
 TOLERANCE = 2e-6  # cameras and modulation are float32 inside a float64 network
 GEOMETRIES = {
@@ -139,6 +139,55 @@ def test_arena_never_moves_nor_allocates_over_fifty_chunks() -> None:
         v = net.velocity(latents(frames, seed=i), torch.zeros(2, frames), bound, Cached(arena, i))
         assert v.isfinite().all()
     assert (arena.kv.data_ptr(), arena.kv.numel()) == (pointer, size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", SMALL)
+def test_moving_the_cache_to_the_camera_changes_nothing(name: str, guidance: float) -> None:
+    """Ten chunks away from the origin; one stream re-expresses its cache at nearly every chunk, the other never."""
+    net, geometry, cond = small(name), GEOMETRIES["ring"], condition(21)
+    assert cond.w2c is not None
+    cond.w2c[:, :, :3, 3] += torch.arange(21)[:, None] * torch.tensor([0.3, 0.1, 0.5])
+    noise = draw((2, 21, 4, 4, 6), 2, latents(1), torch.Generator().manual_seed(0))
+    still, moving = (Stream(net, cond, geometry, guidance, reach=reach) for reach in (None, 0.5))
+    sampler, origins = FewStep(steps=2) if guidance == 1 else Autoregressive(steps=2, guidance=guidance), []
+    for a, b in geometry.chunks(21):
+        before = moving.snapshot()
+        moving.look(cond.frames(a, b))
+        moving.restore(before)  # undoing a move leaves no trace either
+        videos = []
+        for stream in (still, moving):
+            bound = stream.look(cond.frames(a, b))
+            videos.append(stream.next_chunk(bound, noise[:, :, a:b], sampler))
+            stream.commit(bound, latents(b - a, seed=a))
+        torch.testing.assert_close(*videos, atol=1e-4, rtol=1e-4)
+        origins.append(moving.origin)
+    assert len({float(origin.sum()) for origin in origins}) > 5
+    assert torch.equal(still.origin, torch.eye(4).double().expand(2, 4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+def test_rolling_sinks_stand_right_before_the_window(name: str) -> None:
+    """One layer, so that a frame's keys depend on nothing else: the stream equals a clip without the forgotten."""
+    torch.manual_seed(0)
+    net = replace(SMALL[name], layers=1).build().double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.25)
+    frames, geometry = 13, replace(GEOMETRIES["ring"], roll=True)
+    x, cond = latents(frames), condition(frames)
+    stream = Stream(net, cond, geometry)
+    for a, b in geometry.chunks(frames):
+        bound = stream.look(cond.frames(a, b))
+        v = net.velocity(x[:, a:b], torch.ones(2, b - a), bound, Cached(stream.arena, stream.chunk))
+        stream.commit(bound, x[:, a:b])
+    kept = [0, *range(9, 13)]
+    short = replace(cond, w2c=cond.w2c[:, kept], K=cond.K[:, kept])  # pyright: ignore[reportOptionalSubscript]
+    t = torch.tensor([0.0, 0, 0, 1, 1]).expand(2, 5)
+    alone = net(x[:, kept], t, short, Masked(chunk_causal(geometry), 5))
+    torch.testing.assert_close(v, alone[:, 3:], atol=1e-5, rtol=1e-5)
+    assert stream.rolled == 8
 
 
 @pytest.mark.parametrize("sampler", [Bidirectional(steps=3), Autoregressive(steps=3), FewStep()], ids=lambda s: s.kind)

@@ -15,7 +15,7 @@ from minwm.core.flow import Latents, Times, schedule
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry, Scope
 from minwm.nets.backbone import Backbone, Bound, TextKV
-from minwm.recipes.base import Recipe
+from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.consistency import Consistency, ConsistencyConfig
 from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig, TimeLaw
 from minwm.recipes.dmd import Dmd, DmdConfig, direction, surrogate
@@ -109,6 +109,12 @@ class Exact(Backbone):
     def tokens(self, height: int, width: int) -> int:
         return GEOMETRY.tokens
 
+    def later(self, keys: Tensor, frames: int) -> Tensor:
+        return keys
+
+    def rebased(self, kv: Tensor, frame: Tensor) -> Tensor:
+        return kv
+
     def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
         ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
         t = t[:, :, None, None, None]
@@ -150,6 +156,23 @@ def test_every_parameter_of_the_network_gets_a_gradient(name: str, step: int) ->
     loss.total.backward()
     for key, parameter in recipe.networks[loss.trains].named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+
+@every_turn
+def test_checkpointing_changes_no_gradient(name: str, step: int) -> None:
+    recipe = make(name)
+    expected, found = (
+        torch.autograd.grad(loss.total, list(recipe.networks[loss.trains].parameters()))
+        for loss in (checkpointed(recipe, on, step) for on in (False, True))
+    )
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def checkpointed(recipe: Recipe, on: bool, step: int) -> Loss:
+    for net in recipe.networks.values():
+        net.checkpointing = on
+    return recipe.loss(clip(), step, seeded())
 
 
 @every_turn

@@ -1,0 +1,130 @@
+"""The verb that says what fits on a GPU, and what would help."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import arg
+
+from minwm.cli.base import Json, app, command, write_numbers
+from minwm.core.config import UserError, to_dict
+
+if TYPE_CHECKING:
+    from minwm.plan import Plan
+    from minwm.train import Run
+
+Preset = Annotated[str, arg(metavar="PIPELINE[/STAGE]", help="demo: a line for each stage; demo/dmd: all about one")]
+
+
+@command(app, "plan")
+def plan(
+    preset: Preset,
+    gpu_memory: Annotated[float, arg(metavar="GIB", help="of the GPU: 24 for a card sold with 24 GB")] = 24.0,
+    json: Json = None,
+) -> None:
+    """Say by arithmetic what training and playing need of a GPU, whether it fits, and what would help."""
+    from minwm import presets
+    from minwm.plan import GIB, reserve, size
+
+    budget = int(gpu_memory * GIB)
+    if budget <= 0:
+        raise UserError(f"--gpu-memory {gpu_memory:g}: give the GiB of a GPU, such as 24")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    left = f"{size(reserve(budget))} are left to CUDA and to gaps between tensors"
+    if "/" in preset:
+        run = presets.stage(preset, Path("runs"))
+        console.print(f"{gpu_memory:g} GiB, of which {left}")
+        values = {run.name: {kind: _explain(console, preset, kind, run, budget) for kind in _kinds(run)}}
+    else:
+        pipeline = presets.pipeline(preset, Path("runs"))
+        runs = [run for run in (pipeline.codec, *pipeline.stages) if run]
+        values = _overview(console, preset, runs, budget)
+        console.print(
+            f"of {gpu_memory:g} GiB {left}\n--preset {preset}/STAGE says what takes so much, and what would help"
+        )
+    write_numbers({"gpu_memory_gib": gpu_memory, "stages": values}, json)
+
+
+def _kinds(run: "Run") -> tuple[str, ...]:
+    return ("training",) if run.recipe.kind == "codec" else ("training", "playing")
+
+
+def _question(kind: str, run: "Run") -> tuple[Any, tuple[Any, ...], Any]:
+    """How to plan a stage, on what, and what could be changed."""
+    from minwm.plan import PLAYING, TRAINING, plan_inference, plan_training
+
+    return (plan_training, (run,), TRAINING) if kind == "training" else (plan_inference, (run.model,), PLAYING)
+
+
+def _overview(console: Console, preset: str, runs: list["Run"], budget: int) -> dict[str, dict[str, Any]]:
+    """A line for each stage."""
+    from minwm.core.runtime import progress
+    from minwm.plan import size
+
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for title in ("stage", "recipe", "training", "", "playing", ""):
+        table.add_column(title, no_wrap=True)
+    values: dict[str, dict[str, Any]] = {}
+    with progress(len(runs), f"plan {preset}") as bar:
+        for run in runs:
+            cells, values[run.name] = [run.name, run.recipe.kind], {}
+            for kind in _kinds(run):
+                make, subject, _ = _question(kind, run)
+                made = make(*subject)
+                cells += [size(made.total), _verdict(made, budget)]
+                values[run.name][kind] = _values(made, budget)
+            table.add_row(*cells)
+            bar.advance(1, run.name)
+    console.print(table)
+    return values
+
+
+def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) -> dict[str, Any]:
+    """A plan line by line; and what would help, if it does not fit."""
+    from minwm.core.runtime import progress
+    from minwm.plan import advise, size
+
+    make, subject, options = _question(kind, run)
+    made = make(*subject)
+    console.print(f"\n[bold]{kind} {preset}[/] needs {size(made.total)}: {_verdict(made, budget)}")
+    console.print(_lines(made))
+    if made.fits(budget):
+        return _values(made, budget)
+    with progress(len(options), "what would help") as bar:
+        advice = advise(make, subject, options, bar.advance)
+    for change in advice.changes:
+        console.print(f"  saves {size(change.saves):>9}   {change.what}")
+    console.print(f"  with all of that {size(advice.plan.total)}: {_verdict(advice.plan, budget)}")
+    shards = advice.plan.shards(budget)
+    if kind == "training" and shards and shards > 1:
+        console.print(f"  {shards} GPUs could hold it if they shared what is there all the time; the loop cannot yet")
+    changes = {"changes": [to_dict(change) for change in advice.changes], "changed": _values(advice.plan, budget)}
+    return _values(made, budget) | changes
+
+
+def _lines(made: "Plan") -> Table:
+    from minwm.plan import size
+
+    table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(style="dim")
+    for title, items in (("all the time", made.held), ("in turn, of which the largest counts", made.turns)):
+        table.add_row(f"[dim]{title}[/]")
+        for item in items:
+            table.add_row(f"  {item.name}", size(item.bytes), item.why)
+    return table
+
+
+def _verdict(made: "Plan", budget: int) -> str:
+    from minwm.plan import size
+
+    spare = made.spare(budget)
+    return f"[green]fits, {size(spare)} to spare[/]" if spare >= 0 else f"[red]{size(-spare)} too much[/]"
+
+
+def _values(made: "Plan", budget: int) -> dict[str, Any]:
+    return to_dict(made) | {"total": made.total, "spare": made.spare(budget), "fits": made.fits(budget)}

@@ -1,0 +1,139 @@
+"""Verbs about checkpoints: what is in one, and the same weights in another layout."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from minwm.cli.base import Fields, Flag, Json, app, changes, command, numbers, say, write_numbers
+from minwm.cli.models import inspect_model
+from minwm.core.config import UserError, override, to_dict
+
+if TYPE_CHECKING:
+    from minwm.formats import Published
+
+Source = Annotated[Positional[Path], arg(metavar="SRC", help="checkpoint: a file or folder in any published layout")]
+Role = Annotated[str | None, arg(metavar="NAME", help="the network to read, if a file holds several")]
+Heads = Annotated[int | None, arg(metavar="N", help="if no config.json says, and they are not 128 wide")]
+
+
+VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae")
+"""Where the releases keep their VAE."""
+
+
+@command(app, "inspect")
+def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json: Json = None) -> None:
+    """Say what is in a checkpoint or a model folder, without loading it."""
+    from minwm.core.weights import read_weights
+    from minwm.formats import identify, layout_of, understand
+
+    if (source / "model.json").exists():
+        return inspect_model(source, json)
+    weights = read_weights(source, role)
+    values: dict[str, Any] = {
+        "file": str(weights.path),
+        "holds": identify(weights.tensors),
+        "role": weights.role,
+        "roles": list(weights.roles),
+        "wrappers": list(weights.wrappers),
+        "tensors": len(weights.tensors),
+        "parameters": sum(x.numel() for x in weights.tensors.values()),
+        "dtypes": dict(Counter(str(x.dtype).removeprefix("torch.") for x in weights.tensors.values())),
+        "ignored": list(weights.ignored),
+    }
+    notes: tuple[str, ...] = ()
+    if layout_of(weights.tensors):
+        published = understand(weights, heads)
+        values, notes = values | _architecture(published), published.notes
+    numbers({name: _short(value) for name, value in values.items() if value}, None)
+    for note in notes:
+        say(f"note: {note}")
+    return write_numbers(values | {"notes": list(notes)}, json)
+
+
+def _architecture(published: "Published") -> dict[str, Any]:
+    from minwm.formats import CAMERA, size_name
+
+    return {
+        "layout": published.layout,
+        "size": size_name(published.config),
+        "camera_tensors": sum(name.endswith(CAMERA) for name in published.tensors),
+        "action_tensors": len(published.action),
+        **{f"tensors {kind}": names for kind, names in published.mismatches().items()},
+        "config": to_dict(published.config),
+    }
+
+
+def _short(value: Any) -> Any:
+    """A list as a few of its items."""
+    if not isinstance(value, list):
+        return value
+    return ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "")
+
+
+@command(app, "convert")
+def convert_weights(
+    source: Source,
+    target: Annotated[Positional[Path], arg(metavar="DST", help="new folder, or file ending in .safetensors")],
+    to: Annotated[
+        Literal["minwm", "original", "diffusers"], arg(help="a model folder of ours, or whose names to write")
+    ],
+    preset: Annotated[
+        str | None, arg(metavar="PIPELINE[/STAGE]", help="with --to minwm: how it samples, such as wan2.1-1.3b/dmd")
+    ] = None,
+    codec: Annotated[Path | None, arg(metavar="FILE", help="with --to minwm: the VAE, if it is not beside SRC")] = None,
+    role: Role = None,
+    heads: Heads = None,
+    dtype: Annotated[Literal["keep", "bfloat16", "float32"], arg(help="type of the numbers")] = "keep",
+    drop_action: Annotated[Flag, arg(help="leave out HY-WorldPlay's discrete actions")] = False,
+    fields: Fields = (),
+) -> None:
+    """Write a checkpoint or a model folder in another layout; with --to minwm, any field of the model can be set."""
+    import torch
+
+    from minwm.checkpoint import load_model
+    from minwm.formats import export, open_published
+
+    if to == "minwm":
+        published = open_published(source, role, heads, drop_action)
+        return _adopt(published, preset, codec, target, fields)
+    if preset or codec or fields:
+        raise UserError("--preset, --codec and fields of the model go with --to minwm")
+    if (source / "model.json").exists():
+        model = load_model(source)
+        tensors, cfg, notes = model.net.state_dict(), model.config.network, ()
+    else:
+        published = open_published(source, role, heads, drop_action)
+        tensors, cfg, notes = published.tensors, published.config, published.notes
+    types = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    for note in (*notes, *export(tensors, cfg, target, to, types[dtype])):
+        say(f"note: {note}")
+    return say(f"{target}: {len(tensors)} tensors in {to} names")
+
+
+def _adopt(
+    published: "Published", preset: str | None, codec: Path | None, target: Path, fields: tuple[str, ...]
+) -> None:
+    """A model folder from a published transformer, its VAE, and what a preset says of the rest."""
+    from minwm import presets
+    from minwm.checkpoint import adopt
+    from minwm.formats import size_name
+    from minwm.nets.umt5 import has_encoder
+
+    preset = preset or size_name(published.config)
+    if preset is None:
+        raise UserError(f"{published.weights.path} is of no published size: give --preset, such as wan2.1-1.3b/dmd")
+    config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.wan_model(preset)
+    beside = published.weights.path.parent
+    for folder in (beside, beside.parent):
+        if has_encoder(folder):
+            config = override(config, {"text.source": str(folder)})
+    codec = codec or next(
+        (folder / name for folder in (beside, beside.parent) for name in VAES if (folder / name).exists()), None
+    )
+    if codec is None:
+        raise UserError(f"no VAE ({', '.join(VAES)}) beside {published.weights.path}: give --codec FILE")
+    for note in adopt(published, override(config, changes(fields)), codec, target):
+        say(f"note: {note}")
+    say(f"{target}: a model folder, codec from {codec}")

@@ -1,0 +1,318 @@
+"""Files of tensors: in from safetensors, shards and pickles, whatever wrapped the network; out as safetensors.
+
+Tensors stay memory-mapped until they are used: opening a file of 50 GB takes no memory and reads its header only.
+Pickles are opened with `weights_only=True`, so that a file cannot run code; one that would need to is refused.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minwm.core.config import UserError
+from minwm.core.media import atomic
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+ROLES = ("generator_ema", "generator", "ema", "module", "model", "state_dict")
+"""Names under which trainers save networks together; the first that is there is read."""
+PREFIXES = ("module", "model")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts that compiled, sharded and checkpointed modules put anywhere into names."""
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The number types of safetensors."""
+GAN = ("_cls_pred_branch.", "_register_tokens.", "_gan_ca_blocks.")
+"""Discriminator branches that some trainers (Self-Forcing, minWM) leave in the generator."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or of another architecture."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one network in a file, memory-mapped, under their names less what wrappers added."""
+
+    path: Path
+    """The file; of shards, their index."""
+    roles: tuple[str, ...]
+    """The networks in the file; empty if it holds one without a name."""
+    role: str | None
+    """The one that was read."""
+    wrappers: tuple[str, ...]
+    """Parts that were removed from names."""
+    tensors: dict[str, Tensor]
+    ignored: tuple[str, ...]
+    """Entries that were left out: discriminator branches, and what is no tensor."""
+
+
+def read_weights(path: Path, role: str | None = None) -> Weights:
+    """Open a checkpoint file, or the one in a folder; `role` chooses among the networks in it.
+
+    Raises CheckpointError if there is none, if it is damaged or needs arbitrary pickling, or without such a role.
+    """
+    file = _find(path)
+    content = _read(file)
+    networks = {str(name): value for name, value in content.items() if isinstance(value, Mapping) and _tensors(value)}
+    role = _choose(networks, role, file)
+    state = networks[role] if role else content
+    saved = _tensors(state)
+    ignored = [str(key) for key in state if key not in saved]
+    tensors: dict[str, Tensor] = {}
+    wrappers: dict[str, None] = {}
+    for key, tensor in saved.items():
+        name, removed = _unwrap(key)
+        wrappers |= dict.fromkeys(removed)
+        if name.startswith(GAN):
+            ignored.append(name)
+        elif name in tensors:
+            raise CheckpointError(f"{file} holds {name} twice, once as {key}")
+        else:
+            tensors[name] = tensor
+    if not tensors:
+        raise CheckpointError(f"{file} holds no tensors, but {', '.join(map(str, content)) or 'nothing'}")
+    return Weights(file, tuple(networks), role, tuple(wrappers), tensors, tuple(ignored))
+
+
+def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
+
+
+def _choose(networks: Mapping[str, Mapping[str, Any]], role: str | None, file: Path) -> str | None:
+    if role is not None and role not in networks:
+        raise CheckpointError(
+            f"{file} holds no {role!r}; it holds {', '.join(networks) or 'one network without a name'}"
+        )
+    if role is not None or not networks:
+        return role
+    if any("to_out_prope" in key for key in networks.get("generator", ())):
+        return "generator"  # HY-WorldPlay's: its own loader takes this one, whatever else is there
+    for known in ROLES:
+        if known in networks:
+            return known
+    raise CheckpointError(f"{file} holds {', '.join(networks)}; choose one with --role")
+
+
+def _unwrap(key: str) -> tuple[str, list[str]]:
+    """A parameter's own name, and the parts that wrappers put into it."""
+    parts = key.split(".")
+    kept = [part for part in parts if part not in WRAPPERS]
+    start = next((i for i, part in enumerate(kept) if part not in PREFIXES), 0)
+    return ".".join(kept[start:]), [part for part in parts if part in WRAPPERS or part in kept[:start]]
+
+
+def _find(path: Path) -> Path:
+    """`path` itself, or the file of a folder: of the first kind that is there, the only one or the usual one."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    if (path / "transformer").is_dir():
+        return _find(path / "transformer")
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    for kind in ((".safetensors.index.json",), (".safetensors",), PICKLES):
+        found = [file for file in files if file.name.endswith(kind)]
+        usual = [file for file in found if file.name.startswith(("diffusion_pytorch_model.", "model."))]
+        if len(found) == 1 or len(usual) == 1:
+            return (usual or found)[0]
+        if found:
+            raise CheckpointError(
+                f"{path} holds several files of weights; name one: {', '.join(f.name for f in found)}"
+            )
+    raise CheckpointError(f"{path} holds no weights (.safetensors {' '.join(PICKLES)})")
+
+
+def _read(file: Path) -> dict[Any, Any]:
+    if file.name.endswith(".safetensors.index.json"):
+        return _read_shards(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    if file.suffix in PICKLES:
+        return _read_pickle(file)
+    raise CheckpointError(f"{file} is no checkpoint by its name (.safetensors {' '.join(PICKLES)})")
+
+
+def _read_safetensors(file: Path) -> dict[Any, Any]:
+    """Views of the mapped file; safetensors' own readers would fetch every tensor from the disk at once."""
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as opened:  # safe_open checks the header
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            data = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)[8 + length :]
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); restore it, or download it again") from error
+    except RuntimeError as error:
+        raise _unmapped(file, error) from error
+    if unknown := {about["dtype"] for about in header.values()} - set(TYPES):
+        raise CheckpointError(f"{file} holds numbers of type {', '.join(sorted(unknown))}, which are not supported")
+    return {name: _view(data, about) for name, about in header.items()}
+
+
+def _view(data: UInt8[Tensor, " n"], about: Mapping[str, Any]) -> Tensor:
+    dtype, (begin, end) = TYPES[about["dtype"]], about["data_offsets"]
+    raw = data[begin:end]
+    if raw.storage_offset() % dtype.itemsize:  # few writers do not align
+        raw = raw.clone()
+    return raw.view(dtype).view(about["shape"])
+
+
+def _unmapped(file: Path, error: RuntimeError) -> CheckpointError:
+    size = file.stat().st_size / 1e9
+    return CheckpointError(f"{file}, {size:.1f} GB, cannot be mapped into the memory of this machine ({error})")
+
+
+def _read_shards(index: Path) -> dict[Any, Any]:
+    listed = read_json(index).get("weight_map", {})
+    tensors: dict[Any, Any] = {}
+    for name in sorted(set(listed.values())):
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.name} lists {name}, which is not in {index.parent}; download it too")
+        tensors |= _read_safetensors(index.parent / name)
+    if lost := sorted(set(listed) - set(tensors)):
+        raise CheckpointError(f"{index} lists {len(lost)} tensors that its files lack: {', '.join(lost[:3])}")
+    return tensors
+
+
+def _read_pickle(file: Path) -> dict[Any, Any]:
+    try:  # files of old torch versions are no archives, and cannot be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mmap" in str(error):
+            raise _unmapped(file, error) from error
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{file} is not opened: besides tensors it holds {refused[1]}, and such files can run any code; "
+                "whoever trusts it can save its tensors alone, best as safetensors"
+            ) from error
+        reason = str(error).partition("\n")[0].partition(".")[0] or "it ends too early"
+        raise CheckpointError(f"{file} is damaged or no checkpoint ({reason}); download it again") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not tensors by name")
+    return dict(content)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError if it is none."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def mismatches(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What stands between `tensors` and a strict load into `net`, by kind; empty if nothing does."""
+    wanted = net.state_dict()
+    kinds = {
+        "unexpected": sorted(set(tensors) - set(wanted)),
+        "missing": sorted(set(wanted) - set(tensors)),
+        "of another shape": [
+            f"{key} is {tuple(found.shape)}, not {tuple(wanted[key].shape)}"
+            for key, found in tensors.items()
+            if key in wanted and found.shape != wanted[key].shape
+        ],
+    }
+    return {kind: keys for kind, keys in kinds.items() if keys}
+
+
+def describe(problems: Mapping[str, list[str]]) -> str:
+    """Mismatches in words: how many of each kind, and the first of them."""
+    return "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
+
+
+def check(net: nn.Module, tensors: Mapping[str, Tensor], source: Path, may_be_new: tuple[str, ...] = ()) -> list[str]:
+    """The missing parameters, whose names all end in one of `may_be_new`.
+
+    Any other mismatch raises CheckpointError, naming `source`.
+    """
+    problems = mismatches(net, tensors)
+    missing = problems.get("missing", [])
+    new = [key for key in missing if may_be_new and key.endswith(may_be_new)]
+    problems["missing"] = [key for key in missing if key not in new]
+    if found := describe(problems):
+        raise CheckpointError(f"{source} is of another architecture than {type(net).__name__}: {found}")
+    return new
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: Path, may_be_new: tuple[str, ...] = ()) -> list[str]:
+    """Load strictly, as `check` demands; returns the parameters that keep their initialisation.
+
+    This is how a zero-initialised camera branch joins a model without one.
+    """
+    new = check(net, tensors, source, may_be_new)
+    net.load_state_dict(dict(tensors), strict=False)
+    return new
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write a file that appears whole or not at all, in the tensors' own types or in `dtype`."""
+    ready = {name: x.detach().to("cpu", dtype or x.dtype).contiguous() for name, x in tensors.items()}
+    with atomic(file) as temporary:
+        save_file(ready, temporary, metadata={"format": "pt"})  # transformers and diffusers insist on the metadata
+
+
+def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> None:
+    """Write `stem.safetensors`, or, above `limit` bytes, files of that size at most (one by one) and an index."""
+    sizes = {name: x.numel() * (dtype or x.dtype).itemsize for name, x in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > limit:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        return write_safetensors(folder / f"{stem}.safetensors", tensors, dtype)
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, dtype)
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+    return write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `target` when all is written, and disappears on any failure."""
+    if target.exists():
+        raise CheckpointError(f"{target} exists; delete it, or give another name")
+    partial = target.absolute().with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

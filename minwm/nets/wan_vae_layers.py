@@ -1,0 +1,194 @@
+"""Layers of Wan's video autoencoder. Those that cross time take what they saw last from a `Memory`, and leave it there.
+
+Before the first frame there is nothing: convolutions see zeros, and layers that halve or double the number of frames
+let a first frame, which comes by itself, through as it is.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minwm.nets.codec import State
+
+Images = Float[Tensor, "m _c _h _w"]
+Video = Float[Tensor, "b _c _t _h _w"]
+
+
+class Memory:
+    """What layers saw last, recalled and kept in the order in which they run; no pasts before the first frame."""
+
+    def __init__(self, pasts: State) -> None:
+        self.begins = len(pasts) == 0
+        self.pasts = iter(pasts)
+        self.kept: list[Tensor] = []
+
+    def recall(self, x: Video, length: int = 2) -> Video:
+        """x behind the `length` frames before it, zeros at first; keeps the last `length` of them all."""
+        x = F.pad(x, (0, 0, 0, 0, length, 0)) if self.begins else torch.cat([next(self.pasts), x], dim=2)
+        self.kept.append(x[:, :, -length:].clone())
+        return x
+
+
+class Causal(nn.Module):
+    """A layer that crosses time: `forward(x, memory)`."""
+
+
+class Stream(nn.Sequential, Causal):
+    """Layers in a row, of which those that cross time are given the memory."""
+
+    def forward(self, x: Video, memory: Memory) -> Video:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for layer in self:
+            x = layer(x, memory) if isinstance(layer, Causal) else layer(x)
+        return x
+
+
+class CausalConv(nn.Conv3d, Causal):
+    """3x3x3 convolution of a frame and the two before it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Video, memory: Memory) -> Video:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(memory.recall(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gamma over the channels of each pixel, normalised in float32 and scaled in the dtype of x."""
+
+    def __init__(self, width: int, axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, *[1] * axes))
+
+    def forward(self, x: Float[Tensor, "b c *axes"]) -> Float[Tensor, "b c *axes"]:
+        return F.normalize(x.float(), dim=1).to(x.dtype) * (self.gamma * len(self.gamma) ** 0.5)
+
+
+class Residual(Causal):
+    """x + f(x), with f two causal convolutions."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.residual = Stream(
+            *(RMSNorm(inputs), nn.SiLU(), CausalConv(inputs, outputs)),
+            *(RMSNorm(outputs), nn.SiLU(), nn.Identity(), CausalConv(outputs, outputs)),  # the release drops out here
+        )
+        self.shortcut = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Video, memory: Memory) -> Video:
+        return self.shortcut(x) + self.residual(x, memory)
+
+
+class Attention(nn.Module):
+    """One head over the pixels of each frame; frames do not see each other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, axes=2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Video) -> Video:
+        return x + per_frame(self.attend, x)
+
+    def attend(self, x: Images) -> Images:
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "m (qkv c) h w -> qkv m 1 (h w) c", qkv=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(y, "m 1 (h w) c -> m c h w", h=x.shape[2]))
+
+
+class Downsample(Causal):
+    """Half the rows and columns; if temporal, one frame of each two and the one before them.
+
+    A first frame stays as it is, and is the past of the next two.
+    """
+
+    def __init__(self, width: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
+        self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Video, memory: Memory) -> Video:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        seen = memory.recall(x, length=1)
+        return x if memory.begins else self.time_conv(seen)
+
+
+class Upsample(Causal):
+    """Twice the rows and columns; if temporal, two frames of each one and the two before it.
+
+    A first frame stays as it is, and those after it do not see it here: their past begins with zeros.
+    """
+
+    def __init__(self, inputs: int, outputs: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.time_conv = nn.Conv3d(inputs, 2 * inputs, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Video, memory: Memory) -> Video:
+        if self.time_conv is not None and memory.begins:
+            memory.recall(torch.zeros_like(x))
+        elif self.time_conv is not None:
+            x = rearrange(self.time_conv(memory.recall(x)), "b (i c) t h w -> b c (t i) h w", i=2)
+        return per_frame(self.resample, x)
+
+
+class Down(Causal):
+    """One resolution of Wan2.2's encoder: its layers, and means over blocks of channels and pixels past them."""
+
+    def __init__(self, layers: list[nn.Module], outputs: int, temporal: bool | None) -> None:
+        super().__init__()
+        self.downsamples = Stream(*layers)
+        self.outputs = outputs
+        self.frames, self.pixels = (1, 1) if temporal is None else (1 + temporal, 2)
+
+    def forward(self, x: Video, memory: Memory) -> Video:
+        return self.downsamples(x, memory) + self.shortcut(x)
+
+    def shortcut(self, x: Video) -> Video:
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.frames, 0))  # a first frame stands behind a black one
+        i, j = self.frames, self.pixels
+        x = rearrange(x, "b c (t i) (h j) (w k) -> b (c i j k) t h w", i=i, j=j, k=j)
+        return x.unflatten(1, (self.outputs, -1)).mean(2)
+
+
+class Up(Causal):
+    """One resolution of Wan2.2's decoder: its layers, and copies of channels and pixels past all but the finest."""
+
+    def __init__(self, layers: list[nn.Module], outputs: int, temporal: bool | None) -> None:
+        super().__init__()
+        self.upsamples = Stream(*layers)
+        self.outputs = outputs
+        self.frames = None if temporal is None else 1 + temporal
+
+    def forward(self, x: Video, memory: Memory) -> Video:
+        y = self.upsamples(x, memory)
+        if self.frames is None:
+            return y
+        return y + self.shortcut(x, self.frames)[:, :, -y.shape[2] :]  # of the copies of a first frame, the last
+
+    def shortcut(self, x: Video, frames: int) -> Video:
+        x = x.repeat_interleave(4 * frames * self.outputs // x.shape[1], dim=1)
+        return rearrange(x, "b (c i j k) t h w -> b c (t i) (h j) (w k)", i=frames, j=2, k=2)
+
+
+def residuals(inputs: int, outputs: int, depth: int) -> list[nn.Module]:
+    return [Residual(inputs, outputs), *(Residual(outputs, outputs) for _ in range(depth - 1))]
+
+
+def middle(width: int) -> Stream:
+    return Stream(Residual(width, width), Attention(width), Residual(width, width))
+
+
+def head(width: int, outputs: int) -> Stream:
+    return Stream(RMSNorm(width), nn.SiLU(), CausalConv(width, outputs))
+
+
+def per_frame(layer: Callable[[Images], Images], x: Video) -> Video:
+    """Apply a layer for images to each frame."""
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)

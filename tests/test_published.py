@@ -1,0 +1,142 @@
+"""Day one with a published Wan: its folder becomes ours, and makes videos with every sampler."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from minwm.checkpoint import load_model
+from minwm.cli import main
+from minwm.core.media import read_video, write_image
+from minwm.formats import diffusers_names as transformer_names
+from minwm.nets.wan import WanConfig
+from minwm.nets.wan_vae import WanVaeConfig, diffusers_names
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+NETWORK = WanConfig(
+    dim=48, heads=2, layers=2, ffn=64, channels=4, text_dim=32, text_length=12, freq_dim=16, camera="dual"
+)
+VAE = WanVaeConfig(base=8, decoder_base=8, channels=4, depth=1, mean=(0.0,) * 4, std=(1.0,) * 4)
+FIELDS = [
+    *("--height", "32", "--width", "48", "--latents", "8", "--sampler.steps", "2", "--negative", "the dome"),
+    *("--text.dim", "32", "--text.length", "12", "--codec.base", "8", "--codec.decoder_base", "8"),
+    *("--codec.channels", "4", "--codec.depth", "1", "--codec.mean", "0,0,0,0", "--codec.std", "1,1,1,1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINWM_CACHE", str(tmp_path / "cache"))
+
+
+def state(net: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        name: 0.1 * torch.randn_like(p) + ("norm" in name or "gamma" in name) for name, p in net.state_dict().items()
+    }
+
+
+def save_text_encoder(folder: Path) -> None:
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "tower", "the", "dome"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    (folder / "tokenizer").mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    config = transformers.UMT5Config(vocab_size=16, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=1)
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A repository in the layout of the original release: config.json, transformer, VAE; and a text encoder."""
+    folder = tmp_path / "Wan2.1-T2V-1.3B"
+    save_text_encoder(folder)
+    save_file(state(NETWORK.build()), folder / "diffusion_pytorch_model.safetensors")
+    sizes = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_len": 12, "freq_dim": 16}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    torch.save(state(VAE.build()), folder / "Wan2.1_VAE.pth")
+    return folder
+
+
+def convert(source: Path, target: Path, preset: str, *fields: str) -> int:
+    return main(["convert", str(source), str(target), "--to", "minwm", "--preset", preset, *FIELDS, *fields])
+
+
+def generate(model: Path, out: Path, trajectory: str, *more: str) -> int:
+    words = ["generate", "--model", str(model), "--out", str(out), "--trajectory", trajectory]
+    return main([*words, "--prompt", "a red tower", *more])
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("wan2.1-1.3b", 7), ("wan2.1-1.3b/ar", 11), ("wan2.1-1.3b/dmd", 31)])
+def test_from_release_to_video(preset: str, steps: int, release: Path, tmp_path: Path) -> None:
+    """Few steps also past the end of the ring: 8 chunks through a cache of 5."""
+    assert convert(release, tmp_path / "model", preset) == 0
+    assert generate(tmp_path / "model", tmp_path / "a.mp4", f"w*{steps}") == 0
+    video = read_video(tmp_path / "a.mp4")[0]
+    assert video.shape == (4 * steps + 1, 32, 48, 3) and video.std() > 1
+    assert generate(tmp_path / "model", tmp_path / "b.mp4", f"j*{steps}") == 0
+    assert np.abs(read_video(tmp_path / "b.mp4")[0].astype(int) - video).mean() > 0.5, "cameras matter"
+
+
+def test_an_image_of_any_size_starts_it(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", "--first", "1", "--latents", "9") == 0
+    write_image(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
+    assert generate(tmp_path / "model", tmp_path / "a.mp4", "w*8", "--image", str(tmp_path / "x.png")) == 0
+    assert "40x40 pixels, cropped in the middle and resized to the model's 48x32" in capsys.readouterr().out
+
+
+def test_every_naming_gives_the_same_model(release: Path, tmp_path: Path) -> None:
+    """minWM's model.pt with its wrappers, and the folders of diffusers, beside the release."""
+    assert convert(release, tmp_path / "a", "wan2.1-1.3b/dmd") == 0
+    network, vae = state(NETWORK.build()), state(VAE.build())
+    wrapped = {f"model._fsdp_wrapped_module.{name}": value for name, value in network.items()}
+    torch.save({"generator": {k: 0 * v for k, v in wrapped.items()}, "generator_ema": wrapped}, release / "model.pt")
+    minwm = ("--codec", str(release / "Wan2.1_VAE.pth"), "--heads", "2", "--text.source", str(release))
+    (release / "config.json").unlink()
+    assert convert(release / "model.pt", tmp_path / "b", "wan2.1-1.3b/dmd", *minwm) == 0
+    theirs, names = tmp_path / "diffusers", transformer_names(2)
+    save_text_encoder(theirs)
+    for part in ("transformer", "vae"):
+        (theirs / part).mkdir()
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "text_len": 12}
+    (theirs / "transformer" / "config.json").write_text(json.dumps(sizes))
+    file = "diffusion_pytorch_model.safetensors"
+    save_file({names[name]: value for name, value in network.items()}, theirs / "transformer" / file)
+    save_file({diffusers_names(VAE)[name]: value for name, value in vae.items()}, theirs / "vae" / file)
+    assert convert(theirs, tmp_path / "c", "wan2.1-1.3b/dmd") == 0
+    models = [load_model(tmp_path / name) for name in "abc"]
+    for part in ("net", "codec"):
+        first, *others = (getattr(model, part).state_dict() for model in models)
+        for other in others:
+            assert first.keys() == other.keys() and all(torch.equal(first[k], other[k]) for k in first)
+    assert models[0].config.text.length == models[2].config.text.length == 12
+
+
+BAD = {
+    "no VAE": (["Wan2.1_VAE.pth"], [], "no VAE (Wan2.1_VAE.pth, Wan2.2_VAE.pth, vae) beside"),
+    "another VAE": (
+        [],
+        ["--codec.channels", "3", "--codec.mean", "0,0,0", "--codec.std", "1,1,1"],
+        "does not fit WanVae",
+    ),
+    "another preset": ([], ["--preset", "wan2.1-1.3b/foundation"], "did you mean"),
+    "unknown field": ([], ["--focle", "0.5,0.5"], "did you mean 'focal'"),
+}
+
+
+@pytest.mark.parametrize(("lost", "fields", "problem"), BAD.values(), ids=BAD)
+def test_what_does_not_fit_is_one_line(
+    lost: list[str], fields: list[str], problem: str, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in lost:
+        (release / name).unlink()
+    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", *fields) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob("**/*.tmp"))
