@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minwm.checkpoint import load_model as load
     from minwm.core.camera import CameraTrack
     from minwm.core.types import Clip
+    from minwm.hub import load
     from minwm.session import Session
 
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ _HOME = {
     "CameraTrack": ("minwm.core.camera", "CameraTrack"),
     "Clip": ("minwm.core.types", "Clip"),
     "Session": ("minwm.session", "Session"),
-    "load": ("minwm.checkpoint", "load_model"),
+    "load": ("minwm.hub", "load"),
 }
 
 

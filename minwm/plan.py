@@ -144,8 +144,8 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
 def _held_by(stream: Stream, decoder: State) -> Iterator[Item]:
     """What a session holds besides weights."""
     kv, text = stream.arena.kv, [x for pair in stream.text for x in pair]
-    layers, _, branches, heads, rows, width = kv.shape
-    each = f"{layers} layers x 2 x {branches} branch{'es' * (branches > 1)}"
+    depth, _, branches, heads, rows, width = kv.shape
+    each = f"{depth} layers x 2 x {branches} branch{'es' * (branches > 1)}"
     yield Item("cache", kv.nbytes, f"{each} x {heads} heads x {rows:,} rows x {width} x {kv.itemsize} bytes")
     _, heads, rows, width = text[0].shape
     prompt = f"{each} x {heads} heads x {rows} rows x {width} x {text[0].itemsize} bytes"
@@ -268,7 +268,10 @@ Option = Callable[..., tuple[str, tuple[Any, ...]] | None]
 
 
 def advise(
-    plan: Callable[..., Plan], subject: tuple[Any, ...], options: Sequence[Option], tried: Callable[[], Any] = int
+    plan: Callable[..., Plan],
+    subject: tuple[Any, ...],
+    options: Sequence[Option],
+    tried: Callable[[], None] = lambda: None,
 ) -> Advice:
     """Try options on `plan(*subject)`, each by itself, and keep those that save something; `tried` hears of each."""
     now, together, changes = plan(*subject).total, subject, []
@@ -345,8 +348,10 @@ def _shorter_clips(run: Run) -> tuple[str, tuple[Run]] | None:
 
 def _smaller_ring(run: Run) -> tuple[str, tuple[Run]] | None:
     """Only the self-rollout of DMD has a cache, which needs no more slots than the clip has chunks."""
+    if not isinstance(run.recipe, DmdConfig):
+        return None
     window = max(1, _chunks(run) - run.model.sink)
-    if not isinstance(run.recipe, DmdConfig) or window >= run.model.window:
+    if window >= run.model.window:
         return None
     changed = replace(run, model=replace(run.model, window=window))
     return f"--model.window {window}: all that a clip fills (play with more)", (changed,)

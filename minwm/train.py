@@ -19,8 +19,10 @@ from minwm.core.config import ConfigError, UserError, dumps, loads
 from minwm.core.media import atomic
 from minwm.core.runtime import generator as make_generator
 from minwm.core.runtime import git_commit, pick_device, progress, rank, require, versions, world_size
+from minwm.data.clips import read_manifest
 from minwm.data.dataset import Loader, RawDataset, ShardDataset, loader
 from minwm.formats import CAMERA
+from minwm.hub import write_card
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import Codec
 from minwm.recipes.base import Loss, Recipe
@@ -31,6 +33,14 @@ from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 
 RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
+
+
+HELD_OUT = 24
+"""Clips of the validation split on which the loss is watched."""
+
+
+NOTED = ("kind", "raw", "counts", "clips", "licences")
+"""What a run notes of its data's manifest, for the model card."""
 
 
 class DivergedError(UserError):
@@ -147,8 +157,13 @@ class Ema:
             mean.lerp_(value, 1 - decay)
 
 
-def loop(run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: torch.device) -> nn.Module:
-    """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student."""
+def loop(
+    run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: torch.device, held_out: Sequence[Any] = ()
+) -> nn.Module:
+    """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student.
+
+    The loss on the batches `held_out`, if there are any, is logged whenever a state is saved.
+    """
     networks = {role: net.to(device) for role, net in recipe.stateful.items()}
     settings = {"student": run.optim, "critic": run.critic}
     optimizers = {role: settings[role].build(networks[role]) for role in recipe.trained}
@@ -182,12 +197,25 @@ def loop(run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: tor
             optimizer.zero_grad(set_to_none=True)
             if loss.trains == "student":
                 ema.update(net, step)
-            log(step, parts, norm, optim.rate(step, run.steps))
-            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in loss.logs.items()))
-            if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+            save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
+            val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
+            log(step, parts, norm, optim.rate(step, run.steps), val)
+            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in (loss.logs | val).items()))
+            if save:
                 place = {"data": clips.state(), "seconds": time.monotonic() - began}
                 states.save(step + 1, saved, optimizers, generator, place)
     return ema.net if run.ema else networks["student"]
+
+
+@torch.no_grad()
+def validate(run: Run, recipe: Trainable, batches: Sequence[Any], step: int, device: torch.device) -> float:
+    """Mean loss on clips that are never trained on, always with the same noise: what falls here was learned."""
+    losses = []
+    for i, batch in enumerate(batches):
+        draws = make_generator(run.seed, "validate", i, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
+            losses.append(float(recipe.loss(batch.to(device), step, draws).total))
+    return sum(losses) / len(losses)
 
 
 @contextmanager
@@ -205,8 +233,8 @@ def _log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
         writer = SummaryWriter(out / "tensorboard", purge_step=start)
     with path.open("a", buffering=1) as lines:
 
-        def write(step: int, parts: Sequence[Loss], norm: float, rate: float) -> None:
-            mean = {name: sum(p.logs[name] for p in parts) / len(parts) for name in parts[0].logs}
+        def write(step: int, parts: Sequence[Loss], norm: float, rate: float, val: dict[str, float]) -> None:
+            mean = {name: sum(p.logs[name] for p in parts) / len(parts) for name in parts[0].logs} | val
             line = {"step": step, "trains": parts[0].trains, **mean, "grad_norm": norm, "lr": rate}
             lines.write(json.dumps(line) + "\n")
             if writer:
@@ -255,16 +283,19 @@ def train(run: Run, out: Path) -> Summary:
 
 
 def _claim(run: Run, out: Path) -> None:
-    """Write the run's config, or check that it is the one that `out` was started with."""
+    """Write the run's config and what it starts from, or check that it is the one that `out` was started with."""
     path = out / "run.json"
     if path.exists() and (old := json.loads(path.read_text())["run"]) != (new := json.loads(dumps(run))):
         changed = [key for key in new if old.get(key) != new[key]]
         raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
     if not path.exists():
+        maker = "minwm data render" if isinstance(run.recipe, CodecTraining) else "minwm data encode"
+        manifest = read_manifest(Path(run.data), maker)
         about = {
             "commit": git_commit(),
             "versions": versions(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "data": {name: manifest[name] for name in NOTED if name in manifest},
         }
         with atomic(path) as temporary:
             temporary.write_text(json.dumps({"run": json.loads(dumps(run)), **about}, indent=2))
@@ -291,11 +322,17 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec))
     recipe = build_recipe(run, device)
-    begins_with_image = run.model.geometry.lead == 1
-    data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=run.model.null())
+    begins_with_image, null = run.model.geometry.lead == 1, run.model.null()
+    data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=null)
     clips = loader(data, run.batch, run.seed, rank(), world_size())
-    trained = loop(run, out, recipe, clips, device)
+    batches = []
+    if data.manifest["counts"].get("val") and not isinstance(run.recipe, DmdConfig):  # whose loss is no distance
+        held_out = ShardDataset(Path(run.data), "val", image_start=begins_with_image, null=null)
+        some = range(min(HELD_OUT, len(held_out)))
+        batches = [held_out.batch(some[i : i + run.batch]) for i in some[:: run.batch]]
+    trained = loop(run, out, recipe, clips, device, batches)
     save_model(out, replace(run.model, codec=codec.cfg), trained.cpu(), codec)
+    write_card(out)
     return trained
 
 

@@ -415,6 +415,7 @@ def test_a_stage_is_explained_and_told_what_would_help(tmp_path: Path, capsys: p
         (("--preset", "smoky"), "did you mean 'smoke'?"),
         (("--preset", "smoke/dmt"), "did you mean 'dmd'?"),
         (("--preset", "smoke", "--gpu-memory", 0), "give the GiB of a GPU, such as 24"),
+        (("--preset", "smoke", "--gpu-memory", "nan"), "give the GiB of a GPU, such as 24"),
     ],
 )
 def test_bad_input_is_one_line(words: tuple[object, ...], problem: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ BAD = {
         ["--codec.channels", "3", "--codec.mean", "0,0,0", "--codec.std", "1,1,1"],
         "does not fit WanVae",
     ),
-    "another preset": ([], ["--preset", "wan2.1-1.3b/foundation"], "did you mean"),
+    "another preset": ([], ["--preset", "wan2.1-1.3b/foundation"], "there is no stage 'foundation'"),
     "unknown field": ([], ["--focle", "0.5,0.5"], "did you mean 'focal'"),
 }
 

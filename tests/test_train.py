@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minwm import checkpoint
-from minwm.checkpoint import ModelConfig, States, load_model, save_codec, save_model
+from minwm.checkpoint import ModelConfig, States, load_codec, load_model, save_codec, save_model
 from minwm.core.config import ConfigError
 from minwm.core.trajectory import Motion
 from minwm.data.dataset import Loader, ShardDataset, loader
@@ -234,11 +234,11 @@ class Dot:
         return Loss(total, "student", {"loss": float(total.detach())})
 
 
-def run_loop(recipe: Dot, out: Path, **changes: Any) -> nn.Module:
+def run_loop(recipe: Dot, out: Path, held_out: Sequence[Tensor] = (), **changes: Any) -> nn.Module:
     run = Run(name="dot", model=MODEL, recipe=BidirectionalConfig(), data="", tensorboard=False)
     run = replace(run, **{"steps": 6, "batch": 2, "optim": OptimConfig(lr=0.1, clip=1e9), **changes})
     table = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-    return loop(run, out, recipe, loader(Numbers(table), run.batch, run.seed), torch.device("cpu"))
+    return loop(run, out, recipe, loader(Numbers(table), run.batch, run.seed), torch.device("cpu"), held_out)
 
 
 def test_accumulation_averages_gradients(tmp_path: Path) -> None:
@@ -253,6 +253,29 @@ def test_accumulation_averages_gradients(tmp_path: Path) -> None:
     torch.testing.assert_close(split.net.weight, whole.net.weight)
     same = zip(read_metrics(tmp_path / "split"), read_metrics(tmp_path / "whole"), strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in same)
+
+
+def test_held_out_clips_are_watched_and_change_nothing(tmp_path: Path) -> None:
+    alone, watched = Dot(), Dot()
+    watched.net.load_state_dict(alone.net.state_dict())
+    run_loop(alone, tmp_path / "alone", save_every=4)
+    other = [torch.randn(2, 3), torch.randn(2, 3)]
+    run_loop(watched, tmp_path / "watched", other, save_every=4)
+    assert torch.equal(alone.net.weight, watched.net.weight)
+    lines = read_metrics(tmp_path / "watched")
+    assert [line["step"] for line in lines if "val" in line] == [3, 5]
+    assert lines[-1]["val"] == pytest.approx(float(watched.net(torch.cat(other)).mean().detach()))
+
+
+def test_validation_has_clips_of_its_own_split(project: Path, tmp_path: Path) -> None:
+    encode_clips(
+        project / "raw", tmp_path / "latents", load_codec(project / "codec"), MODEL.text, cfg=EncodeConfig(val=0.6)
+    )
+    train(stage("bidirectional", project, data=str(tmp_path / "latents")), tmp_path / "a")
+    values = [line["val"] for line in read_metrics(tmp_path / "a") if "val" in line]
+    assert len(values) == 3 and all(math.isfinite(value) for value in values)
+    train(stage("ode", project), tmp_path / "b")  # its folder has no validation split
+    assert not any("val" in line for line in read_metrics(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -35,7 +35,7 @@ DESCRIPTION = """Camera-controlled, streaming video world models: data, training
 Bad input gives one line and the exit code 2. An interrupted command continues when it is run again."""
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="write the numbers here too")]
-ModelFolder = Annotated[Path, arg(metavar="DIR", help="model folder, such as runs/demo/dmd")]
+ModelFolder = Annotated[Path, arg(metavar="DIR|USER/NAME", help="model folder, such as runs/demo/dmd, or on the Hub")]
 Folder = Annotated[Positional[Path], arg(metavar="DIR")]
 File = Annotated[Positional[Path], arg(metavar="FILE.json")]
 Out = Annotated[Path, arg(metavar="DIR", help="folder to write; what is finished in it is kept")]

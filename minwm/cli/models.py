@@ -149,7 +149,7 @@ def evaluate(model: ModelFolder, json: Json = None, clips: Count = 16, seed: Cou
 
 @command(app, "bench")
 def bench(
-    model: Annotated[Path | None, arg(metavar="DIR", help="model folder, such as runs/demo/dmd")] = None,
+    model: ModelFolder | None = None,
     preset: Annotated[str | None, arg(metavar="PIPELINE/STAGE", help="its model, with --random-weights")] = None,
     random_weights: Annotated[Flag, arg(help="as fast as trained ones")] = False,
     json: Json = None,
@@ -168,10 +168,10 @@ def bench(
     numbers(to_dict(bench_model(loaded, repeats=repeats)), json)
 
 
-def _load(folder: Path) -> "Model":
-    from minwm.checkpoint import load_model
+def _load(model: Path) -> "Model":
+    from minwm.hub import load
 
-    return load_model(folder).ready()
+    return load(model).ready()
 
 
 def inspect_model(folder: Path, json: Path | None) -> None:

@@ -1,5 +1,6 @@
 """The verb that says what fits on a GPU, and what would help."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +28,9 @@ def plan(
     from minwm import presets
     from minwm.plan import GIB, reserve, size
 
-    budget = int(gpu_memory * GIB)
-    if budget <= 0:
+    if not 0 < gpu_memory < math.inf:
         raise UserError(f"--gpu-memory {gpu_memory:g}: give the GiB of a GPU, such as 24")
+    budget = int(gpu_memory * GIB)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140

@@ -1,4 +1,4 @@
-"""Verbs about checkpoints: what is in one, and the same weights in another layout."""
+"""Verbs about checkpoints: what is in one, the same weights in another layout, and a model on the Hub."""
 
 from collections import Counter
 from pathlib import Path
@@ -137,3 +137,16 @@ def _adopt(
     for note in adopt(published, override(config, changes(fields)), codec, target):
         say(f"note: {note}")
     say(f"{target}: a model folder, codec from {codec}")
+
+
+@command(app, "push")
+def push_model(
+    repo: Annotated[Positional[str], arg(metavar="USER/NAME", help="repository on the Hugging Face Hub")],
+    model: Annotated[Path, arg(metavar="DIR", help="model folder, such as runs/demo/dmd")],
+    private: Annotated[Flag, arg(help="for nobody else to see")] = False,
+    licence: Annotated[str | None, arg(metavar="ID", help="of the weights, such as apache-2.0")] = None,
+) -> None:
+    """Put a model on the Hub, with a card that says what it is; log in first: hf auth login, or HF_TOKEN."""
+    from minwm.hub import push
+
+    say(push(model, repo, private=private, licence=licence))

@@ -36,6 +36,8 @@ class Stage:
     steps: int
     seconds: float
     losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    held_out: Sequence[tuple[int, float]] = ()
+    """(step, loss) on clips that are not trained on."""
     """Curves by name, one value per logged step; the first is the stage's main loss."""
     log_every: int = 1
     passes_per_chunk: int | None = None
@@ -346,6 +348,8 @@ def _training(stages: Sequence[Stage]) -> str:
         for name, values in stage.losses.items():
             steps = [j * stage.log_every for j in range(len(values))]
             curves = [Series(name, steps, values, i, faint=True), Series(name, steps, smooth(values), i)]
+            if stage.held_out and name == "loss":
+                curves.append(Series("on other clips", *zip(*stage.held_out, strict=True), i + 1))
             chart = line_chart(curves, x_label="step", y_label=f"{stage.name}: {name}", width=340, height=200)
             figures.append(f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>")
     return f'<div class="curves">{"".join(figures)}</div>' if figures else ""
