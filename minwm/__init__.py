@@ -5,18 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minwm.core.camera import CameraTrack
+    from minwm.core.trajectory import Action
     from minwm.core.types import Clip
     from minwm.hub import load
-    from minwm.session import Session
+    from minwm.session import Session, walk
 
 __version__ = "0.1.0"
-__all__ = ["CameraTrack", "Clip", "Session", "load"]
+__all__ = ["Action", "CameraTrack", "Clip", "Session", "load", "walk"]
 
 _HOME = {
+    "Action": ("minwm.core.trajectory", "Action"),
     "CameraTrack": ("minwm.core.camera", "CameraTrack"),
     "Clip": ("minwm.core.types", "Clip"),
     "Session": ("minwm.session", "Session"),
     "load": ("minwm.hub", "load"),
+    "walk": ("minwm.session", "walk"),
 }
 
 

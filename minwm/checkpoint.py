@@ -43,6 +43,8 @@ from minwm.nets.wan import WanConfig
 from minwm.nets.wan_vae import WanVae, WanVaeConfig, diffusers_names
 from minwm.sampling import Sampler
 
+Prompts = list[str] | Float[Tensor, "b l d"]
+"""As text, or encoded already."""
 AnyCodecConfig = CodecConfig | WanVaeConfig | TaehvConfig
 AnyCodec = Codec | WanVae | Taehv
 SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
@@ -89,9 +91,9 @@ class ModelConfig:
     def scale(self) -> int:
         return self.codec.scale
 
-    def read(self, prompts: list[str]) -> dict[str, Tensor]:
+    def read(self, prompts: Prompts) -> dict[str, Tensor]:
         """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
-        texts = self.text.encode(prompts)
+        texts = prompts if isinstance(prompts, Tensor) else self.text.encode(prompts)
         return {"text": texts} if (null := self.null()) is None else {"text": texts, "null": null.expand_as(texts)}
 
     def null(self) -> Float[Tensor, "l d"] | None:

@@ -34,8 +34,9 @@ BASES = {
     "wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B",
 }
 """Hub names of the releases in `formats.SIZES`."""
-MEASURED = {"sampler", "passes", "parameters", "chunk_ms", "chunk_p90_ms", "decode_ms", "first_pixel_ms", "fps"}
-"""Numbers by which a file that `minwm bench --json` wrote is known."""
+TIMES = ("fps", "chunk_ms", "chunk_p90_ms", "decode_ms", "first_pixel_ms", "memory_gb")
+MEASURED = {"sampler", "passes", "parameters", "threads", "versions", "date", *TIMES}
+"""By which a file that `minwm bench --json` wrote is known."""
 
 
 class HubError(UserError):
@@ -128,7 +129,7 @@ def card(folder: Path, repo: str | None = None, licence: str | None = None) -> s
         "Cameras": _cameras(facts.config),
         "How it was trained": _training(facts),
         "Licences": _licences(facts, licence),
-        "Speed": _speed(facts, folder),
+        "Speed": _speed(facts, folder, repo or str(folder)),
         "Use": _use(facts.config, repo or str(folder)),
         "Limits": _bullets(_limits(facts.config)),
         "Provenance": _provenance(facts),
@@ -159,7 +160,7 @@ class _Facts:
         tensors = [read_weights(folder / file).tensors for file in FILES[1:]]
         for part, file, found in zip(parts, FILES[1:], tensors, strict=True):
             check(part, found, folder / file)
-        sizes = (sum(p.numel() for p in part.parameters()) for part in parts)
+        own, codec = (sum(p.numel() for p in part.parameters()) for part in parts)
         dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in tensors[0].values()})
         history = _history(folder, {})
         runs = [record for record in history.values() if record]
@@ -167,7 +168,7 @@ class _Facts:
         start = _first(folder, history)
         published = not history[start] and (start / "model.json").exists()
         base = BASES.get(size_name(config.network) or "") if published else None
-        return cls(config, *sizes, ", ".join(dtypes), runs, unknown, base)
+        return cls(config, own, codec, ", ".join(dtypes), runs, unknown, base)
 
     @property
     def streams(self) -> bool:
@@ -301,11 +302,10 @@ def _licences(facts: _Facts, licence: str | None) -> str:
     return _bullets([f"Weights: {licence or 'not stated'}.", f"Training clips: {', '.join(dict.fromkeys(clips))}."])
 
 
-def _speed(facts: _Facts, folder: Path) -> str:
+def _speed(facts: _Facts, folder: Path, name: str) -> str:
     rows = [_measurement(found) for path in sorted(folder.glob("*.json")) if (found := _bench(facts, path))]
     if not rows:
-        file = folder / "bench.json"
-        return f"Not measured. `minwm bench --model {folder} --json {file}` does, and the next card shows it."
+        return f"Not measured. `minwm bench --model {name} --json bench.json` does; the file goes into the folder."
     names = "frames per second", "a chunk, ms", "90 % below", "decoding it, ms", "first frame, ms", "memory, GB"
     about = (
         "One stream, warm, from the encoded prompt to frames on the host. A chunk is its network passes and the one "
@@ -323,24 +323,29 @@ def _bench(facts: _Facts, path: Path) -> dict[str, Any] | None:
 
 def _measurement(found: Mapping[str, Any]) -> list[str]:
     where = found["versions"].get("gpu") or f"{found['versions']['cpu']}, {found['threads']} used"
-    numbers = (found[name] for name in ("fps", "chunk_ms", "chunk_p90_ms", "decode_ms", "first_pixel_ms", "memory_gb"))
-    shown = ("" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers)
+    values = (found[name] for name in TIMES)
+    shown = ("" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in values)
     return [where, found["versions"]["torch"], *shown, found["date"][:10]]
 
 
 def _use(cfg: ModelConfig, name: str) -> str:
-    words = f'--model {name} --prompt "a red tower" --trajectory "w*{cfg.latents - 1}" --out walk.mp4'
-    image = " --image first.png" if cfg.geometry.lead == 1 else ""
-    play = [] if isinstance(cfg.sampler, Bidirectional) else [f"minwm play --model {name}"]
-    code = [
-        "import minwm",
-        "from minwm.core.trajectory import parse",
-        "from minwm.session import generate_clips",
-        f'model = minwm.load("{name}").ready()',
-        f'track = parse("w*{cfg.latents - 1}").track(model.config.motion, model.config.intrinsics)',
-        'video = generate_clips(model, None, ["a red tower"], [track], seed=0)[0]  # n h w 3, uint8',
-    ]
-    shell = [f"minwm generate {words}{image}", *play]
+    route = f"w*{cfg.latents - 1}"
+    code = ["import minwm", f'model = minwm.load("{name}").ready()']
+    start, picture = (" --image first.png", ', "first.png"') if cfg.geometry.lead == 1 else ("", "")
+    shell = [f'minwm generate --model {name} --prompt "a red tower"{start} --trajectory "{route}" --out walk.mp4']
+    if isinstance(cfg.sampler, Bidirectional):
+        code[1:1] = ["from minwm.core.trajectory import parse", "from minwm.session import generate_clips"]
+        code += [
+            f'track = parse("{route}").track(model.config.motion, model.config.intrinsics)',
+            'video = generate_clips(model, None, ["a red tower"], [track], seed=0)[0]  # n h w 3, uint8',
+        ]
+    else:
+        code += [
+            f'session = minwm.walk(model, "a red tower"{picture})',
+            "first = session.start()",
+            f'frames = session.step(minwm.Action.of("w"))  # n h w 3, uint8: ahead, {cfg.chunk} latents',
+        ]
+        shell.append(f"minwm play --model {name}")
     return "\n".join(["```python", *code, "```", "", "```sh", *shell, "```"])
 
 

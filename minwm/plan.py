@@ -36,13 +36,13 @@ from minwm.nets.taehv import TAEHV
 from minwm.nets.wan_vae import WanVaeConfig
 from minwm.recipes.base import Recipe
 from minwm.recipes.codec import CodecRecipe, CodecTraining
-from minwm.recipes.consistency import Consistency, ConsistencyConfig
-from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig
-from minwm.recipes.dmd import Dmd, DmdConfig
-from minwm.recipes.ode import Ode, OdeConfig
+from minwm.recipes.consistency import ConsistencyConfig
+from minwm.recipes.diffusion import AutoregressiveConfig
+from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
 from minwm.sampling import Bidirectional as WholeClip
 from minwm.sampling import FewStep, Stream, sample_bidirectional
-from minwm.train import Run, Trainable
+from minwm.train import RECIPES, Run, Trainable
 
 GIB = 2**30
 """A card sold with "24 GB" has 24 of these."""
@@ -157,14 +157,6 @@ def _held_by(stream: Stream, decoder: State) -> Iterator[Item]:
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-RECIPES: dict[type, type[Recipe]] = {
-    BidirectionalConfig: Bidirectional,
-    AutoregressiveConfig: Autoregressive,
-    OdeConfig: Ode,
-    ConsistencyConfig: Consistency,
-    DmdConfig: Dmd,
-}
 
 
 @cache

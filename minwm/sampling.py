@@ -197,6 +197,11 @@ class Stream:
     def _branches(self, cond: Condition) -> Condition:
         return cond if self.guidance == 1 else Condition.stack(cond, cond.without_text())
 
+    @torch.no_grad()
+    def reword(self, cond: Condition) -> None:
+        """Follow the prompt of `cond` from the next chunk on; what the cache holds has read the old one."""
+        self.text = self.net.read(self._branches(cond).text)
+
     def look(self, cond: Condition) -> Bound:
         """Cameras of the current chunk, with the stream's prompt."""
         origin = self.origin

@@ -3,21 +3,23 @@
 An engine looks the same whether learned or rendered, so player, evaluation and recordings cannot tell them apart.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from minwm.checkpoint import Model, ModelConfig
+from minwm.checkpoint import Model, ModelConfig, Prompts
 from minwm.core.camera import CameraTrack, se3_inverse, views
 from minwm.core.config import UserError
 from minwm.core.flow import Latents
+from minwm.core.media import fit, pixels, read_image
 from minwm.core.media import frames as to_frames
-from minwm.core.media import pixels
-from minwm.core.runtime import generator
+from minwm.core.runtime import Laps, generator
 from minwm.core.trajectory import Action, Motion, drive
 from minwm.core.types import Condition
 from minwm.render.worlds import World
@@ -34,6 +36,8 @@ class Engine(Protocol):
     motion: Motion
     chunk: int
     """Latents per step."""
+    laps: Laps
+    """Seconds of the newest chunk by stage: diffuse (or render), decode, copy to the host; then commit."""
 
     def start(self) -> Frames:
         """The first frame, seen from the identity pose."""
@@ -41,6 +45,10 @@ class Engine(Protocol):
 
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         """Frames for the next `chunk * stride` camera poses, relative to the first frame."""
+        ...
+
+    def settle(self) -> None:
+        """Do what frames need not wait for. Who shows them calls this afterwards; else the next step does it."""
         ...
 
     def snapshot(self) -> Any:
@@ -66,6 +74,7 @@ class RendererEngine:
     ) -> None:
         self.world, self.origin, self.K = world, origin, K
         self.motion, self.chunk, self.size = motion, chunk, size
+        self.laps = Laps()
 
     @classmethod
     def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
@@ -82,8 +91,13 @@ class RendererEngine:
         return self.advance(np.eye(4)[None])
 
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
+        self.laps.restart()
         track = CameraTrack(c2w, self.K, self.motion.fps).moved(self.origin)
-        return self.world.render(track, *self.size).frames
+        frames = self.world.render(track, *self.size).frames
+        self.laps.lap("diffuse")
+        return frames
+
+    def settle(self) -> None: ...
 
     def snapshot(self) -> None:
         """A world has no memory."""
@@ -104,11 +118,12 @@ class ModelEngine:
         self.sampler, self.seed, self.device = cfg.sampler, seed, next(model.net.parameters()).device
         self.text = cfg.read([prompt])
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
+        self.laps = Laps(self.device)
 
     @torch.no_grad()
     def start(self) -> Frames:
         """The image; without one, the first chunk, in which the camera stands still."""
-        self.noise, self.decoding = generator(self.seed, "session"), None
+        self.noise, self.decoding, self.uncommitted = generator(self.seed, "session"), None, None
         geometry, first = self.model.config.geometry, None
         still = np.eye(4)[None].repeat(geometry.lead, 0)
         self.stream = Stream(self.model.net, self._look(still), geometry, self.sampler.guidance)
@@ -121,25 +136,45 @@ class ModelEngine:
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         return self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
 
+    def reword(self, prompt: str) -> None:
+        """Another prompt, from the next chunk on."""
+        self.text = self.model.config.read([prompt])
+        self.stream.reword(self._look(np.eye(4)[None]))
+
     def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Frames:
+        self.settle()
+        self.laps.restart()
         bound = self.stream.look(self._look(c2w))
         if latents is None:
             shape = (draws_of(self.sampler), *self.model.config.latent_shape(1, len(c2w)))
             noise = torch.randn(shape, generator=self.noise).to(self.device)
             latents = self.stream.next_chunk(bound, noise, self.sampler)
+        self.laps.lap("diffuse")
         decoded, self.decoding = self.model.codec.decode_next(latents, self.decoding)
-        self.stream.commit(bound, latents)
-        return to_frames(decoded[0])
+        self.laps.lap("decode")
+        frames = to_frames(decoded[0])
+        self.laps.lap("copy")
+        self.uncommitted = bound, latents
+        return frames
+
+    def settle(self) -> None:
+        """Write the newest chunk into the cache: its frames need not wait for this pass."""
+        if self.uncommitted:
+            self.stream.commit(*self.uncommitted)
+            self.uncommitted = None
+            self.laps.lap("commit")
 
     def _look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
         w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
         return Condition(**self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
+        self.settle()
         return self.stream.snapshot(), self.decoding, self.noise.get_state()
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         stream, self.decoding, state = snapshot
+        self.uncommitted = None  # of a step that is undone
         self.stream.restore(stream)
         self.noise.set_state(state)
 
@@ -151,12 +186,14 @@ class Session:
     engine: Engine
     pose: Pose = field(default_factory=lambda: np.eye(4))
     """Camera-to-world relative to the first frame, float64."""
-    past: list[tuple[Pose, Any]] = field(default_factory=list)
-    """Pose and engine snapshot before every step."""
+    history: int | None = None
+    """Steps that can be undone; None: all of them, whatever memory their snapshots take."""
+    past: deque[tuple[Pose, Any]] = field(default_factory=deque, init=False)
+    """Pose and engine snapshot before each of those steps."""
 
     def start(self) -> Frames:
         """The first frame; a session that has walked begins anew."""
-        self.pose, self.past = np.eye(4), []
+        self.pose, self.past = np.eye(4), deque(maxlen=self.history)
         return self.engine.start()
 
     def step(self, action: Action) -> Frames:
@@ -176,17 +213,40 @@ class Session:
     def rewind(self, steps: int = 1) -> None:
         """Undo steps; what follows may take another way."""
         if not 1 <= steps <= len(self.past):
-            raise UserError(f"cannot rewind {steps} steps: {len(self.past)} were made")
+            kept = "were made" if self.history is None else f"are kept (history={self.history})"
+            raise UserError(f"cannot rewind {steps} steps: {len(self.past)} {kept}")
         for _ in range(steps):
             self.pose, snapshot = self.past.pop()
             self.engine.restore(snapshot)
+
+
+def walk(
+    model: Model,
+    prompt: str,
+    image: UInt8[np.ndarray, "h w 3"] | Path | str | None = None,
+    seed: int = 0,
+    history: int | None = None,
+) -> Session:
+    """A walk through what a model makes of a picture (an array or a file, cropped to its size) and a prompt.
+
+    >>> model = minwm.load("runs/demo/dmd")
+    >>> session = minwm.walk(model, "a red tower and a blue dome on a stone plaza", "start.png")
+    >>> first = session.start()                          # 1 64 64 3 uint8
+    >>> frames = session.step(minwm.Action.of("wl"))     # 8 64 64 3: ahead and to the right for half a second
+    >>> session.rewind()                                 # and another way from there
+    """
+    if isinstance(image, str | Path):
+        image = read_image(image)
+    cfg = model.config
+    fitted = image if image is None else fit(image, cfg.height, cfg.width)
+    return Session(ModelEngine(model, fitted, prompt, seed), history=history)
 
 
 @torch.no_grad()
 def generate_clips(
     model: Model,
     images: UInt8[np.ndarray, "b h w 3"] | None,
-    prompts: list[str],
+    prompts: Prompts,
     tracks: list[CameraTrack],
     seed: int,
 ) -> UInt8[np.ndarray, "b n h w 3"]:

@@ -35,6 +35,13 @@ from minwm.recipes.ode import Ode, OdeConfig
 RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
 
 
+RECIPES: dict[type, type[Recipe]] = {
+    BidirectionalConfig: Bidirectional,
+    AutoregressiveConfig: Autoregressive,
+    OdeConfig: Ode,
+    ConsistencyConfig: Consistency,
+    DmdConfig: Dmd,
+}
 HELD_OUT = 24
 """Clips of the validation split on which the loss is watched."""
 
@@ -338,14 +345,7 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
 
 def build_recipe(run: Run, device: torch.device) -> Recipe:
     """The recipe of a run, with its roles filled."""
-    kinds: dict[type, type] = {
-        BidirectionalConfig: Bidirectional,
-        AutoregressiveConfig: Autoregressive,
-        OdeConfig: Ode,
-        ConsistencyConfig: Consistency,
-        DmdConfig: Dmd,
-    }
-    kind = kinds[type(run.recipe)]
+    kind = RECIPES[type(run.recipe)]
     networks = {role: _fill(run, role).to(device) for role in (*kind.trained, *kind.frozen)}
     for role in kind.trained:
         networks[role].checkpointing = run.checkpointing

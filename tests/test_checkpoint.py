@@ -24,7 +24,7 @@ from minwm.core.config import ConfigError
 from minwm.core.trajectory import Motion
 from minwm.core.types import Condition
 from minwm.formats import CAMERA
-from minwm.nets.codec import CodecConfig
+from minwm.nets.codec import Codec, CodecConfig
 from minwm.nets.text import WordText
 from minwm.nets.wan import WanConfig
 from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler
@@ -47,6 +47,7 @@ PLAIN = replace(CONFIG.network, camera="none")
 def model() -> Model:
     """With random statistics in the codec, which are buffers and no parameters."""
     codec = CONFIG.codec.build()
+    assert isinstance(codec, Codec)
     codec.mean.normal_()
     codec.std.uniform_(0.5, 1.5)
     net = CONFIG.network.build()

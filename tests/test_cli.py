@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("project")
     torch.manual_seed(0)
     plan = smoke(out)
-    codec = plan.codec.model.codec.build()
+    codec = plan.stage("codec").model.codec.build()
     save_codec(out / "codec", codec)
     for name in MODELS:
         config = plan.stage(name).model

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minwm.cli import models, plan, tools, weights  # noqa: F401  (their verbs register themselves)
+from minwm.cli import models, plan, play, tools, weights  # noqa: F401  (their verbs register themselves)
 from minwm.cli.base import parse
 from minwm.core.config import UserError
 

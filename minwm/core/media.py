@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -121,6 +122,36 @@ def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: 
         container.mux(stream.encode(None))
 
 
+class LiveVideo:
+    """H.264 for a live view: a frame in, its access unit (Annex B) out, nothing held back. Sides must be even."""
+
+    def __init__(self, height: int, width: int, fps: float, crf: int = 23) -> None:
+        import av
+
+        if height % 2 or width % 2:
+            raise UserError(f"H.264 needs even sides, these are {width}x{height}; use JPEG")
+        codec = av.CodecContext.create("libx264", "w")
+        assert isinstance(codec, av.VideoCodecContext)
+        codec.height, codec.width, codec.pix_fmt = height, width, "yuv420p"
+        codec.framerate = Fraction(fps).limit_denominator(1001)
+        codec.time_base = 1 / codec.framerate
+        # key frames come when asked for; each brings its parameter sets, so that a decoder can begin there
+        live = {"preset": "ultrafast", "tune": "zerolatency", "profile": "baseline", "forced-idr": "1", "g": "100000"}
+        codec.options = {**live, "crf": str(crf)}
+        self._codec, self._count = codec, 0
+
+    def encode(self, frame: Frame, key: bool = False) -> tuple[bytes, bool]:
+        """The access unit of the next frame, and whether a decoder can begin with it."""
+        import av
+        from av.video.frame import PictureType
+
+        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(_numpy(frame)), format="rgb24")
+        image.pict_type = PictureType.I if key else PictureType.NONE
+        image.pts, self._count = self._count, self._count + 1
+        (packet,) = self._codec.encode(image)
+        return bytes(packet), packet.is_keyframe
+
+
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
     """All frames of a video and its frames per second; UserError if it is missing or cannot be decoded."""
     import av
@@ -145,12 +176,17 @@ def write_image(path: str | Path, image: Frame) -> None:
         temporary.write_bytes(jpeg(image, quality=95) if lossy else png_bytes(image))
 
 
-def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    """Any image pillow reads, upright, as RGB; UserError if the file is missing or no image."""
+def read_image(
+    path: str | Path | BinaryIO, formats: tuple[str, ...] | None = None, largest: float = math.inf
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Any image pillow reads, upright, as RGB; UserError if it is missing, no image, or (where asked) of another
+    format or of more than `largest` pixels: a small file may say that it is huge."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
+            if image.width * image.height > largest:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 

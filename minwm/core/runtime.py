@@ -99,6 +99,32 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+class Laps:
+    """Seconds by stage, one stage after the other: the latency stamps of play, and a clock for measurements.
+
+    Looking at the clock waits for the GPU, so a lap holds what was done in it.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def lap(self, stage: str) -> float:
+        """Seconds since the lap before; they count for `stage`."""
+        before, self._last = self._last, self._now()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._last - before
+        return self._last - before
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
 class Progress:
     """A bar on standard error with speed, time left and a text; plain lines where that is no terminal."""
 

@@ -299,10 +299,14 @@ def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
 
 
 def _jumps(name: str, size: np.ndarray) -> list[str]:
+    """A jump is far longer than the usual step and than both of its neighbours: who plays starts and stops at
+    will, but for more than a frame."""
     moving = size[size > 1e-6]
-    if not len(moving) or size.max() <= 5 * np.median(moving):
+    beside = np.pad(size, 1)
+    alone = size * (size > 5 * np.maximum(beside[:-2], beside[2:]))
+    if not len(moving) or alone.max() <= 5 * np.median(moving):
         return []
-    frame, times = int(size.argmax()) + 1, size.max() / np.median(moving)
+    frame, times = int(alone.argmax()) + 1, alone.max() / np.median(moving)
     return [f"frame {frame}: a {name} {times:.0f} times the median looks like a jump"]
 
 

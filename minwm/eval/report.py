@@ -349,7 +349,8 @@ def _training(stages: Sequence[Stage]) -> str:
             steps = [j * stage.log_every for j in range(len(values))]
             curves = [Series(name, steps, values, i, faint=True), Series(name, steps, smooth(values), i)]
             if stage.held_out and name == "loss":
-                curves.append(Series("on other clips", *zip(*stage.held_out, strict=True), i + 1))
+                at, held_out = zip(*stage.held_out, strict=True)
+                curves.append(Series("on other clips", at, held_out, i + 1))
             chart = line_chart(curves, x_label="step", y_label=f"{stage.name}: {name}", width=340, height=200)
             figures.append(f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>")
     return f'<div class="curves">{"".join(figures)}</div>' if figures else ""

@@ -144,15 +144,17 @@ class Masked:
         self.frames, self.period = frames, period or frames
         index = torch.arange(frames)
         self.visible = rule(index[:, None], index[None, :])
-        self._mask: Bool[Tensor, "s s"] | None = None
+        self._mask: Float[Tensor, "s s"] | None = None
 
     def positions(self, frames: int) -> list[int]:
         return [i % self.period for i in range(frames)]
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
-        if self._mask is None:
-            tokens = q.shape[2] // self.frames
-            self._mask = self.visible.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        if self._mask is None:  # 0 or -inf: torch would make that of a boolean mask in every layer, and keep each
+            tokens, kind = q.shape[2] // self.frames, q.device.type
+            visible = self.visible.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+            self._mask = torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
 
 

@@ -92,7 +92,8 @@ class Autoregressive(Recipe):
         eps = noise_like(clip.latents, generator)
         chunks = self.geometry.chunks(eps.shape[1])
         per_chunk = self.cfg.time.draw((len(eps), len(chunks)), generator).to(eps)
-        t = per_chunk.repeat_interleave(torch.tensor([b - a for a, b in chunks], device=eps.device), dim=1)
+        sizes = torch.tensor([b - a for a, b in chunks], device=eps.device)
+        t = per_chunk.repeat_interleave(sizes, dim=1, output_size=eps.shape[1])  # or a GPU would be waited for
         x = interpolate(clip.latents, eps, t)
         v = teacher_forced(self.networks["student"], clip.latents, x, t, clip.cond, self.geometry)
         total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(t))

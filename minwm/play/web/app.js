@@ -13,17 +13,18 @@ const CAPS = {
   "move-caps": ["down", "forward", "up", "left", "back", "right"],
   "look-caps": [null, "lookUp", null, "turnLeft", "lookDown", "turnRight"],
 };
-const BUTTONS = { pause: "Pause", step: "Step", rewind: "Rewind", reset: "Restart", record: "Record" };
+const BUTTONS = { pause: "Pause", step: "Step", rewind: "Rewind", branch: "Branch", reset: "Restart", record: "Record" };
 const PARTS = { queue: "#5a6579", diffuse: "#7fb2ff", decode: "#b79bff", copy: "#5ac7da", encode: "#5ccb98", rest: "#39414f" };
 const VIEW_NAMES = { model: "Model", world: "True world", other: "Other model" };
 const h264 = window.isSecureContext && "VideoDecoder" in window;
 const address = (path) => `${path}?${new URLSearchParams({ token: query.get("token") ?? "", session: client.session ?? "" })}`;
 
 let welcome = null;
-let state = { paused: false, recording: false, rewind: 0, role: "player", queue: 0 };
+let state = { paused: false, recording: false, chunk: 0, rewind: 0, role: "player", queue: 0 };
 let link = { status: "connecting" };
 let screens = []; // one { canvas, pen } per view
 let newest = null; // frame on the screen
+let fork = null; // chunk to which the last rewind went
 
 const socket = new URL(`ws?${new URLSearchParams({ token: query.get("token") ?? "" })}`, location.href);
 socket.protocol = socket.protocol.replace("http", "ws");
@@ -31,7 +32,7 @@ const client = new Client(socket.href, { codecs: codecs(query.get("codec") ?? lo
 const controls = new Controls((axes, t) => client.hold(axes, t), (yaw, pitch, t) => client.turn(yaw, pitch, t));
 const player = new Player(show, (reason) => toast(reason));
 const map = new Minimap($("map"));
-const film = new Film($("film"), (chunks) => client.command("rewind", { chunks }));
+const film = new Film($("film"), (chunk) => rewind(state.chunk - chunk));
 window.minwm = { client, stats: client.stats, player, controls };
 
 function codecs(wanted) {
@@ -44,9 +45,9 @@ function codecs(wanted) {
 client.addEventListener("status", ({ detail }) => {
   if (detail.status === "closed" && !detail.reason) return; // we hang up to call again
   link = detail;
-  if (detail.status === "open") controls.sync();
   render();
 });
+client.addEventListener("role", () => controls.sync());
 client.addEventListener("welcome", ({ detail }) => {
   welcome = detail;
   document.title = `${detail.title} · minwm`;
@@ -54,9 +55,9 @@ client.addEventListener("welcome", ({ detail }) => {
   screens = detail.views.map(screen);
   $("views").replaceChildren(...screens.map(({ figure }) => figure));
   screens.at(-1).figure.append($("hud"));
+  togglePanel(!page.classList.contains("no-panel"));
   player.start(detail);
   setUp({ ...state, ...detail });
-  resize();
 });
 client.addEventListener("state", ({ detail }) => setUp({ ...state, ...detail }));
 client.addEventListener("error", ({ detail }) => detail.fatal || toast(detail.reason));
@@ -80,12 +81,15 @@ function screen(name, index, views) {
 
 function show(view, picture, frame) {
   const { canvas, pen } = screens[view];
+  if (view === 0 && newest && !frame.flush && frame.chunk > newest.chunk) {
+    film.add(newest.chunk, canvas, Math.ceil((0.5 * welcome.fps) / welcome.chunk)); // about two a second
+  }
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   if (view > 0) return;
   newest = frame;
   client.shown(frame);
   map.add(frame);
-  film.add(frame, canvas);
+  if (frame.flush) film.keep(0, frame.chunk, 0);
 }
 
 function setUp(next) {
@@ -95,6 +99,8 @@ function setUp(next) {
   if (document.activeElement !== $("prompt")) $("prompt").value = state.prompt ?? "";
   if (document.activeElement !== $("seed")) $("seed").value = state.seed;
   if (state.speed) $("speed").value = state.speed;
+  if (state.speed) player.pace(state.speed);
+  if (state.chunk < fork) fork = null; // a new walk
   render();
 }
 
@@ -109,9 +115,8 @@ function render() {
     : watching ? "watching" : state.recording ? "recording" : state.paused ? "paused" : "live";
   const words = { connecting: "Connecting", lost: "Connection lost", fatal: "Stopped", recording: "Recording", paused: "Paused", live: "Live" };
   $("status").dataset.state = kind;
-  $("status").textContent = watching && kind === "watching" ? `Watching · ${state.queue || 1} in line` : words[kind];
-  page.classList.toggle("dim", link.status !== "open");
-  page.classList.toggle("watching", watching);
+  $("status").textContent = watching && kind === "watching" ? `Watching · place ${state.queue} in line` : words[kind];
+  page.dataset.state = kind;
 
   const message = {
     connecting: welcome ? "" : "Waking the world …",
@@ -122,8 +127,9 @@ function render() {
   $("message").classList.toggle("busy", kind === "connecting" || kind === "lost");
   $("message-text").textContent = message ?? "";
   $("message-button").hidden = kind === "connecting";
+  $("message-button").textContent = kind === "lost" ? "Try now" : "Try again";
 
-  for (const button of $("buttons").children) button.disabled = !playing;
+  for (const control of document.querySelectorAll("#buttons button, #film button, #panel [name]")) control.disabled = !playing;
   const [pause, record] = [button("pause"), button("record")];
   pause.querySelector("use").setAttribute("href", state.paused ? "#i-resume" : "#i-pause");
   pause.querySelector("span").textContent = state.paused ? "Play" : "Pause";
@@ -131,11 +137,11 @@ function render() {
   record.setAttribute("aria-pressed", state.recording);
   record.querySelector("span").textContent = state.recording ? "Stop" : "Record";
   button("rewind").disabled = !playing || !state.rewind;
-  film.keep(state.rewind ?? 0, chunk / fps);
-  $("prompt").disabled = $("prompt-form").querySelector("button").disabled = !playing || !can.prompt;
-  $("prompt-form").querySelector("button").hidden = !can.prompt;
+  button("branch").disabled = !playing || fork === null || state.chunk <= fork;
+  film.keep(state.chunk - state.rewind, state.chunk, chunk / fps);
+  $("prompt").readOnly = !can.prompt;
+  $("prompt-button").hidden = !can.prompt;
   $("image-label").hidden = !can.image;
-  for (const id of ["seed", "dice", "speed", "image", "replay"]) $(id).disabled = !playing;
 }
 
 /** Four times a second is as often as numbers can be read. */
@@ -164,7 +170,7 @@ function numbers() {
     return part;
   }));
   const latency = Number.isFinite(stats.p50) ? ` · ${whole(stats.p50)} ms` : "";
-  $("hud").textContent = newest ? `${Math.round(stats.fps)} fps${latency}` : "";
+  $("hud").textContent = newest && !state.paused ? `${Math.round(stats.fps)} fps${latency}` : "";
 }
 
 function toast(text, mood = "") {
@@ -192,11 +198,18 @@ function animate() {
 const COMMANDS = {
   pause: () => client.command(state.paused ? "resume" : "pause"),
   step: () => client.command("step"),
-  rewind: () => client.command("rewind", { chunks: 1 }),
+  rewind: () => rewind(1),
+  branch: () => client.command("branch"),
   reset: () => client.command("reset"),
   record: () => client.command(state.recording ? "stop" : "record"),
   panel: () => togglePanel(),
 };
+
+function rewind(chunks) {
+  if (chunks < 1) return;
+  fork = state.chunk - chunks;
+  client.command("rewind", { chunks });
+}
 
 function button(name) {
   return $("buttons").querySelector(`[data-command=${name}]`);
@@ -205,6 +218,7 @@ function button(name) {
 function togglePanel(open = page.classList.contains("no-panel")) {
   page.classList.toggle("no-panel", !open);
   $("panel-button").setAttribute("aria-expanded", open);
+  (open ? $("panel") : screens[0]?.figure)?.prepend($("map")); // without the panel the map lies on the picture
   resize();
 }
 
@@ -223,7 +237,7 @@ function buildControls() {
   }
   for (const element of $("buttons").children) {
     const { command } = element.dataset;
-    element.title = `${BUTTONS[command]} (${keyName(controls.keys[command][0])})`;
+    element.title = `${ACTIONS[command].label} (${keyName(controls.keys[command][0])})`;
   }
 }
 

@@ -8,8 +8,8 @@
  *   client.hold([0, 0, 1, 0, 0, 0]);                           // walk forward until told otherwise
  *   client.command("prompt", { text: "heavy rain" });
  *
- * Events: `status` (connecting | open | lost | closed, with the seconds until the next try or the reason), `welcome`,
- * `state`, `error`, `frame`. A lost connection is tried again with growing pauses and resumes its session.
+ * Events: `status` (connecting | open | lost | closed, with the seconds until the next try or the reason), `role`,
+ * `welcome`, `state`, `error`, `frame`. A lost connection is tried again with growing pauses and resumes its session.
  * All times are milliseconds of performance.now().
  */
 
@@ -78,6 +78,7 @@ export class Stats {
   }
 
   shown(frame, now) {
+    if (frame.flush) this.forget();
     this.timings = frame.timings;
     this.#frames.push(now);
     // Every input counts, not only the one that the chunk began with: so the wait for a chunk's start is in
@@ -112,6 +113,7 @@ export class Client extends EventTarget {
   input = new InputState();
   stats = new Stats();
   session = null;
+  role = null; // player | spectator
   #url;
   #socket = null;
   #tries = 0;
@@ -136,10 +138,8 @@ export class Client extends EventTarget {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       opened = true;
-      this.input = new InputState();
-      this.stats.forget();
+      this.role = null;
       this.#seq = 0;
-      this.#changed = null;
       this.#send({ type: "hello", v: VERSION, codecs: this.codecs, resume: this.session });
     };
     socket.onmessage = ({ data }) => (typeof data === "string" ? this.#receive(JSON.parse(data)) : this.#frame(data));
@@ -167,14 +167,18 @@ export class Client extends EventTarget {
     this.#send({ type: "shown", frame: frame.frame });
   }
 
+  /** Intent from now on; nothing while another plays. */
   hold(axes, t = performance.now()) {
+    if (this.role !== "player") return;
     if (axes.every((value, axis) => value === this.input.held[axis])) return;
     this.input.advance(t);
     this.input.held = [...axes];
     this.#change(t);
   }
 
+  /** Mouse look, degrees to the right and up. */
   turn(yaw, pitch, t = performance.now()) {
+    if (this.role !== "player") return;
     this.input.look = [this.input.look[0] + yaw, this.input.look[1] + pitch];
     this.#change(t);
   }
@@ -208,8 +212,18 @@ export class Client extends EventTarget {
       this.#tries = 0;
       this.#emit("status", { status: "open" });
     }
+    if (message.role && message.role !== this.role) this.#begin(message.role);
     this.#emit(message.type, message);
     if (message.type === "error" && message.fatal) this.close(message.reason);
+  }
+
+  /** A turn begins or ends: what was done before it counts for nothing. */
+  #begin(role) {
+    this.role = role;
+    this.input = new InputState();
+    this.stats.forget();
+    this.#changed = null;
+    this.#emit("role", { role });
   }
 
   #frame(data) {

@@ -2,17 +2,18 @@
 
 export const CRISP = 192; // pictures up to this many pixels show their pixels; larger ones are smoothed
 
-/** Size the canvases to the largest common scale that fits the box, side by side or stacked. */
+/** Size the canvases to the largest common scale that fits the box: side by side, or stacked if much larger so. */
 export function fit(box, canvases) {
   const { width, height } = canvases[0];
   const [wide, high, gap, n] = [box.clientWidth, box.clientHeight, 12, canvases.length];
   const row = Math.min((wide - gap * (n - 1)) / n / width, high / height);
   const column = Math.min(wide / width, (high - gap * (n - 1)) / n / height);
-  let scale = Math.max(row, column);
+  const stacked = column > 1.25 * row;
+  let scale = stacked ? column : row;
   const crisp = Math.max(width, height) <= CRISP;
   // Every pixel becomes the same whole number of screen pixels
   if (crisp && scale > 1) scale = Math.floor(scale * devicePixelRatio) / devicePixelRatio;
-  box.classList.toggle("stacked", column > row);
+  box.classList.toggle("stacked", stacked);
   for (const canvas of canvases) {
     canvas.style.width = `${width * scale}px`;
     canvas.style.height = `${height * scale}px`;
@@ -34,7 +35,7 @@ export class Minimap {
     if (flush) {
       const kept = this.#path.findIndex((point) => point.frame >= frame);
       if (kept >= 0) this.#ghosts = [...this.#ghosts.slice(-7), this.#path.splice(kept)];
-      if (kept === 0 || frame === 0) [this.#path, this.#ghosts] = [[], []];
+      if (kept === 0) [this.#path, this.#ghosts] = [[], []];
     }
     this.#path.push({ frame, x: camera[3], z: camera[11] });
     this.#heading = [camera[2], camera[10]];
@@ -52,7 +53,8 @@ export class Minimap {
     const [xs, zs] = [points.map(({ x }) => x), points.map(({ z }) => z)];
     const [left, right] = [Math.min(...xs), Math.max(...xs)];
     const [near, far] = [Math.min(...zs), Math.max(...zs)];
-    const scale = Math.min((wide - 72) / Math.max(right - left, 2), (high - 72) / Math.max(far - near, 2));
+    const room = 0.7 * Math.min(wide, high);
+    const scale = Math.min((wide - high + room) / Math.max(right - left, 2), room / Math.max(far - near, 2));
     const place = ({ x, z }) => [wide / 2 + (x - (left + right) / 2) * scale, high / 2 - (z - (near + far) / 2) * scale];
     const pen = canvas.getContext("2d");
     pen.scale(devicePixelRatio, devicePixelRatio);
@@ -63,7 +65,7 @@ export class Minimap {
     pen.beginPath();
     pen.arc(...place(this.#path[0]), 3, 0, 7);
     pen.fill();
-    this.#camera(pen, ...place(this.#path.at(-1)));
+    this.#camera(pen, ...place(this.#path.at(-1)), Math.min(30, high / 4));
   }
 
   /** A line for every world unit, or for every 5, 25, ... once those would be too dense. */
@@ -77,17 +79,17 @@ export class Minimap {
     pen.stroke();
   }
 
-  #camera(pen, x, y) {
+  #camera(pen, x, y, reach) {
     const angle = Math.atan2(this.#heading[0], this.#heading[1]);
     pen.translate(x, y);
     pen.rotate(angle);
-    const cone = pen.createRadialGradient(0, 0, 2, 0, 0, 30);
+    const cone = pen.createRadialGradient(0, 0, 2, 0, 0, reach);
     cone.addColorStop(0, "#ffd45cb0");
     cone.addColorStop(1, "#ffd45c00");
     pen.fillStyle = cone;
     pen.beginPath();
     pen.moveTo(0, 0);
-    pen.arc(0, 0, 30, -Math.PI / 2 - 0.5, -Math.PI / 2 + 0.5);
+    pen.arc(0, 0, reach, -Math.PI / 2 - 0.5, -Math.PI / 2 + 0.5);
     pen.fill();
     pen.fillStyle = "#ffd45c";
     pen.beginPath();
@@ -105,7 +107,7 @@ function trace(pen, points, colour, width) {
   pen.stroke();
 }
 
-/** The first picture of every chunk that can still be undone; `go(chunks)` rewinds to the chosen one. */
+/** The last picture of every chunk to which one can go back; `go(chunk)` does. */
 export class Film {
   #chunks = []; // oldest first: { chunk, button }
 
@@ -114,35 +116,31 @@ export class Film {
     this.go = go;
   }
 
-  add({ chunk, frame, flush }, canvas) {
-    if (flush) this.#remove((past) => frame === 0 || past.chunk >= chunk);
-    if (this.#chunks.at(-1)?.chunk === chunk) return;
+  /** Take the picture that the canvas shows, unless the last one is younger than `every` chunks. */
+  add(chunk, canvas, every) {
+    if (this.#chunks.length && chunk - this.#chunks.at(-1).chunk < every) return;
     const thumb = document.createElement("canvas");
     thumb.height = 80;
     thumb.width = Math.round((80 * canvas.width) / canvas.height);
     thumb.getContext("2d").drawImage(canvas, 0, 0, thumb.width, thumb.height);
     const button = document.createElement("button");
     button.append(thumb);
-    button.onclick = () => this.go(this.#chunks.at(-1).chunk - chunk + 1);
+    button.onclick = () => this.go(chunk);
     const item = document.createElement("li");
     item.append(button);
     this.list.append(item);
     this.#chunks.push({ chunk, button });
-  }
-
-  /** Keep as many as can be undone, and name them by how far back they are. */
-  keep(most, seconds) {
-    const newest = this.#chunks.at(-1)?.chunk;
-    this.#remove(({ chunk }) => newest - chunk >= Math.min(most, 24));
-    for (const { chunk, button } of this.#chunks) {
-      button.title = `Go back ${((newest - chunk + 1) * seconds).toFixed(1)} s and take another way`;
-      button.setAttribute("aria-label", button.title);
-    }
     this.list.scrollLeft = this.list.scrollWidth;
   }
 
-  #remove(gone) {
-    this.#chunks.filter(gone).forEach(({ button }) => button.parentElement.remove());
-    this.#chunks = this.#chunks.filter((past) => !gone(past));
+  /** Keep the chunks from `first` to before `now`, and name them by how far back they are. */
+  keep(first, now, seconds) {
+    this.#chunks = this.#chunks.filter(({ chunk, button }) => {
+      const kept = first <= chunk && chunk < now;
+      if (!kept) button.parentElement.remove();
+      button.title = `Go back ${((now - chunk) * seconds).toFixed(1)} s and take another way`;
+      button.setAttribute("aria-label", button.title);
+      return kept;
+    });
   }
 }

@@ -12,12 +12,13 @@ export const ACTIONS = {
   turnRight: { label: "Turn right", move: [3, 1], codes: ["ArrowRight", "KeyL"] },
   lookUp: { label: "Look up", move: [4, 1], codes: ["ArrowUp", "KeyI"] },
   lookDown: { label: "Look down", move: [4, -1], codes: ["ArrowDown", "KeyK"] },
-  pause: { label: "Pause", codes: ["Space"] },
-  step: { label: "Single step", codes: ["Period"] },
-  rewind: { label: "Rewind", codes: ["Backspace"] },
-  reset: { label: "Start again", codes: ["KeyR"] },
-  record: { label: "Record", codes: ["KeyV"] },
-  panel: { label: "Show or hide the panel", codes: ["KeyH"] },
+  pause: { label: "Pause or play", codes: ["Space"] },
+  step: { label: "Step by one chunk", codes: ["Period"] },
+  rewind: { label: "Back by one chunk", codes: ["Backspace"] },
+  branch: { label: "Back to the last fork", codes: ["KeyB"] },
+  reset: { label: "Back to the start", codes: ["KeyR"] },
+  record: { label: "Record or stop", codes: ["KeyV"] },
+  panel: { label: "Panel", codes: ["KeyH"] },
 };
 const PAD = { 4: "down", 5: "up", 6: "down", 7: "up", 12: "lookUp", 13: "lookDown", 14: "turnLeft", 15: "turnRight" };
 const PAD_COMMANDS = { 0: "step", 1: "rewind", 8: "reset", 9: "pause" };
@@ -44,7 +45,9 @@ export class Controls extends EventTarget {
     super();
     this.hold = hold;
     this.turn = turn;
-    Object.assign(this, JSON.parse(localStorage.getItem(STORE) ?? "{}"));
+    const { keys, ...rest } = JSON.parse(localStorage.getItem(STORE) ?? "{}");
+    Object.assign(this.keys, keys);
+    Object.assign(this, rest);
     addEventListener("keydown", (event) => this.#key(event));
     const letGo = () => this.releaseAll();
     addEventListener("keyup", (event) => {
@@ -153,11 +156,13 @@ export class Controls extends EventTarget {
     };
     const end = (event) => {
       centre = null;
+      element.classList.remove("on");
       knob.style.translate = "";
       this.#stick(element.id, [0, 0, 0, 0, 0, 0], event.timeStamp);
     };
     element.addEventListener("pointerdown", (event) => {
       element.setPointerCapture(event.pointerId);
+      element.classList.add("on");
       const box = element.getBoundingClientRect();
       centre = { x: box.x + box.width / 2, y: box.y + box.height / 2, reach: knob.offsetWidth };
       move(event);

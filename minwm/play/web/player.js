@@ -1,6 +1,8 @@
 /** From frames as they arrive to pictures at the right moment: decoding, a small buffer, pacing by media time. */
 
-const SLACK = 10; // ms of buffer against jitter; each frame that comes later adds its lateness
+const SLACK = 10; // ms of buffer against jitter; a frame that comes later adds its lateness to what follows
+const SPARE = 40; // ms that a chunk may come early; of more, a little is made up for with every chunk
+const CATCH_UP = 0.1;
 
 export class Player {
   /** `show(view, picture, frame)` draws; `fail(reason)` hears of pictures that cannot be decoded. */
@@ -15,7 +17,15 @@ export class Player {
     this.views?.forEach((view) => view.queue.forEach(drop));
     this.views = views.map(() => ({ queue: [], decoder: null }));
     this.most = 2 * chunk; // the chunk on the screen and the one after it
-    this.epoch = null; // a frame is due at epoch + its media time
+    this.epoch = null; // a frame is due at epoch + its media time / speed
+    this.speed = 1;
+    this.media = 0; // of the frame on the screen
+    this.chunk = 0; // newest that has come
+  }
+
+  pace(speed) {
+    if (this.epoch !== null) this.epoch += this.media / this.speed - this.media / speed;
+    this.speed = speed;
   }
 
   push(frame) {
@@ -26,7 +36,10 @@ export class Player {
       if (frame.view === 0) this.epoch = null;
     }
     const now = performance.now();
-    if (this.epoch === null || this.epoch + frame.media < now) this.epoch = now + SLACK - frame.media;
+    const early = this.#due(frame) - now;
+    if (this.epoch === null || early < 0) this.epoch = now + SLACK - frame.media / this.speed;
+    else if (frame.chunk > this.chunk) this.epoch -= CATCH_UP * Math.max(0, early - SPARE);
+    this.chunk = frame.chunk;
     const entry = { frame, picture: null, dropped: false };
     view.queue.push(entry);
     while (view.queue.length > this.most) drop(view.queue.shift());
@@ -39,14 +52,20 @@ export class Player {
     const now = performance.now();
     this.views.forEach(({ queue }, index) => {
       let due = null;
-      while (queue[0]?.picture && this.epoch + queue[0].frame.media <= now) {
+      while (queue[0]?.picture && this.#due(queue[0].frame) <= now) {
+        if (due?.frame.flush) this.show(index, due.picture, due.frame); // late, but nobody may miss a new start
         if (due) drop(due);
         due = queue.shift();
       }
       if (!due) return;
       this.show(index, due.picture, due.frame);
+      this.media = due.frame.media;
       drop(due);
     });
+  }
+
+  #due(frame) {
+    return this.epoch + frame.media / this.speed;
   }
 
   #jpeg(entry) {

@@ -1,0 +1,101 @@
+"""The verb that plays: a model or a procedural world in the browser."""
+
+import asyncio
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
+
+from minwm.cli.base import Count, app, command, say
+from minwm.core.config import UserError
+
+if TYPE_CHECKING:
+    from minwm.checkpoint import Model, ModelConfig
+    from minwm.play.game import Game
+
+WORLD = 7
+"""Where a model begins that is given neither a picture nor a world."""
+LAST_STAGE = "dmd"
+
+
+@command(app, "play")
+def play(
+    model: Annotated[
+        str | None, arg(metavar="DIR|USER/NAME", help="model, or folder of a pipeline such as runs/demo")
+    ] = None,
+    world: Annotated[int | None, arg(metavar="SEED", help="this procedural world; with --model: start in it")] = None,
+    image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
+    prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
+    compare: Annotated[
+        str | None, arg(metavar="truth|DIR", help="beside the model: the true world, or another model")
+    ] = None,
+    seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
+    size: Annotated[int, arg(metavar="PIXELS", help="of a world without a model")] = 128,
+    rewind: Annotated[int, arg(metavar="CHUNKS", help="that can be undone")] = 60,
+    host: Annotated[str, arg(help="address to listen on; the token is needed on every one")] = "127.0.0.1",
+    port: Count = 7860,
+) -> None:
+    """Walk through a model or a world in the browser; prints the address to open."""
+    import torch
+
+    from minwm.play.game import world_game
+    from minwm.play.transport import serve
+
+    # a core is left to the server: threads of torch that must share theirs wait for each other
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    if model:
+        game = _model_game(model, world, image, prompt, compare, seed)
+    elif world is not None and not (image or prompt or compare):
+        game = world_game(world, _world_config(size))
+    else:
+        raise UserError("give --model DIR, or --world SEED alone")
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        asyncio.run(serve(game, host, port, rewind, say))
+
+
+def _model_game(
+    name: str, world: int | None, image: Path | None, prompt: str | None, compare: str | None, seed: int
+) -> "Game":
+    from minwm.core.media import fit, read_image
+    from minwm.play.game import Begin, enter, model_game
+
+    model = _load(name)
+    cfg = model.config
+    if image and world is not None:
+        raise UserError("give --image or --world, not both: each says where the model starts")
+    picture, truth = (fit(read_image(image), cfg.height, cfg.width) if image else None), None
+    if picture is None and cfg.geometry.lead == 1:
+        truth = enter(WORLD if world is None else world, cfg)
+        picture, prompt = truth.start()[0], prompt or truth.world.caption
+    if not prompt:
+        raise UserError("give --prompt TEXT: what is seen")
+    if compare == "truth" and not truth:
+        raise UserError("--compare truth needs a model that starts in a procedural world: give --world SEED")
+    begin = Begin(seed=seed, prompt=prompt, image=picture)
+    if compare == "truth":
+        return model_game(model, name, begin, truth=truth)
+    return model_game(model, name, begin, other=_load(compare) if compare else None)
+
+
+def _load(name: str) -> "Model":
+    """A model; of a pipeline's folder its last stage."""
+    from minwm.hub import load
+
+    folder = Path(name)
+    last = folder / LAST_STAGE
+    if not (folder / "model.json").exists() and (last / "model.json").exists():
+        return load(last).ready()
+    return load(name).ready()
+
+
+def _world_config(size: int) -> "ModelConfig":
+    """Brisk, and in the shortest chunks: a world is rendered faster than any screen shows it."""
+    from minwm.core.trajectory import Motion
+    from minwm.presets import tiny_model
+
+    if size < 16:
+        raise UserError(f"--size {size}: give at least 16 pixels")
+    return replace(tiny_model(), height=size, width=size, chunk=1, motion=Motion(move=1.0, turn=60.0, fps=24.0))

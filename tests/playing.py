@@ -1,0 +1,106 @@
+"""What the tests of the player share: quick engines, a tiny model, and somebody at the keys."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minwm.checkpoint import Model, ModelConfig
+from minwm.core.runtime import Laps
+from minwm.core.trajectory import Motion
+from minwm.nets.codec import CodecConfig
+from minwm.nets.text import WordText
+from minwm.nets.wan import WanConfig
+from minwm.play.game import Begin, Game, model_game
+from minwm.play.protocol import Input
+from minwm.sampling import FewStep
+
+MOTION = Motion(move=1.0, turn=40.0, fps=64.0)
+SMALL = ModelConfig(
+    network=WanConfig(
+        dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
+    ),
+    sampler=FewStep(steps=2),
+    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
+    motion=MOTION,
+    text=WordText(dim=8),
+    height=32,
+    width=32,
+    chunk=1,
+    window=2,
+)
+
+
+def tiny_model() -> Model:
+    torch.manual_seed(0)
+    net, codec = SMALL.network.build(), SMALL.codec.build()
+    for part in (net, codec):
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return Model(SMALL, net.eval().requires_grad_(False), codec.eval().requires_grad_(False))
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Painted:
+    """An engine that paints where the camera is: red is x, green is z, in units of 1/40; quick as nothing else."""
+
+    motion, chunk = MOTION, 1
+
+    def __init__(self, slow: float = 0.0, fails_at: int = 10**9) -> None:
+        self.laps, self.slow, self.fails_at, self.made = Laps(), slow, fails_at, 0
+
+    def start(self) -> np.ndarray:
+        return self.advance(np.eye(4)[None])
+
+    def advance(self, c2w: np.ndarray) -> np.ndarray:
+        self.laps.restart()
+        self.made += 1
+        if self.made > self.fails_at:
+            raise RuntimeError("out of memory")
+        time.sleep(self.slow)
+        levels = 128 + 40 * c2w[:, [0, 2, 1], 3]
+        self.laps.lap("diffuse")
+        return np.broadcast_to(levels.clip(0, 255).astype(np.uint8)[:, None, None], (len(c2w), 16, 16, 3)).copy()
+
+    def settle(self) -> None: ...
+
+    def snapshot(self) -> None: ...
+
+    def restore(self, snapshot: None) -> None: ...
+
+
+def painted(views: int = 1, **how: Any) -> Game:
+    return Game(
+        title="painted",
+        views=("model", "other")[:views],
+        config=replace(SMALL, height=16, width=16),
+        begin=Begin(seed=3, prompt="a room"),
+        engines=lambda _: [Painted(**how) for _ in range(views)],
+        takes_image=True,
+    )
+
+
+def start_image() -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+def learned(model: Model) -> Game:
+    return model_game(model, "tiny", Begin(seed=3, prompt="a red room", image=start_image()))
+
+
+def said(seq: int, held: str = "", total: float = 0.0, look: tuple[float, float] = (0.0, 0.0)) -> Input:
+    """An input about the forward axis."""
+    down = {"w": 1.0, "s": -1.0, "": 0.0}[held]
+    return Input(seq=seq, t=10.0 * seq, held=(0, 0, down, 0, 0, 0), total=(0, 0, total, 0, 0, 0), look=look)

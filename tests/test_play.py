@@ -1,0 +1,597 @@
+"""Live play: what is wanted becomes what is seen, at the pace of the screen, and can be recorded and walked again."""
+
+import io
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from playing import MOTION, SMALL, Clock, learned, painted, said, start_image, tiny_model
+
+from minwm.checkpoint import Model
+from minwm.core.config import UserError
+from minwm.core.media import read_video
+from minwm.core.trajectory import Action
+from minwm.data.clips import ClipFolder, check
+from minwm.data.rerender import check_renders
+from minwm.play.game import Begin, Game, model_game, world_game
+from minwm.play.intent import LOOK, Intent
+from minwm.play.pacer import Pacer
+from minwm.play.player import Player, nbytes
+from minwm.play.protocol import (
+    H264,
+    H264_KEY,
+    JPEG,
+    Command,
+    Error,
+    Header,
+    Hello,
+    Input,
+    Prompt,
+    ProtocolError,
+    Rewind,
+    Seed,
+    Shown,
+    Speed,
+    State,
+    Times,
+    parse,
+    parse_reply,
+    text_of,
+    unpack,
+)
+from minwm.play.video import WAITING_CHUNKS, Outlet, Packet
+from minwm.session import ModelEngine, Session
+
+CHUNK = 0.5
+
+
+@pytest.fixture
+def model() -> Model:
+    return tiny_model()
+
+
+# ---------------------------------------------------------------------------------------------
+# Protocol
+
+INPUT = text_of(said(1, "w"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("nonsense", "Expecting value"),
+        ("[]", "JSON object"),
+        ("{}", "JSON object"),
+        ('{"type": 3}', "JSON object"),
+        ('{"type": "input", "kind": "hello"}', "JSON object"),
+        ('{"type": "delete"}', "no .*'delete'"),
+        ('{"type": "command", "name": "shutdown"}', "shutdown"),
+        ('{"type": "command", "name": ["rewind"]}', "expected"),
+        ('{"type": "command", "name": "rewind"}', "chunks"),
+        ('{"type": "command", "name": "rewind", "chunks": 1.5}', "expected int"),
+        ('{"type": "command", "name": "rewind", "chunks": true}', "expected int"),
+        ('{"type": "command", "name": "rewind", "chunks": 0}', "1 to"),
+        ('{"type": "command", "name": "speed", "value": 0}', "0.25 to 4"),
+        ('{"type": "command", "name": "speed", "value": NaN}', "0.25 to 4"),
+        ('{"type": "command", "name": "seed", "value": -1}', "seed"),
+        ('{"type": "command", "name": "prompt", "text": "  "}', "1 to 1000"),
+        (json.dumps({"type": "command", "name": "prompt", "text": "x" * 1001}), "1 to 1000"),
+        (INPUT.replace("1.0", "1.5", 1), "-1 to 1"),
+        (INPUT.replace("1.0", "NaN", 1), "-1 to 1"),
+        (INPUT.replace("1.0", "1e999", 1), "-1 to 1"),
+        (INPUT.replace('"seq": 1', '"seq": 4294967296'), "seq"),
+        (INPUT.replace('"t": 10.0', f'"t": {10**400}'), "too large"),
+        (INPUT.replace('"t": 10.0', '"t": "now"'), "expected float"),
+        (INPUT.replace("[0, ", "[", 1), "expected"),
+        ('{"type": "input"' + ', "more": 1}', "more"),
+        ("[" * 16000, ""),
+        ('{"type":' + "[" * 8000 + "]" * 8000 + "}", ""),
+        ('{"type": "shown", "frame": ' + "[" * 400 + "]" * 400 + "}", "expected"),
+        ('"' + "x" * 20000 + '"', "at most 16384 bytes"),
+        (json.dumps("\u00e9" * 9000, ensure_ascii=False), "at most 16384 bytes"),
+        ('{"type": "hello", "v": 1, "codecs": "jpeg"}', "expected"),
+        (b"\x00\x01", "binary"),
+    ],
+)
+def test_hostile_texts_are_refused_with_a_reason(text: str | bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason) as caught:
+        parse(text)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(v=1, codecs=["h264", "jpeg"], resume="abc"),
+        said(7, "s", -0.25, (3.0, -1.5)),
+        Shown(frame=9),
+        Command(name="replay"),
+        Rewind(chunks=4),
+        Seed(value=2**32 - 1),
+        Speed(value=0.25),
+        Prompt(text="a red tower"),
+    ],
+    ids=lambda message: message.kind,
+)
+def test_texts_come_back_as_they_were(message: Any) -> None:
+    assert parse(text_of(message)) == message
+    with pytest.raises(ProtocolError):
+        parse_reply(text_of(message))
+
+
+def test_texts_are_those_of_the_contract() -> None:
+    assert json.loads(text_of(Rewind(chunks=2))) == {"type": "command", "name": "rewind", "chunks": 2}
+    assert json.loads(text_of(Command(name="pause"))) == {"type": "command", "name": "pause"}
+    assert json.loads(text_of(Error(reason="no", fatal=True))) == {"type": "error", "reason": "no", "fatal": True}
+    assert parse('{"type": "input", "seq": 4, "t": 1, "held": [0,0,1,0,0,0], "total": [0,0,0,0,0,0], "look": [0,0]}')
+
+
+def test_the_header_is_that_of_the_contract() -> None:
+    pose = np.eye(4)
+    pose[:3] = np.arange(12).reshape(3, 4)
+    header = Header(
+        kind=H264_KEY,
+        view=1,
+        first=True,
+        frame=70_000,
+        chunk=9,
+        seq=2**32 - 1,
+        seed=5,
+        media=1234.5,
+        t=1e12,
+        times=Times(queue=1, diffuse=2, decode=3, copy=4, encode=5),
+        c2w=pose,
+    )
+    data = header.pack()
+    assert len(data) == 108 and data[:8] == b"MW" + bytes([1, 1, 1, 1, 0, 0])
+    assert np.frombuffer(data, "<u4", 4, 8).tolist() == [70_000, 9, 2**32 - 1, 5]
+    assert np.frombuffer(data, "<f8", 2, 24).tolist() == [1234.5, 1e12]
+    assert np.frombuffer(data, "<f4", 17, 40).tolist() == [1, 2, 3, 4, 5, *range(12)]
+    back, payload = unpack(data + b"payload")
+    assert payload == b"payload" and np.array_equal(back.c2w, pose)
+    assert replace(back, c2w=pose).pack() == data
+    for broken in (b"", data[:107], b"XX" + data[2:], b"MW\x02" + data[3:]):
+        with pytest.raises(ProtocolError, match="no frame"):
+            unpack(broken)
+
+
+# ---------------------------------------------------------------------------------------------
+# Intent. A chunk lasts half a second here.
+
+
+def walked(intent: Intent) -> float:
+    """Seconds at full speed that the next chunk goes forward."""
+    return intent.take(CHUNK).move_z * CHUNK
+
+
+def test_a_tap_between_two_boundaries_moves_its_own_duration() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    intent.hear(said(2, "", 0.03))
+    assert walked(intent) == pytest.approx(0.03)
+    assert walked(intent) == 0
+
+
+def test_a_held_key_acts_for_whole_chunks_and_is_not_given_twice() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    assert [walked(intent), walked(intent)] == [CHUNK, CHUNK]  # held across two boundaries: no news in between
+    intent.hear(said(2, "", 0.9))  # released 0.1 s before the second chunk is over
+    assert walked(intent) == 0
+    intent.hear(said(3, "w", 0.9))
+    intent.hear(said(4, "", 0.93))
+    assert walked(intent) == pytest.approx(0.03), "what was granted too much is forgotten, not taken back"
+
+
+def test_a_key_released_after_the_boundary_gets_what_is_still_due() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))  # 0.3 s before the boundary
+    assert walked(intent) == CHUNK
+    intent.hear(said(2, "", 0.7))  # 0.4 s after it: 0.7 s were made, half a second was given
+    assert walked(intent) == pytest.approx(0.2)
+    assert walked(intent) == 0
+
+
+def test_what_is_due_is_part_of_a_chunk_that_is_held() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    intent.hear(said(2, "w", 0.2))  # said again: the page may repeat itself
+    assert walked(intent) == CHUNK, "no faster than the model goes"
+    intent.hear(said(3, "", 0.5))
+    assert walked(intent) == 0
+
+
+def test_turning_round_within_a_chunk_keeps_both_ways() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    assert walked(intent) == CHUNK
+    intent.hear(said(2, "s", 0.1))  # 0.4 s too much were given: forgotten
+    intent.hear(said(3, "", 0.1 - 0.25))
+    assert walked(intent) == pytest.approx(-0.25)
+
+
+def test_chords_act_on_their_own_axes() -> None:
+    intent = Intent(MOTION)
+    intent.hear(Input(seq=1, held=(1, 0, 1, -0.5, 0, 0)))
+    assert intent.take(CHUNK) == Action(move_x=1, move_z=1, yaw=-0.5)
+
+
+def test_an_older_input_changes_nothing() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(2, "s", -0.1))
+    intent.hear(said(1, "w", 0.0))
+    assert intent.newest.seq == 2 and intent.take(CHUNK).move_z == -1
+
+
+def test_mouse_look_is_limited_and_one_chunk_of_the_rest_waits() -> None:
+    intent, reach = Intent(MOTION), LOOK * MOTION.turn * CHUNK  # 40 degrees
+
+    def turned() -> tuple[float, float]:
+        action = intent.take(CHUNK)
+        return action.yaw * MOTION.turn * CHUNK, action.pitch * MOTION.turn * CHUNK
+
+    intent.hear(said(1, look=(15.0, -5.0)))
+    assert turned() == pytest.approx((15.0, -5.0))
+    intent.hear(said(2, look=(15.0 + reach + 10, -5.0)))
+    assert turned() == pytest.approx((reach, 0))
+    assert turned() == pytest.approx((10, 0))
+    intent.hear(said(3, look=(2000.0, -5.0)))
+    assert [turned()[0] for _ in range(3)] == pytest.approx([reach, reach, 0])
+
+
+def test_a_pause_and_a_turn_forget_what_was_made_meanwhile() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    intent.hear(said(2, "", 0.4, (30.0, 0.0)))
+    intent.forget()
+    assert intent.take(CHUNK) == Action()
+    intent.release(None)  # somebody who has watched for long, and pressed keys
+    intent.hear(said(900, "w", 55.0, (500.0, 0.0)))
+    assert intent.take(CHUNK) == Action(move_z=1)
+
+
+def test_in_slow_motion_a_second_at_the_keys_is_less_in_the_world() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0), 0.25)
+    intent.hear(said(2, "", 0.2), 0.25)
+    assert walked(intent) == pytest.approx(0.05)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pace and queue
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.2, 0.45])
+@pytest.mark.parametrize("lag", [0.0, 0.1])
+def test_generation_stays_within_one_chunk_of_playback_and_keeps_up(cost: float, lag: float) -> None:
+    clock, fps, frames = Clock(), 16.0, 8
+    pacer = Pacer(fps, frames, clock)
+    begun, shows = [], []
+    for k in range(40):
+        while (wait := pacer.wait()) > 0:
+            clock.now += min(wait, 0.01)
+            if begun:
+                on_screen = int((clock.now - lag - shows[-1]) * fps)  # what the screen shows of the newest chunk
+                pacer.shown = (k - 1) * frames + min(on_screen, frames - 1) if on_screen >= 0 else (k - 1) * frames - 1
+        if k > 1:
+            assert clock.now >= shows[-1], f"chunk {k} is begun before chunk {k - 1} is on the screen"
+        begun.append(clock.now)
+        clock.now += cost
+        pacer.made(k * frames, frames, cost)
+        shows.append(pacer.begin)
+    gaps = np.diff(begun[20:])
+    assert gaps.mean() == pytest.approx(frames / fps, abs=0.01)
+    assert min(s - b for s, b in zip(shows[20:], begun[20:], strict=True)) < cost + 0.1, "as late as possible"
+
+
+def test_generation_waits_for_a_screen_that_lags_but_not_forever() -> None:
+    clock = Clock()
+    pacer = Pacer(16.0, 8, clock)
+    pacer.made(0, 8, 0.01)
+    pacer.made(8, 8, 0.01)
+    pacer.shown = 3  # still in the chunk before
+    clock.now = pacer.end
+    assert pacer.wait() == pytest.approx(0.5)
+    pacer.shown = 8
+    assert pacer.wait() <= 0
+
+
+def packet(serial: int, kind: int = JPEG, view: int = 0, first: bool = False) -> Packet:
+    zeros: dict[str, Any] = dict(frame=serial, chunk=serial, seq=0, seed=0, media=0.0, t=0.0)
+    header = Header(kind=kind, view=view, first=first, times=Times(), c2w=np.eye(4), **zeros)
+    return Packet(serial, header, b"x")
+
+
+def drain(outlet: Outlet) -> list[Header]:
+    taken = []
+    while isinstance(message := outlet.pop(), bytes):
+        taken.append(unpack(message)[0])
+    return taken
+
+
+def test_a_slow_client_loses_the_oldest_chunk() -> None:
+    woken = []
+    outlet = Outlet("jpeg", 1, lambda: woken.append(1))
+    for serial in range(10):
+        for _ in range(3):
+            outlet.put(packet(serial))
+    left = drain(outlet)
+    assert [h.frame for h in left] == [8, 8, 8, 9, 9, 9] and len(woken) == 30
+    assert [h.first for h in left] == [True] + 5 * [False], "the client learns that there was a beginning"
+    assert len({h.frame for h in left}) == WAITING_CHUNKS
+
+
+def test_a_beginning_discards_what_waits_in_both_views() -> None:
+    outlet = Outlet("jpeg", 2, lambda: None)
+    for view in (0, 1):
+        outlet.put(packet(1, view=view))
+    for view in (0, 1):
+        outlet.put(packet(2, view=view, first=True))
+    assert [(h.frame, h.view, h.first) for h in drain(outlet)] == [(2, 0, True), (2, 1, True)]
+
+
+def test_a_slow_h264_client_begins_again_at_a_key_frame() -> None:
+    outlet = Outlet("h264", 1, lambda: None)
+    outlet.put(packet(0, H264))
+    assert outlet.wants_key and not drain(outlet)
+    outlet.put(packet(1, H264_KEY))
+    assert not outlet.wants_key
+    for serial in (1, 2, 3):
+        outlet.put(packet(serial, H264))
+    assert outlet.wants_key
+    outlet.put(packet(4, H264))
+    assert not drain(outlet)
+    outlet.put(packet(5, H264_KEY))
+    assert [(h.frame, h.first) for h in drain(outlet)] == [(5, True)]
+
+
+def test_texts_go_first_and_only_the_newest_state_counts() -> None:
+    outlet = Outlet("jpeg", 1, lambda: None)
+    outlet.put(packet(1))
+    state = State(paused=False, recording=False, chunk=1, rewind=0, speed=1.0, seed=0, prompt="")
+    for chunk in range(5):
+        outlet.say(replace(state, chunk=chunk))
+    for number in range(100):
+        outlet.say(Error(reason=str(number)))
+    texts = [json.loads(message) for message in iter(outlet.pop, None) if isinstance(message, str)]
+    assert len(texts) <= 16 and texts[-1]["reason"] == "99"
+
+
+# ---------------------------------------------------------------------------------------------
+# The walk, without its thread
+
+
+class Screen:
+    """Collects what a player shows."""
+
+    def __init__(self, player: Player, codec: Any = "jpeg") -> None:
+        self.shots: list[tuple[Header, bytes]] = []
+        self.outlet = Outlet(codec, len(player.game.views), self.look)
+        player.attach(self.outlet)
+
+    def look(self) -> None:
+        while (message := self.outlet.pop()) is not None:
+            if isinstance(message, bytes):
+                self.shots.append(unpack(message))
+
+    @property
+    def headers(self) -> list[Header]:
+        return [header for header, _ in self.shots]
+
+
+def started(game: Game, **how: Any) -> tuple[Player, list[str]]:
+    reasons: list[str] = []
+    player = Player(game, report=lambda reason: reasons.append(reason) if reason else None, **how)
+    player.start()
+    return player, reasons
+
+
+def keys(player: Player, *held: str) -> list[np.ndarray]:
+    """Play a chunk for each; returns the last frame of every view after each."""
+    shown = []
+    for text in held:
+        seq = player.intent.newest.seq + 1
+        player.hear(Input(seq=seq, t=0.0, held=np.array(vector(text)).tolist() and vector(text)))
+        player.step()
+        shown.append(np.stack([frames[0] for frames in player.trail[-1]]))
+    return shown
+
+
+def vector(text: str) -> tuple[float, float, float, float, float, float]:
+    action = Action.of(text)
+    return action.move_x, action.move_y, action.move_z, action.yaw, action.pitch, action.roll
+
+
+def test_the_newest_input_wins_and_every_frame_says_which() -> None:
+    player, _ = started(painted())
+    screen = Screen(player)
+    player.hear(said(1, "s"))
+    player.hear(said(2, "w"))
+    player.step()
+    assert {h.seq for h in screen.headers} == {2} and {h.t for h in screen.headers} == {20.0}
+    assert [h.frame for h in screen.headers] == [1, 2, 3, 4] and {h.chunk for h in screen.headers} == {1}
+    z = [h.c2w[2, 3] for h in screen.headers]
+    assert np.allclose(z, np.arange(1, 5) / MOTION.fps)
+    assert screen.headers[0].media == pytest.approx(1000 / MOTION.fps) and screen.headers[0].times.encode > 0
+
+
+def test_rewinding_and_walking_again_shows_the_same_frames(model: Model) -> None:
+    player, _ = started(learned(model))
+    before = keys(player, *"wjdw")
+    screen = Screen(player)
+    player._try(Rewind(chunks=2))
+    assert len(player.played) == 2 and player.state().rewind == 2
+    (shown,) = screen.headers
+    assert shown.first and shown.chunk == 2 and shown.frame == 16
+    again = keys(player, *"dw")
+    assert all(np.array_equal(a, b) for a, b in zip(before[2:], again, strict=True))
+    player._try(Command(name="branch"))
+    assert len(player.played) == 2
+    assert not np.array_equal(keys(player, "s")[0], again[0])
+
+
+def test_replaying_shows_the_same_frames_whatever_was_edited(model: Model) -> None:
+    player, reasons = started(learned(model))
+    player._try(Prompt(text="a blue hall"))
+    first = keys(player, *"wj")
+    player._try(Prompt(text="a red tower"))
+    first += keys(player, "d")
+    assert player.state().prompt == "a red tower"
+    player._try(Command(name="replay"))
+    again = keys(player, *"sss")
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert player.paused and not reasons and player.state().prompt == "a red tower"
+    session = Session(ModelEngine(model, start_image(), "a red room", 3))  # and without any player
+    session.start()
+    frames = []
+    for played in player.played:
+        session.engine.reword(played.prompt)  # type: ignore[attr-defined]
+        frames.append(session.step(played.action)[-1])
+    assert all(np.array_equal(a[0], b) for a, b in zip(first, frames, strict=True))
+
+
+def test_the_prompt_the_seed_and_the_picture_matter(model: Model) -> None:
+    def last(*orders: Any) -> np.ndarray:
+        player, reasons = started(learned(model))
+        for order in orders:
+            player._try(order)
+        assert not reasons
+        return keys(player, *"ww")[-1]
+
+    plain = last()
+    assert np.array_equal(plain, last())
+    assert np.array_equal(plain, last(Seed(value=4), Seed(value=3)))
+    assert not np.array_equal(plain, last(Prompt(text="a blue hall")))
+    assert not np.array_equal(plain, last(Seed(value=4)))
+
+
+def test_orders_that_cannot_be_obeyed_are_explained_and_change_nothing(model: Model) -> None:
+    player, reasons = started(learned(model))
+    before = keys(player, "w")
+    for order in (
+        Prompt(text="word " * 40),
+        Rewind(chunks=2),
+        Command(name="branch"),
+    ):
+        player._try(order)
+    assert ["25" in reasons[0] or "40 words" in reasons[0], "cannot rewind 2" in reasons[1], "branch" in reasons[2]]
+    assert all(reasons) and len(reasons) == 3 and player.state().prompt == "a red room"
+    player._try(Command(name="replay"))
+    assert np.array_equal(before, keys(player, "s"))
+
+
+def test_both_views_walk_in_step(model: Model) -> None:
+    game = model_game(model, "tiny", Begin(prompt="a room", image=start_image()), other=model)
+    player, _ = started(game)
+    screen = Screen(player)
+    for shot in keys(player, *"wjd"):
+        assert np.array_equal(*shot), "the same model, the same inputs"
+    pairs = list(zip(screen.headers[::2], screen.headers[1::2], strict=True))
+    assert [(a.view, b.view) for a, b in pairs] == [(0, 1)] * len(pairs)
+    assert all((a.frame, a.seq) == (b.frame, b.seq) and np.array_equal(a.c2w, b.c2w) for a, b in pairs)
+    player._try(Rewind(chunks=2))
+    assert np.array_equal(*keys(player, "i")[0])
+    other = replace(model, config=replace(model.config, motion=replace(model.config.motion, fps=8.0)))
+    with pytest.raises(UserError, match="motion is"):
+        model_game(model, "tiny", Begin(), other=other)
+
+
+def test_the_past_is_bounded_by_number_and_by_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    player, _ = started(learned(model), rewind=3)
+    keys(player, *"wjdsw")
+    assert player.state().rewind == 3 and len(player.trail) == 4
+    size = nbytes(player.sessions[0].past[-1][1])
+    assert size > 1000
+    monkeypatch.setattr("minwm.play.player.REWIND_BYTES", 2 * size)
+    keys(player, "w")
+    assert player.state().rewind == 2
+    player._try(Rewind(chunks=2))
+    assert player.state().rewind == 0
+
+
+def test_h264_can_be_decoded_from_every_beginning() -> None:
+    player, _ = started(painted())
+    early = Screen(player, "h264")
+    keys(player, "w")
+    late = Screen(player, "h264")
+    keys(player, "w", "w")
+    player._try(Command(name="reset"))
+    keys(player, "d")
+    for screen in (early, late):
+        kinds = [h.kind for h in screen.headers]
+        assert kinds[0] == H264_KEY
+        assert [h.kind for h in screen.headers if h.first] == [H264_KEY] * 2, "joining, and the reset"
+        decoder = av.CodecContext.create("h264", "r")
+        frames = [f for _, payload in screen.shots for f in decoder.decode(av.Packet(payload))]  # type: ignore
+        frames += decoder.decode(None)  # type: ignore
+        assert len(frames) == len(kinds)
+        red = [f.to_ndarray(format="rgb24")[..., 0].mean() for f in frames]
+        assert red[-1] == pytest.approx(128 + 40 / 16, abs=3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Recordings
+
+
+def unpacked(player: Player, folder: Path) -> Path:
+    assert player.recorded
+    with zipfile.ZipFile(io.BytesIO(player.recorded.clip())) as file:
+        file.extractall(folder)
+    return folder
+
+
+def test_a_recording_of_a_world_is_a_clip_that_passes_every_check(tmp_path: Path) -> None:
+    game = world_game(7, replace(SMALL, height=32, width=48, focal=(0.6, 0.9)))
+    player, _ = started(game)
+    keys(player, *"wl")
+    player._try(Command(name="record"))
+    keys(player, "w", ".", "wj", "w")
+    player.hear(said(100, "", 0.004))  # a tap: slower than everything else
+    player.step()
+    player._try(Command(name="stop"))
+    folder = unpacked(player, tmp_path)
+    assert check(folder) == [] and check_renders(ClipFolder(folder), share=1.0) == []
+    (clip,) = ClipFolder(folder).ids()
+    record = ClipFolder(folder).record(clip)
+    assert len(record.track) == 21 and record.source == "procedural" and record.pose_kind == "ground_truth"
+    assert record.caption == game.begin.prompt
+    inputs = json.loads((folder / "actions.json").read_text())
+    assert len(inputs["chunks"]) == 7 and inputs["recorded_from"] == 2
+    assert player.recorded
+    (tmp_path / "walk.mp4").write_bytes(player.recorded.mp4())
+    assert read_video(tmp_path / "walk.mp4")[0].shape == (21, 320, 480, 3)
+
+
+def test_a_recording_of_a_model_says_whose_terms_it_inherits(model: Model, tmp_path: Path) -> None:
+    player, _ = started(learned(model))
+    player._try(Command(name="record"))
+    keys(player, *"wjs")
+    player._try(Rewind(chunks=1))
+    keys(player, "d")
+    player._try(Command(name="reset"))  # which ends the recording, too
+    assert player.recorded and not player.state().recording
+    folder = unpacked(player, tmp_path)
+    assert check(folder) == []
+    record = ClipFolder(folder).record(ClipFolder(folder).ids()[0])
+    assert record.parent_model == "tiny" and record.pose_kind == "commanded" and len(record.track) == 25
+    assert (folder / "start.png").exists() and (folder / "camera.json").exists()
+    inputs = json.loads((folder / "actions.json").read_text())
+    session = Session(ModelEngine(model, start_image(), inputs["prompt"], inputs["seed"]))
+    actions = [Action(*chunk["action"]) for chunk in inputs["chunks"]]
+    walked = np.concatenate(list(session.play(actions)))
+    assert np.array_equal(walked, player.recorded.views()[0]), "the recorded inputs give the recorded frames"
+
+
+def test_a_recording_that_grows_too_large_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    player, reasons = started(painted())
+    player._try(Command(name="record"))
+    monkeypatch.setattr("minwm.play.player.RECORDING_BYTES", 16 * 16 * 3 * 10)
+    keys(player, *"www")
+    assert not player.state().recording and "was stopped" in reasons[0]
+    assert player.recorded and len(player.recorded.views()[0]) == 13

@@ -1,0 +1,451 @@
+"""Conversations with the player's server, over memory and over WebSockets: whoever does whatever at the other end."""
+
+import asyncio
+import contextlib
+import gc
+import io
+import threading
+import time
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from aiohttp import web
+from playing import SMALL, Clock, painted
+
+from minwm.core.config import UserError
+from minwm.core.media import png_bytes, read_video
+from minwm.core.trajectory import Action
+from minwm.play.client import Client, Shot
+from minwm.play.game import Game, enter, world_game
+from minwm.play.protocol import (
+    Command,
+    Error,
+    Hello,
+    ProtocolError,
+    Shown,
+    State,
+    parse_reply,
+    text_of,
+)
+from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House, Transport
+from minwm.play.transport import UPLOAD_LIMIT, Site, WebSocket, connect
+from minwm.play.video import Outlet
+
+
+@pytest.fixture(autouse=True)
+def quiet_threads() -> Iterator[None]:
+    """Whatever a test starts, it ends."""
+    before = threading.active_count()
+    yield
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before, [thread.name for thread in threading.enumerate()]
+
+
+# ---------------------------------------------------------------------------------------------
+# Conversations, over memory and over a WebSocket
+
+
+class Pipe(Transport):
+    """One end of a connection inside this process; it holds few messages, as a slow network does."""
+
+    def __init__(self) -> None:
+        self.inbox: asyncio.Queue[Any] = asyncio.Queue(8)
+        self.other: Pipe
+        self.open = True
+
+    async def send(self, message: str | bytes) -> None:
+        if not self.open:
+            raise ConnectionError
+        await self.other.inbox.put(message)
+
+    async def receive(self) -> str | bytes | None:
+        return await self.inbox.get() if self.open or not self.inbox.empty() else None
+
+    async def close(self) -> None:
+        for end in (self, self.other):
+            if end.open:
+                end.open = False
+                if end.inbox.full():
+                    end.inbox.get_nowait()
+                end.inbox.put_nowait(None)
+
+
+Dial = Callable[[], Awaitable[Transport]]
+
+
+@contextlib.asynccontextmanager
+async def in_memory(house: House) -> AsyncIterator[Dial]:
+    talks, clock = [], asyncio.create_task(house.keep_time())
+
+    async def dial() -> Transport:
+        ours, theirs = Pipe(), Pipe()
+        ours.other, theirs.other = theirs, ours
+        talks.append(asyncio.create_task(house.attend(theirs)))
+        return ours
+
+    yield dial
+    clock.cancel()
+    await house.close()
+    await asyncio.wait_for(asyncio.gather(*talks), 5)
+
+
+@contextlib.asynccontextmanager
+async def served(house: House, token: str = "secret") -> AsyncIterator[str]:
+    runner = web.AppRunner(Site(house, token).app())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def over_sockets(house: House) -> AsyncIterator[Dial]:
+    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+
+        async def dial() -> WebSocket:
+            return await stack.enter_async_context(connect(f"{address}/?token=secret"))
+
+        yield dial
+
+
+WIRES = {"memory": in_memory, "websocket": over_sockets}
+wires = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+
+
+def talk(
+    scene: Callable[[House, Dial], Awaitable[None]], wire: Any, game: Game | None = None, **how: Any
+) -> Callable[[], None]:
+    async def main() -> None:
+        house = House(game or painted(), **how)
+        async with wire(house) as dial:
+            await scene(house, dial)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    return lambda: None
+
+
+async def until(client: Client, found: Callable[[Any], bool]) -> Any:
+    """The next message of which that is true."""
+    while (message := await client.receive()) is not None:
+        if found(message):
+            return message
+    raise AssertionError("the server closed the connection")
+
+
+def frame_with(seq: int) -> Callable[[Any], bool]:
+    return lambda message: isinstance(message, Shot) and message.header.seq >= seq
+
+
+@wires
+def test_who_joins_walks(wire: Any) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        client = await Client.join(await dial())
+        assert client.welcome.role == "player" and client.welcome.fps == 64 and client.welcome.chunk == 4
+        assert client.welcome.can.rewind == 60 and client.welcome.seed == 3
+        first = await until(client, lambda m: isinstance(m, Shot))
+        assert first.header.first and first.header.frame == 0 and abs(int(first.pixels[0, 0, 1]) - 128) <= 2
+        await client.hold(Action.of("w"))
+        held = await until(client, frame_with(1))
+        later = await until(client, lambda m: isinstance(m, Shot) and m.header.chunk >= held.header.chunk + 4)
+        assert later.header.c2w[2, 3] > 0.2 and int(later.pixels[0, 0, 1]) > 132, "green is forward"
+        assert later.header.t == client.input.t
+        await client.command("pause")
+        state = await until(client, lambda m: isinstance(m, State) and m.paused)
+        assert state.role == "player" and state.rewind == state.chunk > 4
+
+    talk(scene, wire)
+
+
+@wires
+def test_nothing_wrong_harms_anyone_else(wire: Any) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        client = await Client.join(await dial())
+        for text in ("garbage", "{}", text_of(Command(name="reset")), text_of(Hello(v=2, codecs=["jpeg"]))):
+            bad = await dial()
+            await bad.send(text)
+            answer = parse_reply(await bad.receive() or "")
+            assert isinstance(answer, Error) and answer.fatal and answer.reason
+            assert await bad.receive() is None
+        with pytest.raises(ProtocolError, match="no codec in common"):
+            await Client.join(await dial(), codecs=("av1",))
+        second = await Client.join(await dial())
+        await second.transport.send(b"\x00" * 100)
+        gone = await until(second, lambda m: isinstance(m, Error))
+        assert gone.fatal and "binary" in gone.reason
+        await client.hold(Action.of("w"))
+        await until(client, frame_with(1))
+        assert [seat.id for seat in house.seats] == [client.welcome.session]
+
+    talk(scene, wire)
+
+
+@wires
+def test_a_flood_ends_its_own_connection(wire: Any) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        client = await Client.join(await dial())
+        with contextlib.suppress(ConnectionError):
+            for frame in range(3 * MESSAGES_PER_SECOND):
+                await client.send(Shown(frame=frame))
+        gone = await until(client, lambda m: isinstance(m, Error))
+        assert gone.fatal and "in a second" in gone.reason
+
+    talk(scene, WIRES["memory"] if wire is in_memory else wire)
+
+
+@wires
+def test_the_second_watches_and_gets_its_turn(wire: Any) -> None:
+    clock = Clock()
+
+    async def scene(house: House, dial: Dial) -> None:
+        first, second = await Client.join(await dial()), await Client.join(await dial())
+        assert (second.welcome.role, second.welcome.queue) == ("spectator", 1)
+        await second.command("reset")
+        refused = await until(second, lambda m: isinstance(m, Error))
+        assert "watching" in refused.reason and not refused.fatal
+        await second.hold(Action.of("d"))
+        await first.hold(Action.of("w"))
+        seen = await until(second, lambda m: isinstance(m, Shot) and m.header.c2w[2, 3] > 0.1)
+        assert abs(seen.header.c2w[0, 3]) < 1e-6, "who watches moves nothing"
+        clock.now += 200
+        await until(second, lambda m: isinstance(m, State) and m.role == "player")
+        await until(first, lambda m: isinstance(m, State) and m.role == "spectator" and m.queue == 1)
+        await second.hold(Action.of("d"))
+        await until(second, lambda m: isinstance(m, Shot) and m.header.c2w[0, 3] > 0.05)
+        await second.transport.close()
+        await asyncio.sleep(0.05)
+        clock.now += 10  # who left loses the turn when somebody waits
+        await until(first, lambda m: isinstance(m, State) and m.role == "player")
+
+    talk(scene, wire, clock=clock)
+
+
+@wires
+def test_who_was_cut_off_goes_on_where_they_were(wire: Any) -> None:
+    clock = Clock()
+
+    async def scene(house: House, dial: Dial) -> None:
+        client = await Client.join(await dial())
+        await client.hold(Action.of("w"))
+        last = await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 5)
+        await client.transport.close()
+        while house.seats[0].left is None:
+            await asyncio.sleep(0.01)
+        clock.now += 60
+        await asyncio.sleep(0.3)  # nobody looks: nothing is made
+        made = len(house.player.played) if house.player else 0
+        await asyncio.sleep(0.2)
+        assert house.player and len(house.player.played) == made >= last.header.chunk
+        again = await Client.join(await dial(), resume=client.welcome.session)
+        assert again.welcome.role == "player" and again.welcome.session == client.welcome.session
+        here = await until(again, lambda m: isinstance(m, Shot))
+        assert here.header.first and here.header.chunk == made
+        newer = await Client.join(await dial(), resume=client.welcome.session)  # a second tab takes over
+        gone = await until(again, lambda m: isinstance(m, Error))
+        assert gone.fatal and "another connection" in gone.reason and newer.welcome.role == "player"
+        await newer.transport.close()
+        while house.seats[0].left is None:
+            await asyncio.sleep(0.01)
+        player, clock.now = house.player, clock.now + 400
+        house.look_around()
+        assert player and player.closed and house.player is None and not house.seats
+
+    talk(scene, wire, clock=clock)
+
+
+@wires
+def test_a_failing_engine_is_reported_and_the_server_goes_on(wire: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        for _ in range(2):
+            client = await Client.join(await dial())
+            gone = await until(client, lambda m: isinstance(m, Error))
+            assert gone.fatal and "RuntimeError: out of memory" in gone.reason
+            assert await client.receive() is None
+
+    talk(scene, wire, painted(fails_at=6))
+    assert "the walk ended by an error" in caplog.text
+
+
+@wires
+def test_a_slow_client_does_not_hold_up_the_walk(wire: Any) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        slow, quick = await Client.join(await dial()), await Client.join(await dial())
+        before = await until(quick, lambda m: isinstance(m, Shot) and m.header.chunk > 1)
+        later = await until(quick, lambda m: isinstance(m, Shot) and m.header.chunk > before.header.chunk + 16)
+        assert sum(len(seat.outlet.frames) for seat in house.seats) <= 4 * 4
+        chunks = []
+        while not chunks or chunks[-1] <= later.header.chunk:
+            shot = await until(slow, lambda m: isinstance(m, Shot))
+            chunks.append(shot.header.chunk)
+        assert chunks == sorted(chunks)
+        if wire is in_memory:  # the kernel would hold some for a socket
+            assert np.diff(chunks).max() > 1, "some chunks were dropped, and then it went on"
+
+    talk(scene, wire)
+
+
+@pytest.mark.parametrize("wire", [in_memory], ids=["memory"])
+def test_a_hundred_visitors_leave_nothing_behind(wire: Any) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        first = await Client.join(await dial())
+        await until(first, lambda m: isinstance(m, Shot))
+
+        async def visit() -> None:
+            client = await Client.join(await dial())
+            await until(client, lambda m: isinstance(m, Shot))
+            await client.transport.close()
+
+        async def count() -> tuple[int, int, int, int]:
+            await asyncio.sleep(0.05)
+            gc.collect()
+            assert house.player
+            outlets = sum(isinstance(thing, Outlet) for thing in gc.get_objects())
+            return threading.active_count(), len(house.seats), len(house.player.outlets), outlets
+
+        await visit()
+        before = await count()
+        for _ in range(100):
+            await visit()
+            house.player and house.player.shown(10**6)
+        after = await count()
+        assert after == before
+
+    talk(scene, wire)
+
+
+@wires
+def test_the_house_is_not_endless(wire: Any) -> None:
+    async def scene(house: House, dial: Dial) -> None:
+        for _ in range(SEATS):
+            await Client.join(await dial())
+        with pytest.raises(ProtocolError, match="places are taken"):
+            await Client.join(await dial())
+
+    talk(scene, WIRES["memory"])
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP
+
+
+def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]], game: Game | None = None) -> None:
+    async def main() -> None:
+        house = House(game or painted())
+        async with served(house) as address, aiohttp.ClientSession() as session:
+            await scene(house, address, session)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_without_the_token_there_is_nothing() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        for path in ("/", "/ws", "/recording", "/clip"):
+            for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82"):
+                async with session.get(address + path + query) as answer:
+                    assert answer.status == 403 and "token" in await answer.text()
+        async with session.post(f"{address}/image?token=wrong", data=b"x") as answer:
+            assert answer.status == 403
+        with pytest.raises(UserError, match="403"):
+            async with connect(f"{address}/?token=wrong"):
+                pass
+        async with session.get(f"{address}/?token=secret") as answer:
+            assert answer.status == 200 and answer.headers["Referrer-Policy"] == "no-referrer"
+        for path in ("/static/../transport.py", "/static/%2e%2e/transport.py", "/static/..%2ftransport.py"):
+            async with session.get(address + path) as answer:
+                assert answer.status in (403, 404)
+        assert house.player is None
+
+    visit(scene)
+
+
+def test_pages_of_other_sites_are_refused() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        for origin in ("http://evil.example", "null", address.replace("http:", "http:").rsplit(":", 1)[0]):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await session.ws_connect(f"{address}/ws?token=secret", origin=origin)
+            assert caught.value.status == 403
+        async with session.ws_connect(f"{address}/ws?token=secret", origin=address) as ws:
+            assert not ws.closed
+
+    visit(scene)
+
+
+def test_start_pictures_are_checked_before_they_are_used() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async with connect(f"{address}/?token=secret") as wire:
+            client = await Client.join(wire)
+            image = f"{address}/image?token=secret&session={client.welcome.session}"
+            picture = png_bytes(np.zeros((40, 60, 3), np.uint8))
+            gif = b"GIF89a" + bytes(100)
+            huge = picture[:16] + (100_000).to_bytes(4, "big") * 2 + picture[24:]  # says that it is 100000 x 100000
+            for data, status in ((gif, 400), (b"", 400), (picture[:60], 400), (huge, 400)):
+                async with session.post(image, data=data) as answer:
+                    assert answer.status == status and "no picture" in (await answer.json())["error"]
+            async with session.post(image, data=bytes(UPLOAD_LIMIT + 1)) as answer:
+                assert answer.status == 413 and "8 MiB" in (await answer.json())["error"]
+            async with session.post(f"{address}/image?token=secret&session=other", data=picture) as answer:
+                assert answer.status == 400 and "no such session" in (await answer.json())["error"]
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 2)
+            async with session.post(image, data=picture) as answer:
+                assert answer.status == 200 and await answer.json() == {}
+            begun = await until(client, lambda m: isinstance(m, Shot) and m.header.first)
+            assert begun.header.chunk == 0 and house.player
+            assert house.player.begin.image is not None and house.player.begin.image.shape == (16, 16, 3)
+
+    visit(scene)
+
+
+def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async with connect(f"{address}/?token=secret") as wire:
+            client = await Client.join(wire)
+            query = f"?token=secret&session={client.welcome.session}"
+            async with session.get(f"{address}/recording{query}") as answer:
+                assert answer.status == 404 and "nothing is recorded" in (await answer.json())["error"]
+            await client.command("record")
+            await until(client, lambda m: isinstance(m, State) and m.recording)
+            here = len(house.player.played) if house.player else 0
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > here + 3)
+            await client.command("stop")
+            await until(client, lambda m: isinstance(m, State) and not m.recording)
+            async with session.get(f"{address}/recording{query}") as answer:
+                assert answer.content_type == "video/mp4"
+                (tmp_path / "x.mp4").write_bytes(await answer.read())
+            async with session.get(f"{address}/clip{query}") as answer:
+                assert "actions.json" in zipfile.ZipFile(io.BytesIO(await answer.read())).namelist()
+        assert len(read_video(tmp_path / "x.mp4")[0]) % 4 == 1
+
+    visit(scene)
+
+
+def test_a_world_on_the_wire_is_the_world_itself() -> None:
+    """A key held over a real socket: every frame is what the renderer shows from the pose that it claims."""
+    game = world_game(7, replace(SMALL, height=48, width=64, focal=(0.6, 0.8)))
+
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async with connect(f"{address}/?token=secret") as wire:
+            client = await Client.join(wire)
+            await client.hold(Action.of("wl"))
+            shots = []
+            async for shot in client.frames():
+                shots.append(shot)
+                if shot.header.chunk > 4:
+                    break
+        truth = enter(7, game.config).advance(np.stack([shot.header.c2w for shot in shots]))
+        seen = np.stack([shot.pixels for shot in shots])
+        error = seen.astype(float) - truth
+        assert np.sqrt((error**2).mean((1, 2, 3))).max() < 6, "but for JPEG"
+        moved = [shot for shot in shots if shot.header.seq == 1]
+        assert len(moved) > 8 and moved[-1].header.c2w[2, 3] > 0.1
+        assert different(truth[0], truth[-1]) > 40
+
+    visit(scene, game)
