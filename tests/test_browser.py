@@ -87,9 +87,6 @@ def visit(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
     page.evaluate(
         "() => minwm.client.addEventListener('frame', ({ detail }) => { if (!detail.view) window.last = detail; })"
     )
-    page.wait_for_selector("[data-testid=status]:is([data-state=live], [data-state=paused])", timeout=15_000)
-    if page.get_attribute("[data-testid=status]", "data-state") == "paused":  # as the visitor before left it
-        page.click("[data-testid=pause]")
     wait_for(page, "live")
     page.wait_for_function("() => window.last")
     yield page

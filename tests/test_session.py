@@ -1,17 +1,19 @@
 """Walking around: a session makes what generation makes, can go back, and looks the same for worlds and models."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import minwm
 from minwm.checkpoint import Model, ModelConfig
 from minwm.core.camera import CameraTrack, views
 from minwm.core.config import UserError
 from minwm.core.media import frames as to_frames
-from minwm.core.media import pixels
+from minwm.core.media import pixels, write_image
 from minwm.core.runtime import generator
 from minwm.core.trajectory import Action, Motion, parse
 from minwm.core.types import Condition
@@ -119,6 +121,49 @@ def test_rewinding_too_far_is_refused(model: Model, image: np.ndarray) -> None:
     session.step(ACTIONS[0])
     with pytest.raises(UserError, match="cannot rewind 2 steps: 1 were made"):
         session.rewind(2)
+
+
+def test_a_bounded_history_forgets_the_oldest_steps(model: Model, image: np.ndarray) -> None:
+    session = Session(ModelEngine(model, image, "a room"), history=2)
+    session.start()
+    steps = [session.step(action) for action in (*ACTIONS, *ACTIONS)]
+    with pytest.raises(UserError, match=r"cannot rewind 3 steps: 2 are kept \(history=2\)"):
+        session.rewind(3)
+    session.rewind(2)
+    assert np.array_equal(session.step(ACTIONS[1]), steps[-2])
+
+
+@pytest.mark.parametrize("sampler", STREAMING, ids=str)
+def test_settling_early_or_late_changes_nothing(model: Model, image: np.ndarray, sampler: Sampler) -> None:
+    lazy, eager = (Session(ModelEngine(with_sampler(model, sampler), image, "a room")) for _ in range(2))
+    for one, two in zip(lazy.play(ACTIONS), eager.play(ACTIONS), strict=True):
+        eager.engine.settle()
+        assert np.array_equal(one, two)
+        assert {"decode", "copy", "commit"} <= set(eager.engine.laps.seconds)
+
+
+@pytest.mark.parametrize("sampler", STREAMING, ids=str)
+def test_another_prompt_acts_from_the_next_chunk_on(model: Model, image: np.ndarray, sampler: Sampler) -> None:
+    def walk(first: str, then: str) -> list[np.ndarray]:
+        engine = ModelEngine(with_sampler(model, sampler), image, first)
+        session = Session(engine)
+        frames = [session.start(), session.step(ACTIONS[0])]
+        engine.reword(then)
+        return [*frames, session.step(ACTIONS[1])]
+
+    same, edited = walk("a room", "a room"), walk("a room", "a blue sphere")
+    plain = list(Session(ModelEngine(with_sampler(model, sampler), image, "a room")).play(ACTIONS[:2]))
+    assert all(np.array_equal(a, b) for a, b in zip(same, plain, strict=True))
+    assert np.array_equal(edited[1], same[1]) and not np.array_equal(edited[2], same[2])
+
+
+def test_six_lines_walk(model: Model, tmp_path: Path) -> None:
+    write_image(tmp_path / "start.png", np.full((48, 64, 3), 90, np.uint8))
+    session = minwm.walk(model, "a red room", tmp_path / "start.png", seed=1)
+    first = session.start()
+    frames = session.step(minwm.Action.of("wl"))
+    session.rewind()
+    assert first.shape == (1, 32, 32, 3) and np.array_equal(session.step(minwm.Action.of("wl")), frames)
 
 
 def test_seed_prompt_and_camera_matter(model: Model, image: np.ndarray) -> None:

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -177,7 +176,7 @@ def write_image(path: str | Path, image: Frame) -> None:
 
 
 def read_image(
-    path: str | Path | BinaryIO, formats: tuple[str, ...] | None = None, largest: float = math.inf
+    path: str | Path | io.BytesIO, formats: tuple[str, ...] | None = None, largest: float = math.inf
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Any image pillow reads, upright, as RGB; UserError if it is missing, no image, or (where asked) of another
     format or of more than `largest` pixels: a small file may say that it is huge."""
@@ -196,9 +195,9 @@ def fit(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.
 
 
 def jpeg(frame: Frame, quality: int = 85) -> bytes:
-    """One frame as a JPEG."""
+    """One frame as a JPEG; from quality 90 on with full colour detail."""
     buffer = io.BytesIO()
-    Image.fromarray(_numpy(frame)).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(_numpy(frame)).save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
     return buffer.getvalue()
 
 

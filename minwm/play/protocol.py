@@ -19,8 +19,8 @@ TEXT_LIMIT = 16 * 1024
 """Bytes of a text from a client."""
 PROMPT_LIMIT = 1000
 """Characters."""
-SHOWN_TO_USER = 300
-"""Characters of a reason; the rest of a hostile message need not come back."""
+REASON_LIMIT = 300
+"""Characters of a reason; not all of a hostile message needs to come back."""
 
 Axes = tuple[float, float, float, float, float, float]
 """In the order of `Action`: right, up, forward, yaw right, pitch up, roll clockwise."""
@@ -227,7 +227,9 @@ def _parse(text: str | bytes, limit: int, union: Any) -> Any:
             kind = f"{kind} {values.pop('name')}"
         return from_dict(union, {"kind": kind, **values})
     except (ValueError, TypeError, RecursionError, OverflowError, ConfigError) as error:
-        raise ProtocolError(str(error)[:SHOWN_TO_USER]) from None
+        reason, half = str(error), REASON_LIMIT // 2
+        brief = reason if len(reason) <= REASON_LIMIT else f"{reason[: half - 5]} ... {reason[-half:]}"
+        raise ProtocolError(brief) from None
 
 
 # ---------------------------------------------------------------------------------------------

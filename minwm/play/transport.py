@@ -195,8 +195,9 @@ async def serve(game: Game, host: str, port: int, rewind: int, say: Callable[[st
         except OSError as error:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); give another --port") from error
         address = runner.addresses[0]
-        shown = {"127.0.0.1": "localhost", "0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-        say(f"{game.title}: http://{shown}:{address[1]}/?token={token}")
+        anywhere = socket.gethostname()
+        name = {"127.0.0.1": "localhost", "0.0.0.0": anywhere, "::": anywhere}.get(host, host)
+        say(f"{game.title}: http://{f'[{name}]' if ':' in name else name}:{address[1]}/?token={token}")
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()

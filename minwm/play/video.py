@@ -13,7 +13,8 @@ Codec = Literal["jpeg", "h264"]
 WAITING_CHUNKS = 2
 """Chunks that may wait for one client; the oldest gives way."""
 WAITING_TEXTS = 16
-QUALITY = 90
+SMALL = 256 * 256
+"""Pixels up to which a JPEG keeps every colour: it will be looked at enlarged."""
 
 
 class Encoder:
@@ -21,11 +22,12 @@ class Encoder:
 
     def __init__(self, codec: Codec, height: int, width: int, fps: float) -> None:
         self.video = LiveVideo(height, width, fps) if codec == "h264" else None
+        self.quality = 92 if height * width <= SMALL else 80
 
     def __call__(self, frame: Frame, key: bool) -> tuple[int, bytes]:
         """Kind and payload; `key`: a decoder must be able to begin here."""
         if self.video is None:
-            return JPEG, jpeg(frame, QUALITY)
+            return JPEG, jpeg(frame, self.quality)
         payload, is_key = self.video.encode(frame, key)
         return H264_KEY if is_key else H264, payload
 
@@ -70,9 +72,6 @@ class Outlet:
                 self._undecodable.discard(header.view)
             if header.view in self._undecodable:
                 return
-            if header.view in self._fresh:
-                packet = replace(packet, header=replace(header, first=True))
-                self._fresh.discard(header.view)
             self.frames.append(packet)
             if len(serials := sorted({waiting.serial for waiting in self.frames})) > WAITING_CHUNKS:
                 late = [w for w in self.frames if self.codec == "h264" or w.serial == serials[0]]
@@ -103,5 +102,7 @@ class Outlet:
                 return self.texts.pop(next(iter(self.texts)))
             if self.frames and not self.closing:
                 packet = self.frames.popleft()
-                return packet.header.pack() + packet.payload
+                header = replace(packet.header, first=packet.header.first or packet.header.view in self._fresh)
+                self._fresh.discard(header.view)
+                return header.pack() + packet.payload
             return None

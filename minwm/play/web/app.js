@@ -1,8 +1,8 @@
 /** The page: wires the client, the player and the controls to what is seen and clicked. */
 
 import { Client } from "./client.js";
-import { Film, fit, Minimap } from "./draw.js";
-import { ACTIONS, Controls, keyName } from "./input.js";
+import { Film, fit, make, Minimap } from "./draw.js";
+import { ACTIONS, Controls, keyName, layout } from "./input.js";
 import { Player } from "./player.js";
 
 const $ = (id) => document.getElementById(id);
@@ -13,20 +13,30 @@ const CAPS = {
   "move-caps": ["down", "forward", "up", "left", "back", "right"],
   "look-caps": [null, "lookUp", null, "turnLeft", "lookDown", "turnRight"],
 };
-const BUTTONS = { pause: "Pause", step: "Step", rewind: "Rewind", branch: "Branch", reset: "Restart", record: "Record" };
-const PARTS = { queue: "#5a6579", diffuse: "#7fb2ff", decode: "#b79bff", copy: "#5ac7da", encode: "#5ccb98", rest: "#39414f" };
+const BUTTONS = {
+  pause: "Pause", step: "Step", rewind: "Rewind", branch: "Branch", reset: "Restart", record: "Record",
+};
+const PARTS = {
+  queue: "#5a6579", diffuse: "#7fb2ff", decode: "#b79bff", copy: "#5ac7da", encode: "#5ccb98", rest: "#39414f",
+};
+const STATES = {
+  connecting: "Connecting", lost: "Connection lost", fatal: "Stopped",
+  paused: "Paused", recording: "Recording", live: "Live",
+};
 const VIEW_NAMES = { model: "Model", world: "True world", other: "Other model" };
 const h264 = window.isSecureContext && "VideoDecoder" in window;
-const address = (path) => `${path}?${new URLSearchParams({ token: query.get("token") ?? "", session: client.session ?? "" })}`;
+const address = (path, values) => `${path}?${new URLSearchParams({ token: query.get("token") ?? "", ...values })}`;
 
+const hud = $("hud");
 let welcome = null;
-let state = { paused: false, recording: false, chunk: 0, rewind: 0, role: "player", queue: 0 };
+let state = { paused: false, recording: false, speed: 1, chunk: 0, rewind: 0, role: "player", queue: 0 };
 let link = { status: "connecting" };
 let screens = []; // one { canvas, pen } per view
 let newest = null; // frame on the screen
 let fork = null; // chunk to which the last rewind went
+let guest = null; // session whose first turn is still to come
 
-const socket = new URL(`ws?${new URLSearchParams({ token: query.get("token") ?? "" })}`, location.href);
+const socket = new URL(address("ws"), location.href);
 socket.protocol = socket.protocol.replace("http", "ws");
 const client = new Client(socket.href, { codecs: codecs(query.get("codec") ?? localStorage.getItem("minwm.codec")) });
 const controls = new Controls((axes, t) => client.hold(axes, t), (yaw, pitch, t) => client.turn(yaw, pitch, t));
@@ -49,43 +59,46 @@ client.addEventListener("status", ({ detail }) => {
 });
 client.addEventListener("role", () => controls.sync());
 client.addEventListener("welcome", ({ detail }) => {
+  if (detail.session !== welcome?.session) guest = detail.session;
   welcome = detail;
   document.title = `${detail.title} · minwm`;
   $("title").textContent = detail.title;
   screens = detail.views.map(screen);
   $("views").replaceChildren(...screens.map(({ figure }) => figure));
-  screens.at(-1).figure.append($("hud"));
+  screens.at(-1).figure.append(hud);
   togglePanel(!page.classList.contains("no-panel"));
   player.start(detail);
   setUp({ ...state, ...detail });
 });
-client.addEventListener("state", ({ detail }) => setUp({ ...state, ...detail }));
+client.addEventListener("state", ({ detail }) => {
+  setUp({ ...state, ...detail });
+  if (!guest || state.role !== "player") return;
+  guest = null;
+  if (state.paused) client.command("resume"); // somebody else's pause must not puzzle who comes after them
+});
 client.addEventListener("error", ({ detail }) => detail.fatal || toast(detail.reason));
 client.addEventListener("frame", ({ detail }) => player.push(detail));
 
 function screen(name, index, views) {
-  const figure = document.createElement("figure");
-  const canvas = document.createElement("canvas");
-  Object.assign(canvas, { width: welcome.width, height: welcome.height });
-  canvas.dataset.testid = index ? `canvas-${index}` : "canvas";
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `What the camera sees: ${VIEW_NAMES[name] ?? name}`);
-  figure.append(canvas);
-  if (views.length > 1) {
-    const caption = document.createElement("figcaption");
-    caption.textContent = VIEW_NAMES[name] ?? name;
-    figure.append(caption);
-  }
+  const title = VIEW_NAMES[name] ?? name;
+  const canvas = make("canvas", {
+    width: welcome.width, height: welcome.height, role: "img",
+    data: { testid: index ? `canvas-${index}` : "canvas" }, aria: { label: `What the camera sees: ${title}` },
+  });
+  const figure = make("figure", {}, canvas);
+  if (views.length > 1) figure.append(make("figcaption", {}, title));
   return { figure, canvas, pen: canvas.getContext("2d", { alpha: false }) };
 }
 
 function show(view, picture, frame) {
   const { canvas, pen } = screens[view];
+  frame.flush ||= frame.frame < newest?.frame; // a server that began anew
   if (view === 0 && newest && !frame.flush && frame.chunk > newest.chunk) {
-    film.add(newest.chunk, canvas, Math.ceil((0.5 * welcome.fps) / welcome.chunk)); // about two a second
+    film.add(newest, canvas, Math.ceil((0.5 * welcome.fps) / welcome.chunk)); // about two a second
   }
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   if (view > 0) return;
+  if (!newest) queueMicrotask(render);
   newest = frame;
   client.shown(frame);
   map.add(frame);
@@ -98,8 +111,8 @@ function setUp(next) {
   state = next;
   if (document.activeElement !== $("prompt")) $("prompt").value = state.prompt ?? "";
   if (document.activeElement !== $("seed")) $("seed").value = state.seed;
-  if (state.speed) $("speed").value = state.speed;
-  if (state.speed) player.pace(state.speed);
+  $("speed").value = state.speed;
+  player.pace(state.speed);
   if (state.chunk < fork) fork = null; // a new walk
   render();
 }
@@ -111,25 +124,25 @@ function render() {
   const { can = {}, chunk = 1, fps = 1 } = welcome ?? {};
   const watching = state.role === "spectator";
   const playing = link.status === "open" && !watching;
-  const kind = link.status !== "open" ? { connecting: "connecting", lost: "lost", closed: "fatal" }[link.status]
-    : watching ? "watching" : state.recording ? "recording" : state.paused ? "paused" : "live";
-  const words = { connecting: "Connecting", lost: "Connection lost", fatal: "Stopped", recording: "Recording", paused: "Paused", live: "Live" };
-  $("status").dataset.state = kind;
-  $("status").textContent = watching && kind === "watching" ? `Watching · place ${state.queue} in line` : words[kind];
-  page.dataset.state = kind;
-
+  const kind = link.status === "lost" ? "lost" : link.status === "closed" ? "fatal"
+    : link.status === "connecting" || !newest ? "connecting"
+    : watching ? "watching" : state.paused ? "paused" : state.recording ? "recording" : "live";
   const message = {
-    connecting: welcome ? "" : "Waking the world …",
+    connecting: newest ? "Connecting again …" : "Waking the world …",
     lost: `Connection lost. Trying again in ${Math.ceil(link.seconds)} s.`,
     fatal: link.reason,
   }[kind];
+  page.dataset.state = $("status").dataset.state = kind;
+  $("status").textContent = kind === "watching" ? `Watching · ${state.queue} before you` : STATES[kind];
   $("message").hidden = !message;
-  $("message").classList.toggle("busy", kind === "connecting" || kind === "lost");
+  $("message").classList.toggle("busy", kind !== "fatal");
   $("message-text").textContent = message ?? "";
   $("message-button").hidden = kind === "connecting";
   $("message-button").textContent = kind === "lost" ? "Try now" : "Try again";
 
-  for (const control of document.querySelectorAll("#buttons button, #film button, #panel [name]")) control.disabled = !playing;
+  for (const control of document.querySelectorAll("#buttons button, #film button, #panel [name]")) {
+    control.disabled = !playing;
+  }
   const [pause, record] = [button("pause"), button("record")];
   pause.querySelector("use").setAttribute("href", state.paused ? "#i-resume" : "#i-pause");
   pause.querySelector("span").textContent = state.paused ? "Play" : "Pause";
@@ -149,28 +162,21 @@ function numbers() {
   const { stats } = client;
   const { queue, diffuse, decode, copy, encode } = stats.timings;
   const whole = (ms) => (Number.isFinite(ms) ? Math.round(ms) : "–");
-  const made = queue + diffuse + decode + copy + encode; // the rest: waiting for a chunk to begin, network, pacing
+  const made = queue + diffuse + decode + copy + encode;
+  const rest = Math.max(0, stats.p50 - made); // waiting for a chunk to begin, network, pacing
   $("p50").textContent = whole(stats.p50);
   $("p95").textContent = whole(stats.p95);
-  const rows = {
-    FPS: [stats.fps.toFixed(1)], Chunk: [`${whole(diffuse + decode + copy)} ms`, "diffuse"],
-    Decode: [`${decode.toFixed(1)} ms`, "decode"], Encode: [`${encode.toFixed(1)} ms`, "encode"],
-    Queue: [`${queue.toFixed(1)} ms`, "queue"], Wait: [`${whole(Math.max(0, stats.p50 - made))} ms`, "rest"],
-  };
-  $("numbers").replaceChildren(...Object.entries(rows).map(([name, [value, part]]) => {
-    const row = document.createElement("div");
-    row.append(Object.assign(document.createElement("dt"), { textContent: name }), Object.assign(document.createElement("dd"), { textContent: value }));
-    if (part) row.style.setProperty("--k", PARTS[part]);
-    return row;
-  }));
-  const parts = { ...stats.timings, rest: Math.max(0, stats.p50 - made || 0) };
-  $("bar").replaceChildren(...Object.entries(parts).map(([name, ms]) => {
-    const part = document.createElement("i");
-    part.style.cssText = `--k: ${PARTS[name]}; flex-grow: ${ms}`;
-    return part;
-  }));
+  const rows = [
+    ["FPS", stats.fps.toFixed(1)], ["Chunk", `${whole(diffuse + decode + copy)} ms`, "diffuse"],
+    ["Decode", `${decode.toFixed(1)} ms`, "decode"], ["Encode", `${encode.toFixed(1)} ms`, "encode"],
+    ["Queue", `${queue.toFixed(1)} ms`, "queue"], ["Wait", `${whole(rest)} ms`, "rest"],
+  ];
+  $("numbers").replaceChildren(...rows.map(([name, value, part]) =>
+    make("div", { style: part ? `--k: ${PARTS[part]}` : "" }, make("dt", {}, name), make("dd", {}, value))));
+  $("bar").replaceChildren(...Object.entries({ ...stats.timings, rest: rest || 0 }).map(([name, ms]) =>
+    make("i", { style: `--k: ${PARTS[name]}; flex-grow: ${ms}` })));
   const latency = Number.isFinite(stats.p50) ? ` · ${whole(stats.p50)} ms` : "";
-  $("hud").textContent = newest && !state.paused ? `${Math.round(stats.fps)} fps${latency}` : "";
+  hud.textContent = newest && !state.paused ? `${Math.round(stats.fps)} fps${latency}` : "";
 }
 
 function toast(text, mood = "") {
@@ -218,58 +224,59 @@ function button(name) {
 function togglePanel(open = page.classList.contains("no-panel")) {
   page.classList.toggle("no-panel", !open);
   $("panel-button").setAttribute("aria-expanded", open);
-  (open ? $("panel") : screens[0]?.figure)?.prepend($("map")); // without the panel the map lies on the picture
+  (open ? $("panel") : screens[0]?.figure)?.prepend(map.canvas); // without the panel the map lies on the picture
   resize();
 }
 
 function buildControls() {
+  for (const element of document.querySelectorAll("[data-key]")) {
+    element.textContent = keyName(controls.keys[element.dataset.key][0]);
+  }
   for (const [group, names] of Object.entries(CAPS)) {
     $(group).replaceChildren(...names.map((name) => {
-      if (!name) return document.createElement("span");
-      const cap = document.createElement("button");
-      cap.dataset.action = name;
-      cap.textContent = keyName(controls.keys[name][0]) || "·";
-      cap.title = ACTIONS[name].label;
-      cap.setAttribute("aria-label", ACTIONS[name].label);
+      if (!name) return make("span");
+      const { label } = ACTIONS[name];
+      const key = keyName(controls.keys[name][0]);
+      const cap = make("button", { title: label, data: { action: name }, aria: { label } }, key);
       controls.cap(cap, name);
       return cap;
     }));
   }
-  for (const element of $("buttons").children) {
-    const { command } = element.dataset;
-    element.title = `${ACTIONS[command].label} (${keyName(controls.keys[command][0])})`;
-  }
-}
-
-function buildButtons() {
-  $("buttons").replaceChildren(...Object.entries(BUTTONS).map(([command, label]) => {
-    const element = document.createElement("button");
-    element.dataset.command = element.dataset.testid = command;
-    element.innerHTML = `<svg aria-hidden="true"><use href="#i-${command}"/></svg><span>${label}</span>`;
-    element.setAttribute("aria-label", label);
-    element.onclick = COMMANDS[command];
-    return element;
-  }));
+  $("buttons").replaceChildren(...Object.entries(BUTTONS).map(([command, label]) => make("button", {
+    title: `${ACTIONS[command].label} (${keyName(controls.keys[command][0])})`,
+    innerHTML: `<svg aria-hidden="true"><use href="#i-${command}"/></svg><span>${label}</span>`,
+    data: { command, testid: command },
+    aria: { label },
+    onclick: COMMANDS[command],
+  })));
+  render();
 }
 
 function buildBindings() {
-  $("bindings").replaceChildren(...Object.entries(ACTIONS).map(([name, { label }]) => {
-    const element = document.createElement("button");
-    element.type = "button";
-    element.append(label, Object.assign(document.createElement("kbd"), { textContent: controls.keys[name].map(keyName).join(" ") || "none" }));
+  $("bindings").replaceChildren(...Object.entries(ACTIONS).map(([name, { label }], index) => {
+    const keys = make("kbd", {}, controls.keys[name].map(keyName).join(" ") || "none");
+    const element = make("button", { type: "button" }, label, keys);
     element.onclick = () => {
       for (const other of $("bindings").children) other.removeAttribute("aria-pressed");
       element.setAttribute("aria-pressed", true);
       element.onkeydown = (event) => {
+        if (event.code === "Tab") return;
         event.preventDefault();
         if (event.code !== "Escape") controls.bind(name, event.code);
         buildBindings();
         buildControls();
-        [...$("bindings").children][Object.keys(ACTIONS).indexOf(name)].focus();
+        $("bindings").children[index].focus();
       };
     };
     return element;
   }));
+}
+
+/** An HTTP answer; throws the server's reason if it is none. */
+async function ask(path, options) {
+  const answer = await fetch(address(path, { session: client.session ?? "" }), options);
+  if (!answer.ok) throw new Error((await answer.json()).error);
+  return answer;
 }
 
 async function upload(file) {
@@ -278,71 +285,103 @@ async function upload(file) {
     const scale = Math.min(1, MAX_SIDE / Math.max(picture.width, picture.height));
     const canvas = new OffscreenCanvas(Math.round(picture.width * scale), Math.round(picture.height * scale));
     canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-    const body = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
-    const answer = await fetch(address("image"), { method: "POST", body });
-    if (!answer.ok) throw new Error((await answer.json()).error);
+    await ask("image", { method: "POST", body: await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }) });
   } catch (error) {
     toast(`${file.name} cannot be the start picture: ${error.message}`);
   }
 }
 
-async function save(path, name) {
-  const answer = await fetch(address(path));
-  if (!answer.ok) return toast(await answer.text().then((text) => (text.startsWith("{") ? JSON.parse(text).error : text)));
-  const anchor = Object.assign(document.createElement("a"), { href: URL.createObjectURL(await answer.blob()), download: name });
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(anchor.href), 60_000);
+async function save(path, download) {
+  try {
+    const href = URL.createObjectURL(await (await ask(path)).blob());
+    make("a", { href, download }).click();
+    setTimeout(() => URL.revokeObjectURL(href), 60_000);
+  } catch (error) {
+    toast(error.message);
+  }
 }
 
-function listen() {
+function listenToInput() {
   controls.mouse($("views"));
   controls.stick($("move-stick"), 0, 2);
   controls.stick($("look-stick"), 3, 4);
-  controls.addEventListener("command", ({ detail }) => (detail === "panel" || !button(detail).disabled) && COMMANDS[detail]());
+  controls.addEventListener("command", ({ detail }) => {
+    if (!button(detail)?.disabled) COMMANDS[detail]();
+  });
   controls.addEventListener("held", ({ detail }) => {
-    for (const cap of document.querySelectorAll("[data-action]")) cap.classList.toggle("on", detail.has(cap.dataset.action));
+    for (const cap of document.querySelectorAll("[data-action]")) {
+      cap.classList.toggle("on", detail.has(cap.dataset.action));
+    }
     if (!client.input.idle) page.classList.add("moved");
   });
-  const touch = () => page.classList.add("touch");
-  if (matchMedia("(pointer: coarse)").matches) touch();
-  addEventListener("pointerdown", (event) => event.pointerType === "touch" && touch());
-  // A button that was clicked must not take the next Space; one reached by Tab keeps the focus
-  addEventListener("click", (event) => event.detail && event.target.closest("nav button, header button, .caps button")?.blur());
   $("views").addEventListener("pointerdown", () => page.classList.add("moved"));
-  $("message-button").onclick = () => client.connect();
-  $("panel-button").onclick = () => togglePanel();
+  page.classList.toggle("touch", matchMedia("(pointer: coarse)").matches);
+  addEventListener("pointerdown", ({ pointerType }) => pointerType === "touch" && page.classList.add("touch"));
+  // A button that was clicked must not take the next Space; one reached by Tab keeps the focus
+  addEventListener("click", ({ detail, target }) => detail && target.closest("nav button, header button")?.blur());
+}
+
+function listenToPanel() {
+  const act = (id, type, action) =>
+    $(id).addEventListener(type, (event) => {
+      if (type === "submit") event.preventDefault();
+      action($(id));
+      if (type !== "click") document.activeElement.blur(); // back to walking
+    });
+  act("message-button", "click", () => client.connect());
+  act("panel-button", "click", () => togglePanel());
+  act("full", "click", () => {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else document.documentElement.requestFullscreen();
+  });
+  act("prompt-form", "submit", () => client.command("prompt", { text: $("prompt").value }));
+  act("seed-form", "submit", () => client.command("seed", { value: Number($("seed").value) }));
+  act("dice", "click", () => client.command("seed", { value: Math.floor(10_000 * Math.random()) }));
+  act("speed", "change", ({ value }) => client.command("speed", { value: Number(value) }));
+  act("image", "click", (input) => (input.value = "")); // or the same file could not be chosen twice
+  act("image", "change", (input) => upload(input.files[0]));
+  act("replay", "click", () => client.command("replay"));
+  act("save-video", "click", () => save("recording", "minwm.mp4"));
+  act("save-clip", "click", () => save("clip", "minwm-clip.zip"));
   $("full").hidden = !document.fullscreenEnabled;
-  $("full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : document.documentElement.requestFullscreen());
-  $("prompt-form").onsubmit = (event) => (event.preventDefault(), client.command("prompt", { text: $("prompt").value }), $("prompt").blur());
-  $("prompt").onkeydown = (event) => event.key === "Enter" && !event.shiftKey && (event.preventDefault(), $("prompt-form").requestSubmit());
-  $("seed-form").onsubmit = (event) => (event.preventDefault(), client.command("seed", { value: Number($("seed").value) }), $("seed").blur());
-  $("dice").onclick = () => client.command("seed", { value: Math.floor(Math.random() * 10_000) });
-  $("speed").onchange = () => (client.command("speed", { value: Number($("speed").value) }), $("speed").blur());
-  $("image").onchange = () => (upload($("image").files[0]), ($("image").value = ""));
-  $("replay").onclick = () => client.command("replay");
-  $("save-video").onclick = () => save("recording", "minwm.mp4");
-  $("save-clip").onclick = () => save("clip", "minwm-clip.zip");
-  listenToDrops();
-  listenToSettings();
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey) return;
+    event.preventDefault();
+    $("prompt-form").requestSubmit();
+  });
 }
 
 function listenToDrops() {
-  addEventListener("dragover", (event) => (event.preventDefault(), page.classList.toggle("drop", welcome?.can.image === true)));
-  addEventListener("dragleave", (event) => event.relatedTarget || page.classList.remove("drop"));
+  const over = (yes) => page.classList.toggle("drop", yes && welcome?.can.image === true && state.role === "player");
+  addEventListener("dragover", (event) => {
+    event.preventDefault();
+    over(true);
+  });
+  addEventListener("dragleave", (event) => event.relatedTarget || over(false));
   addEventListener("drop", (event) => {
     event.preventDefault();
-    page.classList.remove("drop");
-    const [file] = event.dataTransfer.files;
-    if (file && welcome?.can.image) upload(file);
+    if (page.classList.contains("drop") && event.dataTransfer.files.length) upload(event.dataTransfer.files[0]);
+    over(false);
   });
 }
 
 function listenToSettings() {
-  $("settings-button").onclick = () => (controls.releaseAll(), buildBindings(), $("settings").showModal());
-  $("restore").onclick = () => (controls.restoreKeys(), buildBindings(), buildControls());
-  for (const [id, key] of [["sensitivity", "value"], ["invert", "checked"], ["sticky", "checked"]]) {
-    $(id)[key] = controls[id];
-    $(id).oninput = () => ((controls[id] = key === "value" ? Number($(id).value) : $(id).checked), controls.save());
+  $("settings-button").onclick = () => {
+    controls.releaseAll();
+    buildBindings();
+    $("settings").showModal();
+  };
+  $("restore").onclick = () => {
+    controls.restoreKeys();
+    buildBindings();
+    buildControls();
+  };
+  for (const [id, value] of [["sensitivity", "valueAsNumber"], ["invert", "checked"], ["sticky", "checked"]]) {
+    $(id)[value] = controls[id];
+    $(id).oninput = () => {
+      controls[id] = $(id)[value];
+      controls.save();
+    };
   }
   $("codec-label").hidden = !h264;
   $("codec").checked = client.codecs[0] === "h264";
@@ -353,12 +392,11 @@ function listenToSettings() {
   };
 }
 
-buildButtons();
 buildControls();
-listen();
-if (innerWidth <= 900 || innerHeight <= 520) togglePanel(false);
+layout.then(buildControls, () => {}); // a browser may refuse in a frame
+for (const listen of [listenToInput, listenToPanel, listenToDrops, listenToSettings]) listen();
+togglePanel(!matchMedia("(max-width: 900px), (max-height: 520px)").matches);
 new ResizeObserver(resize).observe($("views"));
 setInterval(numbers, 250);
-render();
 animate();
 client.connect();

@@ -1,4 +1,13 @@
-/** What is drawn besides the pictures: their size on the page, the map of the camera's path, the film of past chunks. */
+/** What is drawn besides the pictures: their size, the map of the camera's path, the film of past chunks. */
+
+/** An element with properties (of which `data` and `aria` are sets of attributes) and children. */
+export function make(tag, { data = {}, aria = {}, ...properties } = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  Object.assign(element.dataset, data);
+  for (const [name, value] of Object.entries(aria)) element.setAttribute(`aria-${name}`, value);
+  element.append(...children);
+  return element;
+}
 
 export const CRISP = 192; // pictures up to this many pixels show their pixels; larger ones are smoothed
 
@@ -55,7 +64,8 @@ export class Minimap {
     const [near, far] = [Math.min(...zs), Math.max(...zs)];
     const room = 0.7 * Math.min(wide, high);
     const scale = Math.min((wide - high + room) / Math.max(right - left, 2), room / Math.max(far - near, 2));
-    const place = ({ x, z }) => [wide / 2 + (x - (left + right) / 2) * scale, high / 2 - (z - (near + far) / 2) * scale];
+    const [x0, z0] = [(left + right) / 2, (near + far) / 2];
+    const place = ({ x, z }) => [wide / 2 + (x - x0) * scale, high / 2 - (z - z0) * scale];
     const pen = canvas.getContext("2d");
     pen.scale(devicePixelRatio, devicePixelRatio);
     this.#grid(pen, place, scale, wide, high);
@@ -109,27 +119,22 @@ function trace(pen, points, colour, width) {
 
 /** The last picture of every chunk to which one can go back; `go(chunk)` does. */
 export class Film {
-  #chunks = []; // oldest first: { chunk, button }
+  #chunks = []; // oldest first: { chunk, camera, button }
 
   constructor(list, go) {
     this.list = list;
     this.go = go;
   }
 
-  /** Take the picture that the canvas shows, unless the last one is younger than `every` chunks. */
-  add(chunk, canvas, every) {
-    if (this.#chunks.length && chunk - this.#chunks.at(-1).chunk < every) return;
-    const thumb = document.createElement("canvas");
-    thumb.height = 80;
-    thumb.width = Math.round((80 * canvas.width) / canvas.height);
+  /** Take the frame that the canvas shows, unless it is too near to the last one in time, or from the same place. */
+  add({ chunk, camera }, canvas, every) {
+    const last = this.#chunks.at(-1);
+    if (last && (chunk - last.chunk < every || camera.every((value, i) => value === last.camera[i]))) return;
+    const thumb = make("canvas", { height: 80, width: Math.round((80 * canvas.width) / canvas.height) });
     thumb.getContext("2d").drawImage(canvas, 0, 0, thumb.width, thumb.height);
-    const button = document.createElement("button");
-    button.append(thumb);
-    button.onclick = () => this.go(chunk);
-    const item = document.createElement("li");
-    item.append(button);
-    this.list.append(item);
-    this.#chunks.push({ chunk, button });
+    const button = make("button", { onclick: () => this.go(chunk) }, thumb);
+    this.list.append(make("li", {}, button));
+    this.#chunks.push({ chunk, camera, button });
     this.list.scrollLeft = this.list.scrollWidth;
   }
 

@@ -1,6 +1,6 @@
 /** Keyboard, mouse, gamepad, on-screen keycaps and touch sticks, all summed into one intent. */
 
-/** What keys can be bound to. Movements act on [axis, sign] of the intent; commands fire once. Codes: W3C event.code. */
+/** What keys can be bound to. Movements act on [axis, sign] of the intent, commands fire once. Codes: W3C. */
 export const ACTIONS = {
   forward: { label: "Forward", move: [2, 1], codes: ["KeyW"] },
   back: { label: "Back", move: [2, -1], codes: ["KeyS"] },
@@ -25,10 +25,16 @@ const PAD_COMMANDS = { 0: "step", 1: "rewind", 8: "reset", 9: "pause" };
 const DEAD = 0.15; // of a stick's travel
 const STORE = "minwm.controls";
 
+const NAMES = { ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Period: ".", Comma: "," };
+
+/** Resolves when names are those of the visitor's own keyboard, where the browser tells: W is Z on a French one. */
+export const layout = (async () => {
+  for (const [code, key] of (await navigator.keyboard?.getLayoutMap?.()) ?? []) NAMES[code] ??= key.toUpperCase();
+})();
+
 /** KeyW -> W, ArrowLeft -> ←: what a keycap says. */
 export function keyName(code = "") {
-  const arrows = { ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Period: ".", Comma: "," };
-  return arrows[code] ?? code.replace(/^(Key|Digit)/, "").replace("Numpad", "Num ");
+  return NAMES[code] ?? code.replace(/^(Key|Digit)/, "").replace("Numpad", "Num ");
 }
 
 export class Controls extends EventTarget {
@@ -40,7 +46,7 @@ export class Controls extends EventTarget {
   #sticks = new Map(); // source -> axes
   #padDown = new Set();
 
-  /** `hold(axes, t)` and `turn(yaw, pitch, t)` take intent; event `command` names a command, `held` the lit movements. */
+  /** `hold(axes, t)` and `turn(yaw, pitch, t)` take intent; events: `command` with its name, `held` with movements. */
   constructor(hold, turn) {
     super();
     this.hold = hold;

@@ -77,7 +77,9 @@ export class Player {
 
   #h264(view, entry) {
     const { frame } = entry;
-    if (frame.kind === "key" && view.decoder?.state !== "configured") view.decoder = this.#decoder(codecOf(frame.payload));
+    if (frame.kind === "key" && view.decoder?.state !== "configured") {
+      view.decoder = this.#decoder(codecOf(frame.payload));
+    }
     if (view.decoder?.state !== "configured") return this.#broken(entry); // joined between key frames: wait for one
     view.decoder.coming.push(entry);
     const timestamp = Math.round(1000 * frame.media);
@@ -118,7 +120,9 @@ function stop(decoder) {
 
 /** WebCodecs wants profile and level by name; they are the three bytes after the type of the SPS unit. */
 function codecOf(annexB) {
-  const sps = annexB.findIndex((_, i) => !annexB[i] && !annexB[i + 1] && annexB[i + 2] === 1 && (annexB[i + 3] & 31) === 7);
+  const sps = annexB.findIndex(
+    (byte, i) => byte === 0 && annexB[i + 1] === 0 && annexB[i + 2] === 1 && (annexB[i + 3] & 31) === 7,
+  );
   if (sps < 0) throw new Error("an H.264 key frame without its parameter set");
   return `avc1.${[...annexB.subarray(sps + 4, sps + 7)].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
