@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import io
+import socket
 import threading
 import time
 import zipfile
@@ -15,11 +16,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
-from playing import SMALL, Clock, painted
+from playing import SMALL, Clock, painted, tiny_model
 
+from minwm.checkpoint import save_model
+from minwm.cli import main
 from minwm.core.config import UserError
-from minwm.core.media import png_bytes, read_video
+from minwm.core.media import png_bytes, read_video, write_image
 from minwm.core.trajectory import Action
 from minwm.play.client import Client, Shot
 from minwm.play.game import Game, enter, world_game
@@ -34,7 +38,7 @@ from minwm.play.protocol import (
     text_of,
 )
 from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House, Transport
-from minwm.play.transport import UPLOAD_LIMIT, Site, WebSocket, connect
+from minwm.play.transport import UPLOAD_LIMIT, Site, WebSocket, connect, serve
 from minwm.play.video import Outlet
 
 
@@ -424,6 +428,63 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
         assert len(read_video(tmp_path / "x.mp4")[0]) % 4 == 1
 
     visit(scene)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("", "give --model DIR, or --world SEED alone"),
+        ("--world 7 --compare truth", "alone"),
+        ("--world -1", "numbered from 0"),
+        ("--world 7 --size 4", "at least 16"),
+        ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
+        ("--model {pipeline} --world 1 --image x.png", "not both"),
+        ("--model {pipeline} --image {picture} --compare truth --prompt room", "procedural world"),
+        ("--model {pipeline} --image {picture}", "give --prompt"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_play(
+    words: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model()
+    save_model(tmp_path / "dmd", model.config, model.net, model.codec)
+    write_image(tmp_path / "picture.png", np.zeros((9, 9, 3), np.uint8))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"pipeline": tmp_path, "picture": tmp_path / "picture.png", "taken": server.getsockname()[1]}
+        threads = torch.get_num_threads()
+        assert main(["play", *words.format(**names).split()]) == 2
+        torch.set_num_threads(threads)
+    assert reason in capsys.readouterr().err
+
+
+def test_the_command_serves_the_last_stage_of_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its address to a moving picture, with the true world beside the model, until the interrupt."""
+    model = tiny_model()
+    save_model(tmp_path / "dmd", model.config, model.net, model.codec)
+
+    async def visit(game: Game, host: str, port: int, rewind: int, say: Callable[[str], Any]) -> None:
+        said = asyncio.Event()
+
+        def heard(line: str) -> None:
+            say(line)
+            said.set()
+
+        server = asyncio.create_task(serve(game, host, port, rewind, heard))
+        await said.wait()
+        async with connect(capsys.readouterr().out.split()[-1]) as wire:
+            client = await Client.join(wire)
+            assert client.welcome.views == ["model", "world"] and client.welcome.can.rewind == 5
+            await client.hold(Action.of("w"))
+            await until(client, lambda m: isinstance(m, Shot) and m.header.view == 1 and m.header.seq == 1)
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minwm.play.transport.serve", visit)
+    words = ["play", "--model", str(tmp_path), "--compare", "truth", "--rewind", "5", "--port", "0"]
+    assert main(words) == 0
 
 
 def test_a_world_on_the_wire_is_the_world_itself() -> None:

@@ -66,6 +66,8 @@ def _model_game(
     cfg = model.config
     if image and world is not None:
         raise UserError("give --image or --world, not both: each says where the model starts")
+    if cfg.geometry.lead != 1 and (image or world is not None):
+        raise UserError("this model starts from its prompt alone; leave out --image and --world")
     picture, truth = (fit(read_image(image), cfg.height, cfg.width) if image else None), None
     if picture is None and cfg.geometry.lead == 1:
         truth = enter(WORLD if world is None else world, cfg)
@@ -74,10 +76,10 @@ def _model_game(
         raise UserError("give --prompt TEXT: what is seen")
     if compare == "truth" and not truth:
         raise UserError("--compare truth needs a model that starts in a procedural world: give --world SEED")
-    begin = Begin(seed=seed, prompt=prompt, image=picture)
+    begin, title = Begin(seed=seed, prompt=prompt, image=picture), "/".join(Path(name).parts[-2:])
     if compare == "truth":
-        return model_game(model, name, begin, truth=truth)
-    return model_game(model, name, begin, other=_load(compare) if compare else None)
+        return model_game(model, title, begin, truth=truth)
+    return model_game(model, title, begin, other=_load(compare) if compare else None)
 
 
 def _load(name: str) -> "Model":

@@ -5,7 +5,6 @@ commit    the pass that writes a clean chunk into the cache; a steady chunk pays
 decode    latents to uint8 frames on the host
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from minwm.checkpoint import Model, ModelConfig
 from minwm.core.flow import Latents
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
-from minwm.core.runtime import generator, git_commit, versions
+from minwm.core.runtime import Laps, generator, git_commit, versions
 from minwm.core.types import Condition
 from minwm.sampling import Bidirectional, Noise, Stream, draw, draws_of, generate, stream
 from minwm.session import check_image, check_length
@@ -146,13 +145,13 @@ def _condition(model: Model, image: Image | None, count: int, device: torch.devi
 
 def _clip(model: Model, noise: Noise, cond: Condition) -> _Clip:
     """Make and decode a clip, and say when each chunk was there."""
-    clock, decoding = _Clock(noise.device), None
+    clock, decoding = Laps(noise.device), None
     times = _Clip([], [])
     for latents in _chunks(model, noise, cond):
-        times.network.append(clock.lap())
+        times.network.append(clock.lap("diffuse"))
         drawn, decoding = model.codec.decode_next(latents, decoding)
         to_frames(drawn[0])
-        times.decode.append(clock.lap())
+        times.decode.append(clock.lap("decode"))
     return times
 
 
@@ -167,14 +166,14 @@ def _chunks(model: Model, noise: Noise, cond: Condition) -> Iterator[Latents]:
 
 def _first_chunks(model: Model, noise: Noise, cond: Condition, repeats: int) -> list[float]:
     """Seconds of the first generated chunk alone: the prompt is read and the image is in the cache."""
-    times, clock, sampler = [], _Clock(noise.device), model.config.sampler
+    times, clock, sampler = [], Laps(noise.device), model.config.sampler
     assert not isinstance(sampler, Bidirectional)
     for _ in range(repeats):
         state, (a, b) = _started(model, cond, sampler.guidance)
         bound = state.look(cond.frames(a, b))
-        clock.lap()
+        clock.restart()
         state.next_chunk(bound, noise[:, :, a:b], sampler)
-        times.append(clock.lap())
+        times.append(clock.lap("diffuse"))
     return times
 
 
@@ -202,22 +201,6 @@ def _pass_flop(model: Model, noise: Noise, cond: Condition) -> float:
     with sdpa_kernel(SDPBackend.MATH), counter:
         state.commit(bound, noise[0, :, a:b])
     return counter.get_total_flops()
-
-
-class _Clock:
-    """Wall-clock laps; waits for the GPU before it looks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.last = 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        """Seconds since the lap before."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
 
 
 def _ms(seconds: list[float], percentile: float = 50) -> float:
