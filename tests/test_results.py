@@ -31,3 +31,21 @@ def table() -> str:
 
 def test_the_readme_shows_the_committed_results() -> None:
     assert table() in (ROOT / "README.md").read_text()
+
+
+def play_table() -> str:
+    """The rows of docs/play.md."""
+    results = json.loads((ROOT / "results" / "play-cpu.json").read_text())
+    names = {"runs/demo/dmd": "the demo's model, 64x64, chunks of 8 frames"}
+    names |= {"world 7, 128x128": "a rendered world, 128x128, chunks of 4"}
+    rows = ["| | frames/s | key to picture, p50 | p95 | chunk | decode | encode |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for name, what in names.items():
+        row = results[name]
+        photon = f"{row['input_to_photon_p50_ms']:.0f} ms | {row['input_to_photon_p95_ms']:.0f} ms"
+        stages = " | ".join(f"{row[f'{stage}_ms']:.1f} ms" for stage in ("diffuse", "decode", "encode"))
+        rows.append(f"| {what} | {row['fps']:.1f} | {photon} | {stages} |")
+    return "\n".join(rows)
+
+
+def test_the_player_is_as_quick_as_its_page_says() -> None:
+    assert play_table() in (ROOT / "docs" / "play.md").read_text()
