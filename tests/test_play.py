@@ -82,6 +82,7 @@ INPUT = text_of(said(1, "w"))
         ('{"type": "command", "name": "seed", "value": -1}', "seed"),
         ('{"type": "command", "name": "prompt", "text": "  "}', "1 to 1000"),
         (json.dumps({"type": "command", "name": "prompt", "text": "x" * 1001}), "1 to 1000"),
+        ('{"type": "command", "name": "prompt", "text": "\\ud800"}', "surrogate"),
         (INPUT.replace("1.0", "1.5", 1), "-1 to 1"),
         (INPUT.replace("1.0", "NaN", 1), "-1 to 1"),
         (INPUT.replace("1.0", "1e999", 1), "-1 to 1"),
@@ -295,10 +296,10 @@ def test_generation_waits_for_a_screen_that_lags_but_not_forever() -> None:
     pacer = Pacer(16.0, 8, clock)
     pacer.made(0, 8, 0.01)
     pacer.made(8, 8, 0.01)
-    pacer.shown = 3  # still in the chunk before
+    pacer.shown = 6  # still in the chunk before
     clock.now = pacer.end
     assert pacer.wait() == pytest.approx(0.5)
-    pacer.shown = 8
+    pacer.shown = 7  # at its end
     assert pacer.wait() <= 0
 
 
@@ -425,25 +426,25 @@ def test_rewinding_and_walking_again_shows_the_same_frames(model: Model) -> None
     player, _ = started(learned(model))
     before = keys(player, *"wjdw")
     screen = Screen(player)
-    player._try(Rewind(chunks=2))
+    player.obey(Rewind(chunks=2))
     assert len(player.played) == 2 and player.state().rewind == 2
     (shown,) = screen.headers
     assert shown.first and shown.chunk == 2 and shown.frame == 8
     again = keys(player, *"dw")
     assert all(np.array_equal(a, b) for a, b in zip(before[2:], again, strict=True))
-    player._try(Command(name="branch"))
+    player.obey(Command(name="branch"))
     assert len(player.played) == 2
     assert not np.array_equal(keys(player, "s")[0], again[0])
 
 
 def test_replaying_shows_the_same_frames_whatever_was_edited(model: Model) -> None:
     player, reasons = started(learned(model))
-    player._try(Prompt(text="a blue hall"))
+    player.obey(Prompt(text="a blue hall"))
     first = keys(player, *"wj")
-    player._try(Prompt(text="a red tower"))
+    player.obey(Prompt(text="a red tower"))
     first += keys(player, "d")
     assert player.state().prompt == "a red tower"
-    player._try(Command(name="replay"))
+    player.obey(Command(name="replay"))
     again = keys(player, *"sss")
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert player.paused and not reasons and player.state().prompt == "a red tower"
@@ -460,7 +461,7 @@ def test_the_prompt_the_seed_and_the_picture_matter(model: Model) -> None:
     def last(*orders: Any) -> np.ndarray:
         player, reasons = started(learned(model))
         for order in orders:
-            player._try(order)
+            player.obey(order)
         assert not reasons
         return keys(player, *"ww")[-1]
 
@@ -479,10 +480,10 @@ def test_orders_that_cannot_be_obeyed_are_explained_and_change_nothing(model: Mo
         Rewind(chunks=2),
         Command(name="branch"),
     ):
-        player._try(order)
+        player.obey(order)
     assert ["25" in reasons[0] or "40 words" in reasons[0], "cannot rewind 2" in reasons[1], "branch" in reasons[2]]
     assert all(reasons) and len(reasons) == 3 and player.state().prompt == "a red room"
-    player._try(Command(name="replay"))
+    player.obey(Command(name="replay"))
     assert np.array_equal(before, keys(player, "s"))
 
 
@@ -495,7 +496,7 @@ def test_both_views_walk_in_step(model: Model) -> None:
     pairs = list(zip(screen.headers[::2], screen.headers[1::2], strict=True))
     assert [(a.view, b.view) for a, b in pairs] == [(0, 1)] * len(pairs)
     assert all((a.frame, a.seq) == (b.frame, b.seq) and np.array_equal(a.c2w, b.c2w) for a, b in pairs)
-    player._try(Rewind(chunks=2))
+    player.obey(Rewind(chunks=2))
     assert np.array_equal(*keys(player, "i")[0])
     other = replace(model, config=replace(model.config, motion=replace(model.config.motion, fps=8.0)))
     with pytest.raises(UserError, match="motion is"):
@@ -511,7 +512,7 @@ def test_the_past_is_bounded_by_number_and_by_memory(model: Model, monkeypatch: 
     monkeypatch.setattr("minwm.play.player.REWIND_BYTES", 2 * size)
     keys(player, "w")
     assert player.state().rewind == 2
-    player._try(Rewind(chunks=2))
+    player.obey(Rewind(chunks=2))
     assert player.state().rewind == 0
 
 
@@ -521,7 +522,7 @@ def test_h264_can_be_decoded_from_every_beginning() -> None:
     keys(player, "w")
     late = Screen(player, "h264")
     keys(player, "w", "w")
-    player._try(Command(name="reset"))
+    player.obey(Command(name="reset"))
     keys(player, "d")
     for screen in (early, late):
         kinds = [h.kind for h in screen.headers]
@@ -550,11 +551,11 @@ def test_a_recording_of_a_world_is_a_clip_that_passes_every_check(tmp_path: Path
     game = world_game(7, replace(SMALL, height=32, width=48, focal=(0.6, 0.9)))
     player, _ = started(game)
     keys(player, *"wl")
-    player._try(Command(name="record"))
+    player.obey(Command(name="record"))
     keys(player, "w", ".", "wj", "w")
     player.hear(said(100, "", 0.004))  # a tap: slower than everything else
     player.step()
-    player._try(Command(name="stop"))
+    player.obey(Command(name="stop"))
     folder = unpacked(player, tmp_path)
     assert check(folder) == [] and check_renders(ClipFolder(folder), share=1.0) == []
     (clip,) = ClipFolder(folder).ids()
@@ -570,11 +571,11 @@ def test_a_recording_of_a_world_is_a_clip_that_passes_every_check(tmp_path: Path
 
 def test_a_recording_of_a_model_says_whose_terms_it_inherits(model: Model, tmp_path: Path) -> None:
     player, _ = started(learned(model))
-    player._try(Command(name="record"))
+    player.obey(Command(name="record"))
     keys(player, *"wjs")
-    player._try(Rewind(chunks=1))
+    player.obey(Rewind(chunks=1))
     keys(player, "d")
-    player._try(Command(name="reset"))  # which ends the recording, too
+    player.obey(Command(name="reset"))  # which ends the recording, too
     assert player.recorded and not player.state().recording
     folder = unpacked(player, tmp_path)
     assert check(folder) == []
@@ -590,7 +591,7 @@ def test_a_recording_of_a_model_says_whose_terms_it_inherits(model: Model, tmp_p
 
 def test_a_recording_that_grows_too_large_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     player, reasons = started(painted())
-    player._try(Command(name="record"))
+    player.obey(Command(name="record"))
     monkeypatch.setattr("minwm.play.player.RECORDING_BYTES", 16 * 16 * 3 * 10)
     keys(player, *"www")
     assert not player.state().recording and "was stopped" in reasons[0]

@@ -270,7 +270,7 @@ def test_who_was_cut_off_goes_on_where_they_were(wire: Any) -> None:
 @wires
 def test_a_failing_engine_is_reported_and_the_server_goes_on(wire: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def scene(_: House, dial: Dial) -> None:
-        for _ in range(2):
+        for _turn in range(2):
             client = await Client.join(await dial())
             gone = await until(client, lambda m: isinstance(m, Error))
             assert gone.fatal and "RuntimeError: out of memory" in gone.reason
@@ -319,7 +319,8 @@ def test_a_hundred_visitors_leave_nothing_behind() -> None:
         before = await count()
         for _ in range(100):
             await visit()
-            house.player and house.player.shown(10**6)
+            assert house.player
+            house.player.shown(10**6)
         after = await count()
         assert after == before
 
@@ -328,7 +329,7 @@ def test_a_hundred_visitors_leave_nothing_behind() -> None:
 
 def test_the_house_is_not_endless() -> None:
     async def scene(_: House, dial: Dial) -> None:
-        for _ in range(SEATS):
+        for _turn in range(SEATS):
             await Client.join(await dial())
         with pytest.raises(ProtocolError, match="places are taken"):
             await Client.join(await dial())
@@ -352,7 +353,7 @@ def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]],
 def test_without_the_token_there_is_nothing() -> None:
     async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
         for path in ("/", "/ws", "/recording", "/clip"):
-            for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82"):
+            for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82", "?token=%ff"):
                 async with session.get(address + path + query) as answer:
                     assert answer.status == 403 and "token" in await answer.text()
         async with session.post(f"{address}/image?token=wrong", data=b"x") as answer:

@@ -12,8 +12,8 @@ MEMORY = 16
 class Pacer:
     """Media time on the wall clock.
 
-    Never more than one chunk ahead of playback: chunk k is begun when chunk k-1 is on the screen. If the screen says
-    what it shows and lags behind, the next chunk waits for it, but no longer than one chunk would play.
+    Never more than one chunk ahead of playback: chunk k is begun when chunk k-1 is due on the screen. If the screen
+    says what it shows, and has not yet come there, the next chunk waits for it, but no longer than one would play.
     """
 
     def __init__(self, fps: float, frames: int, clock: Callable[[], float]) -> None:
@@ -39,7 +39,7 @@ class Pacer:
         """Seconds until the next chunk is to be begun; not positive: now."""
         lead = max(self.costs, default=0.0) + SLACK
         due = max(self.begin, self.end - lead)
-        if self.shown is not None and self.shown < self.first:
+        if self.shown is not None and self.shown < self.first - 1:
             due = self.end + (self.end - self.begin)
         return due - self.clock()
 

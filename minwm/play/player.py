@@ -143,7 +143,7 @@ class Player:
         while not self.closed:
             order = self._next()
             if order is not None:
-                self._try(order)
+                self.obey(order)
             elif not self.closed:
                 self.step()
 
@@ -172,7 +172,7 @@ class Player:
         self.played, self.script, self.fork = [], None, None
         views = [session.start() for session in self.sessions]
         self.trail.clear()
-        self.trail.append([frames[-1:] for frames in views])
+        self.trail.append([frames[-1:].copy() for frames in views])
         with self.lock:
             self.intent.forget()
             self.pacer.restart()
@@ -192,7 +192,7 @@ class Player:
         poses = drive(self.sessions[0].pose, [played.action] * self.frames, self.motion)
         first, views = self.count, [session.step(played.action) for session in self.sessions]
         self.played.append(played)
-        self.trail.append([frames[-1:] for frames in views])
+        self.trail.append([frames[-1:].copy() for frames in views])
         self._publish(views, poses, said, 1000 * queued)
         with self.lock:
             self.pacer.made(first, self.frames, self.clock() - began)
@@ -260,14 +260,15 @@ class Player:
     # -----------------------------------------------------------------------------------------
     # Orders
 
-    def _try(self, order: Order | Picture | Look) -> None:
+    def obey(self, order: Order | Picture | Look) -> None:
+        """Carry out an order, or report why not."""
         try:
-            self._obey(order)
+            self._carry_out(order)
         except UserError as error:
             self.report(str(error))
         self.report(None)
 
-    def _obey(self, order: Order | Picture | Look) -> None:
+    def _carry_out(self, order: Order | Picture | Look) -> None:
         match order:
             case Look():
                 self._here(first=False)
@@ -280,7 +281,7 @@ class Player:
             case Prompt(text=text):
                 if not self.game.takes_prompt:
                     raise UserError("this game has no prompt")
-                self._reword(text.strip())
+                self._reword(" ".join(text.split()))
             case Picture(image=image):
                 if not self.game.takes_image:
                     raise UserError("this game does not begin with a picture")

@@ -122,6 +122,7 @@ class Prompt:
     text: str
 
     def __post_init__(self) -> None:
+        self.text.encode()  # half of a surrogate pair is no text: a ValueError
         if not self.text.strip() or len(self.text) > PROMPT_LIMIT:
             raise ConfigError(f"a prompt of {len(self.text)} characters: give 1 to {PROMPT_LIMIT}")
 
