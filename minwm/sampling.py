@@ -226,7 +226,10 @@ class Stream:
         self.origin, self.rolled = origin, rolled
 
     def snapshot(self) -> tuple[Any, ...]:
-        """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten."""
+        """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten.
+
+        Undoing is exact where the cache is not moved for that chunk, and exact up to rounding where it is.
+        """
         return self.arena.about_to_lose(self.chunk), self.chunk, self.origin, self.rolled
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:

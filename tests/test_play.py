@@ -21,7 +21,7 @@ from minwm.data.rerender import check_renders
 from minwm.play.game import Begin, Game, model_game, world_game
 from minwm.play.intent import LOOK, Intent
 from minwm.play.pacer import Pacer
-from minwm.play.player import Player, nbytes
+from minwm.play.player import Look, Player, nbytes
 from minwm.play.protocol import (
     H264,
     H264_KEY,
@@ -419,6 +419,10 @@ def test_the_newest_input_wins_and_every_frame_says_which() -> None:
     assert [h.frame for h in screen.headers] == [1, 2, 3, 4] and {h.chunk for h in screen.headers} == {1}
     z = [h.c2w[2, 3] for h in screen.headers]
     assert np.allclose(z, np.arange(1, 5) / MOTION.fps)
+    player.hear(said(3, ""))
+    late = Screen(player)
+    player.obey(Look())
+    assert [(h.frame, h.seq, h.first) for h in late.headers] == [(4, 2, True)], "no chunk reflects the third yet"
     assert screen.headers[0].media == pytest.approx(1000 / MOTION.fps) and screen.headers[0].times.encode > 0
 
 

@@ -12,9 +12,11 @@ from torch import nn
 from minwm.checkpoint import load_model
 from minwm.cli import main
 from minwm.core.media import read_video, write_image
+from minwm.core.trajectory import Action
 from minwm.formats import diffusers_names as transformer_names
 from minwm.nets.wan import WanConfig
 from minwm.nets.wan_vae import WanVaeConfig, diffusers_names
+from minwm.session import walk
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -83,6 +85,19 @@ def test_from_release_to_video(preset: str, steps: int, release: Path, tmp_path:
     assert video.shape == (4 * steps + 1, 32, 48, 3) and video.std() > 1
     assert generate(tmp_path / "model", tmp_path / "b.mp4", f"j*{steps}") == 0
     assert np.abs(read_video(tmp_path / "b.mp4")[0].astype(int) - video).mean() > 0.5, "cameras matter"
+
+
+def test_one_walks_through_it_from_the_prompt_alone(release: Path, tmp_path: Path) -> None:
+    """What `minwm play` does: chunk by chunk, past the end of the ring, and back."""
+    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd") == 0
+    session = walk(load_model(tmp_path / "model"), "a red tower")
+    assert session.start().shape == (13, 32, 48, 3), "a first chunk of 4 latents"
+    parts = [session.step(Action.of("wl")) for _ in range(7)]
+    assert {part.shape for part in parts} == {(16, 32, 48, 3)}
+    session.rewind(2)
+    again = session.step(Action.of("wl")).astype(int)
+    assert np.abs(again - parts[5]).max() <= 1, "the ring, its sink (but for its rounding) and the decoder went back"
+    assert np.abs(again - parts[4]).max() > 20
 
 
 def test_an_image_of_any_size_starts_it(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ class Player:
         self.seconds = self.frames / self.motion.fps
         self.lock = threading.Condition()
         self.intent, self.arrived = Intent(self.motion), 0.0
+        self.said = Input()  # what the newest chunk reflects
         self.pacer = Pacer(self.motion.fps, self.frames, clock)
         self.orders: deque[Order | Picture | Look] = deque()
         self.outlets: tuple[Outlet, ...] = ()
@@ -90,7 +91,7 @@ class Player:
         """The player has gone, or another one begins, who has just joined or has been watching."""
         with self.lock:
             self.intent.release(Input() if joined else None)
-            self.pacer.shown = None
+            self.pacer.shown, self.said = None, Input()
 
     def shown(self, frame: int) -> None:
         with self.lock:
@@ -176,7 +177,7 @@ class Player:
         with self.lock:
             self.intent.forget()
             self.pacer.restart()
-        self._publish(views, np.tile(np.eye(4), (len(views[0]), 1, 1)), Input(), 0.0, first=True)
+        self._publish(views, np.tile(np.eye(4), (len(views[0]), 1, 1)), 0.0, first=True)
         self._settle()
         self.pacer.made(0, self.count, 0.0)
 
@@ -184,7 +185,7 @@ class Player:
         """One chunk."""
         began = self.clock()
         with self.lock:
-            said, queued = self.intent.newest, max(0.0, began - self.arrived) if self.arrived else 0.0
+            self.said, queued = self.intent.newest, max(0.0, began - self.arrived) if self.arrived else 0.0
             self.arrived = 0.0
             played = self.script.popleft() if self.script else Played(self.intent.take(self.seconds), self.begin.prompt)
         if played.prompt != self.prompt:
@@ -193,7 +194,7 @@ class Player:
         first, views = self.count, [session.step(played.action) for session in self.sessions]
         self.played.append(played)
         self.trail.append([frames[-1:].copy() for frames in views])
-        self._publish(views, poses, said, 1000 * queued)
+        self._publish(views, poses, 1000 * queued)
         with self.lock:
             self.pacer.made(first, self.frames, self.clock() - began)
         self._settle()
@@ -214,7 +215,7 @@ class Player:
                 session.past.popleft()
 
     def _publish(
-        self, views: Sequence[Frames], poses: Float[np.ndarray, "n 4 4"], said: Input, queue: float, first: bool = False
+        self, views: Sequence[Frames], poses: Float[np.ndarray, "n 4 4"], queue: float, first: bool = False
     ) -> None:
         """Encode frames for everyone who looks, and hand them over one by one."""
         self.serial += 1
@@ -235,10 +236,10 @@ class Player:
                         first=first and i == 0,
                         frame=self.count,
                         chunk=len(self.played),
-                        seq=said.seq,
+                        seq=self.said.seq,
                         seed=self.begin.seed,
                         media=1000 * self.count / self.motion.fps,
-                        t=said.t,
+                        t=self.said.t,
                         times=Times(queue=queue, encode=encode, **stages[view]),
                         c2w=pose,
                     )
@@ -255,7 +256,7 @@ class Player:
     def _here(self, first: bool) -> None:
         """Show again where we are."""
         self.count -= 1
-        self._publish(self.trail[-1], self.sessions[0].pose[None], self.intent.newest, 0.0, first)
+        self._publish(self.trail[-1], self.sessions[0].pose[None], 0.0, first)
 
     # -----------------------------------------------------------------------------------------
     # Orders
