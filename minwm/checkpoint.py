@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minwm.core.config import dumps, loads
@@ -93,8 +93,12 @@ class ModelConfig:
 
     def read(self, prompts: Prompts) -> dict[str, Tensor]:
         """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
-        texts = prompts if isinstance(prompts, Tensor) else self.text.encode(prompts)
-        return {"text": texts} if (null := self.null()) is None else {"text": texts, "null": null.expand_as(texts)}
+        if not isinstance(prompts, Tensor):
+            known = [*prompts] if self.negative is None else [*prompts, self.negative]
+            prompts = self.text.encode(known)[: len(prompts)]  # all at once: a large encoder is loaded once
+        return (
+            {"text": prompts} if (null := self.null()) is None else {"text": prompts, "null": null.expand_as(prompts)}
+        )
 
     def null(self) -> Float[Tensor, "l d"] | None:
         """Text states of the negative prompt."""
@@ -124,8 +128,8 @@ class Model:
 
 def save_model(folder: Path, config: ModelConfig, net: nn.Module, codec: nn.Module) -> None:
     """Write a folder that `load_model` reads. The config is written last: without it the folder is no model."""
-    _save(folder / "codec.safetensors", codec.state_dict())
-    _save(folder / "model.safetensors", net.state_dict())
+    write_safetensors(folder / "codec.safetensors", codec.state_dict())
+    write_safetensors(folder / "model.safetensors", net.state_dict())
     _write_text(folder / "model.json", dumps(config))
 
 
@@ -176,10 +180,9 @@ def read_codec(path: Path, expected: AnyCodecConfig) -> tuple[AnyCodecConfig, di
     """Config and tensors, by our names, of a published codec: a Wan VAE in either naming, or a tiny TAEHV."""
     tensors = read_weights(path).tensors
     config = TAEHV.get(path.stem, expected)
-    if isinstance(config, WanVaeConfig):
+    if isinstance(config, WanVaeConfig) and "quant_conv.weight" in tensors:
         names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
-        if "quant_conv.weight" in tensors:
-            tensors = {names.get(name, name): value for name, value in tensors.items()}
+        tensors = {names.get(name, name): value for name, value in tensors.items()}
     with torch.device("meta"):
         skeleton = config.build()
     if problems := mismatches(skeleton, tensors):
@@ -188,7 +191,7 @@ def read_codec(path: Path, expected: AnyCodecConfig) -> tuple[AnyCodecConfig, di
 
 
 def save_codec(folder: Path, codec: AnyCodec) -> None:
-    _save(folder / "codec.safetensors", codec.state_dict())
+    write_safetensors(folder / "codec.safetensors", codec.state_dict())
     _write_text(folder / "codec.json", dumps(codec.cfg))
 
 
@@ -237,10 +240,10 @@ class States:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             for role, net in networks.items():
-                _save(partial / f"{role}.safetensors", net.state_dict())
+                write_safetensors(partial / f"{role}.safetensors", net.state_dict())
             for role, optimizer in optimizers.items():
-                _save(partial / f"optimizer-{role}.safetensors", dict(_flat_optimizer(optimizer)))
-            _save(partial / "random.safetensors", {"generator": generator.get_state()})
+                write_safetensors(partial / f"optimizer-{role}.safetensors", dict(_flat_optimizer(optimizer)))
+            write_safetensors(partial / "random.safetensors", {"generator": generator.get_state()})
             _write_text(partial / "state.json", json.dumps({"step": step, **extra}))
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
@@ -280,11 +283,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tens
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic(path) as temporary:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from minwm.eval.quality import Quality
 from minwm.eval.suite import HeldOut, Videos, codec_bound, counterfactual, generate_held_out, measure
 from minwm.presets import Evaluation, Pipeline
 from minwm.recipes.ode import OdeConfig, collect
-from minwm.train import Run, Summary, train
+from minwm.train import Run, Summary, autocast, train
 
 Say = Callable[[str], None]
 
@@ -102,7 +102,8 @@ def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
 
     def trajectories(clip: Clip, number: int) -> Float[Tensor, "k b f c h w"]:
         draws = generator(run.seed, "collect", number, device=device)
-        return collect(net, clip.to(device), cfg, teacher.config.geometry, draws)
+        with autocast(run, device):
+            return collect(net, clip.to(device), cfg, teacher.config.geometry, draws)
 
     source = ShardDataset(out / "latents", "train", null=run.model.null())
     about = {"teacher": run.init.student, "seed": run.seed, **asdict(cfg)}

@@ -33,8 +33,6 @@ from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 
 RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
-
-
 RECIPES: dict[type, type[Recipe]] = {
     BidirectionalConfig: Bidirectional,
     AutoregressiveConfig: Autoregressive,
@@ -44,8 +42,6 @@ RECIPES: dict[type, type[Recipe]] = {
 }
 HELD_OUT = 24
 """Clips of the validation split on which the loss is watched."""
-
-
 NOTED = ("kind", "raw", "counts", "clips", "licences")
 """What a run notes of its data's manifest, for the model card."""
 
@@ -187,7 +183,7 @@ def loop(
         for step in range(start, run.steps):
             parts = []
             for _ in range(run.accumulate):
-                with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
+                with autocast(run, device):
                     loss = recipe.loss(next(clips).to(device), step, generator)
                 (loss.total / run.accumulate).backward()
                 parts.append(loss)
@@ -214,13 +210,18 @@ def loop(
     return ema.net if run.ema else networks["student"]
 
 
+def autocast(run: Run, device: torch.device) -> torch.autocast:
+    """The precision in which a run passes through its networks."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16")
+
+
 @torch.no_grad()
 def validate(run: Run, recipe: Trainable, batches: Sequence[Any], step: int, device: torch.device) -> float:
     """Mean loss on clips that are never trained on, always with the same noise: what falls here was learned."""
     losses = []
     for i, batch in enumerate(batches):
         draws = make_generator(run.seed, "validate", i, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
+        with autocast(run, device):
             losses.append(float(recipe.loss(batch.to(device), step, draws).total))
     return sum(losses) / len(losses)
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-import minwm.checkpoint
 import minwm.core.media
+import minwm.core.weights
 from minwm.checkpoint import save_codec, save_model
 from minwm.cli import main
 from minwm.cli.base import parse as parse_command
@@ -211,15 +211,15 @@ def test_an_interrupted_save_keeps_the_one_before(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(project, tmp_path / "whole") == 0
-    out, save = tmp_path / "cut", minwm.checkpoint.save_file
+    out, save = tmp_path / "cut", minwm.core.weights.save_file
 
-    def interrupt(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save(tensors, path)
+    def interrupt(tensors: dict[str, torch.Tensor], path: Path, **about: object) -> None:
+        save(tensors, path, **about)
         if "000004" in str(path) and "optimizer" in str(path):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(minwm.checkpoint, "save_file", interrupt)
+        patch.setattr(minwm.core.weights, "save_file", interrupt)
         assert train(project, out) == 130
     shown = capsys.readouterr().err.splitlines()[-1]
     assert shown.startswith("interrupted: ") and "the same command again" in shown

@@ -326,7 +326,7 @@ def test_only_model_files_are_fetched(
     assert resolve(Path(name)) == project / "dmd"
 
 
-@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/tmp/no/such", "../me/walker", "me/", "me/wal ker", "@v1"])
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/no/such", "../me/walker", "me/", "me/wal ker", "@v1"])
 def test_what_is_neither_folder_nor_hub_id_is_named(name: str, calls: list[tuple[str, Any]]) -> None:
     with pytest.raises(HubError, match=re.escape(f"{name} is no folder, and no model of the Hub by its form")):
         load(name)

@@ -151,7 +151,7 @@ def test_resuming_is_bit_exact(name: str, project: Path, tmp_path: Path, monkeyp
 def test_an_interrupted_save_leaves_the_former_state(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, save, saved = stage("dmd", project), checkpoint._save, []
+    run, save, saved = stage("dmd", project), checkpoint.write_safetensors, []
 
     def disk_full(path: Path, tensors: dict[str, Tensor]) -> None:
         if len(saved) == 8:  # a state has six files: this is within the second
@@ -160,7 +160,7 @@ def test_an_interrupted_save_leaves_the_former_state(
         save(path, tensors)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(checkpoint, "_save", disk_full)
+        patch.setattr(checkpoint, "write_safetensors", disk_full)
         train(run, tmp_path / "parts")
     assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003"]
     (tmp_path / "parts" / "state" / ".000006.tmp").mkdir()  # what a power cut would leave

@@ -112,7 +112,7 @@ def generate(
         first, truth = place.start(), [place.advance(track.c2w)] if compare else []
         prompt = place.world.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
-        first, truth = _first_frame(image, loaded.config) if image else None, []
+        first, truth = first_frame(image, loaded.config) if image else None, []
     else:
         raise UserError("give --prompt TEXT (and --image PNG), or --world SEED (which --compare needs)")
     if loaded.config.network.camera == "none":
@@ -126,7 +126,7 @@ def generate(
     say(f"{prompt!r}\n{out}: {len(track)} frames in {seconds:.1f} s")
 
 
-def _first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
+def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
     from minwm.core.media import fit, read_image
 
     image = read_image(path)

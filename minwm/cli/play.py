@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from minwm.cli.base import Count, app, command, say
+from minwm.cli.models import first_frame
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def play(
 def _model_game(
     name: str, world: int | None, image: Path | None, prompt: str | None, compare: str | None, seed: int
 ) -> "Game":
-    from minwm.core.media import fit, read_image
     from minwm.play.game import Begin, enter, model_game
 
     model = _load(name)
@@ -68,7 +68,7 @@ def _model_game(
         raise UserError("give --image or --world, not both: each says where the model starts")
     if cfg.geometry.lead != 1 and (image or world is not None):
         raise UserError("this model starts from its prompt alone; leave out --image and --world")
-    picture, truth = (fit(read_image(image), cfg.height, cfg.width) if image else None), None
+    picture, truth = first_frame(image, cfg)[0] if image else None, None
     if picture is None and cfg.geometry.lead == 1:
         truth = enter(WORLD if world is None else world, cfg)
         picture, prompt = truth.start()[0], prompt or truth.world.caption

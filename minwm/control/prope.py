@@ -53,8 +53,14 @@ class Projection:
 def _per_frame(x: Tokens, matrix: Float[Tensor, "b f 4 4"]) -> Tokens:
     """Row vectors x, in groups of four consecutive channels, times their frame's matrix: one batched matmul."""
     b, f = matrix.shape[:2]
-    groups = x.reshape(b * f, -1, 4)
-    return (groups @ matrix.to(x.dtype).reshape(b * f, 4, 4)).reshape(x.shape)
+    return _times(x.reshape(b * f, -1, 4), matrix.reshape(b * f, 4, 4)).reshape(x.shape)
+
+
+def _times(rows: Float[Tensor, "n r 4"], matrix: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n r 4"]:
+    """rows @ matrix in float32 at least, whatever the dtype of rows: a camera in bfloat16 is another camera."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows.to(wide) @ matrix.to(rows.device, wide)).to(rows.dtype)
 
 
 def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:
@@ -62,5 +68,4 @@ def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Floa
 
     V_g becomes V_g F, so P_g^-1 k becomes F^-1 P_g^-1 k: one rigid motion for all of them.
     """
-    rows = kv.float().reshape(len(kv), -1, 4) @ se3_inverse(frame).mT.to(kv.device, torch.float32)
-    return rows.view(kv.shape).to(kv.dtype)
+    return _times(kv.reshape(len(kv), -1, 4), se3_inverse(frame).mT).view(kv.shape)

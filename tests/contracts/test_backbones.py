@@ -8,6 +8,7 @@ import torch
 from backbones import CAMERA, SMALL, condition, latents, small
 from torch import nn
 
+from minwm.control.prope import Projection
 from minwm.core.camera import se3_exp
 from minwm.core.config import ConfigError
 from minwm.core.types import Condition
@@ -212,3 +213,17 @@ def test_errors_name_the_thing() -> None:
         small("wan-none")(latents(2), torch.ones(2, 2), Condition(text=torch.zeros(2, 3, 6)))
     with pytest.raises(ConfigError, match="try 5"):
         GEOMETRIES["image"].chunks(4)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_cameras_are_never_rounded_to_bfloat16(autocast: bool) -> None:
+    """Five units away, the products of a camera in bfloat16 would be off by far more than their own rounding."""
+    cond = condition(3)
+    assert cond.w2c is not None and cond.K is not None
+    cond.w2c[..., :3, 3] += torch.tensor([5.03, -3.01, 2.07])
+    cameras = Projection.bind(cond.w2c, cond.K)
+    x = torch.randn(2, 18, 2, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for project in (cameras.queries, cameras.keys, cameras.outputs):
+            assert torch.equal(project(x), project(x.float()).bfloat16())
+            assert project(x.float()).dtype == torch.float32
