@@ -213,8 +213,8 @@ def test_an_interrupted_save_keeps_the_one_before(
     assert train(project, tmp_path / "whole") == 0
     out, save = tmp_path / "cut", minwm.core.weights.save_file
 
-    def interrupt(tensors: dict[str, torch.Tensor], path: Path, **about: object) -> None:
-        save(tensors, path, **about)
+    def interrupt(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save(tensors, path, metadata)
         if "000004" in str(path) and "optimizer" in str(path):
             raise KeyboardInterrupt
 
