@@ -120,6 +120,47 @@ def demo_scratch(out: Path) -> Pipeline:
     return _pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
 
 
+def world_model(network: WanConfig, size: int) -> ModelConfig:
+    """For long walks: clips of 5 seconds, which are also what a stream remembers, beside its first frame."""
+    return replace(
+        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.1
+    )
+
+
+def world(out: Path) -> Pipeline:
+    """The world to walk through, 128x128 pixels, from random weights: hours on a GPU."""
+    network = WanConfig(dim=256, heads=4, layers=12, ffn=1024, channels=16, text_dim=64, text_length=24)
+    steps = {
+        "codec": 6000,
+        "foundation": 20000,
+        "camera": 30000,
+        "ar": 15000,
+        "ode": 4000,
+        "consistency": 4000,
+        "dmd": 2000,
+    }
+    base = world_model(network, 128)
+    pipeline = _pipeline("world", out, base=base, clips=20000, worlds_seed=4, steps=steps, batch=16, image_start=0.9)
+    return replace(pipeline, stages=tuple(replace(run, precision="bfloat16") for run in pipeline.stages))
+
+
+def world_64(out: Path) -> Pipeline:
+    """The same at 64x64 pixels on two CPU cores: longer clips and noised context, from the demo's checkpoints."""
+    steps = {
+        "codec": 150,
+        "foundation": 500,
+        "camera": 5000,
+        "ar": 5000,
+        "ode": 600,
+        "consistency": 800,
+        "dmd": 600,
+    }
+    base = world_model(tiny_model().network, 64)
+    pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
+    codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
+    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run, "student") for run in pipeline.stages))
+
+
 def smoke(out: Path) -> Pipeline:
     """Every line of the pipeline in under a minute, from random weights; the pictures mean nothing."""
     stages = ("codec", "foundation", "camera", "ar", "ode", "consistency", "dmd")
@@ -145,8 +186,18 @@ def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
-def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapping[str, int], batch: int) -> Pipeline:
-    base = tiny_model()
+def _pipeline(
+    name: str,
+    out: Path,
+    *,
+    base: ModelConfig | None = None,
+    clips: int,
+    worlds_seed: int,
+    steps: Mapping[str, int],
+    batch: int,
+    image_start: float = 1.0,
+) -> Pipeline:
+    base = base or tiny_model()
     camera = replace(base, network=replace(base.network, camera="dual"))
     stepwise = replace(camera, sampler=Autoregressive(steps=50, guidance=1.5, shift=SHIFT))
     few = replace(camera, sampler=FewStep(steps=4, shift=SHIFT))
@@ -170,10 +221,11 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
         )
 
     after_ar = Init(student=folder("ar"), teacher=folder("ar"))
-    bidirectional, causal = BidirectionalConfig(time=law), AutoregressiveConfig(time=law)
+    bidirectional = BidirectionalConfig(time=law, image_start=image_start)
+    causal = AutoregressiveConfig(time=law, image_start=image_start)
     ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
-    consistency = ConsistencyConfig(grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9)
-    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2)
+    consistency = ConsistencyConfig(grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start)
+    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     stages = (
         run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init()),
@@ -195,7 +247,14 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
         save_every=100,
         seed=1,
     )
-    render = RenderConfig(seed=worlds_seed, motion=MOTION, latents=base.latents, clips_per_world=1)
+    render = RenderConfig(
+        seed=worlds_seed,
+        motion=MOTION,
+        latents=base.latents,
+        height=base.height,
+        width=base.width,
+        clips_per_world=1,
+    )
     return Pipeline(
         name=name, render=render, clips=clips, encode=EncodeConfig(), codec=codec, stages=stages, collect=64
     )
@@ -291,6 +350,8 @@ def wan(size: str, out: Path) -> Pipeline:
 PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo": demo,
     "demo-scratch": demo_scratch,
+    "world": world,
+    "world-64": world_64,
     "smoke": smoke,
     **{size: partial(wan, size) for size in SIZES},
 }
