@@ -163,7 +163,7 @@ def test_a_source_on_the_hub_is_fetched_when_a_prompt_is_new(
     hub, calls, there = pytest.importorskip("huggingface_hub"), [], [False]
     source = save(tmp_path / "encoder", layout, random_encoder())
 
-    def snapshot(repo: str, revision: None, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot(repo: str, allow_patterns: list[str], local_files_only: bool, **_: None) -> str:
         calls.append((repo, local_files_only))
         if local_files_only and not there[0]:
             raise hub.errors.LocalEntryNotFoundError("not fetched yet")
