@@ -123,7 +123,7 @@ def demo_scratch(out: Path) -> Pipeline:
 def world_model(network: WanConfig, size: int) -> ModelConfig:
     """For long walks: clips of 5 seconds, which are also what a stream remembers, beside its first frame."""
     return replace(
-        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.1
+        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.2
     )
 
 
