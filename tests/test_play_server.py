@@ -17,8 +17,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from aiohttp import web
-from playing import SMALL, Clock, painted, tiny_model
+from playing import SMALL, Clock, painted, served, tiny_model
 
 from minwm.checkpoint import save_model
 from minwm.cli import main
@@ -37,8 +36,9 @@ from minwm.play.protocol import (
     parse_reply,
     text_of,
 )
+from minwm.play.rtc import Peer
 from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House, Transport
-from minwm.play.transport import UPLOAD_LIMIT, Site, WebSocket, connect, serve
+from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
 from minwm.play.video import Outlet
 
 
@@ -104,17 +104,6 @@ async def in_memory(house: House) -> AsyncIterator[Dial]:
 
 
 @contextlib.asynccontextmanager
-async def served(house: House, token: str = "secret") -> AsyncIterator[str]:
-    runner = web.AppRunner(Site(house, token).app())
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-@contextlib.asynccontextmanager
 async def over_sockets(house: House) -> AsyncIterator[Dial]:
     async with served(house) as address, contextlib.AsyncExitStack() as stack:
 
@@ -124,7 +113,20 @@ async def over_sockets(house: House) -> AsyncIterator[Dial]:
         yield dial
 
 
-WIRES = {"memory": in_memory, "websocket": over_sockets}
+@contextlib.asynccontextmanager
+async def over_rtc(house: House) -> AsyncIterator[Dial]:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    house.rtc = True
+    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+
+        async def dial() -> Peer:
+            return await stack.enter_async_context(connect_rtc(f"{address}/?token=secret"))
+
+        yield dial
+    gc.collect()  # what is left of a connection must not be collected at a bad moment
+
+
+WIRES = {"memory": in_memory, "websocket": over_sockets, "webrtc": over_rtc}
 wires = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
 
 

@@ -43,8 +43,12 @@ export class Player {
     const entry = { frame, picture: null, dropped: false };
     view.queue.push(entry);
     while (view.queue.length > this.most) drop(view.queue.shift());
-    if (frame.kind === "jpeg") this.#jpeg(entry);
-    else this.#h264(view, entry);
+    try {
+      if (frame.kind === "jpeg") this.#jpeg(entry);
+      else this.#h264(view, entry);
+    } catch (error) {
+      this.#broken(entry, error);
+    }
   }
 
   /** Draw what is due. Call once per animation frame. */
@@ -99,7 +103,7 @@ export class Player {
   #broken(entry, error) {
     const { queue } = this.views[entry.frame.view] ?? { queue: [] };
     if (queue.includes(entry)) queue.splice(queue.indexOf(entry), 1);
-    if (error) this.fail(`A frame could not be decoded: ${error.message}`);
+    if (error) this.fail(`A frame cannot be decoded (${error.message.replace(/\.$/, "")})`);
   }
 }
 
