@@ -21,6 +21,7 @@ from playing import SMALL, Clock, painted, served, tiny_model
 
 from minwm.checkpoint import save_model
 from minwm.cli import main
+from minwm.cli.play import WORLD
 from minwm.core.config import UserError
 from minwm.core.media import png_bytes, read_video, write_image
 from minwm.core.trajectory import Action
@@ -436,8 +437,8 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("", "give --model DIR, or --world SEED alone"),
-        ("--world 7 --compare truth", "alone"),
+        ("", "no model yet: make one with minwm pipeline demo"),
+        ("--world 7 --compare truth", "rendered world"),
         ("--world -1", "numbered from 0"),
         ("--world 7 --size 4", "at least 16"),
         ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
@@ -447,8 +448,10 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_refuses_what_it_cannot_play(
-    words: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
     model = tiny_model()
     save_model(tmp_path / "dmd", model.config, model.net, model.codec)
     write_image(tmp_path / "picture.png", np.zeros((9, 9, 3), np.uint8))
@@ -488,6 +491,27 @@ def test_the_command_serves_the_last_stage_of_a_pipeline(
     monkeypatch.setattr("minwm.play.transport.serve", visit)
     words = ["play", "--model", str(tmp_path), "--compare", "truth", "--rewind", "5", "--port", "0"]
     assert main(words) == 0
+
+
+def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[Game] = []
+
+    async def serve(game: Game, *_: Any) -> None:
+        played.append(game)
+
+    monkeypatch.setattr("minwm.play.transport.serve", serve)
+    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    model, threads = tiny_model(), torch.get_num_threads()
+    for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "world" / "dmd"):
+        save_model(folder, model.config, model.net, model.codec)
+        assert main(["play"]) == 0
+    assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth"]) == 0
+    torch.set_num_threads(threads)
+    assert [game.title for game in played] == ["demo/dmd", "world/dmd", "runs/demo"]
+    assert played[0].begin.prompt == enter(WORLD, model.config).world.caption and played[1].takes_image
 
 
 def test_a_world_on_the_wire_is_the_world_itself() -> None:
