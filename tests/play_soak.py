@@ -3,9 +3,11 @@
     python tests/play_soak.py results/play-soak.json 10 runs/demo/dmd 7:128
 
 plays every model folder and every procedural world (SEED:PIXELS) for that many minutes each. Every ten seconds it
-takes what the page itself has measured over them, the memory and threads of the server, and the memory of the page.
+takes what the page itself has measured over them, the memory and threads of the server, the memory of the page, and
+how many processes of the whole machine wanted a core (load average over a minute; the player itself is one to two).
 """
 
+import os
 import random
 import statistics
 import sys
@@ -32,7 +34,8 @@ def soak(page: Any, server: Server, seconds: float, window: float = WINDOW) -> l
         press_keys(page, window, draw)
         chromium.send("HeapProfiler.collectGarbage")
         page_mib = chromium.send("Runtime.getHeapUsage")["usedSize"] / 2**20
-        samples.append({**page.evaluate(READ), **footprint(server.process.pid), "page_mib": page_mib})
+        other = {"page_mib": page_mib, "machine_load": os.getloadavg()[0]}
+        samples.append({**page.evaluate(READ), **footprint(server.process.pid), **other})
     return samples
 
 

@@ -17,7 +17,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from playing import SMALL, Clock, painted, served, tiny_model
+from playing import SMALL, Clock, learned, painted, served, tiny_model
 
 from minwm.checkpoint import save_model
 from minwm.cli import main
@@ -25,13 +25,16 @@ from minwm.cli.play import WORLD
 from minwm.core.config import UserError
 from minwm.core.media import png_bytes, read_video, write_image
 from minwm.core.trajectory import Action
+from minwm.nets.attention import KVArena
 from minwm.play.client import Client, Shot
 from minwm.play.game import Game, enter, world_game
+from minwm.play.player import Player
 from minwm.play.protocol import (
     Command,
     Error,
     Hello,
     ProtocolError,
+    Rewind,
     Shown,
     State,
     parse_reply,
@@ -41,6 +44,7 @@ from minwm.play.rtc import Peer
 from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House, Transport
 from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
 from minwm.play.video import Outlet
+from minwm.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +95,8 @@ async def in_memory(house: House) -> AsyncIterator[Dial]:
     talks, clock = [], asyncio.create_task(house.keep_time())
 
     async def dial() -> Transport:
+        while talks and talks[0].done():
+            talks.pop(0).result()
         ours, theirs = Pipe(), Pipe()
         ours.other, theirs.other = theirs, ours
         talks.append(asyncio.create_task(house.attend(theirs)))
@@ -139,7 +145,7 @@ def talk(
         async with wire(house) as dial:
             await scene(house, dial)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))
     return lambda: None
 
 
@@ -328,6 +334,43 @@ def test_a_hundred_visitors_leave_nothing_behind() -> None:
         assert after == before
 
     talk(scene, in_memory)
+
+
+def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
+    """Each visitor of a model walks a little, rewinds and goes for good: the walk ends, and the next one begins anew."""
+    clock, game = Clock(), learned(tiny_model())
+
+    async def scene(house: House, dial: Dial) -> None:
+        async def visit() -> None:
+            client = await Client.join(await dial())
+            await client.hold(Action.of("w"))
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk == 1)
+            await client.send(Rewind(chunks=1))
+            await client.transport.close()
+            while house.seats[0].left is None:
+                await asyncio.sleep(0.001)
+            clock.now += house.keep + 1
+            house.look_around()
+            assert house.player is None and not house.seats
+
+        def count() -> dict[str, int]:
+            house.pool.submit(int).result(5)  # the last walk has ended
+            gc.collect()
+            things = gc.get_objects()
+            tensors = [thing for thing in things if issubclass(type(thing), torch.Tensor)]
+            kinds = {kind.__name__: sum(type(t) is kind for t in things) for kind in (KVArena, Outlet, Session, Player)}
+            memory = {"bytes": sum(t.nbytes for t in tensors), "objects": len(things)}
+            return {"threads": threading.active_count(), **memory, **kinds}
+
+        counts = []
+        for visits in (3, 100):
+            for _ in range(visits):
+                await visit()
+            counts.append(await asyncio.to_thread(count))
+        assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
+        assert counts[1] == counts[0] and counts[0]["KVArena"] == 0, counts
+
+    talk(scene, in_memory, game, clock=clock)
 
 
 def test_the_house_is_not_endless() -> None:
