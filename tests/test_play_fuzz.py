@@ -185,7 +185,7 @@ def test_no_conversation_harms_the_walk(texts: list[str | bytes]) -> None:
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-OFFER = """v=0\r
+OFFER = f"""v=0\r
 o=- 1 1 IN IP4 0.0.0.0\r
 s=-\r
 t=0 0\r
@@ -198,9 +198,9 @@ a=max-message-size:65536\r
 a=candidate:1 1 udp 2130706431 b3a1c1f0-0c53-4b7e-9d8a-5a1f.local 9 typ host\r
 a=ice-ufrag:abcd\r
 a=ice-pwd:abcdefghijklmnopqrstuv\r
-a=fingerprint:sha-256 %s\r
+a=fingerprint:sha-256 {":".join(["AB"] * 32)}\r
 a=setup:actpass\r
-""" % ":".join(["AB"] * 32)
+"""
 
 
 @unhurried(40)

@@ -337,7 +337,7 @@ def test_a_hundred_visitors_leave_nothing_behind() -> None:
 
 
 def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
-    """Each visitor of a model walks a little, rewinds and goes for good: the walk ends, and the next one begins anew."""
+    """Each visitor walks a little, rewinds and goes for good: the walk ends, and the next one begins anew."""
     clock, game = Clock(), learned(tiny_model())
 
     async def scene(house: House, dial: Dial) -> None:
