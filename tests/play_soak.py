@@ -46,9 +46,9 @@ def footprint(pid: int) -> dict[str, float]:
     return {"server_mib": int(status["VmRSS"]) / 1024, "server_threads": int(status["Threads"])}
 
 
-def compared(samples: list[dict[str, float]]) -> dict[str, Any]:
+def compared(samples: list[dict[str, float]], skip: int = round(SETTLED / WINDOW)) -> dict[str, Any]:
     """Every sample, and medians of the first and of the last third of those after the start."""
-    settled = samples[round(SETTLED / WINDOW) :]
+    settled = samples[skip:]
     third = len(settled) // 3
     thirds = {"first third": settled[:third], "last third": settled[-third:]}
     medians = {

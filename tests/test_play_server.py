@@ -40,7 +40,7 @@ from minwm.play.protocol import (
     parse_reply,
     text_of,
 )
-from minwm.play.rtc import Peer
+from minwm.play.rtc import Peer, offered
 from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House, Transport
 from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
 from minwm.play.video import Outlet
@@ -396,14 +396,44 @@ def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]],
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
+@pytest.mark.parametrize(
+    ("host", "has"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("192.0.2.1", True), ("box", True)],
+)
+def test_webrtc_is_offered_only_where_the_whole_machine_listens(host: str, has: bool) -> None:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    assert offered(host) == has
+
+
+def test_a_call_that_is_none_is_refused() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async def call(offer: bytes, status: int, reason: str, token: str = "secret") -> None:
+            async with session.post(f"{address}/rtc?token={token}", data=offer) as answer:
+                assert answer.status == status and reason in await answer.text()
+
+        await call(b"v=0", 400, "no WebRTC")
+        house.rtc = True
+        await call(b"v=0", 403, "token", token="wrong")
+        await call(b"\xff\x00", 400, "no offer")
+        await call(b"v=0\r\nm=audio 9 UDP/TLS/RTP/SAVPF 0\r\nm=application 9 DTLS/SCTP 5000\r\n", 400, "no offer")
+        await call(b"v=0\r\n" * 9000, 400, "at most 16384")
+        with pytest.raises(UserError, match="the token is wrong"):
+            async with connect_rtc(f"{address}/?token=wrong"):
+                pass
+
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    visit(scene)
+
+
 def test_without_the_token_there_is_nothing() -> None:
     async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
         for path in ("/", "/ws", "/recording", "/clip"):
             for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82", "?token=%ff"):
                 async with session.get(address + path + query) as answer:
                     assert answer.status == 403 and "token" in await answer.text()
-        async with session.post(f"{address}/image?token=wrong", data=b"x") as answer:
-            assert answer.status == 403
+        for path in ("image", "rtc"):
+            async with session.post(f"{address}/{path}?token=wrong", data=b"x") as answer:
+                assert answer.status == 403
         with pytest.raises(UserError, match="403"):
             async with connect(f"{address}/?token=wrong"):
                 pass
@@ -425,6 +455,32 @@ def test_pages_of_other_sites_are_refused() -> None:
             assert caught.value.status == 403
         async with session.ws_connect(f"{address}/ws?token=secret", origin=address) as ws:
             assert not ws.closed
+
+    visit(scene)
+
+
+def test_it_can_be_played_through_a_tunnel() -> None:
+    """As with `ssh -L`: another port on this side, and the browser says where it believes to be."""
+
+    async def scene(_: House, address: str, session: aiohttp.ClientSession) -> None:
+        there = int(address.rpartition(":")[2])
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+            writer.close()
+
+        async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", there)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.gather(carry(reader, ours), carry(theirs, writer))
+
+        async with await asyncio.start_server(tunnel, "127.0.0.1", 0) as here:
+            near = f"http://127.0.0.1:{here.sockets[0].getsockname()[1]}"
+            async with session.ws_connect(f"{near}/ws?token=secret", origin=near) as ws:
+                client = await Client.join(WebSocket(ws))
+                await client.hold(Action.of("w"))
+                await until(client, frame_with(1))
 
     visit(scene)
 

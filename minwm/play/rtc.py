@@ -98,6 +98,8 @@ class Peer(Transport):
         """The answer to an offer that came from that address. Raises UserError if it is none."""
         from aiortc.exceptions import InvalidAccessError, InvalidStateError
 
+        if re.findall(r"^m=(\w*)", sdp, re.MULTILINE) != ["application"]:  # sound and video would start decoders
+            raise UserError("this is no offer of a data channel")
         # a browser hides its address behind a name that only its own network knows
         shown = re.sub(r"[\w-]+\.local\b", address, sdp)
         try:
