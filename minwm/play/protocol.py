@@ -287,7 +287,7 @@ class Header:
 
 def replaceable(message: str | bytes) -> bool:
     """Whether the next frame makes up for the loss of this message: a JPEG that begins nothing."""
-    return isinstance(message, bytes) and message[3:6] == bytes([JPEG, message[4], 0])
+    return isinstance(message, bytes) and (message[3:4], message[5:6]) == (bytes([JPEG]), b"\0")
 
 
 def unpack(message: bytes) -> tuple[Header, bytes]:

@@ -140,7 +140,7 @@ class Peer(Transport):
                 async with asyncio.timeout(FAREWELL):
                     await self._until(lambda: False)
             self._lose()
-        await self.connection.close()
+        await asyncio.shield(self.connection.close())  # a call that is cancelled still ends well
 
 
 class Exchange:
