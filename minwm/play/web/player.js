@@ -42,7 +42,13 @@ export class Player {
     this.chunk = frame.chunk;
     const entry = { frame, picture: null, dropped: false };
     view.queue.push(entry);
-    while (view.queue.length > this.most) drop(view.queue.shift());
+    if (view.queue.length > this.most) {
+      // The oldest unseen picture gives way; where none is decoded yet, this frame: else a slow page would show nothing
+      const surplus = view.queue.find(({ picture }) => picture) ?? entry;
+      view.queue.splice(view.queue.indexOf(surplus), 1);
+      drop(surplus);
+      if (surplus === entry && frame.kind === "jpeg") return;
+    }
     try {
       if (frame.kind === "jpeg") this.#jpeg(entry);
       else this.#h264(view, entry);
