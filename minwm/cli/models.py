@@ -184,6 +184,23 @@ def _names(models: list[Path]) -> dict[str, Path]:
     return {str(Path(*path.parts[-depth:])): path for path in models}
 
 
+@command(app, "ablate")
+def ablate(
+    name: Annotated[Positional[str], arg(metavar="NAME", help="poses, steps, batch, camera, distill or sampling")],
+    out: Annotated[Path, arg(metavar="DIR", help="folder of all ablations; they share their clips")] = Path(
+        "runs/ablate"
+    ),
+    json: Json = None,
+) -> None:
+    """Run one of the paper's ablations, small enough for a CPU, and draw it; an interrupted one is continued."""
+    from minwm.ablations import ablation, run_ablation
+
+    plan = ablation(name, out)
+    results = run_ablation(plan, out, say)
+    about = {"question": plan.question, "varies": plan.varies, "small": plan.small}
+    write_numbers({"ablation": plan.name, **about, "arms": [to_dict(result) for result in results]}, json)
+
+
 @command(app, "bench")
 def bench(
     model: ModelFolder | None = None,
