@@ -5,9 +5,9 @@ are kept, so an interrupted ablation goes on.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -124,7 +124,7 @@ NOISES = {
     "estimated": PoseNoise(log_scale=0.4, slow_deg=2.0, slow_units=0.05, outliers=0.03),
     "twice as badly estimated": PoseNoise(log_scale=0.8, slow_deg=4.0, slow_units=0.1, outliers=0.06),
 }
-"""A latent of the demo's motion is 4 degrees or 0.125 units: jitter is most of a latent, drift half a second's worth."""
+"""A latent of the demo's motion is 4 degrees or 0.125 units: jitter is most of one; drift is that after a second."""
 
 
 def poses(out: Path) -> Ablation:
@@ -177,7 +177,7 @@ def ablation(name: str, out: Path) -> Ablation:
 # ---------------------------------------------------------------------------------------------- running them
 
 
-def run_ablation(plan: Ablation, out: Path, say: Say, only: Sequence[str] = ()) -> list[ArmResult]:
+def run_ablation(plan: Ablation, out: Path, say: Say) -> list[ArmResult]:
     """Train and measure the arms that `out` lacks."""
     prepare_data(out, say)
     start(out)

@@ -96,7 +96,7 @@ def _latency(models: Rows) -> Iterator[Latency]:
 def table(head: Sequence[str], body: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Rows of (name, cells of HTML); those of baselines are set apart."""
     rows = "".join(
-        f"<tr{' class=anchor' * (name in ANCHORS)}><th>{escape(name)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+        f"<tr{' class=anchor' * (name in ANCHORS)}><th>{escape(name)}</th>" + "".join(f"<td>{c}</td>" for c in cells)
         for name, cells in body
     )
     return f'<div class="wide"><table>{head_row(*head)}{rows}</table></div>'
@@ -187,8 +187,8 @@ def _texture(rows: Rows) -> str:
     ]
     return (
         "<p><b>Flicker</b>: second difference in time over that of the truth. <b>Seam</b>: change across chunk borders "
-        "over change between latents of one chunk, relative to the truth. <b>Sharpness</b>: gradient energy relative to "
-        "the truth. 1 is like the truth.</p>" + table(["video", "flicker", "seam", "sharpness"], body)
+        "over change between latents of one chunk, relative to the truth. <b>Sharpness</b>: gradient energy relative "
+        "to the truth. 1 is like the truth.</p>" + table(["video", "flicker", "seam", "sharpness"], body)
     )
 
 
@@ -230,9 +230,9 @@ def _drift(rows: Rows) -> str:
         parts.append(f'<h3>{route}</h3><div class="curves">{"".join(figures)}</div>')
     body = [(name, [_collapse(curves[route].collapsed) for route in ROUTES]) for name, curves in known.items()]
     return (
-        "<p>Streams of one model, never restarted. A clip has <b>collapsed</b> in the first second from which on, for two "
-        "seconds, its pictures are stranger than 1.5 times the strangest second of the truth through the codec; strange "
-        "is a picture whose brightness, colours or detail are unlike those of true views.</p>"
+        "<p>Streams of one model, never restarted. A clip has <b>collapsed</b> in the first second from which on, for "
+        "two seconds, its pictures are stranger than 1.5 times the strangest second of the truth through the codec; "
+        "strange is a picture whose brightness, colours or detail are unlike those of true views.</p>"
         + table(["video", *ROUTES], body)
         + "".join(parts)
     )
