@@ -75,12 +75,20 @@ class ModelConfig:
     window: int = 8
     roll: bool = False
     """Sinks follow the window in time (`Geometry.roll`): for streams much longer than training clips."""
+    context_noise: float = 0.0
+    """Time at which a stream keeps finished chunks (`Geometry.context_noise`)."""
 
     @property
     def geometry(self) -> Geometry:
         tokens = (self.height // self.scale // self.network.patch) * (self.width // self.scale // self.network.patch)
         return Geometry(
-            tokens=tokens, chunk=self.chunk, first=self.first, sink=self.sink, window=self.window, roll=self.roll
+            tokens=tokens,
+            chunk=self.chunk,
+            first=self.first,
+            sink=self.sink,
+            window=self.window,
+            roll=self.roll,
+            context_noise=self.context_noise,
         )
 
     @property

@@ -1,6 +1,6 @@
 """Named runs, as functions. A pipeline is data, a codec, stages and their evaluation; paths follow from `out`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -98,12 +98,12 @@ def demo(out: Path) -> Pipeline:
     return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run, "student") for run in pipeline.stages))
 
 
-def _from_shipped(run: Run, role: str) -> Run:
-    """A stage that continues, gently, from a shipped checkpoint of itself, where there is one."""
+def _from_shipped(run: Run, role: str, rate: float = 0.2) -> Run:
+    """A stage that continues, at `rate` of its learning rate, from a shipped checkpoint of itself, if there is one."""
     shipped = starting_checkpoint(run.name)
     if not shipped:
         return run
-    return replace(run, init=replace(run.init, **{role: shipped}), optim=replace(run.optim, lr=0.2 * run.optim.lr))
+    return replace(run, init=replace(run.init, **{role: shipped}), optim=replace(run.optim, lr=rate * run.optim.lr))
 
 
 def demo_scratch(out: Path) -> Pipeline:
@@ -118,6 +118,47 @@ def demo_scratch(out: Path) -> Pipeline:
         "dmd": 500,
     }
     return _pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
+
+
+def world_model(network: WanConfig, size: int) -> ModelConfig:
+    """For long walks: clips of 5 seconds, which are also what a stream remembers, beside its first frame."""
+    return replace(
+        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.1
+    )
+
+
+def world(out: Path) -> Pipeline:
+    """The world to walk through, 128x128 pixels, from random weights: hours on a GPU."""
+    network = WanConfig(dim=256, heads=4, layers=12, ffn=1024, channels=16, text_dim=64, text_length=24)
+    steps = {
+        "codec": 6000,
+        "foundation": 20000,
+        "camera": 30000,
+        "ar": 15000,
+        "ode": 4000,
+        "consistency": 4000,
+        "dmd": 2000,
+    }
+    base = world_model(network, 128)
+    pipeline = _pipeline("world", out, base=base, clips=20000, worlds_seed=4, steps=steps, batch=16, image_start=0.9)
+    return replace(pipeline, stages=tuple(replace(run, precision="bfloat16") for run in pipeline.stages))
+
+
+def world_64(out: Path) -> Pipeline:
+    """The same at 64x64 pixels on two CPU cores: longer clips and noised context, from the demo's checkpoints."""
+    steps = {
+        "codec": 150,
+        "foundation": 500,
+        "camera": 5000,
+        "ar": 5000,
+        "ode": 600,
+        "consistency": 800,
+        "dmd": 600,
+    }
+    base = world_model(tiny_model().network, 64)
+    pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
+    codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
+    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run, "student", 0.6) for run in pipeline.stages))
 
 
 def smoke(out: Path) -> Pipeline:
@@ -145,8 +186,45 @@ def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
-def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapping[str, int], batch: int) -> Pipeline:
-    base = tiny_model()
+def _pipeline(
+    name: str,
+    out: Path,
+    *,
+    base: ModelConfig | None = None,
+    clips: int,
+    worlds_seed: int,
+    steps: Mapping[str, int],
+    batch: int,
+    image_start: float = 1.0,
+) -> Pipeline:
+    """Worlds are rendered for `base` and its stages; `image_start` of their batches have the first frame given."""
+    base = base or tiny_model()
+    codec = Run(
+        name="codec",
+        model=base,
+        recipe=CodecTraining(),
+        data=str(out / "raw"),
+        steps=steps["codec"],
+        batch=1,
+        optim=OptimConfig(lr=3e-3, beta2=0.99, warmup=50, final=0.02),
+        ema=0.99,
+        save_every=100,
+        seed=1,
+    )
+    render = RenderConfig(
+        seed=worlds_seed, motion=MOTION, latents=base.latents, height=base.height, width=base.width, clips_per_world=1
+    )
+    stages = tuple(
+        replace(run, steps=steps[run.name], batch=batch, init=replace(run.init, codec=str(out / "codec")))
+        for run in _stages(out, base, image_start)
+    )
+    return Pipeline(
+        name=name, render=render, clips=clips, encode=EncodeConfig(), codec=codec, stages=stages, collect=64
+    )
+
+
+def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
+    """The stages of a small world, but for their length and batch."""
     camera = replace(base, network=replace(base.network, camera="dual"))
     stepwise = replace(camera, sampler=Autoregressive(steps=50, guidance=1.5, shift=SHIFT))
     few = replace(camera, sampler=FewStep(steps=4, shift=SHIFT))
@@ -156,49 +234,22 @@ def _pipeline(name: str, out: Path, *, clips: int, worlds_seed: int, steps: Mapp
         return str(out / stage)
 
     def run(stage: str, model: ModelConfig, recipe: RecipeConfig, lr: float, init: Init) -> Run:
-        return Run(
-            name=stage,
-            model=model,
-            recipe=recipe,
-            data=folder("latents"),
-            init=replace(init, codec=folder("codec")),
-            steps=steps[stage],
-            batch=batch,
-            optim=OptimConfig(lr=lr, beta2=0.99, warmup=20, final=0.1),
-            seed=1,
-            save_every=50,
-        )
+        optim = OptimConfig(lr=lr, beta2=0.99, warmup=20, final=0.1)
+        data = folder("trajectories" if stage == "ode" else "latents")
+        return Run(name=stage, model=model, recipe=recipe, data=data, init=init, optim=optim, seed=1, save_every=50)
 
-    after_ar = Init(student=folder("ar"), teacher=folder("ar"))
-    bidirectional, causal = BidirectionalConfig(time=law), AutoregressiveConfig(time=law)
+    bidirectional = BidirectionalConfig(time=law, image_start=image_start)
+    causal = AutoregressiveConfig(time=law, image_start=image_start)
     ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
-    consistency = ConsistencyConfig(grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9)
-    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2)
+    consistency = ConsistencyConfig(grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start)
+    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
-    stages = (
-        run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init()),
-        run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation"))),
-        run("ar", stepwise, causal, 5e-4, Init(student=folder("camera"))),
-        replace(run("ode", few, ode, 3e-4, Init(student=folder("ar"))), data=folder("trajectories")),
-        run("consistency", few, consistency, 3e-4, after_ar),
-        replace(run("dmd", few, dmd, 1e-4, scores), critic=OptimConfig(lr=2e-4, beta1=0.0, warmup=5)),
-    )
-    codec = Run(
-        name="codec",
-        model=base,
-        recipe=CodecTraining(),
-        data=folder("raw"),
-        steps=steps["codec"],
-        batch=1,
-        optim=OptimConfig(lr=3e-3, beta2=0.99, warmup=50, final=0.02),
-        ema=0.99,
-        save_every=100,
-        seed=1,
-    )
-    render = RenderConfig(seed=worlds_seed, motion=MOTION, latents=base.latents, clips_per_world=1)
-    return Pipeline(
-        name=name, render=render, clips=clips, encode=EncodeConfig(), codec=codec, stages=stages, collect=64
-    )
+    yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())
+    yield run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation")))
+    yield run("ar", stepwise, causal, 5e-4, Init(student=folder("camera")))
+    yield run("ode", few, ode, 3e-4, Init(student=folder("ar")))
+    yield run("consistency", few, consistency, 3e-4, Init(student=folder("ar"), teacher=folder("ar")))
+    yield replace(run("dmd", few, dmd, 1e-4, scores), critic=OptimConfig(lr=2e-4, beta1=0.0, warmup=5))
 
 
 WAN_FOCAL = (969.697 / 1920, 969.697 / 1080)
@@ -291,6 +342,8 @@ def wan(size: str, out: Path) -> Pipeline:
 PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo": demo,
     "demo-scratch": demo_scratch,
+    "world": world,
+    "world-64": world_64,
     "smoke": smoke,
     **{size: partial(wan, size) for size in SIZES},
 }

@@ -21,7 +21,7 @@ from minwm.nets.backbone import Backbone, Bound
 
 Velocity = Callable[[Latents, float], Latents]
 Noise = Float[Tensor, "k b f c h w"]
-"""One Gaussian draw per network pass that needs one: the start, and each re-noising."""
+"""One Gaussian draw per network pass that needs one: the start, each re-noising, and the context's noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ class Stream:
         self.arena.put_back(self.chunk, lost)
 
     def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
-        """The current chunk, denoised but not yet committed. noise: `draws_of(sampler)` draws."""
+        """The current chunk, denoised but not yet committed. noise: as many draws as `draws_of` says."""
         if isinstance(sampler, FewStep):
             return self.few_step(bound, noise, sampler.times)[0]
         return self.multistep(bound, noise[0], sampler)
@@ -268,10 +268,16 @@ class Stream:
         return x0, scored
 
     @torch.no_grad()
-    def commit(self, bound: Bound, x: Latents) -> None:
-        """Write the clean chunk's keys and values at t = 0, and move on."""
-        x = x if self.guidance == 1 else torch.cat([x, x])
-        self.net(x, x.new_zeros(x.shape[:2]), bound, Cached(self.arena, self.chunk))
+    def commit(self, bound: Bound, x: Latents, noise: Latents | None = None) -> None:
+        """Write the finished chunk's keys and values, and move on.
+
+        They are those of the clean chunk at t = 0; with `noise`, of the chunk at the geometry's `context_noise`.
+        """
+        t = x.new_full(x.shape[:2], 0 if noise is None else self.geometry.context_noise)
+        kept = x if noise is None else interpolate(x, noise, t)
+        if self.guidance != 1:
+            kept, t = torch.cat([kept, kept]), torch.cat([t, t])
+        self.net(kept, t, bound, Cached(self.arena, self.chunk))
         self.chunk += 1
 
 
@@ -289,23 +295,24 @@ def stream(
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         bound = state.look(cond.frames(a, b))
         if index == 0 and cond.first is not None:
-            x = image_chunk(cond.first, geometry)
+            x, hidden = image_chunk(cond.first, geometry), None
         else:
-            x = state.next_chunk(bound, noise[:, :, a:b], sampler)
+            x, hidden = state.next_chunk(bound, noise[:, :, a:b], sampler), noise[-1, :, a:b]
         yield x
-        state.commit(bound, x)
+        state.commit(bound, x, hidden)
 
 
 @torch.no_grad()
 def generate(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
-    """A whole clip with any sampler. noise: `draws_of(sampler)` draws."""
+    """A whole clip with any sampler. noise: as many draws as `draws_of` says."""
     if isinstance(sampler, Bidirectional):
         return sample_bidirectional(net, sampler, noise[0], cond)
     return torch.cat(list(stream(net, sampler, noise, cond, geometry)), dim=1)
 
 
-def draws_of(sampler: Sampler) -> int:
-    return sampler.steps if isinstance(sampler, FewStep) else 1
+def draws_of(sampler: Sampler, geometry: Geometry) -> int:
+    draws = sampler.steps if isinstance(sampler, FewStep) else 1
+    return draws + (geometry.context_noise > 0 and not isinstance(sampler, Bidirectional))
 
 
 def self_rollout(
@@ -331,12 +338,13 @@ def self_rollout(
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         bound = state.look(cond.frames(a, b))
         if index == 0 and cond.first is not None:
-            x, graded = image_chunk(cond.first, geometry), None
+            x, graded, hidden = image_chunk(cond.first, geometry), None, None
         else:
             x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step)
+            hidden = noise[-1, :, a:b]
         clip.append(x)
         scored.append(x if graded is None else graded)
-        state.commit(Bound([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x)
+        state.commit(Bound([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x, hidden)
     return torch.cat(clip, 1), torch.cat(scored, 1)
 
 

@@ -144,17 +144,18 @@ class ModelEngine:
     def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Frames:
         self.settle()
         self.laps.restart()
-        bound = self.stream.look(self._look(c2w))
+        bound, hidden = self.stream.look(self._look(c2w)), None
         if latents is None:
-            shape = (draws_of(self.sampler), *self.model.config.latent_shape(1, len(c2w)))
+            draws = draws_of(self.sampler, self.stream.geometry)
+            shape = (draws, *self.model.config.latent_shape(1, len(c2w)))
             noise = torch.randn(shape, generator=self.noise).to(self.device)
-            latents = self.stream.next_chunk(bound, noise, self.sampler)
+            latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
         self.laps.lap("diffuse")
         decoded, self.decoding = self.model.codec.decode_next(latents, self.decoding)
         self.laps.lap("decode")
         frames = to_frames(decoded[0])
         self.laps.lap("copy")
-        self.uncommitted = bound, latents
+        self.uncommitted = bound, latents, hidden
         return frames
 
     def settle(self) -> None:
@@ -264,7 +265,7 @@ def generate_clips(
         first = model.codec.encode(pixels(images)[:, None].to(device))
     cond = Condition(**cfg.read(prompts), w2c=w2c, K=K, first=first).to(device)
     shape = cfg.latent_shape(len(prompts), w2c.shape[1])
-    noise = draw(shape, draws_of(cfg.sampler), torch.empty(0, device=device), generator(seed, "generate"))
+    noise = draw(shape, draws_of(cfg.sampler, cfg.geometry), torch.empty(0, device=device), generator(seed, "generate"))
     return to_frames(model.codec.decode(generate(model.net, cfg.sampler, noise, cond, cfg.geometry)))
 
 

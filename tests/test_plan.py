@@ -113,7 +113,7 @@ def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch
     assert item(plan, "decoder state") == sum(x.nbytes for x in state)
     shape = config.latent_shape(1, config.chunk)
     with Meter() as passing:
-        latents = stream.next_chunk(stream.look(cond), torch.zeros(draws_of(sampler), *shape), sampler)
+        latents = stream.next_chunk(stream.look(cond), torch.zeros(draws_of(sampler, MODEL.geometry), *shape), sampler)
     assert item(plan, "activations: network") == pytest.approx(passing.peak, rel=0.15)
     with Meter() as decoding:
         codec.decode_next(latents, state)

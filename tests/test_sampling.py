@@ -14,7 +14,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, interpolate, schedule
 from minwm.core.types import Condition
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, teacher_forced
+from minwm.nets.backbone import Backbone, Past, teacher_forced
 from minwm.nets.wan import WanConfig
 from minwm.sampling import (
     Autoregressive,
@@ -143,7 +143,10 @@ def test_guidance_without_a_prompt_is_no_guidance(net: Backbone, kind: type, ima
 def test_noise_is_the_same_for_a_seed() -> None:
     assert torch.equal(noise(2, seed=1), noise(2, seed=1))
     assert not torch.equal(noise(2, seed=1)[0], noise(2, seed=1)[1])
-    assert noise(2).dtype == torch.float64 and (draws_of(FewStep(steps=3)), draws_of(Bidirectional())) == (3, 1)
+    assert noise(2).dtype == torch.float64
+    assert [draws_of(s, GEOMETRY) for s in (FewStep(steps=3), Bidirectional())] == [3, 1]
+    noisy = replace(GEOMETRY, context_noise=0.1)
+    assert [draws_of(s, noisy) for s in (FewStep(steps=3), Autoregressive(), Bidirectional())] == [4, 2, 1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,28 +154,34 @@ def test_noise_is_the_same_for_a_seed() -> None:
 
 
 @torch.no_grad()
-def by_hand(net: Backbone, draws: Tensor, cond: Condition, times: list[float]) -> Latents:
-    """Few-step generation without a cache: every pass sees the whole clean past through the teacher's mask."""
+def by_hand(net: Backbone, draws: Tensor, cond: Condition, times: list[float], level: float = 0.0) -> Latents:
+    """Few-step generation without a cache: every pass sees the whole past through the teacher's mask."""
     clip = torch.zeros_like(draws[0])
+    t_past = torch.full(clip.shape[:2], level, dtype=clip.dtype)
+    t_past[:, :1] *= cond.first is None
     for a, b in GEOMETRY.chunks(FRAMES):
         if a == 0 and cond.first is not None:
             clip[:, :1] = cond.first
             continue
         x = draws[0].clone()
+        past = Past(interpolate(clip, draws[-1], t_past), t_past)
         for step, t in enumerate(times):
-            level = torch.full(x.shape[:2], t, dtype=x.dtype)
-            x0 = x - t * teacher_forced(net, clip, x, level, cond, GEOMETRY)
+            x0 = x - t * teacher_forced(net, past, x, torch.full_like(t_past, t), cond, GEOMETRY)
             if step + 1 < len(times):
-                x = interpolate(x0, draws[step + 1], torch.full_like(level, times[step + 1]))
+                x = interpolate(x0, draws[step + 1], torch.full_like(t_past, times[step + 1]))
         clip[:, a:b] = x0[:, a:b]
     return clip
 
 
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool) -> None:
-    sampler, cond = FewStep(steps=3), condition(image)
-    got = generate(net, sampler, noise(3), cond, GEOMETRY)
-    torch.testing.assert_close(got, by_hand(net, noise(3), cond, sampler.times), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("level", [0.0, 0.3])
+def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool, level: float) -> None:
+    sampler, cond, geometry = FewStep(steps=3), condition(image), replace(GEOMETRY, context_noise=level)
+    draws = noise(draws_of(sampler, geometry))
+    want = by_hand(net, draws, cond, sampler.times, level)
+    torch.testing.assert_close(generate(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
+    rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, None)
+    torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -183,7 +192,8 @@ def test_autoregressive_rollout_is_the_teachers_ode(net: Backbone) -> None:
     for a, b in GEOMETRY.chunks(FRAMES):
 
         def velocity(x: Latents, t: float) -> Latents:
-            return teacher_forced(net, clip, x, x.new_full(x.shape[:2], t), cond, GEOMETRY)
+            t_past = x.new_zeros(x.shape[:2])
+            return teacher_forced(net, Past(clip, t_past), x, t_past + t, cond, GEOMETRY)
 
         solved = solve_euler(velocity, start, 3, sampler.shift)
         clip[:, a:b] = (solved if a else cond.first)[:, a:b]

@@ -68,22 +68,27 @@ def different(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("sampler", STREAMING, ids=str)
+@pytest.mark.parametrize("context_noise", [0.0, 0.3])
 @torch.no_grad()
-def test_session_makes_what_generation_makes(model: Model, image: np.ndarray, sampler: Sampler) -> None:
+def test_session_makes_what_generation_makes(
+    model: Model, image: np.ndarray, sampler: Sampler, context_noise: float
+) -> None:
     """Codec, cache and cameras stream: frame for frame the whole clip decoded at once, from the same noise."""
     model = with_sampler(model, sampler)
+    model = replace(model, config=replace(model.config, context_noise=context_noise))
     session = Session(ModelEngine(model, image, "a red room", seed=3))
     streamed = list(session.play(ACTIONS))
     assert [len(part) for part in streamed] == [1, 8, 8, 8]
 
     draws = generator(3, "session")  # as the engine draws it: chunk by chunk
-    shape = (draws_of(sampler), *CONFIG.latent_shape(1, 2))
+    geometry = model.config.geometry
+    shape = (draws_of(sampler, geometry), *CONFIG.latent_shape(1, 2))
     noise = torch.cat([torch.randn(shape, generator=draws) for _ in ACTIONS], dim=2)
     noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
     w2c, K = views([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
     first = model.codec.encode(pixels(image)[None, None])
     cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first=first)
-    latents = generate(model.net, sampler, noise, cond, CONFIG.geometry)
+    latents = generate(model.net, sampler, noise, cond, geometry)
     whole = to_frames(model.codec.decode(latents)[0])
     assert different(np.concatenate(streamed), whole) <= 1
     assert different(whole[1:9], whole[9:17]) > 1

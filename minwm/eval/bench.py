@@ -93,7 +93,7 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
     check_length(cfg, count)
     cond = _condition(model, image, count, device)
     like = torch.empty(0, device=device)
-    noise = draw(cfg.latent_shape(1, count), draws_of(cfg.sampler), like, generator(0, "bench"))
+    noise = draw(cfg.latent_shape(1, count), draws_of(cfg.sampler, cfg.geometry), like, generator(0, "bench"))
     given = 0 if cond.first is None else 1
     quick = replace(model, config=replace(cfg, sampler=replace(cfg.sampler, steps=1)))
     _clip(quick, noise, cond)  # warm-up: kernels are chosen, memory is taken

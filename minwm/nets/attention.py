@@ -41,8 +41,12 @@ class Geometry:
     """Sinks follow the window in time as if nothing lay between: for streams much longer than training clips."""
     text: int = 0
     """Rows at the front for text keys, seen by all (joint-attention backbones)."""
+    context_noise: float = 0.0
+    """Time at which finished chunks are kept: a little noise hides their small errors from later ones."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.context_noise < 1:
+            raise ConfigError(f"geometry: context_noise={self.context_noise} is a time in [0, 1)")
         if min(self.tokens, self.chunk, self.window) < 1 or min(self.first, self.sink, self.text) < 0:
             raise ConfigError(f"geometry {self}: tokens, chunk and window must be >= 1, the others >= 0")
         if self.lead != self.chunk and self.sink < 1:

@@ -89,16 +89,22 @@ class Backbone(nn.Module, ABC):
         )
 
 
-def teacher_forced(
-    net: Backbone, clean: Latents, noisy: Latents, t: Times, cond: Condition, geometry: Geometry
-) -> Latents:
-    """Velocity of every noisy chunk given the clean chunks before it, all chunks in one pass (paper, stage 1).
+@dataclass(frozen=True)
+class Past:
+    """What later chunks are given of earlier ones: the clip at times t, 0 or little more."""
 
-    The sequence is [clean at t = 0 | noisy at t]; both halves have the same positions and cameras.
+    latents: Latents
+    t: Times
+
+
+def teacher_forced(net: Backbone, past: Past, noisy: Latents, t: Times, cond: Condition, geometry: Geometry) -> Latents:
+    """Velocity of every noisy chunk given the true chunks before it, all chunks in one pass (paper, stage 1).
+
+    The sequence is [past | noisy at t]; both halves have the same positions and cameras.
     """
-    frames = clean.shape[1]
+    frames = noisy.shape[1]
     scope = Masked(teacher_forcing(geometry, frames), 2 * frames, period=frames)
     bound = net.bind(cond)
     bound = Bound(bound.text, bound.camera and bound.camera.twice())
-    both = net.velocity(torch.cat([clean, noisy], 1), torch.cat([torch.zeros_like(t), t], 1), bound, scope)
+    both = net.velocity(torch.cat([past.latents, noisy], 1), torch.cat([past.t, t], 1), bound, scope)
     return both[:, frames:]

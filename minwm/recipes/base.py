@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times, shift
+from minwm.core.flow import Latents, Times, interpolate, shift
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone
+from minwm.nets.backbone import Backbone, Past
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condi
     return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.without_text().text))
 
 
+def given_image(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
+    """The clip with its first frame given, by chance; else that frame is generated too."""
+    given = torch.rand((), generator=generator, device=generator.device) < chance
+    return clip if given else replace(clip, cond=replace(clip.cond, first=None))
+
+
 def held(clip: Clip) -> Float[Tensor, "b f"]:
     """1 for frames that are generated, 0 for a first frame that is given."""
     mask = clip.latents.new_ones(clip.latents.shape[:2])
@@ -69,6 +75,12 @@ def hold_first(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
     if cond.first is None:
         return x, t
     return torch.cat([cond.first.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
+
+
+def past_of(clip: Clip, level: float | Times, generator: torch.Generator) -> Past:
+    """The clip as a stream keeps it, at noise `level`; a given first frame is kept as it is."""
+    t = held(clip) * level
+    return Past(interpolate(clip.latents, noise_like(clip.latents, generator), t), t)
 
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:

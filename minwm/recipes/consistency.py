@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 from minwm.core.flow import Latents, euler, interpolate, schedule, x0_from_velocity
-from minwm.core.types import Clip
+from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, teacher_forced
-from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, pick
+from minwm.nets.backbone import Backbone, Past, teacher_forced
+from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, noise_like, past_of, pick
 from minwm.recipes.ode import guided_teacher
 
 
@@ -23,6 +23,8 @@ class ConsistencyConfig:
     shift: float = 5.0
     guidance: float = 3.0
     """Guidance of the teacher's ODE step."""
+    image_start: float = 1.0
+    """Chance, per batch, that the first latent is given."""
     target_decay: float = 0.99
     """EMA of the student that gives the target, from the first step on."""
 
@@ -47,20 +49,22 @@ class Consistency(Recipe):
         if step != self.followed:  # once per step, however many micro-batches it has
             self._follow()
             self.followed = step
+        clip = given_image(clip, self.cfg.image_start, generator)
         i = pick(self.cfg.grid, generator)
         t, t_next = self.times[i], self.times[i + 1]
         eps = noise_like(clip.latents, generator)
         x = interpolate(clip.latents, eps, eps.new_full(eps.shape[:2], t))
+        past = past_of(clip, self.geometry.context_noise, generator)
         with torch.no_grad():
-            v = guided_teacher(self.networks["teacher"], clip, x, t, self.cfg.guidance, self.geometry)
-            target = self._end(self.networks["target"], clip, euler(x, v, t, t_next), t_next)
-        total = frame_mse(self._end(self.networks["student"], clip, x, t), target, held(clip))
+            v = guided_teacher(self.networks["teacher"], past, clip.cond, x, t, self.cfg.guidance, self.geometry)
+            target = self._end(self.networks["target"], past, clip.cond, euler(x, v, t, t_next), t_next)
+        total = frame_mse(self._end(self.networks["student"], past, clip.cond, x, t), target, held(clip))
         return Loss(total, "student", {"loss": float(total.detach())})
 
-    def _end(self, net: Backbone, clip: Clip, x: Latents, t: float) -> Latents:
+    def _end(self, net: Backbone, past: Past, cond: Condition, x: Latents, t: float) -> Latents:
         """f(x, t): where the trajectory through x ends."""
         times = x.new_full(x.shape[:2], t)
-        return x0_from_velocity(x, teacher_forced(net, clip.latents, x, times, clip.cond, self.geometry), times)
+        return x0_from_velocity(x, teacher_forced(net, past, x, times, cond, self.geometry), times)
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -10,7 +10,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
 from minwm.core.types import Clip
 from minwm.nets.backbone import teacher_forced
-from minwm.recipes.base import Loss, Recipe, drop_text, frame_mse, held, hold_first, noise_like
+from minwm.recipes.base import Loss, Recipe, drop_text, frame_mse, given_image, held, hold_first, noise_like, past_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,8 @@ class DiffusionConfig:
 
     def prepare(self, clip: Clip, generator: torch.Generator) -> Clip:
         """Draw the dropouts of one batch."""
-        cond = drop_text(clip.cond, self.text_dropout, generator)
-        if torch.rand((), generator=generator, device=generator.device) >= self.image_start:
-            cond = replace(cond, first=None)
-        return replace(clip, cond=cond)
+        clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
+        return given_image(clip, self.image_start, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,10 @@ class Bidirectional(Recipe):
 
 
 class Autoregressive(Recipe):
-    """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1)."""
+    """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1).
+
+    With context noise the past is noised too, at times on both sides of the one at which streams will keep it.
+    """
 
     cfg: AutoregressiveConfig
 
@@ -91,10 +92,16 @@ class Autoregressive(Recipe):
         clip = self.cfg.prepare(clip, generator)
         eps = noise_like(clip.latents, generator)
         chunks = self.geometry.chunks(eps.shape[1])
-        per_chunk = self.cfg.time.draw((len(eps), len(chunks)), generator).to(eps)
         sizes = torch.tensor([b - a for a, b in chunks], device=eps.device)
-        t = per_chunk.repeat_interleave(sizes, dim=1, output_size=eps.shape[1])  # or a GPU would be waited for
-        x = interpolate(clip.latents, eps, t)
-        v = teacher_forced(self.networks["student"], clip.latents, x, t, clip.cond, self.geometry)
+
+        def per_frame(per_chunk: Tensor) -> Tensor:  # output_size: or a GPU would be waited for
+            return per_chunk.to(eps).repeat_interleave(sizes, dim=1, output_size=eps.shape[1])
+
+        t = per_frame(self.cfg.time.draw((len(eps), len(chunks)), generator))
+        level = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
+        past = past_of(clip, 2 * self.geometry.context_noise * level, generator)
+        v = teacher_forced(
+            self.networks["student"], past, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry
+        )
         total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(t))
         return Loss(total, "student", {"loss": float(total.detach())})

@@ -11,8 +11,8 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, schedule, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone
-from minwm.recipes.base import Loss, Recipe, frame_mse, held, hold_first, noise_like, pick, uniform_times
-from minwm.sampling import draw, self_rollout
+from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, hold_first, noise_like, pick, uniform_times
+from minwm.sampling import FewStep, draw, draws_of, self_rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class DmdConfig:
     """Of the student's times and of the times at which scores are compared."""
     guidance: float = 3.0
     """Guidance of the real score; the critic has none."""
+    image_start: float = 1.0
+    """Chance, per batch, that the first latent is given."""
     critic_updates: int = 4
     """Critic updates after every student update."""
     t_min: float = 0.02
@@ -60,7 +62,7 @@ class Dmd(Recipe):
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         turn = self.student_loss if step % (1 + self.cfg.critic_updates) == 0 else self.critic_loss
-        return turn(clip, generator)
+        return turn(given_image(clip, self.cfg.image_start, generator), generator)
 
     def student_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
         _, x0 = self._rollout(clip, pick(self.cfg.steps, generator), generator)
@@ -83,7 +85,8 @@ class Dmd(Recipe):
         return Loss(total, "critic", {"critic": float(total.detach())})
 
     def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Latents, Latents]:
-        noise = draw(tuple(clip.latents.shape), self.cfg.steps, clip.latents, generator)
+        draws = draws_of(FewStep(steps=self.cfg.steps), self.geometry)
+        noise = draw(tuple(clip.latents.shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
         return self_rollout(self.networks["student"], noise, clip.cond, self.geometry, times, exit_step)
 

@@ -12,8 +12,8 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, guide, schedule, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, teacher_forced
-from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, pick
+from minwm.nets.backbone import Backbone, Past, teacher_forced
+from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, past_of, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +42,26 @@ def collect(
     A uniform grid of `ode_steps`, shifted, passes through the student's times exactly, every ode_steps / steps.
     """
     every, times = cfg.ode_steps // cfg.steps, schedule(cfg.ode_steps, cfg.shift)
+    past = past_of(clip, geometry.context_noise, generator)
     x, states = noise_like(clip.latents, generator), []
     for step, (t, t_next) in enumerate(pairwise(times)):
         if step % every == 0:
             states.append(x)
-        x = euler(x, guided_teacher(teacher, clip, x, t, cfg.guidance, geometry), t, t_next)
+        x = euler(x, guided_teacher(teacher, past, clip.cond, x, t, cfg.guidance, geometry), t, t_next)
     return torch.stack([*states, x])
 
 
-def guided_teacher(teacher: Backbone, clip: Clip, x: Latents, t: float, guidance: float, geometry: Geometry) -> Latents:
+def guided_teacher(
+    teacher: Backbone, past: Past, cond: Condition, x: Latents, t: float, guidance: float, geometry: Geometry
+) -> Latents:
     """Velocity of the autoregressive teacher on all chunks at time t, given real history, with guidance."""
     times = x.new_full(x.shape[:2], t)
     if guidance == 1:
-        return teacher_forced(teacher, clip.latents, x, times, clip.cond, geometry)
-    both = Condition.stack(clip.cond, clip.cond.without_text())
-    clean, noisy, times = (torch.cat([y, y]) for y in (clip.latents, x, times))
-    cond, uncond = teacher_forced(teacher, clean, noisy, times, both, geometry).chunk(2)
-    return guide(cond, uncond, guidance)
+        return teacher_forced(teacher, past, x, times, cond, geometry)
+    both = Condition.stack(cond, cond.without_text())
+    latents, levels, noisy, times = (torch.cat([y, y]) for y in (past.latents, past.t, x, times))
+    v, v_uncond = teacher_forced(teacher, Past(latents, levels), noisy, times, both, geometry).chunk(2)
+    return guide(v, v_uncond, guidance)
 
 
 class Ode(Recipe):
@@ -75,6 +78,7 @@ class Ode(Recipe):
             )
         k = pick(len(times), generator)
         t = states.new_full(states.shape[1:3], times[k])
-        v = teacher_forced(self.networks["student"], clip.latents, states[k], t, clip.cond, self.geometry)
+        past = past_of(clip, self.geometry.context_noise, generator)
+        v = teacher_forced(self.networks["student"], past, states[k], t, clip.cond, self.geometry)
         total = frame_mse(x0_from_velocity(states[k], v, t), states[-1], held(clip))
         return Loss(total, "student", {"loss": float(total.detach())})

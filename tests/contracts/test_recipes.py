@@ -232,7 +232,8 @@ def test_all_randomness_is_in_the_generator(name: str, step: int) -> None:
 
 @pytest.mark.parametrize("name", ["bidirectional", "autoregressive", "ode", "consistency"])
 def test_loss_falls_on_one_batch(name: str) -> None:
-    recipe, given = make(name), clip()
+    """Of consistency too, where few pairs of times separate every one from the fixed end."""
+    recipe, given = make(name, **({"grid": 2} if name == "consistency" else {})), clip()
     optimizer = torch.optim.AdamW(recipe.networks["student"].parameters(), 5e-3)
 
     def measure() -> float:
@@ -308,10 +309,29 @@ def test_text_dropout_removes_whole_prompts(name: str) -> None:
         assert bool(a == b) == same
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "autoregressive"])
-def test_image_start_zero_trains_on_text_alone(name: str) -> None:
-    a = make(name, image_start=0.0).loss(clip(image=True), 0, seeded()).total
-    assert a == make(name, image_start=0.0).loss(clip(image=False), 0, seeded()).total
+@pytest.mark.parametrize(("name", "step"), [turn for turn in TURNS if turn[0] != "ode"])
+def test_image_start_zero_trains_on_text_alone(name: str, step: int) -> None:
+    a = make(name, image_start=0.0).loss(clip(image=True), step, seeded()).total
+    assert a == make(name, image_start=0.0).loss(clip(image=False), step, seeded()).total
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "consistency"])
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+def test_context_noise_is_on_the_past_alone(name: str, image: bool) -> None:
+    """At the stream's level, or around it where it is learned; a given image stays clean."""
+    recipe, level = make(name), 0.2
+    recipe.geometry = replace(GEOMETRY, context_noise=level)
+    with watched(recipe.networks["student"]) as passes:
+        for seed in range(20):
+            recipe.loss(clip(image), 0, seeded(seed))
+    past = torch.cat([t[:, :FRAMES] for t, _ in passes])
+    assert (past[:, 0].max() == 0) == image
+    later = past[:, 1:]
+    assert torch.equal(later[:, ::2], later[:, 1::2]), "one level per chunk"
+    if name == "consistency":
+        torch.testing.assert_close(later, torch.full_like(later, level))
+    else:
+        assert 0 <= later.min() < level / 2 < 1.5 * level < later.max() <= 2 * level
 
 
 # Distillation
