@@ -154,15 +154,15 @@ def steps(out: Path) -> Ablation:
 
 def batch(out: Path) -> Ablation:
     arms = [
-        Arm(name=f"batch {n}, seed {s}", x=n, seed=s, runs=(camera_run(out, f"{n}-{s}", steps=100, batch=n, seed=s),))
-        for s in range(3)
+        Arm(name=f"batch {n}, seed {s}", x=n, seed=s, runs=(camera_run(out, f"{n}-{s}", steps=60, batch=n, seed=s),))
+        for s in range(2)
         for n in (1, 2, 4, 8, 16, 32)
     ]
     return Ablation(
         name="batch",
         question="How large must a batch be?",
         varies="clips per step",
-        small="100 steps, 3 seeds, cameras relearnt as in `poses`",
+        small="60 steps, 2 seeds, cameras relearnt as in `poses`",
         arms=tuple(arms),
     )
 

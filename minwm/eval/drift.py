@@ -17,9 +17,10 @@ from minwm.core.camera import CameraTrack
 from minwm.core.trajectory import Action, drive, parse
 from minwm.eval.intervals import Bootstrap, Interval
 from minwm.eval.quality import colour_distance, psnr, sharpness
-from minwm.eval.suite import ANCHORS, HELD_OUT, stream_frames, through
+from minwm.eval.suite import ANCHORS, HELD_OUT, through
 from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
+from minwm.session import stream_clips
 
 Array = np.ndarray
 Frames = UInt8[Array, "c n h w 3"]
@@ -128,7 +129,7 @@ class LongRun:
         """What a streaming model makes of the routes, at the latent rate."""
         stride, videos = self.config.motion.stride, {}
         for route, tracks in self.tracks.items():
-            pieces = enumerate(stream_frames(model, self.first, self.captions, tracks, seed))
+            pieces = enumerate(stream_clips(model, self.first, self.captions, tracks, seed))
             videos[route] = np.concatenate([piece[:, stride - 1 if i else 0 :: stride] for i, piece in pieces], 1)
         return videos
 

@@ -1,6 +1,6 @@
 """Held-out worlds, what a model makes of them, and all measurements of one model in one result."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,13 +9,10 @@ import torch
 from jaxtyping import UInt8
 
 from minwm.checkpoint import Model, ModelConfig
-from minwm.core.camera import CameraTrack, views
-from minwm.core.config import UserError
+from minwm.core.camera import CameraTrack
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
-from minwm.core.runtime import generator
 from minwm.core.trajectory import parse
-from minwm.core.types import Condition
 from minwm.data.rerender import RenderConfig, WorldSource
 from minwm.eval.follow import (
     Case,
@@ -31,7 +28,6 @@ from minwm.eval.follow import (
 from minwm.eval.quality import Quality, chunk_spans, quality
 from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
-from minwm.sampling import Bidirectional, draw, draws_of, stream
 from minwm.session import generate_clips
 
 Videos = UInt8[np.ndarray, "c n h w 3"]
@@ -159,24 +155,6 @@ def through(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
             decoded, decoding = codec.decode_next(encoded, decoding)
             out[start:stop] = to_frames(decoded)[0]
     return done
-
-
-@torch.no_grad()
-def stream_frames(
-    model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: list[str], tracks: list[CameraTrack], seed: int
-) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
-    """Clips of any length chunk by chunk as frames, the first one included: memory does not grow with them."""
-    config, device, decoding = model.config, next(model.net.parameters()).device, None
-    if isinstance(config.sampler, Bidirectional):
-        raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
-    w2c, K = views(tracks, config.motion.stride)
-    first = model.codec.encode(pixels(images)[:, None].to(device))
-    cond = Condition(**config.read(prompts), w2c=w2c, K=K, first=first).to(device)
-    shape = config.latent_shape(len(prompts), w2c.shape[1])
-    noise = draw(shape, draws_of(config.sampler), torch.empty(0, device=device), generator(seed, "generate"))
-    for latents in stream(model.net, config.sampler, noise, cond, config.geometry):
-        decoded, decoding = model.codec.decode_next(latents, decoding)
-        yield to_frames(decoded)
 
 
 def _source(config: ModelConfig, names: Sequence[str], seed: int) -> WorldSource:
