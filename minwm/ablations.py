@@ -1,42 +1,19 @@
-"""The paper's ablations (figures 3 to 5), small enough for a CPU and with numbers: arms that differ in one thing.
+"""The paper's ablations (figures 3 to 5) and claims, small enough for a CPU: arms that differ in one thing.
 
-An arm is one or more training runs, one after the other; the last model is measured on held-out worlds. Finished arms
-are kept, so an interrupted ablation goes on.
+Nothing is trained here; `ablate.py` does that. All folders are below one, `out`: `latents` (the training clips),
+`start` and `ar` (what arms start from), and a folder per ablation.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-import torch
-
 from minwm import presets
-from minwm.checkpoint import Model, ModelConfig, load_codec, load_model
-from minwm.core.config import ConfigError, choose, dumps, loads
-from minwm.core.media import atomic
-from minwm.core.runtime import generator, pick_device
-from minwm.core.weights import read_weights, write_safetensors
-from minwm.data.dataset import ShardDataset
-from minwm.data.encode import encode_clips
+from minwm.control.prope import Mode
+from minwm.core.config import ConfigError, choose
 from minwm.data.noise import PoseNoise
-from minwm.data.rerender import render_worlds
-from minwm.eval.follow import FollowResult
-from minwm.eval.quality import Quality
-from minwm.eval.suite import HeldOut, measure
-from minwm.formats import CAMERA
-from minwm.recipes.diffusion import BidirectionalConfig
-from minwm.sampling import Bidirectional
-from minwm.train import OptimConfig, Run, build_recipe, train
-
-Say = Callable[[str], None]
-CLIPS = 1600
-"""Rendered clips of 33 frames at 64x64."""
-WORLDS = 5
-"""Seed of their worlds."""
-MEASURED = 12
-"""Held-out clips on which an arm is measured."""
+from minwm.sampling import FewStep, Sampler
+from minwm.train import Init, OptimConfig, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +22,12 @@ class Arm:
 
     name: str
     runs: tuple[Run, ...]
-    """Stages, one after the other; the last one is measured."""
+    """Stages, one after the other; the last one's model is measured. Arms may share runs, which are made once."""
     x: float = 0.0
     """Place on the axis of the drawing."""
     seed: int = 0
+    sampler: Sampler | None = None
+    """Measure with this one instead of the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,59 +41,34 @@ class Ablation:
     small: str
     """How small it is, in words."""
     arms: tuple[Arm, ...]
+    numeric: bool = False
+    """The axis is a number of things, drawn on a logarithmic scale; else arms have their names there."""
+    drift: bool = False
+    """Long streams are measured too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmResult:
-    """What an arm came to."""
-
-    name: str
-    x: float
-    seed: int
-    steps: int
-    batch: int
-    seconds: float
-    """Of training, on the machine that the results name."""
-    loss: float | None
-    """On held-out clips with true cameras; None where the recipe's loss is no distance."""
-    reliance: float | None
-    """1 - that loss over the loss with the cameras of other clips: 0 does not listen to cameras."""
-    follow: FollowResult
-    quality: Quality
-
-
-# ---------------------------------------------------------------------------------------------- the arms
-
-
-def start(out: Path) -> Path:
-    """The shipped camera model without its camera branch. With the branch at zero again, what follows relearns control.
-
-    Learning it from the foundation takes thousands of steps, which is more than a CPU has for every arm.
-    """
-    folder = out / "start"
-    if not (folder / "model.safetensors").exists():
-        tensors = read_weights(_shipped("camera") / "model.safetensors").tensors
-        kept = {name: value for name, value in tensors.items() if not name.endswith(CAMERA)}
-        write_safetensors(folder / "model.safetensors", kept)
-    return folder
-
-
-def _shipped(name: str) -> Path:
+def shipped(name: str) -> Path:
+    """Folder of a checkpoint that comes with the package."""
     folder = presets.starting_checkpoint(name)
     if folder is None:
         raise ConfigError(f"the package ships no {name!r} checkpoint, from which ablations start")
     return Path(folder)
 
 
-def camera_run(out: Path, name: str, *, steps: int = 200, batch: int = 8, seed: int = 0) -> Run:
-    """Phase 1 in small: cameras are learnt again."""
-    run = presets.demo(out).stage("camera")
-    init = replace(run.init, student=str(out / "start"), codec=str(_shipped("codec")))
-    optim = OptimConfig(lr=1e-3, beta2=0.99, warmup=min(20, steps // 2), final=0.1)
+def _stage(out: Path, stage: str, folder: Path, init: Init, *, steps: int, lr: float, batch: int = 8) -> Run:
+    """A stage of the demo in small."""
+    run = presets.demo(out).stage(stage)
+    optim = OptimConfig(lr=lr, beta2=0.99, warmup=min(20, steps // 2), final=0.1)
     return replace(
-        run, name=name, data=str(out / "latents"), init=init, steps=steps, batch=batch, seed=seed, optim=optim,
-        ema=0.95, save_every=200, tensorboard=False,
+        run, name=folder.name, data=str(out / "latents"), init=replace(init, codec=str(shipped("codec"))), steps=steps,
+        batch=batch, optim=optim, seed=0, ema=0.95, save_every=200, tensorboard=False,
     )  # fmt: skip
+
+
+def camera_run(out: Path, name: str, *, steps: int = 200, batch: int = 8, student: str | None = None) -> Run:
+    """Phase 1: cameras are learnt again, by the shipped camera model whose camera branch was taken away."""
+    init = Init(student=student or str(out / "start"))
+    return _stage(out, "camera", Path(name), init, steps=steps, lr=1e-3, batch=batch)
 
 
 NOISES = {
@@ -149,104 +103,109 @@ def steps(out: Path) -> Ablation:
         varies="training steps",
         small="batch 8, every arm a run of its own, cameras relearnt as in `poses`",
         arms=tuple(arms),
+        numeric=True,
     )
 
 
 def batch(out: Path) -> Ablation:
-    arms = [
-        Arm(name=f"batch {n}, seed {s}", x=n, seed=s, runs=(camera_run(out, f"{n}-{s}", steps=60, batch=n, seed=s),))
-        for s in range(2)
-        for n in (1, 2, 4, 8, 16, 32)
-    ]
+    def arm(size: int, seed: int) -> Arm:
+        run = replace(camera_run(out, f"{size}-{seed}", steps=100, batch=size), seed=seed)
+        return Arm(name=f"batch {size}, seed {seed}", x=size, seed=seed, runs=(run,))
+
     return Ablation(
         name="batch",
         question="How large must a batch be?",
         varies="clips per step",
-        small="60 steps, 2 seeds, cameras relearnt as in `poses`",
-        arms=tuple(arms),
+        small="100 steps, 2 seeds, cameras relearnt as in `poses`",
+        arms=tuple(arm(size, seed) for seed in range(2) for size in (1, 2, 4, 8, 16, 32)),
+        numeric=True,
     )
 
 
-ABLATIONS: dict[str, Callable[[Path], Ablation]] = {"poses": poses, "steps": steps, "batch": batch}
+def camera(out: Path) -> Ablation:
+    """From the foundation, for every kind of camera input is new to that; hence the many steps."""
+    ways: dict[str, Mode] = {"dual PRoPE": "dual", "single PRoPE": "single", "Plücker": "plucker"}
+
+    def arm(x: int, name: str, mode: Mode) -> Arm:
+        run = camera_run(out, mode, steps=3000, student=str(shipped("foundation")))
+        network = replace(run.model.network, camera=mode)
+        return Arm(name=name, x=x, runs=(replace(run, model=replace(run.model, network=network)),))
+
+    return Ablation(
+        name="camera",
+        question="How should cameras enter the network?",
+        varies="camera input",
+        small="3,000 steps of 8 clips from the shipped foundation, which knows no cameras",
+        arms=tuple(arm(i, name, mode) for i, (name, mode) in enumerate(ways.items())),
+    )
+
+
+def _few(out: Path, kind: str, name: str, count: int) -> Run:
+    """A distillation of the shipped autoregressive model."""
+    teacher = str(out / "ar")
+    init = {
+        "ode": Init(student=teacher),
+        "consistency": Init(student=teacher, teacher=teacher),
+        "dmd": Init(student=teacher, critic=str(shipped("camera")), real=str(shipped("camera"))),
+    }[kind]
+    run = _stage(out, kind, Path(name), init, steps=count, lr=1e-4 if kind == "dmd" else 3e-4)
+    return replace(run, data=str(out / "trajectories")) if kind == "ode" else run
+
+
+def distill(out: Path) -> Ablation:
+    """Stage 2a against 2b; DMD after and without it; self-rollouts against as much teacher forcing."""
+    folder, short, long = out / "distill", 120, 240
+    dmd = _few(out, "dmd", "dmd", short)
+    after = replace(dmd, init=replace(dmd.init, student=str(folder / "consistency")))
+    consistency = _few(out, "consistency", "consistency", short)
+    ways = {
+        "2a: ODE": (_few(out, "ode", "ode", short),),
+        "2b: consistency": (consistency,),
+        "2b, twice as long": (_few(out, "consistency", "consistency-long", long),),
+        "2b, then DMD": (consistency, after),
+        "DMD alone": (_few(out, "dmd", "dmd-alone", long),),
+    }
+    return Ablation(
+        name="distill",
+        question="Which way to few steps?",
+        varies="distillation",
+        small="120 steps of 8 clips a stage from the shipped autoregressive model; 2a has 64 stored trajectories",
+        arms=tuple(Arm(name=name, x=i, runs=runs) for i, (name, runs) in enumerate(ways.items())),
+        drift=True,
+    )
+
+
+def sampling(out: Path) -> Ablation:
+    """The same student in 1, 2 and 4 steps; and students with chunks of 1, 2 and 4 latents, in 4 steps."""
+    return Ablation(
+        name="sampling",
+        question="How many steps, how long a chunk?",
+        varies="sampling",
+        small="120 steps of consistency distillation from the shipped autoregressive model; chunks other than its own "
+        "2 latents first have 120 steps of teacher forcing",
+        arms=tuple(_sampling(out)),
+        drift=True,
+    )
+
+
+def _sampling(out: Path) -> Iterator[Arm]:
+    student = _few(out, "consistency", "chunk-2", 120)
+    for i, count in enumerate((1, 2, 4)):
+        sampler = FewStep(steps=count, shift=presets.SHIFT)
+        yield Arm(name=f"{count} steps, chunk 2", x=i, runs=(student,), sampler=sampler)
+    for i, chunk in enumerate((1, 4), 3):
+        folder = out / "sampling" / f"ar-{chunk}"
+        causal = _stage(out, "ar", folder, Init(student=str(out / "ar")), steps=120, lr=3e-4)
+        causal = replace(causal, model=replace(causal.model, chunk=chunk))
+        few = replace(student, name=f"chunk-{chunk}", model=replace(student.model, chunk=chunk))
+        few = replace(few, init=replace(few.init, student=str(folder), teacher=str(folder)))
+        yield Arm(name=f"4 steps, chunk {chunk}", x=i, runs=(causal, few))
+
+
+ABLATIONS: dict[str, Callable[[Path], Ablation]] = {
+    "poses": poses, "steps": steps, "batch": batch, "camera": camera, "distill": distill, "sampling": sampling,
+}  # fmt: skip
 
 
 def ablation(name: str, out: Path) -> Ablation:
     return ABLATIONS[choose(name, ABLATIONS, "ablation")](out)
-
-
-# ---------------------------------------------------------------------------------------------- running them
-
-
-def run_ablation(plan: Ablation, out: Path, say: Say) -> list[ArmResult]:
-    """Train and measure the arms that `out` lacks."""
-    prepare_data(out, say)
-    start(out)
-    results = []
-    for arm in plan.arms:
-        folder = out / plan.name / arm.runs[-1].name
-        done = folder / "result.json"
-        if not done.exists():
-            began = time.monotonic()
-            summaries = [train(run, out / plan.name / run.name) for run in arm.runs]
-            result = measure_arm(arm, folder, sum(summary.seconds for summary in summaries))
-            with atomic(done) as temporary:
-                temporary.write_text(dumps(result))
-            say(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")
-        results.append(loads(ArmResult, done.read_text()))
-    return results
-
-
-def _headline(result: ArmResult) -> str:
-    listens = "" if result.reliance is None else f", reliance on cameras {result.reliance:.2f}"
-    return f"camera score {result.follow.score.value:.2f}{listens}"
-
-
-def prepare_data(out: Path, say: Say) -> None:
-    """Render and encode the training clips, as far as `out` lacks them."""
-    render = presets.demo(out).render
-    assert render is not None
-    if (out / "latents" / "manifest.json").exists():
-        return
-    say(f"{CLIPS} training clips -> {out}")
-    render_worlds(out / "raw", replace(render, seed=WORLDS), clips=CLIPS, workers=2)
-    text = presets.tiny_model().text
-    encode_clips(out / "raw", out / "latents", load_codec(_shipped("codec")), text)
-
-
-def measure_arm(arm: Arm, folder: Path, seconds: float) -> ArmResult:
-    model, run = _quick(load_model(folder)), arm.runs[-1]
-    held = _held_out(model.config)
-    measured = measure(model.config, held, held.generate(model, seed=1))
-    losses = _losses(run, folder) if isinstance(run.recipe, BidirectionalConfig) else None
-    return ArmResult(
-        name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
-        loss=losses and losses[0], reliance=losses and 1 - losses[0] / losses[1],
-        follow=measured.follow, quality=measured.quality,
-    )  # fmt: skip
-
-
-@cache
-def _held_out(config: ModelConfig) -> HeldOut:
-    return HeldOut.of(config, MEASURED)
-
-
-def _quick(model: Model) -> Model:
-    """With a solver of 12 steps and no guidance where there would be 50 and some: eight times as fast, hardly worse."""
-    sampler = model.config.sampler
-    if not isinstance(sampler, Bidirectional):
-        return model
-    return replace(model, config=replace(model.config, sampler=replace(sampler, steps=12, guidance=1.0)))
-
-
-@torch.no_grad()
-def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[float, float]:
-    """The recipe's loss on held-out clips with their own cameras, and with those of the clip before in the batch."""
-    recipe = build_recipe(replace(run, init=replace(run.init, student=str(folder))), pick_device())
-    data, totals = ShardDataset(Path(run.data), "val", null=run.model.null()), [0.0, 0.0]
-    for i in range(batches):
-        clip = data.batch(range(i * batch, (i + 1) * batch))
-        assert clip.cond.w2c is not None
-        wrong = replace(clip, cond=replace(clip.cond, w2c=clip.cond.w2c.roll(1, 0)))
-        for j, given in enumerate((clip, wrong)):
-            totals[j] += float(recipe.loss(given, 0, generator(0, "reliance", i)).total) / batches
-    return totals[0], totals[1]

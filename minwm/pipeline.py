@@ -54,7 +54,7 @@ def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = No
     )
     for run in pipeline.stages:
         if isinstance(run.recipe, OdeConfig):
-            part("collect", lambda run=run, cfg=run.recipe: _collect(run, cfg, out, pipeline.collect))
+            part("collect", lambda run=run, cfg=run.recipe: collect_for(run, cfg, out, pipeline.collect))
         _train(run, out, say)
         if run.name == until:
             return
@@ -94,7 +94,7 @@ def _train(run: Run, out: Path, say: Say) -> Summary:
     return summary
 
 
-def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
+def collect_for(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
     """ODE trajectories of the model that the stage starts from."""
     device, teacher = pick_device(), load_model(Path(str(run.init.student)))
     net = teacher.net.to(device)

@@ -26,6 +26,7 @@ LEVEL |= dict(
     plan=7,
     pipeline=8,
     ablations=8,
+    ablate=9,
     summary=9,
     cli=10,
     __main__=11,

@@ -191,14 +191,20 @@ def ablate(
         "runs/ablate"
     ),
     json: Json = None,
+    svg: Annotated[Path | None, arg(metavar="FILE.svg", help="the drawing")] = None,
 ) -> None:
     """Run one of the paper's ablations, small enough for a CPU, and draw it; an interrupted one is continued."""
-    from minwm.ablations import ablation, run_ablation
+    from minwm.ablate import draw, run_ablation
+    from minwm.ablations import ablation
+    from minwm.core.media import atomic
 
     plan = ablation(name, out)
-    results = run_ablation(plan, out, say)
-    about = {"question": plan.question, "varies": plan.varies, "small": plan.small}
-    write_numbers({"ablation": plan.name, **about, "arms": [to_dict(result) for result in results]}, json)
+    about = {"question": plan.question, "varies": plan.varies, "small": plan.small, "planned": len(plan.arms)}
+    for results in run_ablation(plan, out, say):
+        write_numbers({"ablation": plan.name, **about, "arms": [to_dict(result) for result in results]}, json)
+        if svg:
+            with atomic(svg) as temporary:
+                temporary.write_text(draw(plan, results))
 
 
 @command(app, "bench")
