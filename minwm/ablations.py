@@ -117,7 +117,7 @@ def batch(out: Path) -> Ablation:
         question="How large must a batch be?",
         varies="clips per step",
         small="100 steps, 2 seeds, cameras relearnt as in `poses`",
-        arms=tuple(arm(size, seed) for seed in range(2) for size in (1, 2, 4, 8, 16, 32)),
+        arms=tuple(arm(size, seed) for size in (1, 2, 4, 8, 16, 32) for seed in range(2)),
         numeric=True,
     )
 

@@ -45,13 +45,14 @@ def test_drift_grows_with_the_root_of_time() -> None:
 
 def test_an_estimator_errs_slowly_in_scale_and_now_and_then_wildly() -> None:
     rot, _ = errors(PoseNoise(slow_deg=1.0))
-    assert np.abs(np.diff(rot)).max() < 0.7 and 1 < rot[:, 16:].mean() < 4
+    assert np.abs(np.diff(rot)).mean() < 0.3 and 1 < rot[:, 16:].mean() < 4
     _, trans = errors(PoseNoise(log_scale=0.5))
     assert trans[:, 0].max() == 0 and errors(PoseNoise(log_scale=0.5))[0].max() < 1e-5
     ends = trans[:, -1] / np.linalg.norm(TRACK.anchored().c2w[-1, :3, 3])
     assert 0.2 < ends.mean() < 0.8
     rot, _ = errors(PoseNoise(outliers=0.05, outlier_deg=15.0))
-    assert np.median(rot) < 1e-5 and (rot > 5).mean() == pytest.approx(0.05, abs=0.03)
+    assert np.median(np.diff(rot)) < 1e-5
+    assert (np.abs(np.diff(rot)) > 3).mean() == pytest.approx(0.1, abs=0.02), "a jump there and a jump back"
 
 
 def test_noise_belongs_to_the_clip_and_the_seed() -> None:
