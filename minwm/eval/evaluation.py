@@ -23,13 +23,13 @@ class EvalConfig:
 
     clips: int = 32
     """Held-out clips for camera following and quality."""
-    revisits: int = 12
+    revisits: int = 8
     """Clips that go out and come back, of each kind."""
     walks: int = 4
     """Worlds of the long streams, each with three routes."""
     seconds: int = 60
     """Length of the long streams."""
-    seeds: int = 4
+    seeds: int = 3
     """Seeds over which diversity is measured."""
     counterfactual: bool = True
     """Every action from one first frame."""
