@@ -149,11 +149,11 @@ def world_64(out: Path) -> Pipeline:
     steps = {
         "codec": 150,
         "foundation": 500,
-        "camera": 5000,
-        "ar": 5000,
+        "camera": 2000,
+        "ar": 3000,
         "ode": 600,
-        "consistency": 800,
-        "dmd": 600,
+        "consistency": 600,
+        "dmd": 450,
     }
     base = world_model(tiny_model().network, 64)
     pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)

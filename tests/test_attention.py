@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minwm.core.config import ConfigError
-from minwm.nets.attention import Cached, Geometry, KVArena, chunk_causal, teacher_forcing
+from minwm.nets.attention import Cached, Geometry, KVArena, Masked, chunk_causal, teacher_forcing
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
@@ -40,6 +40,24 @@ def test_rules_by_hand() -> None:
         [1, 0, 0, 0, 1, 0],
         [1, 1, 0, 0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize("window", [1, 9])
+def test_groups_of_frames_attend_as_under_a_dense_mask(window: int) -> None:
+    """Values and gradients, of teacher forcing on 3 chunks and of a rule that is no prefix."""
+    geometry, tokens = Geometry(tokens=2, chunk=2, first=1, sink=1, window=window), 2
+    generator = torch.Generator().manual_seed(0)
+    for rule, frames in ((teacher_forcing(geometry, 5), 10), (lambda q, k: (q - k) % 3 == 0, 7)):
+        q, k, v = torch.randn(3, 2, 3, tokens * frames, 4, generator=generator, dtype=torch.float64)
+        index = torch.arange(frames)
+        dense = rule(index[:, None], index[None]).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        results = []
+        for attend in (Masked(rule, frames), None):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = attend(0, *leaves) if attend else F.scaled_dot_product_attention(*leaves, attn_mask=dense)
+            results.append([out, *torch.autograd.grad(out.pow(3).sum(), leaves)])
+        for ours, oracle in zip(*results, strict=True):
+            torch.testing.assert_close(ours, oracle)
 
 
 def test_a_short_first_chunk_must_be_a_sink() -> None:

@@ -1,13 +1,14 @@
 """Attention scopes: what a token may look at is an argument of the network, not a mode inside it.
 
 Full()                 everything (bidirectional)
-Masked(rule, ...)      a sentence about frames, expanded to tokens (teacher forcing, oracles)
+Masked(rule, ...)      a sentence about frames (teacher forcing)
 Cached(arena, chunk)   the streamed past and the current chunk, written in place (inference)
 Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk (self-rollout)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -142,24 +143,45 @@ class Full:
 
 
 class Masked:
-    """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them."""
+    """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them.
+
+    Neighbouring frames that see the same form a group, and each group attends, without a mask, to what it sees:
+    nothing is computed to be thrown away, and the fast kernels, which know no masks, can be used.
+    """
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
         self.frames, self.period = frames, period or frames
         index = torch.arange(frames)
-        self.visible = rule(index[:, None], index[None, :])
-        self._mask: Float[Tensor, "s s"] | None = None
+        visible = rule(index[:, None], index[None, :])
+        self.groups, self.pieces = _runs(visible), _runs(visible.T)
+        """Frames in each run that sees the same, and in each run that is seen by the same."""
+        self.seen = [row.nonzero().flatten().tolist() for row in visible[_starts(self.groups)][:, _starts(self.pieces)]]
+        """Of each group, the pieces that it sees."""
 
     def positions(self, frames: int) -> list[int]:
         return [i % self.period for i in range(frames)]
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
-        if self._mask is None:  # 0 or -inf: torch would make that of a boolean mask in every layer, and keep each
-            tokens, kind = q.shape[2] // self.frames, q.device.type
-            visible = self.visible.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
-            self._mask = torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
+        tokens = q.shape[2] // self.frames
+        queries, keys, values = (
+            x.split([tokens * n for n in runs], dim=2)
+            for x, runs in ((q, self.groups), (k, self.pieces), (v, self.pieces))
+        )
+        out = [
+            F.scaled_dot_product_attention(query, *(torch.cat([x[i] for i in seen], dim=2) for x in (keys, values)))
+            for query, seen in zip(queries, self.seen, strict=True)
+        ]
+        return torch.cat(out, dim=2)
+
+
+def _runs(rows: Bool[Tensor, "n m"]) -> list[int]:
+    """Lengths of the runs of equal rows."""
+    starts = [0, *(i for i in range(1, len(rows)) if not torch.equal(rows[i], rows[i - 1]))]
+    return [b - a for a, b in pairwise([*starts, len(rows)])]
+
+
+def _starts(runs: list[int]) -> list[int]:
+    return list(accumulate(runs, initial=0))[:-1]
 
 
 class KVArena:
