@@ -9,19 +9,21 @@ Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
 
 Heads = Float[Tensor, "b a s e"]
-Frames = Int[Tensor, "..."]
-Rule = Callable[[Frames, Frames], Bool[Tensor, "..."]]
-"""rule(query frame, key frame) -> may the query see the key; called on broadcastable integer tensors."""
+Frames = Any
+"""Integers that broadcast: arrays of numpy (on the host, whatever torch is tracing), or tensors."""
+Rule = Callable[[Frames, Frames], Any]
+"""rule(query frame, key frame) -> may the query see the key; made of operators alone."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Geometry:
         return self.lead + (chunk - 1) * self.chunk if chunk else 0
 
     def chunk_of(self, frame: Frames) -> Frames:
-        return torch.where(frame < self.lead, 0, 1 + (frame - self.lead).div(self.chunk, rounding_mode="floor"))
+        return (1 + (frame - self.lead) // self.chunk) * (frame >= self.lead)
 
     def chunks(self, frames: int) -> list[tuple[int, int]]:
         """[start, stop) of every chunk of a clip; `frames` must be a whole number of chunks."""
@@ -102,7 +104,7 @@ class Geometry:
 def chunk_causal(geometry: Geometry) -> Rule:
     """A frame sees its own chunk, the earlier ones within the window, and the sinks."""
 
-    def visible(q: Frames, k: Frames) -> Bool[Tensor, "..."]:
+    def visible(q: Frames, k: Frames) -> Any:
         q, k = geometry.chunk_of(q), geometry.chunk_of(k)
         return (k <= q) & ((k < geometry.sink) | (k > q - geometry.window))
 
@@ -113,11 +115,11 @@ def teacher_forcing(geometry: Geometry, frames: int) -> Rule:
     """Frames are [clean | noisy]. Noisy frames see their own noisy chunk and strictly earlier clean chunks."""
     causal = chunk_causal(geometry)
 
-    def visible(q: Frames, k: Frames) -> Bool[Tensor, "..."]:
+    def visible(q: Frames, k: Frames) -> Any:
         q_noisy, k_noisy = q >= frames, k >= frames
         same = geometry.chunk_of(q % frames) == geometry.chunk_of(k % frames)
         past = causal(q % frames, k % frames) & ~(q_noisy & same)
-        return torch.where(k_noisy, q_noisy & same, past)
+        return (k_noisy & q_noisy & same) | (~k_noisy & past)
 
     return visible
 
@@ -151,11 +153,11 @@ class Masked:
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
         self.frames, self.period = frames, period or frames
-        index = torch.arange(frames)
+        index = np.arange(frames)
         visible = rule(index[:, None], index[None, :])
         self.groups, self.pieces = _runs(visible), _runs(visible.T)
         """Frames in each run that sees the same, and in each run that is seen by the same."""
-        self.seen = [row.nonzero().flatten().tolist() for row in visible[_starts(self.groups)][:, _starts(self.pieces)]]
+        self.seen = [row.nonzero()[0].tolist() for row in visible[_starts(self.groups)][:, _starts(self.pieces)]]
         """Of each group, the pieces that it sees."""
 
     def positions(self, frames: int) -> list[int]:
@@ -168,15 +170,17 @@ class Masked:
             for x, runs in ((q, self.groups), (k, self.pieces), (v, self.pieces))
         )
         out = [
-            F.scaled_dot_product_attention(query, *(torch.cat([x[i] for i in seen], dim=2) for x in (keys, values)))
+            F.scaled_dot_product_attention(
+                query, torch.cat([keys[i] for i in seen], dim=2), torch.cat([values[i] for i in seen], dim=2)
+            )
             for query, seen in zip(queries, self.seen, strict=True)
         ]
         return torch.cat(out, dim=2)
 
 
-def _runs(rows: Bool[Tensor, "n m"]) -> list[int]:
+def _runs(rows: Bool[np.ndarray, "n m"]) -> list[int]:
     """Lengths of the runs of equal rows."""
-    starts = [0, *(i for i in range(1, len(rows)) if not torch.equal(rows[i], rows[i - 1]))]
+    starts = [0, *(i for i in range(1, len(rows)) if (rows[i] != rows[i - 1]).any())]
     return [b - a for a, b in pairwise([*starts, len(rows)])]
 
 
