@@ -141,7 +141,7 @@ class _Measurer:
         self.long: LongRun | None = None
 
     def __call__(self, arm: Arm, folder: Path, seconds: float) -> ArmResult:
-        model, run = _quick(load_model(folder), arm), arm.runs[-1]
+        model, run = _quick(load_model(folder).ready(), arm), arm.runs[-1]
         self.held = held = self.held or HeldOut.of(model.config, MEASURED)
         measured = measure(model.config, held, held.generate(model, seed=1))
         losses = _losses(run, folder) if isinstance(run.recipe, BidirectionalConfig) else None
@@ -173,14 +173,15 @@ def _quick(model: Model, arm: Arm) -> Model:
 @torch.no_grad()
 def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[float, float]:
     """The recipe's loss on held-out clips with their own cameras, and with those of the clip before in the batch."""
-    recipe = build_recipe(replace(run, init=replace(run.init, student=str(folder))), pick_device())
+    device = pick_device()
+    recipe = build_recipe(replace(run, init=replace(run.init, student=str(folder))), device)
     data, totals = ShardDataset(Path(run.data), "val", null=run.model.null()), [0.0, 0.0]
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
         assert clip.cond.w2c is not None
         wrong = replace(clip, cond=replace(clip.cond, w2c=clip.cond.w2c.roll(1, 0)))
         for j, given in enumerate((clip, wrong)):
-            totals[j] += float(recipe.loss(given, 0, generator(0, "reliance", i)).total) / batches
+            totals[j] += float(recipe.loss(given.to(device), 0, generator(0, "reliance", i)).total) / batches
     return totals[0], totals[1]
 
 

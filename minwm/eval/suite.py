@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from minwm.checkpoint import Model, ModelConfig
+from minwm.checkpoint import AnyCodec, Model, ModelConfig
 from minwm.core.camera import CameraTrack
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
@@ -26,7 +26,6 @@ from minwm.eval.follow import (
     prepare,
 )
 from minwm.eval.quality import Quality, chunk_spans, quality
-from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
 from minwm.session import generate_clips
 
@@ -71,7 +70,7 @@ class Clips:
         """From the first frames, along the tracks; other captions than the true ones if given."""
         return generate_clips(model, self.truth[:, 0], captions or self.captions, self.tracks, seed)
 
-    def anchors(self, codec: VideoCodec) -> dict[str, Videos]:
+    def anchors(self, codec: AnyCodec) -> dict[str, Videos]:
         """Videos whose score is known in advance, or bounds that of any model on these latents."""
         size = self.truth.shape[2:4]
         tracks = [case.track for case in self.cases]
@@ -144,14 +143,14 @@ def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple
 
 
 @torch.no_grad()
-def through(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
+def through(codec: AnyCodec, videos: Videos, latents: int = 20) -> Videos:
     """Videos through the codec, streamed clip by clip in pieces of that many latents: no model on its latents can look
     better."""
-    piece, done = latents * codec.stride, np.empty_like(videos)
+    piece, done, device = latents * codec.stride, np.empty_like(videos), next(codec.parameters()).device
     for clip, out in zip(videos, done, strict=True):
         encoding = decoding = None
         for start, stop in pairwise([0, *range(1 + piece, len(clip), piece), len(clip)]):
-            encoded, encoding = codec.encode_next(pixels(clip[None, start:stop]), encoding)
+            encoded, encoding = codec.encode_next(pixels(clip[None, start:stop]).to(device), encoding)
             decoded, decoding = codec.decode_next(encoded, decoding)
             out[start:stop] = to_frames(decoded)[0]
     return done
