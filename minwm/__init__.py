@@ -7,18 +7,31 @@ if TYPE_CHECKING:
     from minwm.core.camera import CameraTrack
     from minwm.core.trajectory import Action
     from minwm.core.types import Clip
-    from minwm.hub import load
+    from minwm.hub import from_pretrained, load, push_to_hub, save_pretrained
     from minwm.session import Session, walk
 
 __version__ = "0.1.0"
-__all__ = ["Action", "CameraTrack", "Clip", "Session", "load", "walk"]
+__all__ = [
+    "Action",
+    "CameraTrack",
+    "Clip",
+    "Session",
+    "from_pretrained",
+    "load",
+    "push_to_hub",
+    "save_pretrained",
+    "walk",
+]
 
 _HOME = {
     "Action": ("minwm.core.trajectory", "Action"),
     "CameraTrack": ("minwm.core.camera", "CameraTrack"),
     "Clip": ("minwm.core.types", "Clip"),
     "Session": ("minwm.session", "Session"),
+    "from_pretrained": ("minwm.hub", "from_pretrained"),
     "load": ("minwm.hub", "load"),
+    "push_to_hub": ("minwm.hub", "push_to_hub"),
+    "save_pretrained": ("minwm.hub", "save_pretrained"),
     "walk": ("minwm.session", "walk"),
 }
 

@@ -5,8 +5,8 @@ The card says what the files of a run say. What none of them knows is left out, 
 
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,19 @@ from typing import Any
 import torch
 
 import minwm
-from minwm.checkpoint import Model, ModelConfig, load_config, load_model
-from minwm.core.config import UserError, to_dict
+from minwm.checkpoint import Model, ModelConfig, load_config, load_model, save_model
+from minwm.core.config import to_dict
+from minwm.core.hub import REPO, HubError, fetch, upload
 from minwm.core.media import atomic
-from minwm.core.runtime import require
 from minwm.core.weights import check, read_json, read_weights
 from minwm.formats import size_name
-from minwm.nets.umt5 import Umt5Text
+from minwm.nets.umt5 import HUB, Umt5Text
 from minwm.sampling import Bidirectional
 
 FILES = ("model.json", "model.safetensors", "codec.safetensors")
 """What a model folder is made of; a run directory holds more, which stays at home."""
 CARD = "README.md"
 KEPT = "<!-- minwm writes what is above. What is below is yours, and kept when the card is written again. -->"
-REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 BASES = {
     "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B",
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B",
@@ -37,10 +36,6 @@ BASES = {
 TIMES = ("fps", "chunk_ms", "chunk_p90_ms", "decode_ms", "first_pixel_ms", "memory_gb")
 MEASURED = {"sampler", "passes", "parameters", "threads", "versions", "date", *TIMES}
 """By which a file that `minwm bench --json` wrote is known."""
-
-
-class HubError(UserError):
-    """A model is neither here nor on the Hub, or the Hub does not take it."""
 
 
 def load(name: str | Path) -> Model:
@@ -62,10 +57,23 @@ def resolve(name: str | Path) -> Path:
     repo, _, revision = str(name).partition("@")
     if not REPO.fullmatch(repo):
         raise HubError(f"{name} is no folder, and no model of the Hub by its form (USER/NAME or USER/NAME@REVISION)")
-    hub = require("huggingface_hub", "pretrained")
-    with _explained(f"{name} is no folder here, and no model that the Hub gives"):
-        hub.hf_hub_download(repo, FILES[0], revision=revision or None)  # alone: others keep gigabytes by our names
-        return Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES)))
+    return fetch(repo, FILES, revision or None, first=FILES[0])  # others keep gigabytes by our names
+
+
+from_pretrained = load
+
+
+def save_pretrained(model: Model, folder: Path, licence: str | None = None) -> None:
+    """Write a model folder and its card; `load` and `push` read it."""
+    save_model(folder, model.config, model.net, model.codec)
+    write_card(folder, licence=licence)
+
+
+def push_to_hub(model: Model, repo: str, *, private: bool = False, licence: str | None = None) -> str:
+    """`push` of a model that is in memory; what its training left beside its weights is not known then."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder), licence)
+        return push(Path(folder), repo, private=private, licence=licence)
 
 
 def push(folder: Path, repo: str, *, private: bool = False, licence: str | None = None) -> str:
@@ -74,29 +82,18 @@ def push(folder: Path, repo: str, *, private: bool = False, licence: str | None 
     A new repository is private if asked, else what the account has as its default. `licence` is an identifier of the
     Hub, such as apache-2.0; without one, that of the card before stays. Who pushes, HF_TOKEN or `hf auth login` says.
     Raises CheckpointError if the folder is no whole model; HubError if the Hub refuses, or shows to all what was to be
-    private: then nothing is uploaded.
+    private, or if the model reads its prompts with an encoder that only this machine has: then nothing is uploaded.
     """
     if not REPO.fullmatch(repo):
         raise HubError(f"{repo} is no name of a repository; give USER/NAME")
-    hub = require("huggingface_hub", "pretrained")
+    text = load_config(folder).text
+    if isinstance(text, Umt5Text) and not text.source.startswith(HUB):
+        raise HubError(
+            f"{folder}/model.json names {text.source} as text.source, which nobody else has; write there the "
+            f"repository of the Hub that it came from, such as {HUB}{BASES['wan2.1-1.3b']}"
+        )
     write_card(folder, repo, licence)
-    with _explained(f"{repo} is not written (`hf auth login` or HF_TOKEN says who you are)"):
-        address = hub.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not hub.model_info(repo).private:
-            raise HubError(f"{repo} exists and is public; make it private in its settings, or give another name")
-        message = f"Model and card, by minwm {minwm.__version__}"
-        hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, CARD], commit_message=message)
-    return str(address)
-
-
-@contextmanager
-def _explained(problem: str) -> Iterator[None]:
-    """What the Hub or the way to it says, as one line after `problem`."""
-    refused = require("huggingface_hub.errors", "pretrained").HfHubHTTPError
-    try:
-        yield
-    except (OSError, ValueError, *refused.__bases__) as error:  # its bases: the errors of its HTTP library
-        raise HubError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return upload(folder, repo, [*FILES, CARD], f"Model and card, by minwm {minwm.__version__}", private)
 
 
 # ---------------------------------------------------------------------------------------------- card

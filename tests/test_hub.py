@@ -17,7 +17,7 @@ from torch import nn
 
 import minwm
 from minwm import formats
-from minwm.checkpoint import CheckpointError, ModelConfig, adopt, load_model, save_model
+from minwm.checkpoint import CheckpointError, ModelConfig, adopt, load_config, load_model, save_model
 from minwm.cli import main
 from minwm.cli.base import parse
 from minwm.core.config import dumps
@@ -321,7 +321,7 @@ def test_only_model_files_are_fetched(
     rev = ("revision", revision)
     assert calls == [
         ("hf_hub_download", ("me/walker", "model.json", rev)),
-        ("snapshot_download", ("me/walker", rev, ("allow_patterns", list(FILES)))),
+        ("snapshot_download", ("me/walker", rev, ("allow_patterns", list(FILES)), ("local_files_only", False))),
     ]
     assert resolve(Path(name)) == project / "dmd"
 
@@ -399,6 +399,33 @@ def test_what_is_no_whole_model_is_not_pushed(copy: Path, project: Path, calls: 
     with pytest.raises(CheckpointError, match=r"codec\.safetensors does not exist"):
         push(copy, "me/walker")
     assert not calls
+
+
+def test_an_encoder_that_only_this_machine_has_is_not_pushed(adopted: Path, calls: list[tuple[str, Any]]) -> None:
+    with pytest.raises(HubError, match=r"names weights/Wan as text\.source, which nobody else has; .* hf://Wan-AI/"):
+        push(adopted, "me/walker")
+    assert not calls
+    config = load_config(adopted)
+    elsewhere = replace(config, text=Umt5Text(source="hf://Wan-AI/Wan2.1-T2V-1.3B", dim=8))
+    (adopted / "model.json").write_text(dumps(elsewhere))
+    push(adopted, "me/walker")
+    assert calls[-1][0] == "upload_folder"
+
+
+def test_a_model_goes_to_a_folder_and_to_the_hub_and_comes_back(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sent = minwm.from_pretrained(project / "dmd"), tmp_path / "sent"
+    minwm.save_pretrained(model, tmp_path / "saved", licence="apache-2.0")
+    assert metadata((tmp_path / "saved" / CARD).read_text())["license"] == "apache-2.0"
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: "https://huggingface.co/me/walker")
+    monkeypatch.setattr(hub, "upload_folder", lambda folder_path, **_: shutil.copytree(folder_path, sent))
+    assert minwm.push_to_hub(model, "me/walker") == "https://huggingface.co/me/walker"
+    for folder in (tmp_path / "saved", sent):
+        found = minwm.load(folder)
+        assert found.config == model.config
+        pairs = zip(found.net.state_dict().items(), model.net.state_dict().items(), strict=True)
+        assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
 def test_half_precision_is_stated(tmp_path: Path) -> None:

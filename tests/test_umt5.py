@@ -4,18 +4,22 @@ import gc
 import sys
 import types
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minwm.cli import main
 from minwm.core.config import ConfigError, UserError, dumps, loads
 from minwm.core.runtime import MissingExtraError
 from minwm.core.weights import read_weights
 from minwm.nets.text import TextEncoder
-from minwm.nets.umt5 import LAYOUTS, Umt5Text, build_encoder, clean, rename
+from minwm.nets.umt5 import LAYOUTS, Umt5Text, build_encoder, clean, read_states, rename
+from minwm.presets import tiny_model
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -124,6 +128,63 @@ def test_what_is_kept_needs_no_encoder(source: str, cache: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{file.name} is damaged.*delete it"):
         text.encode(CAPTIONS)
+
+
+def test_states_from_elsewhere_need_no_encoder(tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are moved from one machine to another that never had the encoder, by the command line."""
+    caption, config = "a red  tower", replace(tiny_model(), text=Umt5Text(source="nowhere", dim=32, length=LENGTH))
+    elsewhere = Umt5Text(source=source, dim=32, length=LENGTH)
+    expected = elsewhere.encode([caption])
+    file = next(path for path in tmp_path.rglob("prompts/*/*.safetensors"))
+    assert read_states(file)[0] == "a red tower"
+    (tmp_path / "model.json").write_text(dumps(config))
+    with pytest.raises(UserError, match="no text encoder in nowhere"):
+        config.text.encode([caption])
+    assert main(["data", "prompts", str(file), "--model", str(tmp_path)]) == 0
+    assert torch.equal(config.text.encode([caption, "a red tower"]), expected.expand(2, -1, -1))
+    with pytest.raises(UserError, match=r"no text encoder in nowhere to encode 'a dome', which is new"):
+        config.text.encode([caption, "a dome"])
+    with pytest.raises(ConfigError, match=r"shape \(3, 8\); this model reads \(1 to 12, 32\)"):
+        config.text.keep("x", torch.zeros(3, 8))
+    save_file({"states": torch.zeros(2, 32)}, tmp_path / "bare.safetensors")
+    (tmp_path / "prompts.txt").write_text("a dome\n\nthe dome\n")
+    for given, told in (("bare.safetensors", "a `caption` in the metadata"), ("prompts.txt", "to encode 'a dome'")):
+        assert main(["data", "prompts", str(tmp_path / given), "--model", str(tmp_path)]) == 2
+        assert told in capsys.readouterr().err
+    (tmp_path / "model.json").write_text(dumps(replace(config, text=elsewhere)))
+    assert main(["data", "prompts", str(tmp_path / "prompts.txt"), "--model", str(tmp_path)]) == 0
+    assert "2 prompts encoded, 0 taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["release", "file", "shards"])
+def test_a_source_on_the_hub_is_fetched_when_a_prompt_is_new(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, calls, there = pytest.importorskip("huggingface_hub"), [], [False]
+    source = save(tmp_path / "encoder", layout, random_encoder())
+
+    def snapshot(repo: str, allow_patterns: list[str], local_files_only: bool, **_: None) -> str:
+        calls.append((repo, local_files_only))
+        if local_files_only and not there[0]:
+            raise hub.errors.LocalEntryNotFoundError("not fetched yet")
+        names = [str(path.relative_to(source)) for path in Path(source).rglob("*") if path.is_file()]
+        wanted = list(hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns))
+        weights = {name for name in names if name.endswith((".safetensors", "index.json", ".pth", "tokenizer.json"))}
+        assert set(wanted) == weights - {"other/large.safetensors"}
+        there[0] = True
+        return source
+
+    (Path(source) / "other").mkdir()
+    (Path(source) / "other" / "large.safetensors").write_bytes(b"")
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    text = Umt5Text(source="hf://Wan-AI/Wan", dim=32, length=LENGTH)
+    expected = Umt5Text(source=source, dim=32, length=LENGTH).encode(CAPTIONS)
+    assert torch.equal(text.encode(CAPTIONS), expected)
+    assert calls[0] == ("Wan-AI/Wan", False) and there[0]
+    there[0] = False
+    calls.clear()
+    assert torch.equal(text.encode(CAPTIONS), expected)
+    assert calls == [("Wan-AI/Wan", True)], "what is kept needs no download"
 
 
 def test_the_encoder_is_loaded_once_and_let_go(source: str, monkeypatch: pytest.MonkeyPatch) -> None:

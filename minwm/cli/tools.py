@@ -60,6 +60,34 @@ def data_encode(
     return say(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 
+@command(data, "data", "prompts")
+def data_prompts(
+    files: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="FILE", help=".txt, a prompt a line; .safetensors, one encoded before"),
+    ],
+    model: Annotated[Path, arg(metavar="DIR", help="model folder, which says what encodes them")],
+) -> None:
+    """Encode prompts ahead, or take encoded ones: training and play then never load the text encoder for them."""
+    from minwm.checkpoint import load_config
+    from minwm.nets.umt5 import Umt5Text, read_states
+
+    text, lines = load_config(model).text, list[str]()
+    if not isinstance(text, Umt5Text):
+        raise UserError(f"{model} reads prompts without an encoder: there is nothing to do ahead")
+    for file in files:
+        if file.suffix == ".safetensors":
+            caption, states = read_states(file)
+            text.keep(caption, states)
+        elif file.suffix == ".txt":
+            lines += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            raise UserError(f"{file}: give .txt or .safetensors files")
+    if lines:
+        text.encode(lines)
+    say(f"{len(lines)} prompts encoded, {sum(file.suffix == '.safetensors' for file in files)} taken as they are")
+
+
 @command(data, "data", "check")
 def data_check(folder: Folder, json: Json = None) -> None:
     """Look for anything wrong in raw clips or latent shards."""

@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError
+from minwm.core.hub import HubError
+from minwm.core.hub import fetch as fetch_files
 from minwm.core.media import atomic
 from minwm.core.runtime import pick_device, progress, require
 from minwm.core.weights import CheckpointError, check, read_weights
@@ -30,6 +32,8 @@ LAYOUTS = (
     ("google/umt5-xxl/tokenizer.json", "models_t5_umt5-xxl-enc-bf16.pth"),
 )
 """Where tokenizer and weights are: Hugging Face in one file, in several, and the original release."""
+HUB = "hf://"
+"""What a source on the Hugging Face Hub begins with."""
 
 RENAMES = (
     (r"^token_embedding\.", "shared."),
@@ -55,7 +59,8 @@ class Umt5Text:
     kind: ClassVar[str] = "umt5"
 
     source: str
-    """Folder of Wan weights with the encoder and its tokenizer, in the layout of Hugging Face or of the release."""
+    """Wan weights with the encoder and its tokenizer, in the layout of Hugging Face or of the release: a folder, or
+    hf://USER/NAME on the Hugging Face Hub, of which only these files are fetched, when a prompt is new."""
     dim: int = 4096
     """Width of a state."""
     length: int = 512
@@ -84,22 +89,37 @@ class Umt5Text:
             row[: len(known)] = known
         return states
 
-    def _folder(self) -> Path:
+    def keep(self, caption: str, states: Float[Tensor, "t d"]) -> None:
+        """Take states that were encoded elsewhere, without their padding, as those of a caption.
+
+        Without the encoder at hand there is nothing to check them against but their shape (ConfigError).
+        """
+        if states.ndim != 2 or not 1 <= len(states) <= self.length or states.shape[1] != self.dim:
+            raise ConfigError(
+                f"states of {caption[:60]!r} have shape {tuple(states.shape)}; "
+                f"this model reads (1 to {self.length}, {self.dim})"
+            )
+        _write(self._folder(given=True) / f"{_digest(clean(caption))}.safetensors", caption, states)
+
+    def _folder(self, given: bool = False) -> Path:
         """Where the states of this encoder are kept, by a sample of its files.
 
-        It is remembered under the path of the source: once all prompts are encoded, the weights may go.
+        It is remembered under the path of the source: once all prompts are encoded, the weights may go. `given`:
+        they may never have been here.
         """
         root = Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser() / "prompts"
-        note = root / f"{_digest(str(Path(self.source).expanduser().absolute()))}-{self.length}.txt"
-        if found := _find(self.source):
+        name = self.source if self.source.startswith(HUB) else str(Path(self.source).expanduser().absolute())
+        note = root / f"{_digest(name)}-{self.length}.txt"
+        known = note.read_text() if note.exists() else None
+        if found := _find(self.source, fetch=not (known or given)):
             identity = fingerprint(*found, self.length)
-            if not note.exists() or note.read_text() != identity:
-                with atomic(note) as temporary:
-                    temporary.write_text(identity)
-        elif note.exists():
-            identity = note.read_text()
+        elif known or given:
+            identity = known or f"given-{_digest(name)[:16]}-{self.length}"
         else:
             raise _absent(self.source)
+        if identity != known:
+            with atomic(note) as temporary:
+                temporary.write_text(identity)
         return root / identity
 
     @torch.no_grad()
@@ -109,7 +129,7 @@ class Umt5Text:
         One at a time: there is no padding, whose masked keys change nothing but the rounding, and so no state
         depends on what else was encoded with it.
         """
-        if not (found := _find(self.source)):
+        if not (found := _find(self.source, fetch=True)):
             raise _absent(self.source, f" to encode {next(iter(new))[:60]!r}, which is new")
         tokens = self._tokens(found[0], new)
         weights = rename(read_weights(found[1]).tensors)
@@ -124,8 +144,7 @@ class Umt5Text:
             for caption, path in new.items():
                 ids = torch.tensor([tokens[caption]], device=encoder.device)
                 states = encoder(input_ids=ids).last_hidden_state[0]
-                with atomic(path) as temporary:
-                    save_file({"states": states.cpu()}, temporary, {"caption": caption})
+                _write(path, caption, states.cpu())
                 bar.advance()
 
     def _tokens(self, file: Path, captions: Iterable[str]) -> dict[str, list[int]]:
@@ -208,12 +227,32 @@ def build_encoder(weights: dict[str, Tensor], source: Path) -> Any:
 
 def has_encoder(folder: Path) -> bool:
     """Whether a folder holds a text encoder with its tokenizer."""
-    return _find(str(folder)) is not None
+    return folder.is_dir() and _find(str(folder)) is not None
 
 
-def _find(source: str) -> tuple[Path, Path] | None:
-    """The files of the tokenizer and of the weights (of shards, their index), if the folder has both."""
-    folder = Path(source).expanduser()
+def read_states(path: Path) -> tuple[str, Float[Tensor, "t d"]]:
+    """A prompt and its states from a file as they are kept: the tensor `states`, and `caption` in the metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()["caption"], file.get_tensor("states")
+    except (SafetensorError, KeyError, TypeError) as error:  # TypeError: no metadata
+        raise UserError(
+            f"{path} holds no encoded prompt ({error}): a tensor `states` and a `caption` in the metadata are needed"
+        ) from error
+
+
+def _find(source: str, fetch: bool = False) -> tuple[Path, Path] | None:
+    """The files of the tokenizer and of the weights (of shards, their index), if the source has both; `fetch` lets
+    them come from the Hub, else only what came before counts."""
+    folder, repo = Path(source).expanduser(), source.removeprefix(HUB)
+    if repo != source:
+        files = [*dict(LAYOUTS), "text_encoder/*.safetensors*", LAYOUTS[-1][1]]
+        try:
+            folder = fetch_files(repo, files, local=not fetch)
+        except HubError:
+            if fetch:
+                raise
+            return None
     layouts = [(folder / tokenizer, folder / weights) for tokenizer, weights in LAYOUTS]
     return next((layout for layout in layouts if all(file.exists() for file in layout)), None)
 
@@ -228,6 +267,11 @@ def _read(path: Path) -> Float[Tensor, "t d"]:
         return load_file(path)["states"]
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and the prompt is encoded again") from error
+
+
+def _write(path: Path, caption: str, states: Float[Tensor, "t d"]) -> None:
+    with atomic(path) as temporary:
+        save_file({"states": states.contiguous()}, temporary, {"caption": caption})
 
 
 def _digest(text: str) -> str:
