@@ -53,7 +53,8 @@ SIZES = {
     "wan2.1-14b": WanConfig(dim=5120, heads=40, layers=40, ffn=13824),
     "wan2.2-ti2v-5b": WanConfig(dim=3072, heads=24, layers=30, ffn=14336, channels=48),
 }
-CAMERA = ("prope_o.weight", "prope_o.bias")
+PROPE = ("prope_o.weight", "prope_o.bias")
+CAMERA = (*PROPE, "plucker.weight", "plucker.bias")
 """Ends of the names of camera parameters."""
 ACTION = (
     "action_embedding.0.weight",
@@ -80,6 +81,7 @@ _BLOCK = {
     "ffn.2": "ffn.net.2",
 }
 _AROUND = {
+    "plucker": "plucker",
     "patch_embedding": "patch_embedding",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
@@ -241,7 +243,8 @@ def _infer(
             raise CheckpointError(f"{path}: no config.json says into how many heads {dim} channels part; give --heads")
         heads = dim // HEAD_WIDTH
         notes.append(f"heads={heads} is assumed, {HEAD_WIDTH} channels each as in all releases; no config.json says so")
-    has_camera = any(name.endswith(CAMERA) for name in tensors)
+    dual = any(name.endswith(PROPE) for name in tensors)
+    inside = "dual" if dual else "plucker" if "plucker.weight" in tensors else "none"
     sizes = {
         "dim": dim,
         "heads": heads,
@@ -252,7 +255,7 @@ def _infer(
         "text_length": given.get("text_len", WanConfig.text_length),
         "freq_dim": _shape(tensors, "time_embedding.0.weight", 2, path)[1],
         "patch": patch[1],
-        "camera": "dual" if has_camera else "single" if given.get("camera") == "single" else "none",
+        "camera": "single" if inside == "none" and given.get("camera") == "single" else inside,
     }
     config = from_dict(WanConfig, sizes)
     expected = {"camera": config.camera, **_config_json(config, layout)}

@@ -236,13 +236,17 @@ def _cameras(cfg: ModelConfig) -> str:
     if cfg.network.camera == "none":
         return "It has no camera control: a trajectory only says how long the video is."
     motion, latent = cfg.motion, cfg.motion.stride / cfg.motion.fps
-    branch = {"dual": "in an attention branch of its own", "single": "in half of the channels of attention"}
+    way, where = {
+        "dual": ("by PRoPE", "in an attention branch of its own"),
+        "single": ("by PRoPE", "in half of the channels of attention"),
+        "plucker": ("as Plücker rays", "added to tokens"),
+    }[cfg.network.camera]
     fields = " x ".join(f"{math.degrees(2 * math.atan(0.5 / focal)):.3g}" for focal in cfg.focal)
     points = [
         "Axes are OpenCV's: x to the right, y down, z forward.",
         "Files and the API take 4x4 camera-to-world matrices (c2w), one per frame, relative to the first frame. Latent "
         f"`i` is seen from the pose of frame `{motion.stride} i`.",
-        f"Inside, cameras enter by PRoPE (`camera={cfg.network.camera}`, {branch[cfg.network.camera]}), as "
+        f"Inside, cameras enter {way} (`camera={cfg.network.camera}`, {where}), from "
         "world-to-camera matrices (w2c) with normalised focal lengths.",
         f"Focal lengths of the training cameras: fx / width = {cfg.focal[0]:.4g}, fy / height = {cfg.focal[1]:.4g} "
         f"({fields} degrees), principal point in the middle. Other cameras are not what it knows.",

@@ -20,10 +20,9 @@ from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.data.trajectories import collect_trajectories
-from minwm.eval.bench import BenchResult, bench_model
-from minwm.eval.follow import Confusion, FollowResult
-from minwm.eval.quality import Quality
-from minwm.eval.suite import HeldOut, Videos, codec_bound, counterfactual, generate_held_out, measure
+from minwm.eval.bench import bench_model
+from minwm.eval.evaluation import Evaluated, headline
+from minwm.eval.suite import ANCHORS, HeldOut, Videos, counterfactual, measure
 from minwm.presets import Evaluation, Pipeline
 from minwm.recipes.ode import OdeConfig, collect
 from minwm.train import Run, Summary, autocast, train
@@ -55,7 +54,7 @@ def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = No
     )
     for run in pipeline.stages:
         if isinstance(run.recipe, OdeConfig):
-            part("collect", lambda run=run, cfg=run.recipe: _collect(run, cfg, out, pipeline.collect))
+            part("collect", lambda run=run, cfg=run.recipe: collect_for(run, cfg, out, pipeline.collect))
         _train(run, out, say)
         if run.name == until:
             return
@@ -95,7 +94,7 @@ def _train(run: Run, out: Path, say: Say) -> Summary:
     return summary
 
 
-def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
+def collect_for(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
     """ODE trajectories of the model that the stage starts from."""
     device, teacher = pick_device(), load_model(Path(str(run.init.student)))
     net = teacher.net.to(device)
@@ -114,25 +113,13 @@ def _collect(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """One row of every table in the report."""
-
-    follow: FollowResult
-    quality: Quality
-    confusion: Confusion | None = None
-    bench: BenchResult | None = None
-    """None for anchors, which are no models."""
-
-
 def evaluate(pipeline: Pipeline, out: Path, say: Say) -> None:
     """Measure the stages of the evaluation and the anchors on the same held-out clips; finished rows are kept."""
     plan, folder = pipeline.evaluation, out / "eval"
     last = load_model(out / plan.stages[-1]).ready()
-    held = HeldOut.make(last.config, plan.clips)
-    videos = {**held.suite.anchors(), "codec": codec_bound(last, held)}
+    held = HeldOut.of(last.config, plan.clips)
     _save_videos(folder / "truth.safetensors", held.truth)
-    for name, anchor in zip(ANCHORS, videos.values(), strict=True):
+    for name, anchor in held.anchors(last.codec).items():
         _keep(folder, name, lambda anchor=anchor: _anchor(last.config, held, anchor), say)
     for name in plan.stages:
         _keep(folder, name, lambda name=name: _evaluate_stage(plan, out, name, held), say)
@@ -144,10 +131,6 @@ def load_rows(pipeline: Pipeline, out: Path) -> dict[str, Evaluated]:
     return {name: loads(Evaluated, (out / "eval" / f"{name}.json").read_text()) for name in names}
 
 
-ANCHORS = ("ground truth", "static camera", "another clip's camera", "codec")
-"""Videos whose score is known in advance, or bounds that of any model."""
-
-
 def _keep(rows: Path, name: str, make: Callable[[], Evaluated], say: Say) -> None:
     path = rows / f"{name}.json"
     if path.exists():
@@ -155,8 +138,7 @@ def _keep(rows: Path, name: str, make: Callable[[], Evaluated], say: Say) -> Non
     start, result = time.monotonic(), make()
     with atomic(path) as temporary:
         temporary.write_text(dumps(result))
-    score = f"camera score {result.follow.score.value:.2f}, PSNR {result.quality.psnr:.1f} dB"
-    say(f"evaluated {name}: {score} ({time.monotonic() - start:.0f} s)")
+    say(f"evaluated {name}: {headline(result)} ({time.monotonic() - start:.0f} s)")
 
 
 def _anchor(config: ModelConfig, held: HeldOut, videos: Videos) -> Evaluated:
@@ -166,7 +148,7 @@ def _anchor(config: ModelConfig, held: HeldOut, videos: Videos) -> Evaluated:
 
 def _evaluate_stage(plan: Evaluation, out: Path, name: str, held: HeldOut) -> Evaluated:
     model = load_model(out / name).ready()
-    videos = generate_held_out(model, held, plan.seed)
+    videos = held.generate(model, plan.seed)
     _save_videos(out / "eval" / f"{name}.safetensors", videos)
     measured, table = measure(model.config, held, videos), None
     if name in plan.counterfactual:

@@ -207,7 +207,8 @@ class Stream:
         origin = self.origin
         if cond.w2c is not None:
             w2c = cond.w2c.double().cpu()
-            if self.reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > self.reach:
+            reach = None if self.net.anchored else self.reach
+            if reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > reach:
                 origin = se3_inverse(w2c[:, 0].detach())
             cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
         self._settle(origin, self.geometry.rolled(self.chunk))

@@ -23,7 +23,7 @@ from minwm.core.runtime import Laps, generator
 from minwm.core.trajectory import Action, Motion, drive
 from minwm.core.types import Condition
 from minwm.render.worlds import World
-from minwm.sampling import Bidirectional, Stream, draw, draws_of, generate, image_chunk
+from minwm.sampling import Bidirectional, Noise, Stream, draw, draws_of, generate, image_chunk, stream
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
@@ -256,6 +256,32 @@ def generate_clips(
     They begin with the images; without any, with what the prompts say.
     Raises UserError for images of another size, or a length that the model cannot make.
     """
+    noise, cond = _given(model, images, prompts, tracks, seed)
+    return to_frames(model.codec.decode(generate(model.net, model.config.sampler, noise, cond, model.config.geometry)))
+
+
+@torch.no_grad()
+def stream_clips(
+    model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: Prompts, tracks: list[CameraTrack], seed: int
+) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
+    """The same of a causal model, as frames chunk by chunk, the images first: pixels of long videos fill no memory."""
+    sampler, decoding = model.config.sampler, None
+    if isinstance(sampler, Bidirectional):
+        raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
+    noise, cond = _given(model, images, prompts, tracks, seed)
+    for latents in stream(model.net, sampler, noise, cond, model.config.geometry):
+        decoded, decoding = model.codec.decode_next(latents, decoding)
+        yield to_frames(decoded)
+
+
+def _given(
+    model: Model,
+    images: UInt8[np.ndarray, "b H W 3"] | None,
+    prompts: Prompts,
+    tracks: list[CameraTrack],
+    seed: int,
+) -> tuple[Noise, Condition]:
+    """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device
     w2c, K = views(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
@@ -266,7 +292,7 @@ def generate_clips(
     cond = Condition(**cfg.read(prompts), w2c=w2c, K=K, first=first).to(device)
     shape = cfg.latent_shape(len(prompts), w2c.shape[1])
     noise = draw(shape, draws_of(cfg.sampler, cfg.geometry), torch.empty(0, device=device), generator(seed, "generate"))
-    return to_frames(model.codec.decode(generate(model.net, cfg.sampler, noise, cond, cfg.geometry)))
+    return noise, cond
 
 
 def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:

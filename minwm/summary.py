@@ -10,9 +10,10 @@ from safetensors.numpy import load_file
 from minwm.core.config import loads
 from minwm.core.runtime import git_commit, versions
 from minwm.core.trajectory import parse
+from minwm.eval.evaluation import Evaluated
 from minwm.eval.report import Command, Example, Latency, ReportData, Stage, Video, write_report
-from minwm.eval.suite import HeldOut
-from minwm.pipeline import ANCHORS, Evaluated, part_seconds
+from minwm.eval.suite import ANCHORS, HeldOut
+from minwm.pipeline import part_seconds
 from minwm.presets import Pipeline
 from minwm.recipes.ode import OdeConfig
 from minwm.sampling import Bidirectional

@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minwm.checkpoint import ModelConfig, States, load_codec, load_weights, save_codec, save_model
-from minwm.core.config import ConfigError, UserError, dumps, loads
+from minwm.core.config import ConfigError, UserError, dumps, from_dict, loads
 from minwm.core.media import atomic
 from minwm.core.runtime import generator as make_generator
 from minwm.core.runtime import git_commit, pick_device, progress, rank, require, versions, world_size
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import Loader, RawDataset, ShardDataset, loader
+from minwm.data.noise import PoseNoise
 from minwm.formats import CAMERA
 from minwm.hub import write_card
 from minwm.nets.backbone import Backbone
@@ -115,6 +116,8 @@ class Run:
     checkpointing: bool = False
     """Compute the activations of each block again in the backward pass: much less memory, a third more time."""
     tensorboard: bool = True
+    pose_noise: PoseNoise | None = None
+    """Errors on the cameras of the training clips (ablations)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every"):
@@ -293,8 +296,8 @@ def train(run: Run, out: Path) -> Summary:
 def _claim(run: Run, out: Path) -> None:
     """Write the run's config and what it starts from, or check that it is the one that `out` was started with."""
     path = out / "run.json"
-    if path.exists() and (old := json.loads(path.read_text())["run"]) != (new := json.loads(dumps(run))):
-        changed = [key for key in new if old.get(key) != new[key]]
+    if path.exists() and (old := from_dict(Run, json.loads(path.read_text())["run"])) != run:
+        changed = [key for key, value in vars(run).items() if vars(old)[key] != value]
         raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
     if not path.exists():
         maker = "minwm data render" if isinstance(run.recipe, CodecTraining) else "minwm data encode"
@@ -331,7 +334,7 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
     codec = load_codec(Path(run.init.codec))
     recipe = build_recipe(run, device)
     begins_with_image, null = run.model.geometry.lead == 1, run.model.null()
-    data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=null)
+    data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=null, noise=run.pose_noise)
     clips = loader(data, run.batch, run.seed, rank(), world_size())
     batches = []
     if data.manifest["counts"].get("val") and not isinstance(run.recipe, DmdConfig):  # whose loss is no distance

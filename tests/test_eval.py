@@ -38,7 +38,7 @@ def suite() -> Suite:
         placement = world.spawn(rng, track)
         assert placement is not None
         cases.append(Case(world, track.moved(placement)))
-    return prepare(cases, 64, 64, distractors=2, config=FAST)
+    return prepare(cases, 64, 64, choices=2, config=FAST)
 
 
 def driven(suite: Suite, speed: float) -> FRAMES:
@@ -54,7 +54,7 @@ def driven(suite: Suite, speed: float) -> FRAMES:
 
 @pytest.fixture(scope="module")
 def of_truth(suite: Suite) -> FollowResult:
-    return evaluate(suite, suite.anchors()["ground truth"], FAST)
+    return evaluate(suite, suite.candidates[:, 0], FAST)
 
 
 def test_a_correct_video_scores_one(of_truth: FollowResult) -> None:

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from minwm.ablate import ArmResult, draw
+from minwm.ablations import ablation
+from minwm.core.config import from_dict
+
 ROOT = Path(__file__).parents[1]
 MODELS = {"camera": "bidirectional, 50 steps", "ar": "autoregressive, 50 steps", "dmd": "autoregressive, 4 steps"}
 
@@ -76,3 +80,28 @@ def test_ten_minutes_of_play_are_as_quick_at_their_end(name: str) -> None:
 
 def test_the_player_is_as_quick_as_its_page_says() -> None:
     assert play_table() in (ROOT / "docs" / "play.md").read_text()
+
+
+def ablation_table(name: str) -> str:
+    """The rows of docs/ablations.md."""
+    results = json.loads((ROOT / "results" / f"ablation-{name}.json").read_text())
+    head = ["camera score [95%]", "turn", "turn missed", "direction missed", "PSNR", "training"]
+    listens = all(arm["reliance"] is not None for arm in results["arms"])
+    rows = [[results["varies"], *head[:1], *["reliance"] * listens, *head[1:]]]
+    for arm in results["arms"]:
+        score, motion = arm["follow"]["score"], arm["follow"]["motion"]["overall"]
+        cells = [arm["name"], f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"]
+        cells += [f"{arm['reliance']:.2f}"] * listens
+        cells += [f"{motion['turn_ratio']['value']:.2f}", f"{100 * motion['turn_error']['value']:.0f} %"]
+        cells += [f"{motion['direction_deg']['value']:.0f}°", f"{arm['quality']['psnr']:.1f} dB"]
+        rows.append([*cells, f"{arm['seconds']:.0f} s"])
+    rows.insert(1, ["---", *["--:"] * (len(rows[0]) - 1)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@pytest.mark.parametrize("name", [path.stem.partition("-")[2] for path in ROOT.glob("results/ablation-*.json")])
+def test_the_ablations_page_shows_the_committed_results(name: str) -> None:
+    assert ablation_table(name) in (ROOT / "docs" / "ablations.md").read_text()
+    results = json.loads((ROOT / "results" / f"ablation-{name}.json").read_text())
+    drawing = draw(ablation(name, ROOT), [from_dict(ArmResult, arm) for arm in results["arms"]])
+    assert drawing == (ROOT / "docs" / f"ablation-{name}.svg").read_text()

@@ -98,7 +98,7 @@ def _fields_as_pairs(argv: list[str]) -> list[str]:
     rest = iter(argv[len(words) :])
     for token in rest:
         name, equals, value = token.removeprefix("--").partition("=")
-        if token in ("-h", "--help", "--show"):
+        if token in ("-h", "--help") or (name in own and own[name].default is False):
             options.append(token)
         elif not token.startswith("--"):
             positionals.append(token)
@@ -145,6 +145,10 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201  (the command line prints)
 
 
+def command_line() -> str:
+    return shlex.join(["minwm", *sys.argv[1:]])
+
+
 def numbers(values: Mapping[str, Any], file: Path | None) -> None:
     """Print values with four digits, a line each, and write them in full to `file`."""
     rounded = jsonlib.loads(jsonlib.dumps(values), parse_float=lambda digits: float(f"{float(digits):.4g}"))
@@ -167,8 +171,7 @@ def write_numbers(values: Mapping[str, Any], file: Path | None) -> None:
     from minwm.core.runtime import git_commit, versions
 
     if file:
-        line = shlex.join(["minwm", *sys.argv[1:]])
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        about = {"command": line, "date": date, "commit": git_commit(), "versions": versions()}
+        about = {"command": command_line(), "date": date, "commit": git_commit(), "versions": versions()}
         with atomic(file) as temporary:
             temporary.write_text(jsonlib.dumps({**about, **values}, indent=1) + "\n")

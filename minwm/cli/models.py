@@ -1,11 +1,11 @@
 """Verbs that train, use and measure models."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from minwm.cli.base import (
     Count,
@@ -18,6 +18,7 @@ from minwm.cli.base import (
     app,
     changes,
     command,
+    command_line,
     numbers,
     read_track,
     refuse_existing,
@@ -137,14 +138,73 @@ def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']
 
 
 @command(app, "eval")
-def evaluate(model: ModelFolder, json: Json = None, clips: Count = 16, seed: Count = 1) -> None:
-    """Measure camera following, quality and drift in worlds that no stage has seen."""
-    from minwm.eval.suite import HeldOut, counterfactual, generate_held_out, measure
+def evaluate(
+    model: Annotated[list[Path], UseAppendAction, arg(metavar="DIR|USER/NAME", help="may be given several times")],
+    json: Json = None,
+    html: Annotated[Path | None, arg(metavar="FILE.html", help="a page with clips side by side")] = None,
+    quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
+    fields: Fields = (),
+) -> None:
+    """Measure camera following, quality, memory, drift and speed in worlds that no stage has seen.
 
-    loaded = _load(model)
-    held = HeldOut.make(loaded.config, clips)
-    measured = measure(loaded.config, held, generate_held_out(loaded, held, seed))
-    numbers(to_dict(replace(measured, confusion=counterfactual(loaded, seed)[2])), json)
+    Sizes are fields: --clips, --revisits, --walks, --seconds, --seeds, --bench-repeats, --seed.
+    """
+    from minwm.core.runtime import git_commit, versions
+    from minwm.eval.evaluation import QUICK, EvalConfig, targets
+    from minwm.eval.evaluation import evaluate as evaluate_models
+    from minwm.eval.page import write_page
+    from minwm.eval.suite import HELD_OUT
+
+    cfg = override(QUICK if quick else EvalConfig(), changes(fields))
+    names = _names(model)
+    result = evaluate_models({name: _load(path) for name, path in names.items()}, cfg, say)
+    teacher = next((r for r in result.rows.values() if r.bench and r.bench.sampler == "autoregressive"), None)
+    judged = {name: targets(row, None if row is teacher else teacher) for name, row in result.rows.items() if row.bench}
+    for name, found in judged.items():
+        for aim in found:
+            say(f"{name}: {aim.what}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: at most {aim.bound:g})")
+    rows = {name: to_dict(row) for name, row in result.rows.items()}
+    plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
+    aims = {name: [to_dict(aim) for aim in found] for name, found in judged.items()}
+    write_numbers({"plan": plan, "seconds": result.seconds, "targets": aims, "rows": rows}, json)
+    if html:
+        about = versions()
+        facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
+                 "PyTorch": about["torch"], "Clips": str(cfg.clips)}  # fmt: skip
+        say(f"page: {write_page(html, result, judged, facts, command_line())}")
+
+
+def _names(models: list[Path]) -> dict[str, Path]:
+    """Short names by which the models go: as much of their paths as tells them apart."""
+    depth = 1
+    while len({Path(*path.parts[-depth:]) for path in models}) < len(models):
+        depth += 1
+        if depth > max(len(path.parts) for path in models):
+            raise UserError("--model: the same folder is given twice")
+    return {str(Path(*path.parts[-depth:])): path for path in models}
+
+
+@command(app, "ablate")
+def ablate(
+    name: Annotated[Positional[str], arg(metavar="NAME", help="poses, steps, batch, camera, distill or sampling")],
+    out: Annotated[Path, arg(metavar="DIR", help="folder of all ablations; they share their clips")] = Path(
+        "runs/ablate"
+    ),
+    json: Json = None,
+    svg: Annotated[Path | None, arg(metavar="FILE.svg", help="the drawing")] = None,
+) -> None:
+    """Run one of the paper's ablations, small enough for a CPU, and draw it; an interrupted one is continued."""
+    from minwm.ablate import draw, run_ablation
+    from minwm.ablations import ablation
+    from minwm.core.media import atomic
+
+    plan = ablation(name, out)
+    about = {"question": plan.question, "varies": plan.varies, "small": plan.small, "planned": len(plan.arms)}
+    for results in run_ablation(plan, out, say):
+        write_numbers({"ablation": plan.name, **about, "arms": [to_dict(result) for result in results]}, json)
+        if svg:
+            with atomic(svg) as temporary:
+                temporary.write_text(draw(plan, results))
 
 
 @command(app, "bench")

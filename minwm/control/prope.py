@@ -14,9 +14,10 @@ from torch import Tensor
 
 from minwm.core.camera import se3_inverse
 
-Mode = Literal["none", "dual", "single"]
+Mode = Literal["none", "dual", "single", "plucker"]
 """none: no camera · dual: a zero-initialised second attention branch, every channel projective (the released
-weights) · single: one branch, half of the channels projective, the rest RoPE over x and y (the paper's form)."""
+weights) · single: one branch, half of the channels projective, the rest RoPE over x and y (the paper's form) ·
+plucker: no PRoPE, ray maps added to tokens (control/plucker.py)."""
 
 Tokens = Float[Tensor, "b s a e"]
 

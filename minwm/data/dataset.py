@@ -21,6 +21,7 @@ from minwm.core.media import pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Clip, Condition
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of
+from minwm.data.noise import PoseNoise
 from minwm.data.shards import WAY_OUT, Entry, list_shards, read_index, read_record
 
 Split = Literal["train", "val"]
@@ -52,12 +53,13 @@ class ShardDataset:
         *,
         image_start: bool = True,
         null: Float[Tensor, "l d"] | None = None,
+        noise: PoseNoise | None = None,
         cache_bytes: int = 2**30,
     ) -> None:
         """`image_start`: the clean first latent is a condition. `null`: text states of the unconditional branch of
-        guidance, if not zeros. Up to `cache_bytes` stay in memory.
+        guidance, if not zeros. `noise`: errors that batches get on their cameras. Up to `cache_bytes` stay in memory.
         """
-        self.path, self.image_start, self.null = path, image_start, null
+        self.path, self.image_start, self.null, self.noise = path, image_start, null, noise
         self.manifest = read_manifest(path, "minwm data encode")
         if self.manifest.get("kind") != "latent shards":
             kind = self.manifest.get("kind")
@@ -111,7 +113,10 @@ class ShardDataset:
                 one, two = (f"{e.id} {tuple(e.latents.shape)}" for e in (examples[0], example))
                 raise DataError(f"{self.path}: latents of {one} and {two}; give each size a folder of its own")
         latents = torch.stack([e.latents for e in examples])
-        w2c, K = views([e.record.track for e in examples], self.manifest["codec"]["stride"])
+        tracks = [e.record.track for e in examples]
+        if self.noise:
+            tracks = [self.noise(track, e.id) for track, e in zip(tracks, examples, strict=True)]
+        w2c, K = views(tracks, self.manifest["codec"]["stride"])
         text = torch.zeros(len(examples), self.manifest["text"]["length"], self.manifest["text"]["dim"])
         for row, example in zip(text, examples, strict=True):
             row[: len(example.text)] = example.text

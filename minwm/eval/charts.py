@@ -46,7 +46,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
         return '<p class="none">no data</p>'
     xs, ys = np.concatenate([x for _, x, _ in lines]), np.concatenate([y for _, _, y in lines])
     log = bool(ys.min() > 0 and ys.max() / ys.min() > 20)
-    y_ticks, x_ticks = (_log_ticks if log else _ticks)(ys.min(), ys.max()), _ticks(xs.min(), xs.max(), 6)
+    y_ticks, x_ticks = (_log_ticks if log else linear_ticks)(ys.min(), ys.max()), linear_ticks(xs.min(), xs.max(), 6)
     y_low, y_high = min(ys.min(), y_ticks[0]), max(ys.max(), y_ticks[-1])
     left, right, top, bottom = 46, 10, 10, 34
 
@@ -141,7 +141,7 @@ def _finite(series: Series) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
     span = high - low or abs(high) or 1.0
     raw = span / count
     unit = 10 ** math.floor(math.log10(raw))

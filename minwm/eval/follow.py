@@ -7,10 +7,10 @@ Three answers, from coarse to fine:
 units;
 - confusion: one first frame, several actions; which action's true video does each generated one resemble?
 
-Every number has anchors that go through the same measurement: `Suite.anchors`.
+Every number has anchors that go through the same measurement: `HeldOut.anchors` in suite.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,10 +19,11 @@ from jaxtyping import Bool, Float, UInt8
 from minwm.core.camera import CameraTrack, se3_inverse, se3_log
 from minwm.core.config import UserError
 from minwm.eval.align import AlignConfig, FirstView, Scene, track
+from minwm.eval.intervals import Bootstrap, Interval
+from minwm.eval.motion import Motions, motions
 from minwm.eval.quality import psnr
 
 Array = np.ndarray
-DRAWS = 1000
 MIN_SEEN = 0.12
 """Frames count only where the commanded camera still sees this share of what the first frame shows."""
 
@@ -37,15 +38,8 @@ class Case:
 
     scene: Scene
     track: CameraTrack
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over clips with its bootstrap 95% interval."""
-
-    value: float
-    low: float
-    high: float
+    command: str = ""
+    """The trajectory in keys, where there is one: measurements are then told per key, too."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,8 @@ class FollowResult:
     """Share of scored frames where tracking failed; they are charged at least the error of standing still."""
     rot_err_per_clip: list[float]
     trans_err_per_clip: list[float]
+    motion: Motions
+    """The same second by second and key by key."""
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -100,16 +96,13 @@ class Suite:
     scored: Bool[Array, "c f"]
 
     @property
+    def per_second(self) -> int:
+        """Latents that are one second."""
+        return max(1, round(self.cases[0].track.fps / self.stride))
+
+    @property
     def names(self) -> list[str]:
         return ["commanded", "static", *(f"distractor {i + 1}" for i in range(self.candidates.shape[1] - 2))]
-
-    def anchors(self) -> dict[str, UInt8[Array, "c f h w 3"]]:
-        """Videos whose score is known in advance; each goes through `evaluate` like a model's."""
-        return {
-            "ground truth": self.candidates[:, 0],
-            "static camera": self.candidates[:, 1],
-            "another clip's camera": self.candidates[:, 2],
-        }
 
     def latent_rate(self, videos: UInt8[Array, "..."]) -> UInt8[Array, "c f h w 3"]:
         """The frames at which latents have poses. Takes videos at either rate; raises FollowError
@@ -132,7 +125,7 @@ def prepare(
     width: int,
     *,
     stride: int = 4,
-    distractors: int = 5,
+    choices: int = 5,
     config: AlignConfig | None = None,
 ) -> Suite:
     """Render all candidates at the latent rate. Distractors are other clips' cameras, started at this clip's
@@ -143,7 +136,7 @@ def prepare(
     if len(lengths) != 1:
         raise FollowError(f"clips of lengths {lengths}; camera following needs at least one clip, all of one length")
     tracks = [case.track.at_latent_rate(stride) for case in cases]
-    others = [_distractors(i, tracks, distractors) for i in range(len(cases))]
+    others = [distractors(i, tracks, choices) for i in range(len(cases))]
     count = min(map(len, others))
     if not count:
         lonely = next(i for i, found in enumerate(others) if not found)
@@ -191,7 +184,7 @@ def evaluate(
         raise FollowError("no frame can be scored: every command turns away from the first view at once")
     sums = {"rot": rot, "trans": trans, "still_rot": still_rot, "still_trans": still_trans}
     per_clip = {name: (value * weight).sum(1) for name, value in sums.items()} | {"frames": total}
-    interval = _Bootstrap(len(frames), seed)
+    interval = Bootstrap(len(frames), seed)
     used = np.maximum(total, 1)
     log_shown, log_wanted = se3_log(motion)[..., 3:], se3_log(wanted)[..., 3:]
     mask = weight * ~shown.lost
@@ -213,6 +206,9 @@ def evaluate(
         lost_frac=float((shown.lost * weight).sum() / total.sum()),
         rot_err_per_clip=(per_clip["rot"] / used).tolist(),
         trans_err_per_clip=(per_clip["trans"] / used).tolist(),
+        motion=motions(
+            motion, wanted, suite.scored, shown.lost, [c.command for c in suite.cases], suite.per_second, interval
+        ),
     )
 
 
@@ -243,18 +239,6 @@ DISTINCT_DEGREES, DISTINCT_UNITS = 3.0, 0.06
 """Two cameras differ clearly when their mean difference exceeds one of these (half a latent step)."""
 MIN_DEGREES, MIN_UNITS = 0.1, 2e-3
 """Below these mean errors of a static camera the commands count as not turning, or not moving."""
-
-
-class _Bootstrap:
-    """Percentile intervals over resampled clips; every metric sees the same resamples."""
-
-    def __init__(self, clips: int, seed: int) -> None:
-        self.all = np.arange(clips)
-        self.draws = np.random.default_rng(seed).integers(0, clips, (DRAWS, clips))
-
-    def __call__(self, statistic: Callable[[Array], float]) -> Interval:
-        low, high = np.percentile([statistic(draw) for draw in self.draws], [2.5, 97.5])
-        return Interval(float(statistic(self.all)), float(low), float(high))
 
 
 def _ratio(a: Array, b: Array) -> float:
@@ -292,7 +276,7 @@ def _static(path: CameraTrack) -> CameraTrack:
     return CameraTrack(np.repeat(path.c2w[:1], len(path), 0), path.K, path.fps, path.unit)
 
 
-def _distractors(index: int, tracks: Sequence[CameraTrack], count: int) -> list[CameraTrack]:
+def distractors(index: int, tracks: Sequence[CameraTrack], count: int) -> list[CameraTrack]:
     """The next clips' cameras moved to this clip's start, skipping those that nearly coincide with its
     command, with standing still or with one another."""
     own = tracks[index]

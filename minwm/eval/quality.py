@@ -1,4 +1,4 @@
-"""Image quality against the true frames: PSNR, SSIM, and how both change with time (drift).
+"""Image quality against the true frames: PSNR, SSIM, how both change with time (drift), flicker and seams.
 
 Frames are uint8 arrays `... n h w 3`; everything here is a pure function of them.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
 from minwm.core.config import UserError
+from minwm.eval.intervals import Bootstrap, Interval
 
 Array = np.ndarray
 QUANTISATION = 1 / 12
@@ -73,6 +74,15 @@ class Quality:
     """Gradient energy of the generated frames over that of the true ones; 1 is as sharp, less is blurred."""
     given: int
     """Chunks at the start that were conditions, not results."""
+    psnr_at: list[Interval]
+    """After 1, 2, ... seconds: mean over the quarter second that ends there, interval over clips."""
+    ssim_at: list[Interval]
+    flicker: float | None
+    """Mean size of the second difference in time over that of the truth: 1 moves as smoothly, more flickers. None
+    for videos at the latent rate, as `seam`."""
+    seam: float | None
+    """Change across chunk borders over change across borders between latents of one chunk, relative to the same ratio
+    of the truth: 1 is no seam. (Latents have seams of their own, which are the codec's.)"""
 
 
 def quality(
@@ -81,14 +91,17 @@ def quality(
     spans: Sequence[tuple[int, int]],
     *,
     given: int = 1,
+    fps: float = 16.0,
+    stride: int = 1,
 ) -> Quality:
     """Measure clips against their true renders. The first `given` chunks were conditions, so they do not
-    count in the totals and the slope (they are still listed). Raises QualityError when nothing is left to
-    measure."""
+    count in the totals and the slope (they are still listed). `fps` is that of these frames, of which `stride` are a
+    latent. Raises QualityError when nothing is left to measure."""
     _same_shape(generated, truth)
     if not 0 <= given < len(spans):
         raise QualityError(f"{len(spans)} chunks of which {given} were given: nothing was generated; pass longer clips")
-    frame_psnr, frame_ssim = psnr(generated, truth).mean(0), ssim(generated, truth).mean(0)
+    all_psnr, all_ssim = psnr(generated, truth), ssim(generated, truth)
+    frame_psnr, frame_ssim = all_psnr.mean(0), all_ssim.mean(0)
     per_psnr = [float(frame_psnr[a:b].mean()) for a, b in spans]
     per_ssim = [float(frame_ssim[a:b].mean()) for a, b in spans]
     start = spans[given][0]
@@ -98,9 +111,48 @@ def quality(
         psnr_per_chunk=per_psnr,
         ssim_per_chunk=per_ssim,
         drift_db_per_chunk=slope(per_psnr[given:]),
-        sharpness=_sharpness(generated[:, start:]) / max(_sharpness(truth[:, start:]), 1e-9),
+        sharpness=float(sharpness(generated[:, start:]).mean() / max(sharpness(truth[:, start:]).mean(), 1e-9)),
         given=given,
+        psnr_at=at_seconds(all_psnr, fps),
+        ssim_at=at_seconds(all_ssim, fps),
+        flicker=flicker(generated) / max(flicker(truth), 1e-9) if stride > 1 else None,
+        seam=_seam(generated, truth, spans, stride),
     )
+
+
+def at_seconds(values: Float[Array, "c n"], fps: float) -> list[Interval]:
+    """Mean over the quarter of a second that ends at 1, 2, ... seconds, with intervals over clips."""
+    bootstrap, width = Bootstrap(len(values)), max(1, round(fps / 4))
+    ends = [round(second * fps) for second in range(1, 1 + int((values.shape[1] - 1) / fps))]
+    found = [bootstrap.mean(values[:, end + 1 - width : end + 1]) for end in ends]
+    return [interval for interval in found if interval]
+
+
+def flicker(frames: UInt8[Array, "c n h w 3"]) -> float:
+    """Mean absolute second difference in time, 8-bit levels: steady motion has little of it."""
+    x = frames.astype(np.float32)
+    return float(np.abs(x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]).mean())
+
+
+def _seam(generated: Array, truth: Array, spans: Sequence[tuple[int, int]], stride: int) -> float | None:
+    """See `Quality.seam`; None where a chunk is a single latent or there is only one."""
+    borders = [start - 1 for start, _ in spans[2:]]  # the border after a given first image is no seam
+    inside = [start - 1 for a, b in spans[1:] for start in range(a + stride, b, stride)]
+    if stride == 1 or not borders or not inside:
+        return None
+    change = [np.abs(np.diff(x.astype(np.float32), axis=1)).mean((0, 2, 3, 4)) for x in (generated, truth)]
+    ratios = [float(x[borders].mean() / max(x[inside].mean(), 1e-6)) for x in change]
+    return ratios[0] / max(ratios[1], 1e-6)
+
+
+def colour_distance(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "..."]) -> Float[Array, "*n"]:
+    """Distance of the colours of frames, wherever they are: 2-Wasserstein between Gaussians of independent red, green
+    and blue, in 8-bit levels."""
+    _same_shape(a, b)
+    (mean_a, spread_a), (mean_b, spread_b) = (
+        (x.mean((-3, -2)), x.std((-3, -2))) for x in (a.astype(np.float32), b.astype(np.float32))
+    )
+    return np.sqrt(((mean_a - mean_b) ** 2 + (spread_a - spread_b) ** 2).sum(-1))
 
 
 def slope(values: Sequence[float]) -> float:
@@ -118,9 +170,10 @@ def _windowed(x: torch.Tensor) -> torch.Tensor:
     return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(-1, -2), groups=3)
 
 
-def _sharpness(frames: Array) -> float:
+def sharpness(frames: UInt8[Array, "*n h w 3"]) -> Float[Array, "*n"]:
+    """Gradient energy of each frame, 8-bit levels squared."""
     grey = frames.astype(np.float32).mean(-1)
-    return float((np.diff(grey, axis=-1) ** 2).mean() + (np.diff(grey, axis=-2) ** 2).mean())
+    return (np.diff(grey, axis=-1) ** 2).mean((-2, -1)) + (np.diff(grey, axis=-2) ** 2).mean((-2, -1))
 
 
 def _same_shape(a: Array, b: Array) -> None:

@@ -17,7 +17,8 @@ from jaxtyping import UInt8
 
 from minwm.core.media import atomic, contact_sheet, mp4_bytes, png_bytes
 from minwm.eval.charts import COLOURS, Series, bar, duration, heat_map, line_chart, number, smooth
-from minwm.eval.follow import Confusion, FollowResult, Interval
+from minwm.eval.follow import Confusion, FollowResult
+from minwm.eval.intervals import Interval
 from minwm.eval.quality import Quality
 
 Frames = UInt8[np.ndarray, "n h w 3"]
@@ -89,6 +90,15 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of the page that someone else has made."""
+
+    key: str
+    title: str
+    html: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that the report shows. Dictionaries keep their order: stages from first to last."""
 
@@ -109,6 +119,8 @@ class ReportData:
     quality: Mapping[str, Quality] = field(default_factory=dict)
     """Models and anchors; `quality_anchors` names the latter."""
     quality_anchors: Collection[str] = ()
+    more: Sequence[Section] = ()
+    """Shown after quality."""
     commands: Sequence[Command] = ()
     caveats: Sequence[str] = ()
 
@@ -125,6 +137,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         ("camera", "Camera following", _following(data.following, data.anchors, colours)),
         ("control", "Counterfactual control", _confusions(data.confusion)),
         ("quality", "Quality and drift", _quality(data.quality, data.quality_anchors, colours)),
+        *((section.key, section.title, section.html) for section in data.more),
         ("training", "Training", _training(data.stages)),
         ("reproduce", "Run it again, change one thing", _commands(data.commands)),
         ("caveats", "What to keep in mind", _caveats(data.caveats)),
@@ -235,7 +248,7 @@ def _speed(rows: Sequence[Latency]) -> str:
         f"<td>{number(r.fps)}</td><td>{number(r.fps / base.fps)}&times;</td></tr>"
         for r in rows
     )
-    head = _head("model", "passes", "first chunk, ms", "sooner", "later chunks, ms", "p90", "frames/s", "speed-up")
+    head = head_row("model", "passes", "first chunk, ms", "sooner", "later chunks, ms", "p90", "frames/s", "speed-up")
     return (
         "<p>Time until the first chunk exists (network only), time of each later chunk, and frames per "
         "second "
@@ -254,25 +267,16 @@ def _following(
     body = "".join(
         f"<tr{' class=anchor' * anchor}><th>{escape(name)}</th>"
         f"<td>{bar(r.score.value, r.score.low, r.score.high, colour=colour)}</td>"
-        f"<td>{_interval(r.score, 2)}</td>"
-        f"<td>{_interval(r.rot_err_deg, 1)}</td><td>{_interval(r.trans_err_u, 3)}</td>"
+        f"<td>{interval_text(r.score, 2)}</td>"
+        f"<td>{interval_text(r.rot_err_deg, 1)}</td><td>{interval_text(r.trans_err_u, 3)}</td>"
         f"<td>{_optional(r.turn_ratio)}</td>"
         f"<td>{_optional(r.speed_ratio)}</td><td>{100 * r.retrieval.value:.0f}%</td>"
-        f"<td>{_fixed(r.psnr_gap.value, 1)}</td>"
+        f"<td>{fixed(r.psnr_gap.value, 1)}</td>"
         f"<td>{100 * r.lost_frac:.0f}%</td></tr>"
         for name, r, colour, anchor in rows
     )
-    head = _head(
-        "video",
-        "-1 … 0 … 1",
-        "score",
-        "rotation, °",
-        "position, u",
-        "turn",
-        "speed",
-        "retrieval",
-        "gap, dB",
-        "lost",
+    head = head_row(
+        "video", "-1 … 0 … 1", "score", "rotation, °", "position, u", "turn", "speed", "retrieval", "gap, dB", "lost"
     )
     result = rows[0][1]
     return (
@@ -317,7 +321,7 @@ def _quality(rows: Mapping[str, Quality], anchors: Collection[str], colours: Map
         f"<td>{q.drift_db_per_chunk:+.2f}</td><td>{100 * q.sharpness:.0f}%</td></tr>"
         for name, q in rows.items()
     )
-    head = _head("video", "PSNR, dB", "SSIM", "drift, dB/chunk", "sharpness")
+    head = head_row("video", "PSNR, dB", "SSIM", "drift, dB/chunk", "sharpness")
     chart = line_chart(
         [
             Series(
@@ -364,22 +368,22 @@ def _caveats(caveats: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in caveats) + "</ul>" if caveats else ""
 
 
-def _head(*names: str) -> str:
+def head_row(*names: str) -> str:
     return "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
 
 
-def _interval(x: Interval, digits: int) -> str:
-    low, high = _fixed(x.low, digits), _fixed(x.high, digits)
-    return f"{_fixed(x.value, digits)} <small>[{low}, {high}]</small>"
+def interval_text(x: Interval, digits: int) -> str:
+    low, high = fixed(x.low, digits), fixed(x.high, digits)
+    return f"{fixed(x.value, digits)} <small>[{low}, {high}]</small>"
 
 
-def _fixed(value: float, digits: int) -> str:
+def fixed(value: float, digits: int) -> str:
     """Fixed digits with a real minus sign, and never a negative zero."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "&minus;")
 
 
 def _optional(value: float | None) -> str:
-    return "&ndash;" if value is None else _fixed(value, 2)
+    return "&ndash;" if value is None else fixed(value, 2)
 
 
 def _ordinal(n: int) -> str:

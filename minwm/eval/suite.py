@@ -2,18 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from minwm.checkpoint import Model, ModelConfig
+from minwm.checkpoint import AnyCodec, Model, ModelConfig
 from minwm.core.camera import CameraTrack
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
 from minwm.core.trajectory import parse
 from minwm.data.rerender import RenderConfig, WorldSource
-from minwm.eval.follow import Case, Confusion, FollowError, FollowResult, Suite, confusion, evaluate, prepare
+from minwm.eval.follow import (
+    Case,
+    Confusion,
+    FollowError,
+    FollowResult,
+    Suite,
+    confusion,
+    distractors,
+    evaluate,
+    prepare,
+)
 from minwm.eval.quality import Quality, chunk_spans, quality
 from minwm.render.worlds import World
 from minwm.session import generate_clips
@@ -26,36 +37,67 @@ PATTERNS = (
     "j*{a},w*{b}", "a+l*{n}", "i*{c},w*{d}", "l*{a},j*{b}", "s+l*{n}", "a*{a},w*{b}",
 )  # fmt: skip
 ACTIONS = ("w", "s", "a", "d", "j", "l", "i", "k")
+ANCHORS = ("ground truth", "static camera", "another clip's camera", "codec")
+"""Baselines of every table: the truth, its first frame held, another path in the same world, the truth through the
+codec."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Clips to be generated, and the truth about them."""
+class Clips:
+    """Clips to be generated, one per world, and the truth about them."""
 
     trajectories: list[str]
     captions: list[str]
     tracks: list[CameraTrack]
     """At pixel rate, anchored at the first frame."""
     truth: Videos
+    cases: list[Case]
+
+    @classmethod
+    def make(cls, config: ModelConfig, trajectories: Sequence[str], seed: int = HELD_OUT) -> "Clips":
+        """Along trajectories of one length, in worlds of that seed."""
+        source = _source(config, trajectories, seed)
+        made = [source.make(i) for i in range(len(trajectories))]
+        records = [record for record, _ in made]
+        cases = [
+            Case(World(int(r.seed or 0)), r.track.moved(np.asarray(r.origin)), name)
+            for r, name in zip(records, trajectories, strict=True)
+        ]
+        truth = np.stack([frames for _, frames in made])
+        return cls(list(trajectories), [r.caption for r in records], [r.track for r in records], truth, cases)
+
+    def generate(self, model: Model, seed: int, captions: list[str] | None = None) -> Videos:
+        """From the first frames, along the tracks; other captions than the true ones if given."""
+        return generate_clips(model, self.truth[:, 0], captions or self.captions, self.tracks, seed)
+
+    def anchors(self, codec: AnyCodec) -> dict[str, Videos]:
+        """Videos whose score is known in advance, or bounds that of any model on these latents."""
+        size = self.truth.shape[2:4]
+        tracks = [case.track for case in self.cases]
+        wrong = [distractors(i, tracks, 1)[0] for i in range(len(tracks))]
+        elsewhere = [case.scene.render(path, *size).frames for case, path in zip(self.cases, wrong, strict=True)]
+        still = np.repeat(self.truth[:, :1], self.truth.shape[1], 1)
+        return dict(zip(ANCHORS, (self.truth, still, np.stack(elsewhere), through(codec, self.truth)), strict=True))
+
+
+@dataclass(frozen=True)
+class HeldOut(Clips):
+    """Clips for camera following, as long as those of the model's training."""
+
     suite: Suite
 
     @classmethod
-    def make(cls, config: ModelConfig, clips: int) -> "HeldOut":
-        """One clip per world, over a fixed list of trajectories, as long as the model's training clips."""
-        names = [trajectory(PATTERNS[i % len(PATTERNS)], config.latents - 1) for i in range(clips)]
-        source = _source(config, names)
-        made = [source.make(i) for i in range(clips)]
-        records = [record for record, _ in made]
-        cases = [Case(World(int(r.seed or 0)), r.track.moved(np.asarray(r.origin))) for r in records]
-        suite = prepare(cases, config.height, config.width, stride=config.motion.stride)
-        truth = np.stack([frames for _, frames in made])
-        return cls(names, [r.caption for r in records], [r.track for r in records], truth, suite)
+    def of(cls, config: ModelConfig, clips: int) -> "HeldOut":
+        """Over a fixed list of trajectories."""
+        made = Clips.make(config, patterns(config, clips))
+        suite = prepare(made.cases, config.height, config.width, stride=config.motion.stride)
+        return cls(**vars(made), suite=suite)
 
     @staticmethod
     def labels(config: ModelConfig, clips: int) -> list[tuple[str, str]]:
         """(trajectory, caption) of every clip, without rendering."""
-        names = [trajectory(PATTERNS[i % len(PATTERNS)], config.latents - 1) for i in range(clips)]
-        source = _source(config, names)
+        names = patterns(config, clips)
+        source = _source(config, names, HELD_OUT)
         return [(name, World(source.seed(i)).caption) for i, name in enumerate(names)]
 
 
@@ -74,17 +116,18 @@ def trajectory(pattern: str, latents: int) -> str:
     return pattern.format(n=latents, a=half, b=latents - half, c=short, d=latents - short)
 
 
-def generate_held_out(model: Model, held: HeldOut, seed: int) -> Videos:
-    return generate_clips(model, held.truth[:, 0], held.captions, held.tracks, seed)
+def patterns(config: ModelConfig, clips: int) -> list[str]:
+    """The trajectories of that many held-out clips."""
+    return [trajectory(PATTERNS[i % len(PATTERNS)], config.latents - 1) for i in range(clips)]
 
 
 def measure(config: ModelConfig, held: HeldOut, videos: Videos) -> Measured:
-    """Videos at the pixel rate, or at the latent rate (one frame per latent, as the anchors are rendered)."""
-    rate = config.motion.stride if videos.shape[1] == held.truth.shape[1] else 1
-    truth = held.truth[:, :: config.motion.stride // rate]
-    first = config.first or config.chunk
-    spans = chunk_spans(videos.shape[1], first, config.chunk, rate)
-    return Measured(evaluate(held.suite, videos), quality(videos, truth, spans))
+    """Videos at the pixel rate."""
+    first, stride = config.first or config.chunk, config.motion.stride
+    spans = chunk_spans(videos.shape[1], first, config.chunk, stride)
+    return Measured(
+        evaluate(held.suite, videos), quality(videos, held.truth, spans, fps=config.motion.fps, stride=stride)
+    )
 
 
 def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple[Videos, Videos, Confusion]:
@@ -99,16 +142,25 @@ def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple
     return videos, truth, confusion(videos, truth, ACTIONS)
 
 
-def codec_bound(model: Model, held: HeldOut) -> Videos:
-    """The truth through the codec: no model on these latents can look better."""
-    with torch.no_grad():
-        return to_frames(model.codec.decode(model.codec.encode(pixels(held.truth))))
+@torch.no_grad()
+def through(codec: AnyCodec, videos: Videos, latents: int = 20) -> Videos:
+    """Videos through the codec, streamed clip by clip in pieces of that many latents: no model on its latents can look
+    better."""
+    piece, done, device = latents * codec.stride, np.empty_like(videos), next(codec.parameters()).device
+    for clip, out in zip(videos, done, strict=True):
+        encoding = decoding = None
+        for start, stop in pairwise([0, *range(1 + piece, len(clip), piece), len(clip)]):
+            encoded, encoding = codec.encode_next(pixels(clip[None, start:stop]).to(device), encoding)
+            decoded, decoding = codec.decode_next(encoded, decoding)
+            out[start:stop] = to_frames(decoded)[0]
+    return done
 
 
-def _source(config: ModelConfig, names: Sequence[str]) -> WorldSource:
+def _source(config: ModelConfig, names: Sequence[str], seed: int) -> WorldSource:
+    latents = parse(names[0], stride=config.motion.stride).latents + 1
     render = RenderConfig(
-        latents=config.latents, height=config.height, width=config.width, focal=config.focal, motion=config.motion,
-        clips_per_world=1, trajectories=tuple(names), seed=HELD_OUT,
+        latents=latents, height=config.height, width=config.width, focal=config.focal, motion=config.motion,
+        clips_per_world=1, trajectories=tuple(names), seed=seed,
     )  # fmt: skip
     return WorldSource(render)
 

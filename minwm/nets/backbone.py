@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
@@ -19,10 +20,10 @@ TextKV = list[tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]]
 
 @dataclass(frozen=True)
 class Bound:
-    """A condition made ready for the network: text keys and values per layer, cameras as projections."""
+    """A condition made ready for the network: text keys and values per layer, cameras as projections or rays."""
 
     text: TextKV
-    camera: Projection | None
+    camera: Projection | Rays | None
 
 
 class Backbone(nn.Module, ABC):
@@ -34,6 +35,8 @@ class Backbone(nn.Module, ABC):
     layers: int
     heads: int
     head_width: int
+    anchored: bool = False
+    """Wants cameras in the frame of the first one: a stream may not move its cache to another."""
     checkpointing: bool = False
     """Compute the activations of a block again in the backward pass instead of keeping them."""
 
@@ -42,7 +45,7 @@ class Backbone(nn.Module, ABC):
         """Text keys and values of every layer; they depend on the prompt alone."""
 
     @abstractmethod
-    def watch(self, cond: Condition) -> Projection | None:
+    def watch(self, cond: Condition) -> Projection | Rays | None:
         """Camera matrices of the condition's frames; None for a network without camera control."""
 
     @abstractmethod

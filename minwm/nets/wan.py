@@ -4,7 +4,7 @@ Sources: Wan2.1 `wan/modules/model.py` for the architecture (facts in the docstr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minwm.control.plucker import NUMBERS, Rays
 from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
@@ -197,7 +198,13 @@ class Wan(Backbone):
         )
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
+        self.anchored = cfg.camera == "plucker"
+        if self.anchored:
+            self.plucker = nn.Linear(NUMBERS * cfg.patch**2, cfg.dim)
+            nn.init.zeros_(self.plucker.weight)
+            nn.init.zeros_(self.plucker.bias)
+        inner = replace(cfg, camera="none") if self.anchored else cfg
+        self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(cfg.layers))
         self.head = Head(cfg)
         e = self.head_width
         self.rope = Rope3D((0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e))
@@ -206,7 +213,7 @@ class Wan(Backbone):
     def init_weights(self) -> None:
         """The release's initialisation: Xavier linears, small embeddings, a silent head and camera branch."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith("prope_o"):
+            if isinstance(module, nn.Linear) and not name.endswith(("prope_o", "plucker")):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for module in (*self.text_embedding, *self.time_embedding):
@@ -227,14 +234,14 @@ class Wan(Backbone):
         text = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
         return [block.cross_attn.read(text) for block in cast(list[Block], self.blocks)]
 
-    def watch(self, cond: Condition) -> Projection | None:
+    def watch(self, cond: Condition) -> Projection | Rays | None:
         if self.config.camera == "none":
             return None
         if cond.w2c is None or cond.K is None:
             raise ConfigError(
                 f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
             )
-        return Projection.bind(cond.w2c, cond.K)
+        return (Rays if self.anchored else Projection).bind(cond.w2c, cond.K)
 
     def later(self, keys: Heads, frames: int) -> Heads:
         if self.config.camera == "single":  # its rotary part has no time
@@ -252,10 +259,14 @@ class Wan(Backbone):
         h, w = (n // self.config.patch for n in x.shape[-2:])
         tokens = self.patch_embedding(rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype))
         tokens = rearrange(tokens, "b d f h w -> b f (h w) d")
+        camera = bound.camera
+        if isinstance(camera, Rays):
+            tokens = tokens + self.plucker(camera.patches(h, w, self.config.patch).to(tokens.dtype))
+            camera = None
         sines = sinusoid(1000 * t, self.config.freq_dim).to(tokens.dtype)
         time = self.time_embedding(sines)
         modulation = self.time_projection(time).float().unflatten(-1, (6, -1))
         rope = self.rope(scope.positions(x.shape[1]), h, w, x.device)
         for block, text in zip(self.blocks, bound.text, strict=True):
-            tokens = self.through(block, tokens, modulation, rope, text, bound.camera, scope)
+            tokens = self.through(block, tokens, modulation, rope, text, camera, scope)
         return unpatchify(self.head(tokens, time.float()), h, w, self.config.patch).to(x.dtype)

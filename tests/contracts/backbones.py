@@ -20,9 +20,11 @@ SMALL = {
         freq_dim=16,
         camera=camera,
     )
-    for camera in ("none", "dual", "single")
+    for camera in ("none", "dual", "single", "plucker")
 }
 CAMERA = [name for name, cfg in SMALL.items() if cfg.camera != "none"]
+PROPE = [name for name in CAMERA if SMALL[name].camera != "plucker"]
+"""What does not know where the world's origin is."""
 HEIGHT, WIDTH, CHANNELS = 4, 6, 4
 
 

@@ -1,0 +1,198 @@
+"""What `minwm eval` measures: each number must read what was put into the videos."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minwm import presets
+from minwm.checkpoint import load_codec
+from minwm.cli import main
+from minwm.core.camera import intrinsics, se3_exp, se3_inverse, se3_log
+from minwm.core.config import ConfigError, UserError
+from minwm.core.media import pixels
+from minwm.core.trajectory import Motion, parse
+from minwm.eval.bench import random_model
+from minwm.eval.drift import LongRun, collapse
+from minwm.eval.evaluation import EvalConfig, check_alike
+from minwm.eval.intervals import Bootstrap
+from minwm.eval.memory import diversity, revisit, revisits, routes
+from minwm.eval.motion import Following, Motions, motions
+from minwm.eval.quality import chunk_spans, colour_distance, quality
+from minwm.eval.suite import ANCHORS, Clips, through
+from minwm.sampling import FewStep
+
+MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
+K = intrinsics(70.0, 64, 64)
+COMMANDS = ("w*8", "l*8", "w*4,l*4", "w+j*8")
+CONFIG = replace(presets.tiny_model(), sampler=FewStep(steps=2))
+
+
+def moved(change: float, lost: tuple[int, int] | None = None) -> Motions:
+    """Cameras that do `change` times what was commanded, from latent to latent."""
+    wanted = np.stack([parse(c).track(MOTION, K).at_latent_rate(4).c2w for c in COMMANDS])
+    steps = se3_exp(change * se3_log(se3_inverse(wanted[:, :-1]) @ wanted[:, 1:]))
+    shown = wanted.copy()
+    for i in range(8):
+        shown[:, i + 1] = shown[:, i] @ steps[:, i]
+    scored, gone = np.ones(wanted.shape[:2], bool), np.zeros(wanted.shape[:2], bool)
+    scored[:, 0] = False
+    if lost:
+        gone[lost] = True
+    return motions(shown, wanted, scored, gone, COMMANDS, 4, Bootstrap(4))
+
+
+def value(following: Following, name: str) -> float:
+    return vars(following)[name].value
+
+
+@pytest.mark.parametrize("change", [1.0, 0.8, 0.0, -1.0])
+def test_every_second_reads_the_motion_that_was_made(change: float) -> None:
+    overall = moved(change).overall
+    assert (overall.turns, overall.moves) == (5, 5)
+    assert value(overall, "turn_ratio") == pytest.approx(change, abs=1e-6)
+    assert value(overall, "turn_error") == pytest.approx(1 - change, abs=1e-6)
+    assert value(overall, "speed_ratio") == pytest.approx(change, abs=0.06)  # a shorter arc bends less
+    want = {1.0: 0.0, 0.8: 0.0, 0.0: 90.0, -1.0: 180.0}[change]
+    assert value(overall, "direction_deg") == pytest.approx(want, abs=4)
+
+
+def test_errors_grow_with_the_seconds_and_are_told_per_key() -> None:
+    result = moved(0.5)
+    assert set(result.per_key) == {"w", "l", "w+j"}
+    assert [result.per_key[key].turns for key in ("w", "l", "w+j")] == [0, 3, 2]
+    assert result.per_key["w"].turn_ratio is None and result.per_key["l"].direction_deg is None
+    first, second = result.per_second
+    assert value(first, "rot_err_deg") == pytest.approx(0.5 * (16 + 16) / 4)  # two of four clips turn at first
+    assert value(second, "rot_err_deg") == pytest.approx(0.5 * (32 + 16 + 32) / 4)
+    assert value(result.per_key["w"], "trans_err_u") == pytest.approx((0.25 + 0.25 + 0.5) / 3)
+    assert value(result.per_key["w"], "trans_aligned_u") == pytest.approx(0, abs=1e-6)
+
+
+def test_a_lost_frame_is_charged_as_standing_still() -> None:
+    lost = moved(1.0, lost=(0, 4)).per_second[0]
+    assert value(lost, "direction_deg") == 0  # the median of three clips that move
+    assert value(lost, "trans_err_u") == pytest.approx(0.5 / 4)
+
+
+def test_intervals_hold_the_mean_and_shrink_with_clips(rng: np.random.Generator) -> None:
+    few, many = (Bootstrap(n).mean(rng.normal(size=(n, 3)) + 5) for n in (8, 128))
+    assert few and many
+    assert few.low < 5 < few.high and many.high - many.low < 0.5 * (few.high - few.low)
+    gaps = np.full((4, 2), np.nan)
+    assert Bootstrap(4).mean(gaps) is None and Bootstrap(4).median(gaps) is None
+    gaps[2, 1] = 3.0
+    found = Bootstrap(4).median(gaps)
+    assert found and (found.value, found.low, found.high) == (3.0, 3.0, 3.0)
+
+
+def test_flicker_and_seams_are_found_where_they_are(rng: np.random.Generator) -> None:
+    spans = chunk_spans(33, first=1, chunk=2, stride=4)
+    base = rng.integers(60, 180, (1, 1, 16, 16, 3)).astype(float)
+    steady = base + np.arange(33)[None, :, None, None, None] + rng.normal(0, 0.5, (1, 33, 16, 16, 3))
+    truth = steady.round().astype(np.uint8)
+    assert quality(truth, truth, spans, stride=4).seam == pytest.approx(1)
+    jumps = truth + np.repeat(np.arange(5), [1, 8, 8, 8, 8])[None, :, None, None, None].astype(np.uint8) * 9
+    found = quality(jumps, truth, spans, stride=4)
+    assert found.seam == pytest.approx(10, rel=0.2) and found.flicker and found.flicker > 1.5
+    shaking = truth + (np.arange(33) % 2 * 8)[None, :, None, None, None].astype(np.uint8)
+    shaken = quality(shaking, truth, spans, stride=4)
+    assert shaken.seam == pytest.approx(1, rel=0.2) and shaken.flicker and shaken.flicker > 5
+    assert quality(truth, truth, spans).flicker is None, "latent rate: nothing to see between latents"
+
+
+def test_colour_distance_does_not_care_where_colours_are(rng: np.random.Generator) -> None:
+    a = rng.integers(0, 200, (2, 3, 8, 8, 3), dtype=np.uint8)
+    assert colour_distance(a, a[:, :, ::-1]).max() < 1e-4
+    assert colour_distance(a, a + np.uint8(10)) == pytest.approx(np.full((2, 3), 10 * np.sqrt(3)), rel=1e-4)
+
+
+def test_collapse_is_a_second_that_is_followed_by_another() -> None:
+    assert collapse([1, 1, 1], 2.0) is None
+    assert collapse([1, 3, 1, 1], 2.0) is None
+    assert collapse([1, 3, 1, 3, 3], 2.0) == 4
+    assert collapse([1, 1, 3], 2.0) == 3
+
+
+def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.random.Generator) -> None:
+    codec = load_codec(Path(str(presets.starting_checkpoint("codec"))))
+    run = LongRun.make(CONFIG, codec, worlds=1, seconds=3)
+    for name, videos in run.anchors().items():
+        curves = run.measure(videos)
+        assert [c.collapsed for c in curves.values()] == [[None]] * 3, name
+    truth = run.measure(run.truth)["random walk"]
+    assert truth.sharpness == pytest.approx([1, 1, 1]) and max(truth.colour) < 1e-4
+    broken = {
+        "grey": lambda x: np.full_like(x, 128),
+        "one colour": lambda x: np.broadcast_to(np.array([200, 40, 90], np.uint8), x.shape),
+        "noise": lambda x: rng.integers(0, 256, x.shape, dtype=np.uint8),
+        "white": lambda x: np.full_like(x, 255),
+    }
+    for name, spoil in broken.items():
+        videos = {route: x.copy() for route, x in run.truth.items()}
+        for x in videos.values():
+            x[:, 5:] = spoil(x[:, 5:])  # from the second second on
+        assert [c.collapsed for c in run.measure(videos).values()] == [[2]] * 3, name
+
+
+def test_the_codec_streams_in_pieces_as_in_one() -> None:
+    codec = load_codec(Path(str(presets.starting_checkpoint("codec"))))
+    frames = np.random.default_rng(0).integers(0, 256, (1, 33, 64, 64, 3), dtype=np.uint8)
+    whole, pieces = through(codec, frames), through(codec, frames, latents=3)
+    assert np.abs(whole.astype(int) - pieces).max() <= 1
+    assert pixels(whole).isfinite().all()
+
+
+def test_only_what_went_away_and_came_back_counts_as_remembered(rng: np.random.Generator) -> None:
+    clips = revisits(CONFIG, 2, away=False)
+    assert clips.trajectories == ["l*4,j*4", "w*4,s*4"]
+    truth = revisit(CONFIG, clips, clips.truth)
+    assert truth.consistency.value > 50 and truth.gain.value > 20 and truth.truth.value > 50
+    still = revisit(CONFIG, clips, np.repeat(clips.truth[:, :1], 33, 1))
+    assert still.gain.value == pytest.approx(0, abs=1e-4)
+    noise = rng.integers(0, 256, clips.truth.shape, dtype=np.uint8)
+    noise[:, 0] = clips.truth[:, 0]
+    forgotten = revisit(CONFIG, clips, noise)
+    assert abs(forgotten.gain.value) < 2 and forgotten.truth.value < 12
+    assert routes(CONFIG, 1, away=True) == ["l*18,j*18"], "72 degrees at 4 per latent"
+
+
+def test_diversity_is_the_spread_over_seeds_and_prompts() -> None:
+    model = random_model(CONFIG)
+    clips = Clips.make(CONFIG, ["w*8", "l*8"])
+    found = diversity(model, clips, seeds=2, seed=0)
+    assert len(found.seed) == len(found.prompt) == 2
+    assert found.seed[-1] > 1 and found.worlds > 10
+    assert max(found.prompt) == 0, "a fresh network has a silent head: it does not hear the prompt"
+
+
+def test_models_that_see_other_things_are_not_compared() -> None:
+    check_alike({"a": CONFIG, "b": CONFIG})
+    with pytest.raises(UserError, match="a has latents=9, b has latents=21"):
+        check_alike({"a": CONFIG, "b": replace(CONFIG, latents=21)})
+    with pytest.raises(ConfigError, match=r"eval.clips=1"):
+        EvalConfig(clips=1)
+
+
+@pytest.mark.slow
+def test_one_command_measures_and_writes_a_page(tmp_path: Path) -> None:
+    from minwm.checkpoint import save_model
+
+    for name in ("one", "two"):
+        model = random_model(CONFIG)
+        save_model(tmp_path / name, CONFIG, model.net, model.codec)
+    folders = [word for name in ("one", "two") for word in ("--model", str(tmp_path / name))]
+    files = ["--json", str(tmp_path / "e.json"), "--html", str(tmp_path / "e.html")]
+    assert main(["eval", *folders, *files, "--quick", "--clips", "3", "--seconds", "2"]) == 0
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert list(result["rows"]) == ["one", "two", *ANCHORS]
+    assert (
+        result["rows"]["codec"]["follow"]["score"]["value"] < result["rows"]["ground truth"]["follow"]["score"]["value"]
+    )
+    assert {aim["met"] for aim in result["targets"]["one"]} <= {True, False}
+    page = (tmp_path / "e.html").read_text()
+    for key in ("targets", "motion", "time", "texture", "revisit", "drift", "diversity", "speed", "camera", "gallery"):
+        assert f'<section id="{key}">' in page
+    assert "http://" not in page and "https://" not in page
