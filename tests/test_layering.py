@@ -15,7 +15,9 @@ import minwm
 
 PACKAGE = Path(minwm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEVEL = dict(core=0, render=1, control=1, nets=2, sampling=3, formats=3, checkpoint=4, data=5, recipes=5, session=5)
+LEVEL = dict(
+    core=0, render=1, control=1, nets=2, sampling=3, formats=3, checkpoint=4, engine=4, data=5, recipes=5, session=5
+)
 LEVEL |= dict(hub=5, parallel=5, train=6, eval=6, play=6, presets=7, plan=7, pipeline=8, summary=9, cli=10, __main__=11)
 LIGHT = {"torch", "numpy", "einops", "jaxtyping", "safetensors", "PIL"}
 """What any file may import at its top; every other library is imported inside functions, in one file each."""

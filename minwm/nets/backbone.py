@@ -1,6 +1,7 @@
 """Backbone: embed -> blocks -> unembed under an attention scope, and the teacher-forced pass built on it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minwm.control.prope import Projection
+from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
 from minwm.nets.attention import Full, Geometry, Heads, KVArena, Masked, Scope, teacher_forcing
@@ -23,6 +25,19 @@ class Bound:
 
     text: TextKV
     camera: Projection | None
+    rope: Tensor | None = None
+    """Table of the positions of the frames, as `places` makes it; None: the network asks the scope."""
+
+
+Paced = tuple[Float[Tensor, "#b #f 1 d"], ...]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What time does to every layer, made ready: samplers ask at the same few times again and again."""
+
+    layers: list[Paced]
+    end: Paced
 
 
 class Backbone(nn.Module, ABC):
@@ -45,8 +60,20 @@ class Backbone(nn.Module, ABC):
     def watch(self, cond: Condition) -> Projection | None:
         """Camera matrices of the condition's frames; None for a network without camera control."""
 
+    def pace(self, t: Float[Tensor, "#b #f"]) -> Times | Pace:
+        """What to give to `velocity` for times that are asked for often: per frame, or one for all (1 x 1)."""
+        return t
+
+    def places(self, x: Latents, scope: Scope) -> Tensor | None:
+        """The network's table of the positions of x's frames, if it has any: for `Bound`."""
+        return None
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compile the blocks, in place. One graph must serve all layers and chunks; no fallback."""
+        raise ConfigError(f"{type(self).__name__} has no compiled form; leave engine.compile off")
+
     @abstractmethod
-    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
         """v at x_t. The one forward pass, whatever the scope."""
 
     @abstractmethod
@@ -69,7 +96,7 @@ class Backbone(nn.Module, ABC):
     def bind(self, cond: Condition) -> Bound:
         return Bound(self.read(cond.text), self.watch(cond))
 
-    def forward(self, x: Latents, t: Times, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
+    def forward(self, x: Latents, t: Times | Pace, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
         bound = self.bind(cond) if isinstance(cond, Condition) else cond
         return self.velocity(x, t, bound, scope or Full())
 
