@@ -134,7 +134,7 @@ def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(name:
 @torch.no_grad()
 def test_warm_up_visits_every_regime() -> None:
     cond, sampler = condition(2, batch=1), FewStep(steps=2)
-    stream = GraphedStream(small("wan-dual"), cond, RING, capture=lambda function, inputs: function)
+    stream = GraphedStream(small("wan-dual"), cond, RING, capture=lambda function, _: function)
     seconds = warm_up(stream, cond, noise_of(2, 0), sampler)
     assert len(seconds) == RING.regimes and all(s > 0 for s in seconds)
     before = set(stream.recorded)
