@@ -6,11 +6,12 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from contracts.backbones import CHANNELS, HEIGHT, WIDTH, condition, small
+from plain import PlainStream
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from minwm.core.memory import Meter
 from minwm.core.types import Condition
 from minwm.engine import EngineConfig, GraphedStream, Race, attention, open_stream, race, warm_up
 from minwm.nets.attention import Cached, Geometry
+from minwm.nets.wan import Wan
 from minwm.sampling import Autoregressive, FewStep, Stream
 
 RING = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1)
@@ -192,3 +194,15 @@ def test_kernels_race_and_choices_are_never_silent() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="needs a CUDA device"):
             open_stream(EngineConfig(graphs=True), small("wan-none"), condition(1), RING)
+
+
+@torch.no_grad()
+def test_the_engine_equals_the_straightforward_form() -> None:
+    """Which is written anew, without scopes, arena, tables or stacked branches; the ring is full half of the way."""
+    net, cond = small("wan-dual"), condition(RING.start(8), batch=1)
+    sampler, noise = FewStep(steps=2), [noise_of(1 if i == 0 else 2, i) for i in range(8)]
+    engine = walk(Stream(net, cond, RING), cond, 8, sampler)
+    plain = PlainStream(cast(Wan, net), cond, RING)
+    for i, made in enumerate(engine):
+        part = cond.frames(RING.start(i), RING.start(i + 1))
+        torch.testing.assert_close(plain.step(part, noise[i], sampler), made, atol=2e-5, rtol=2e-5)
