@@ -50,6 +50,9 @@ class EngineConfig:
     """torch's own choice, the winner of a race on this machine, or a kernel by name."""
 
 
+PLAIN = EngineConfig()
+
+
 class CudaGraphs:
     """Records functions as CUDA graphs in one pool of memory: they run one at a time, and each owns its result."""
 
@@ -153,11 +156,11 @@ def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Autoregressi
     return seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Race:
     """Milliseconds of one attention of a steady chunk, by kernel; None where it cannot run here."""
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     """Heads, query rows, key rows, head width."""
     ms: dict[str, float | None]
 
@@ -174,7 +177,7 @@ def race(net: Backbone, geometry: Geometry, repeats: int = 10) -> Race:
     q = torch.randn(1, net.heads, rows, net.head_width, dtype=weight.dtype, device=weight.device)
     k, v = torch.randn(2, 1, net.heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)
     shape = net.heads, rows, geometry.rows, net.head_width
-    return Race(shape, {name: _ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()})
+    return Race(shape=shape, ms={name: _ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()})
 
 
 def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float | None:
@@ -192,7 +195,7 @@ def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int)
     return 1000 * best
 
 
-def attention(cfg: EngineConfig, raced: Race | None) -> AbstractContextManager[None]:
+def attention(cfg: EngineConfig, raced: Race | None) -> AbstractContextManager[object]:
     """A context in which attention runs as the config says."""
     name = raced.winner if cfg.attention == "race" and raced else cfg.attention
     return nullcontext() if name == "torch" else sdpa_kernel(KERNELS[name])

@@ -185,7 +185,7 @@ def test_kernels_race_and_choices_are_never_silent() -> None:
     assert result.shape == (4, 12, RING.rows, 24)
     assert result.ms["math"] and result.ms["cudnn"] is None
     assert result.winner in {"math", "flash"}
-    assert Race((1, 1, 1, 1), {"math": 2.0, "flash": 1.0, "cudnn": None}).winner == "flash"
+    assert Race(shape=(1, 1, 1, 1), ms={"math": 2.0, "flash": 1.0, "cudnn": None}).winner == "flash"
     q, k, v = torch.randn(3, 1, 2, 4, 8)
     for name in ("torch", "math", "race"):
         with attention(EngineConfig(attention=name), result):

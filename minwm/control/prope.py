@@ -63,9 +63,11 @@ def _per_frame(x: Float[Tensor, "*n s a e"], matrix: Float[Tensor, "*n f 4 4"]) 
 
 def _times(rows: Float[Tensor, "n r 4"], matrix: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n r 4"]:
     """rows @ matrix in float32 at least, whatever the dtype of rows: a camera in bfloat16 is another camera."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
-        return (rows.to(wide) @ matrix.to(rows.device, wide)).to(rows.dtype)
+    if torch.is_autocast_enabled(kind := rows.device.type):
+        with torch.autocast(kind, enabled=False):
+            return _times(rows, matrix)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return (rows.to(wide) @ matrix.to(rows.device, wide)).to(rows.dtype)
 
 
 def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:

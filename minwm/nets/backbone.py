@@ -72,6 +72,13 @@ class Backbone(nn.Module, ABC):
         """Compile the blocks, in place. One graph must serve all layers and chunks; no fallback."""
         raise ConfigError(f"{type(self).__name__} has no compiled form; leave engine.compile off")
 
+    def flops(self, frames: int, tokens: int, seen: int) -> int:
+        """Of one pass over `frames` of `tokens` each that sees `seen` tokens, itself included, for one branch.
+
+        A multiply-add is two; matrix products alone count. The prompt is read and time looked at beforehand.
+        """
+        raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
+
     @abstractmethod
     def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
         """v at x_t. The one forward pass, whatever the scope."""

@@ -308,6 +308,15 @@ class Wan(Backbone):
         patch = self.config.patch
         return self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
 
+    def flops(self, frames: int, tokens: int, seen: int) -> int:
+        cfg, d, rows = self.config, self.config.dim, frames * tokens
+        branches = self.heads // cfg.heads
+        projections = 2 * rows * d * (6 * d + 2 * cfg.ffn + (d if cfg.camera == "dual" else 0))
+        attention = 4 * rows * d * (branches * seen + cfg.text_length)
+        cameras = {"none": 0, "dual": 4, "single": 2}[cfg.camera] * 2 * rows * d * 4  # rows of 4 times 4 x 4
+        ends = 2 * 2 * rows * d * cfg.channels * cfg.patch**2
+        return self.layers * (projections + attention + cameras) + ends
+
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile what is before and after attention, once for all blocks; they hold no index of chunk or layer,
         so a stream needs one graph of each, whatever its regime."""
