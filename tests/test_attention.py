@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minwm.core.config import ConfigError
-from minwm.nets.attention import Cached, Geometry, KVArena, chunk_causal, teacher_forcing
+from minwm.nets.attention import Cached, Geometry, KVArena, Masked, chunk_causal, teacher_forcing
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
@@ -45,3 +45,32 @@ def test_rules_by_hand() -> None:
 def test_a_short_first_chunk_must_be_a_sink() -> None:
     with pytest.raises(ConfigError, match="sink >= 1"):
         Geometry(tokens=1, chunk=2, first=1, sink=0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 9])
+@pytest.mark.parametrize("rule", ["causal", "forced"])
+def test_attention_in_parts_equals_a_dense_mask_with_its_gradients(rule: str, window: int) -> None:
+    geometry = Geometry(tokens=3, chunk=2, first=1, sink=1, window=window)
+    frames, chosen = (7, chunk_causal(geometry)) if rule == "causal" else (14, teacher_forcing(geometry, 7))
+    x = torch.randn(3, 2, 2, 3 * frames, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 2, 3 * frames, 4, dtype=torch.float64)
+    results = []
+    for split in (True, False):
+        out = Masked(chosen, frames, split=split)(0, *x)
+        (gradient,) = torch.autograd.grad((out * weight).sum(), x)
+        results.append((out, gradient))
+    torch.testing.assert_close(*results, atol=1e-12, rtol=1e-10)
+
+
+def test_attention_in_parts_computes_nothing_that_is_hidden() -> None:
+    """Every chunk of 2: clean ones see 1, 3, 5 frames of [clean], noisy ones the past and themselves."""
+    geometry = Geometry(tokens=1, chunk=2, first=1, sink=1, window=9)
+    parts = Masked(teacher_forcing(geometry, 5), 10).parts
+    assert parts == [
+        ((0, 1), [(0, 1)]),
+        ((1, 3), [(0, 3)]),
+        ((3, 5), [(0, 5)]),
+        ((5, 6), [(5, 6)]),
+        ((6, 8), [(0, 1), (6, 8)]),
+        ((8, 10), [(0, 3), (8, 10)]),
+    ]

@@ -8,6 +8,7 @@ Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -143,24 +144,61 @@ class Full:
 
 
 class Masked:
-    """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them."""
+    """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them.
 
-    def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
+    Queries that see the same keys are taken together, without a mask: of what a mask would hide nothing is computed.
+    `split=False` is the plain form, one attention under a dense mask.
+    """
+
+    def __init__(self, rule: Rule, frames: int, period: int | None = None, split: bool = True) -> None:
         self.frames, self.period = frames, period or frames
         index = torch.arange(frames)
         self.visible = rule(index[:, None], index[None, :])
+        self.parts = [(span, _runs(row)) for span, row in _alike(self.visible)] if split else []
         self._mask: Float[Tensor, "s s"] | None = None
 
     def positions(self, frames: int) -> list[int]:
         return [i % self.period for i in range(frames)]
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        if not self.parts:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self._dense(q))
+        tokens, out = q.shape[2] // self.frames, []
+        for (start, stop), runs in self.parts:
+            keys, values = (_joined([x[:, :, a * tokens : b * tokens] for a, b in runs]) for x in (k, v))
+            out.append(F.scaled_dot_product_attention(q[:, :, start * tokens : stop * tokens], keys, values))
+        return torch.cat(out, dim=2)
+
+    def _dense(self, q: Heads) -> Float[Tensor, "s s"]:
         if self._mask is None:  # 0 or -inf: torch would make that of a boolean mask in every layer, and keep each
             tokens, kind = q.shape[2] // self.frames, q.device.type
             visible = self.visible.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
             self._mask = torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
+        return self._mask
+
+
+Span = tuple[int, int]
+
+
+def _alike(visible: Bool[Tensor, "q k"]) -> list[tuple[Span, list[bool]]]:
+    """Spans of neighbouring queries that see the same keys, with what they see."""
+    rows, spans, start = visible.tolist(), [], 0
+    for i, row in enumerate(rows):
+        if i + 1 == len(rows) or rows[i + 1] != row:
+            spans.append(((start, i + 1), row))
+            start = i + 1
+    return spans
+
+
+def _runs(row: list[bool]) -> list[Span]:
+    """Spans of neighbouring keys that are seen."""
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *row, False])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class KVArena:
