@@ -1,12 +1,13 @@
 """The engine against the straightforward form (plain.py), in one run: the same tiny model, weights and prompt.
 
-    python tests/bench_cpu.py --threads 2 --out results/bench-cpu.json
+    python tests/bench_cpu.py --threads 1 2 --out results/bench-cpu.json
 
 Both walk with a full ring, taking turns chunk by chunk, so that whatever else the machine does slows both alike.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -114,25 +115,32 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--chunks", type=int, default=60)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    times, apart = race({"engine": engine, "plain": plain}, given.chunks)
-    result = {
+def measure(makers: dict[str, Callable[[Walk, Condition], Step]], threads: list[int], chunks: int) -> dict[str, Any]:
+    """What a result file holds."""
+    rows, apart = {}, 0.0
+    for count in threads:
+        torch.set_num_threads(count)
+        times, difference = race(makers, chunks)
+        rows[str(count)], apart = summary(times), max(apart, difference)
+    return {
         "what": "a steady chunk of the demo's network: 4 passes and the commit of 2 latents, ring full",
-        "threads": given.threads,
-        "chunks": given.chunks,
+        "chunks": chunks,
         "largest_difference": apart,
-        **summary(times),
+        "threads": rows,
+        "load": os.getloadavg()[0],
         "versions": versions(),
         "commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    text = json.dumps(result, indent=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--chunks", type=int, default=60)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    text = json.dumps(measure({"engine": engine, "plain": plain}, given.threads, given.chunks), indent=1)
     sys.stdout.write(text + "\n")
     if given.out:
         given.out.write_text(text + "\n")

@@ -67,7 +67,10 @@ def _times(rows: Float[Tensor, "n r 4"], matrix: Float[Tensor, "n 4 4"]) -> Floa
         with torch.autocast(kind, enabled=False):
             return _times(rows, matrix)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return (rows.to(wide) @ matrix.to(rows.device, wide)).to(rows.dtype)
+    rows, matrix, dtype = rows.to(wide), matrix.to(rows.device, wide), rows.dtype
+    if torch.compiler.is_compiling():  # a sum of four products fuses with what is around it, a matrix product never
+        return (rows[..., None] * matrix[:, None]).sum(-2).to(dtype)
+    return (rows @ matrix).to(dtype)
 
 
 def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:
