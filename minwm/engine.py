@@ -2,6 +2,7 @@
 
 compile    what is before and after attention in a block becomes a few fused kernels (`Backbone.compile_blocks`)
 graphs     all passes of a chunk are launched at once, from a CUDA graph per regime (`GraphedStream`)
+kernels    norm, RoPE, PRoPE and the arena's rows in one Triton kernel (`Backbone.use_kernels`)
 attention  the kernel that was fastest on this machine, in a race whose times are kept (`race`)
 
 A regime is a slot of the arena with the rows in use: there is one for every chunk until the ring is full, and then
@@ -44,6 +45,8 @@ class EngineConfig:
     """How streams run. The default is the plain form, which runs anywhere."""
 
     compile: bool = False
+    kernels: bool = False
+    """Needs triton, and CUDA unless triton interprets."""
     graphs: bool = False
     """Needs CUDA."""
     attention: Kernel = "torch"
@@ -205,4 +208,6 @@ def ready(cfg: EngineConfig, net: Backbone, geometry: Geometry) -> Race | None:
     """Make a network ready for streams: compiled if asked for; returns the race if one was run."""
     if cfg.compile:
         net.compile_blocks()
+    if cfg.kernels:
+        net.use_kernels()
     return race(net, geometry) if cfg.attention == "race" else None

@@ -156,6 +156,7 @@ def bench(
     repeats: Count = 5,
     chunks: Annotated[int, arg(metavar="N", help="steady chunks that are measured")] = 20,
     compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False,  # noqa: A002
+    kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False,
     graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False,
     attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch",
     window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
@@ -182,7 +183,7 @@ def bench(
         loaded = replace(loaded, config=replace(loaded.config, window=window))
     found = to_dict(bench_model(loaded, repeats=repeats))
     if not isinstance(loaded.config.sampler, Bidirectional):
-        engine = from_dict(EngineConfig, {"compile": compile, "graphs": graphs, "attention": attention})
+        engine = from_dict(EngineConfig, dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention))
         measured = speed.measure_speed(loaded, engine, chunks)
         found["speed"] = to_dict(measured)
         if plot:

@@ -64,6 +64,10 @@ class Backbone(nn.Module, ABC):
         """What to give to `velocity` for times that are asked for often: per frame, or one for all (1 x 1)."""
         return t
 
+    def use_kernels(self) -> None:
+        """Let hand-written kernels do what they can in streams, in place; no fallback."""
+        raise ConfigError(f"{type(self).__name__} has no kernels of its own; leave engine.kernels off")
+
     def places(self, x: Latents, scope: Scope) -> Tensor | None:
         """The network's table of the positions of x's frames, if it has any: for `Bound`."""
         return None

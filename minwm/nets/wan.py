@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
+from minwm.core.runtime import require
 from minwm.core.types import Condition
-from minwm.nets.attention import Branches, Heads, Scope, attend
+from minwm.nets.attention import Branches, Cached, Heads, Scope, attend
 from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
 from minwm.nets.layers import (
     LayerNorm,
@@ -86,6 +87,8 @@ class SelfAttention(nn.Module):
         self.heads, self.mode, self.layer = cfg.heads, cfg.camera, layer
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
+        self.kernel: Callable[..., Tensor] | None = None
+        """`kernels.place`, if it is to be used."""
         self.joined = -1 if cfg.camera == "single" else 2
         """The axis on which branches are stacked."""
         if cfg.camera == "dual":
@@ -111,18 +114,30 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Float[Tensor, "b f p d"]) -> tuple[Float[Tensor, "2 b s a e"], Float[Tensor, "b s a e"]]:
         """Normalised queries and keys, and values."""
-        rows, layers = x.flatten(0, 2), (self.q, self.k, self.v)
-        if eager(x):
-            out = rows.new_empty(3, *rows.shape)
-            for part, layer in zip(out, layers, strict=True):
-                torch.addmm(layer.bias, rows, layer.weight.t(), out=part)
-        else:
-            out = torch.stack([layer(rows) for layer in layers])
+        out = self.linear(x)
         qk = F.rms_norm(out[:2].float(), out.shape[-1:], eps=self.norm_q.eps).to(out.dtype)
         qk[0].mul_(self.norm_q.weight)
         qk[1].mul_(self.norm_k.weight)
-        shape = len(x), -1, self.heads, rows.shape[-1] // self.heads
+        shape = len(x), -1, self.heads, x.shape[-1] // self.heads
         return qk.view(2, *shape), out[2].view(shape)
+
+    def linear(self, x: Float[Tensor, "b f p d"]) -> Float[Tensor, "3 n d"]:
+        rows, layers = x.flatten(0, 2), (self.q, self.k, self.v)
+        if not eager(x):
+            return torch.stack([layer(rows) for layer in layers])
+        out = rows.new_empty(3, *rows.shape)
+        for part, layer in zip(out, layers, strict=True):
+            torch.addmm(layer.bias, rows, layer.weight.t(), out=part)
+        return out
+
+    def placed(
+        self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection, scope: Cached
+    ) -> Float[Tensor, "b s a e"]:
+        """`before` and attention in a stream, with one kernel for all that is between products."""
+        assert self.kernel is not None
+        norms, room = (self.norm_q.weight, self.norm_k.weight), scope.room(self.layer)
+        queries = self.kernel(self.linear(x), norms, rope, camera, room, self.norm_q.eps)
+        return scope.read(self.layer, queries.transpose(1, 2)).transpose(1, 2)
 
     def after(self, out: Float[Tensor, "b s a e"], rope: Tensor, camera: Projection | None) -> Float[Tensor, "r d"]:
         """Projection of what attention found. Dual: o(RoPE branch) + prope_o(PRoPE branch)."""
@@ -205,7 +220,10 @@ class Block(nn.Module):
         scope: Scope,
     ) -> Float[Tensor, "b f p d"]:
         paced, attention = self.paced(time) if isinstance(time, Tensor) else time, self.self_attn
-        out = attend(scope, attention.layer, *self.before(x, paced, rope, camera), dim=attention.joined)
+        if attention.kernel and camera and isinstance(scope, Cached) and eager(x):
+            out = attention.placed(modulated(x, paced[0], paced[1]), rope, camera, scope)
+        else:
+            out = attend(scope, attention.layer, *self.before(x, paced, rope, camera), dim=attention.joined)
         return self.after(x, out, paced, rope, text, camera)
 
 
@@ -324,6 +342,15 @@ class Wan(Backbone):
         before, after = compiled(Block.before), compiled(Block.after)
         for block in cast(list[Block], self.blocks):
             block.before, block.after = partial(before, block), partial(after, block)
+
+    def use_kernels(self) -> None:
+        if self.config.camera != "dual":
+            raise ConfigError(f"the kernel is for camera=dual, this network has {self.config.camera}; leave it off")
+        require("triton", "fast")
+        from minwm.nets import kernels
+
+        for block in cast(list[Block], self.blocks):
+            block.self_attn.kernel = kernels.place
 
     def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
         patch, embedding = self.config.patch, self.patch_embedding
