@@ -119,6 +119,8 @@ def test_files_and_functions_stay_small(file: Path) -> None:
 @by_file
 def test_arguments_are_typed(file: Path) -> None:
     for function in functions(file):
+        if "triton.jit" in map(ast.unparse, function.decorator_list):  # its types are found when it is compiled
+            continue
         given = function.args
         every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
         bare = [a.arg for a in every if a and not a.annotation and a.arg not in ("self", "cls")]

@@ -6,12 +6,13 @@ in wan.py with `attend` in attention.py.
 """
 
 import torch
-import triton
-import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
 from minwm.control.prope import Projection
+from minwm.core.runtime import require
+
+triton, tl = require("triton", "fast"), require("triton.language", "fast")
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def place(
     matrices, frames = camera.matrices.contiguous(), camera.matrices.shape[2]
     if room.stride()[3:] != (e, 1) or room.stride(1) != stacked * room.stride(2) or not qkv.is_contiguous():
         raise ValueError(f"rows of an arena and contiguous inputs are needed, not strides {room.stride()}")
-    _place[(n,)](  # pyright: ignore[reportIndexIssue]
+    _place[(n,)](
         qkv, *norms, rope, matrices, queries, room[0], room[1], n, s, frames, d, stacked // 2, rows, eps,
         e=e, block=triton.next_power_of_2(d // 4), num_warps=4 if torch.version.cuda else 1,
     )  # fmt: skip

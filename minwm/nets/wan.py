@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
-from minwm.core.runtime import require
 from minwm.core.types import Condition
 from minwm.nets.attention import Branches, Cached, Heads, Scope, attend
 from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
@@ -346,7 +345,6 @@ class Wan(Backbone):
     def use_kernels(self) -> None:
         if self.config.camera != "dual":
             raise ConfigError(f"the kernel is for camera=dual, this network has {self.config.camera}; leave it off")
-        require("triton", "fast")
         from minwm.nets import kernels
 
         for block in cast(list[Block], self.blocks):
