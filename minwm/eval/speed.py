@@ -14,6 +14,7 @@ same run, or its unavoidable reads at the rate of a large copy, whichever is lon
 and small products never run at that rate.
 """
 
+import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ class Machine:
     gbytes: float
     """Read and written per second by one large copy; the best of several."""
     dtype: str
+    load: float
+    """Processes that wanted a processor in the last minute, this one included: more than there are disturb."""
     clocks: str | None
     """Clocks, limits and power of the GPU as its driver says, under load; None without one."""
 
@@ -205,6 +208,7 @@ def measure_machine(model: Model, repeats: int = 8) -> Machine:
         tflops=2 * side**3 / product / 1e12,
         gbytes=2 * source.numel() / copied / 1e9,
         dtype=str(weight.dtype).removeprefix("torch."),
+        load=os.getloadavg()[0],
         clocks=_clocks() if cuda else None,
     )
 
