@@ -127,7 +127,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
             stream = Stream(net, clip.cond, cfg.geometry, cfg.sampler.guidance)
             stream.chunk = cfg.geometry.slots  # the ring is full: nothing grows from here on
             _, state = codec.decode_next(clip.latents[:, :1])
-            held += _held_by(stream, state)
+            held += _held_by(stream, state, cfg.sampler.steps + 1)
             with Meter() as passing:
                 stream.commit(stream.look(clip.cond), clip.latents)  # a pass like all others
         with Meter() as decoding:
@@ -141,8 +141,8 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
     return Plan(tuple(held), turns)
 
 
-def _held_by(stream: Stream, decoder: State) -> Iterator[Item]:
-    """What a session holds besides weights."""
+def _held_by(stream: Stream, decoder: State, times: int) -> Iterator[Item]:
+    """What a session holds besides weights; `times` are those at which its network is asked."""
     kv, text = stream.arena.kv, [x for pair in stream.text for x in pair]
     depth, _, branches, heads, rows, width = kv.shape
     each = f"{depth} layers x 2 x {branches} branch{'es' * (branches > 1)}"
@@ -150,6 +150,9 @@ def _held_by(stream: Stream, decoder: State) -> Iterator[Item]:
     _, heads, rows, width = text[0].shape
     prompt = f"{each} x {heads} heads x {rows} rows x {width} x {text[0].itemsize} bytes"
     yield Item("prompt", sum(x.nbytes for x in text), prompt)
+    with Meter() as table:
+        stream.pace(0.0)
+    yield Item("times", times * table.live, f"modulation at {times} times: {depth} layers, each in float32")
     yield Item("decoder state", sum(x.nbytes for x in decoder), "what decoding keeps of the frames before")
     lost = stream.arena.about_to_lose(stream.chunk)
     assert lost is not None  # the ring is full

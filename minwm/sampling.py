@@ -17,7 +17,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, guide, interpolate, schedule
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Full, Geometry, Peek, Scope
-from minwm.nets.backbone import Backbone, Bound
+from minwm.nets.backbone import Backbone, Bound, Pace
 
 Velocity = Callable[[Latents, float], Latents]
 Noise = Float[Tensor, "k b f c h w"]
@@ -159,11 +159,12 @@ def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond
     return x if cond.first is None else torch.cat([cond.first.to(x), x[:, 1:]], dim=1)
 
 
-def guided_velocity(net: Backbone, x: Latents, t: Tensor, bound: Bound, scope: Scope, scale: float) -> Latents:
+def guided_velocity(net: Backbone, x: Latents, t: Tensor | Pace, bound: Bound, scope: Scope, scale: float) -> Latents:
     """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
         return net(x, t, bound, scope)
-    cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), bound, scope).chunk(2)
+    both = t if isinstance(t, Pace) else torch.cat([t, t])
+    cond, uncond = net(x.repeat(2, 1, 1, 1, 1), both, bound, scope).chunk(2)
     return guide(cond, uncond, scale)
 
 
@@ -188,11 +189,28 @@ class Stream:
         self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
         self.text = net.read(self._branches(cond).text)
         self.arena = net.arena(geometry, len(self._branches(cond).text))
+        self.paces: dict[float, Tensor | Pace] = {}
+
+        self._begin(len(cond.text))
+
+    def _begin(self, batch: int) -> None:
         self.chunk = 0
-        self.origin = torch.eye(4, dtype=torch.float64).expand(len(cond.text), 4, 4)
+        self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
         self.rolled = 0
         """Latent frames by which the sinks have moved in time."""
+
+    def restart(self, cond: Condition) -> None:
+        """From the first chunk again, with the prompt of `cond` and the same memory."""
+        self._begin(len(cond.text))
+        self.reword(cond)
+
+    @torch.no_grad()
+    def pace(self, t: float) -> Tensor | Pace:
+        """What time t does to the network; worked out once."""
+        if t not in self.paces:
+            self.paces[t] = self.net.pace(torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device))
+        return self.paces[t]
 
     def _branches(self, cond: Condition) -> Condition:
         return cond if self.guidance == 1 else Condition.stack(cond, cond.without_text())
@@ -248,7 +266,7 @@ class Stream:
         scope = Cached(self.arena, self.chunk)
 
         def velocity(x: Latents, t: float) -> Latents:
-            return guided_velocity(self.net, x, x.new_full(x.shape[:2], t), bound, scope, self.guidance)
+            return guided_velocity(self.net, x, self.pace(t), bound, scope, self.guidance)
 
         return sampler.solve(velocity, noise)
 
@@ -261,7 +279,8 @@ class Stream:
             graded = step == exit_step
             scope = Peek(self.arena, self.chunk) if graded else Cached(self.arena, self.chunk)
             with torch.set_grad_enabled(graded):
-                x0 = x - t * self.net(x, x.new_full(x.shape[:2], t), bound, scope)
+                time = x.new_full(x.shape[:2], t) if graded else self.pace(t)
+                x0 = x - t * self.net(x, time, bound, scope)
             if graded:
                 scored, x0 = x0, x0.detach()
             if step + 1 < len(times):
@@ -274,12 +293,14 @@ class Stream:
 
         They are those of the clean chunk at t = 0; with `noise`, of the chunk at the geometry's `context_noise`.
         """
-        t = x.new_full(x.shape[:2], 0 if noise is None else self.geometry.context_noise)
-        kept = x if noise is None else interpolate(x, noise, t)
-        if self.guidance != 1:
-            kept, t = torch.cat([kept, kept]), torch.cat([t, t])
-        self.net(kept, t, bound, Cached(self.arena, self.chunk))
+        level = 0.0 if noise is None else self.geometry.context_noise
+        kept = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
+        self.keep(bound, kept, level)
         self.chunk += 1
+
+    def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
+        x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
+        self.net(x, self.pace(t), bound, Cached(self.arena, self.chunk))
 
 
 def draw(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:

@@ -22,6 +22,7 @@ from minwm.core.media import frames as to_frames
 from minwm.core.runtime import Laps, generator
 from minwm.core.trajectory import Action, Motion, drive
 from minwm.core.types import Condition
+from minwm.engine import PLAIN, EngineConfig, open_stream
 from minwm.render.worlds import World
 from minwm.sampling import Bidirectional, Noise, Stream, draw, draws_of, generate, image_chunk, stream
 
@@ -37,7 +38,8 @@ class Engine(Protocol):
     chunk: int
     """Latents per step."""
     laps: Laps
-    """Seconds of the newest chunk by stage: diffuse (or render), decode, copy to the host; then commit."""
+    """Seconds of the newest chunk by stage: encode (at the start), diffuse (or render), decode, copy to the host; then
+    finalize."""
 
     def start(self) -> Frames:
         """The first frame, seen from the identity pose."""
@@ -108,7 +110,14 @@ class RendererEngine:
 class ModelEngine:
     """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed."""
 
-    def __init__(self, model: Model, image: UInt8[np.ndarray, "h w 3"] | None, prompt: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        image: UInt8[np.ndarray, "h w 3"] | None,
+        prompt: str,
+        seed: int = 0,
+        engine: EngineConfig = PLAIN,
+    ) -> None:
         cfg = model.config
         if isinstance(cfg.sampler, Bidirectional):
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
@@ -117,6 +126,7 @@ class ModelEngine:
         self.model, self.image, self.motion, self.chunk = model, image, cfg.motion, cfg.chunk
         self.sampler, self.seed, self.device = cfg.sampler, seed, next(model.net.parameters()).device
         self.text = cfg.read([prompt])
+        self.engine, self.opened = engine, None
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
         self.laps = Laps(self.device)
 
@@ -124,27 +134,38 @@ class ModelEngine:
     def start(self) -> Frames:
         """The image; without one, the first chunk, in which the camera stands still."""
         self.noise, self.decoding, self.uncommitted = generator(self.seed, "session"), None, None
+        self.laps.restart()
         geometry, first = self.model.config.geometry, None
         still = np.eye(4)[None].repeat(geometry.lead, 0)
-        self.stream = Stream(self.model.net, self._look(still), geometry, self.sampler.guidance)
+        if self.opened is None:
+            self.opened = open_stream(self.engine, self.model.net, self.look(still), geometry, self.sampler.guidance)
+        else:
+            self.opened.restart(self.look(still))
         if self.image is not None:
             first = self.model.codec.encode(pixels(self.image)[None, None].to(self.device))
             first = image_chunk(first, geometry)
+        self.laps.lap("encode")
         return self._chunk(still, first)
 
     @torch.no_grad()
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
+        self.settle()
+        self.laps.restart()
         return self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
 
     def reword(self, prompt: str) -> None:
         """Another prompt, from the next chunk on."""
         self.text = self.model.config.read([prompt])
-        self.stream.reword(self._look(np.eye(4)[None]))
+        self.stream.reword(self.look(np.eye(4)[None]))
+
+    @property
+    def stream(self) -> Stream:
+        if self.opened is None:
+            raise UserError("the walk has not begun; call start() first")
+        return self.opened
 
     def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Frames:
-        self.settle()
-        self.laps.restart()
-        bound, hidden = self.stream.look(self._look(c2w)), None
+        bound, hidden = self.stream.look(self.look(c2w)), None
         if latents is None:
             draws = draws_of(self.sampler, self.stream.geometry)
             shape = (draws, *self.model.config.latent_shape(1, len(c2w)))
@@ -163,9 +184,10 @@ class ModelEngine:
         if self.uncommitted:
             self.stream.commit(*self.uncommitted)
             self.uncommitted = None
-            self.laps.lap("commit")
+            self.laps.lap("finalize")
 
-    def _look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
+    def look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
+        """The prompt, and cameras at these poses."""
         w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
         return Condition(**self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
 

@@ -63,3 +63,11 @@ def test_groups_of_frames_attend_as_under_a_dense_mask(window: int) -> None:
 def test_a_short_first_chunk_must_be_a_sink() -> None:
     with pytest.raises(ConfigError, match="sink >= 1"):
         Geometry(tokens=1, chunk=2, first=1, sink=0)
+
+
+def test_groups_are_as_few_as_can_be() -> None:
+    """Every chunk of 2: clean ones see 1, 3, 5 frames of [clean], noisy ones the past and themselves."""
+    geometry = Geometry(tokens=1, chunk=2, first=1, sink=1, window=9)
+    masked = Masked(teacher_forcing(geometry, 5), 10)
+    assert masked.groups == [1, 2, 2, 1, 2, 2] and masked.pieces == [1, 2, 2, 1, 2, 2]
+    assert masked.seen == [[0], [0, 1], [0, 1, 2], [3], [0, 4], [0, 1, 5]]

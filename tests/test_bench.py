@@ -2,18 +2,26 @@
 
 import math
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.checkpoint import ModelConfig
-from minwm.core.config import UserError, dumps, loads
+from minwm.control.prope import Mode
+from minwm.core.config import UserError, dumps, loads, to_dict
 from minwm.core.trajectory import Motion
+from minwm.core.types import Condition
+from minwm.engine import EngineConfig
 from minwm.eval.bench import BenchResult, bench_model, random_model
+from minwm.eval.speed import SpeedResult, compare, measure_speed, plot
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.nets.wan import WanConfig
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, Stream
 
 CONFIG = ModelConfig(
     network=WanConfig(
@@ -46,19 +54,64 @@ def test_clocks_fit_together(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-def test_flops_are_those_of_the_closed_form(image: bool) -> None:
-    """Linears 2 N (4 d^2 + 2 d^2 + 2 d ffn + d^2), attention 4 N L d twice, and the prompt 4 N l d; per layer."""
+@pytest.mark.parametrize("camera", ["none", "dual", "single"])
+@torch.no_grad()
+def test_flops_are_those_of_the_closed_form_and_of_the_operators(camera: Mode, image: bool) -> None:
+    """Linears 2 N (4 d^2 + 2 d^2 + 2 d ffn [+ d^2]), attention 4 N L d [twice], and the prompt 4 N l d; per layer."""
     config = replace(CONFIG, first=1 if image else 2, latents=7 if image else 8, sampler=FewStep(steps=1))
-    cfg, tokens = config.network, config.geometry.tokens
-    d, query, seen = cfg.dim, 2 * tokens, config.latents * tokens
-    linear = 2 * query * (7 * d**2 + 2 * d * cfg.ffn)
-    attention = 2 * 4 * query * seen * d + 4 * query * cfg.text_length * d
+    config = replace(config, network=replace(config.network, camera=camera))
+    cfg, geometry = config.network, config.geometry
+    d, query, seen = cfg.dim, 2 * geometry.tokens, config.latents * geometry.tokens
+    linear = 2 * query * ((7 if camera == "dual" else 6) * d**2 + 2 * d * cfg.ffn)
+    attention = (2 if camera == "dual" else 1) * 4 * query * seen * d + 4 * query * cfg.text_length * d
     ends = 2 * query * 2 * (4 * cfg.channels) * d  # patches in, patches out
-    time = 2 * 2 * (cfg.freq_dim * d + 7 * d**2)  # per frame and not per token
-    cameras = 2 * query * 4 * 4 * d  # 4x4 matrices on channel quadruples of q, k, v and output
-    result = bench_model(random_model(config), repeats=1)
-    want = cfg.layers * (linear + attention + cameras) + ends + time
-    assert 1e9 * result.pass_gflop == pytest.approx(want, rel=1e-6)
+    cameras = {"none": 0, "dual": 1, "single": 0.5}[camera] * 4 * 2 * query * 4 * d  # on q, k, v and output
+    want = cfg.layers * (linear + attention + cameras) + ends
+    model = random_model(config)
+    assert 1e9 * bench_model(model, repeats=1).pass_gflop == want
+    K = torch.tensor(config.intrinsics, dtype=torch.float32).expand(1, 2, 4)
+    cond = Condition(**config.read(["a room"]), w2c=torch.eye(4).expand(1, 2, 4, 4), K=K)
+    stream = Stream(model.net, cond, geometry)
+    stream.chunk = len(geometry.chunks(config.latents)) - 1
+    bound, x = stream.look(cond), torch.zeros(config.latent_shape(1, 2))
+    stream.pace(0.0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        stream.keep(bound, x)
+    assert counter.get_total_flops() == want
+
+
+def test_a_pass_of_the_published_network_costs_what_is_known_of_it() -> None:
+    """17.1 TFLOP + 2.30e-3 per visible token, for 4 latents of 1560 tokens and both branches."""
+    with torch.device("meta"):
+        net = replace(WanConfig(), camera="dual").build()
+    for frames in (4, 12, 20):
+        seen = 1560 * frames
+        assert net.flops(4, 1560, seen) / 1e12 == pytest.approx(17.1 + 2.30e-3 * seen, rel=0.005)
+
+
+def test_speed_has_every_stage_and_compares() -> None:
+    result = measure_speed(random_model(CONFIG), EngineConfig(attention="race"), chunks=3)
+    assert list(result.rows) == ["encode", "diffuse", "decode", "copy", "finalize"]
+    assert (result.chunks, result.visible, result.frames, result.m7_recompiles) == (3, 17, 8, 0)
+    assert result.attention and result.attention.ms[result.attention.winner]
+    for row in (result.m1_first_chunk, result.m2_chunk, result.m5_action_to_pixel, result.rows["diffuse"]):
+        assert row.bound_ms and row.percent == pytest.approx(100 * row.bound_ms / row.median_ms)
+        assert 0 < row.median_ms <= row.p90_ms <= row.p99_ms
+    first, steady = result.m1_first_chunk.gflop, result.rows["diffuse"].gflop
+    assert first and steady and first < steady  # it sees three latents, not seventeen
+    assert loads(SpeedResult, dumps(result)) == result
+    drawn = ElementTree.fromstring(plot(result))
+    assert {"diffuse", "finalize", "action to pixel"} <= {text.text for text in drawn.iter() if text.text}
+    file = {"speed": to_dict(result), "versions": {}}
+    lines = compare(file, file)
+    assert len(lines) == 8 and all(line.endswith("1.00x") for line in lines)
+    other = {"speed": to_dict(replace(result, engine=EngineConfig())), "versions": {"torch": "9"}}
+    assert compare(file, other)[-2:] == [
+        "engine.attention: race -> torch",
+        "measured on different machines or versions: ratios say nothing about the code alone",
+    ]
+    with pytest.raises(UserError, match="no stream to measure"):
+        measure_speed(random_model(replace(CONFIG, sampler=Bidirectional(steps=1))), EngineConfig())
 
 
 def test_an_image_of_another_size_and_a_length_that_is_no_clip_are_refused() -> None:

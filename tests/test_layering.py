@@ -15,7 +15,9 @@ import minwm
 
 PACKAGE = Path(minwm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEVEL = dict(core=0, render=1, control=1, nets=2, sampling=3, formats=3, checkpoint=4, data=5, recipes=5, session=5)
+LEVEL = dict(
+    core=0, render=1, control=1, nets=2, sampling=3, formats=3, checkpoint=4, engine=4, data=5, recipes=5, session=5
+)
 LEVEL |= dict(
     hub=5,
     parallel=5,
@@ -102,6 +104,8 @@ def test_imports_only_point_down(file: Path) -> None:
 @by_file
 def test_only_light_libraries_are_imported_at_the_top(file: Path) -> None:
     allowed = LIGHT | SHARED if part(file) in ("cli", "presets") else LIGHT
+    if file.name == "kernels.py":  # a file that is itself imported only where triton is
+        allowed = allowed | {"triton"}
     for node in at_import(tree(file)):
         for module in modules(node):
             assert outside(module) in {None, *allowed}, f"import {module} inside the function that uses it"
@@ -129,6 +133,8 @@ def test_files_and_functions_stay_small(file: Path) -> None:
 @by_file
 def test_arguments_are_typed(file: Path) -> None:
     for function in functions(file):
+        if "triton.jit" in map(ast.unparse, function.decorator_list):  # its types are found when it is compiled
+            continue
         given = function.args
         every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
         bare = [a.arg for a in every if a and not a.annotation and a.arg not in ("self", "cls")]

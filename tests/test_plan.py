@@ -111,9 +111,14 @@ def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch
     assert lost is not None and item(plan, "undo") == lost.nbytes
     _, state = codec.decode_next(torch.zeros(config.latent_shape(1, 3)))
     assert item(plan, "decoder state") == sum(x.nbytes for x in state)
-    shape = config.latent_shape(1, config.chunk)
+    noise = torch.zeros(draws_of(sampler, MODEL.geometry), *config.latent_shape(1, config.chunk))
+    bound = stream.look(cond)
+    with Meter() as first:
+        latents = stream.next_chunk(bound, noise, sampler)
+        stream.keep(bound, latents)
+    assert item(plan, "times") == pytest.approx(first.live - latents.nbytes, rel=0.15)  # and a table of places
     with Meter() as passing:
-        latents = stream.next_chunk(stream.look(cond), torch.zeros(draws_of(sampler, MODEL.geometry), *shape), sampler)
+        latents = stream.next_chunk(bound, noise, sampler)
     assert item(plan, "activations: network") == pytest.approx(passing.peak, rel=0.15)
     with Meter() as decoding:
         codec.decode_next(latents, state)

@@ -105,3 +105,35 @@ def test_the_ablations_page_shows_the_committed_results(name: str) -> None:
     results = json.loads((ROOT / "results" / f"ablation-{name}.json").read_text())
     drawing = draw(ablation(name, ROOT), [from_dict(ArmResult, arm) for arm in results["arms"]])
     assert drawing == (ROOT / "docs" / f"ablation-{name}.svg").read_text()
+
+
+def race_table() -> str:
+    """The rows of docs/performance.md: the engine against other forms."""
+    results = json.loads((ROOT / "results" / "bench-cpu.json").read_text())
+    rows = ["| threads | engine | straightforward | ratio | reference | ratio |", "|--:|--:|--:|--:|--:|--:|"]
+    for threads, row in results["threads"].items():
+        engine, others = row["engine"], [row["plain"], row["reference"]]
+        pairs = (f"{other['median_ms']:.0f} ms | {other['engine_is_faster_by']:.2f}" for other in others)
+        rows.append(f"| {threads} | {engine['median_ms']:.0f} ms | {' | '.join(pairs)} |")
+    return "\n".join(rows)
+
+
+def speed_table() -> str:
+    """The same page: stages of a chunk beside their bounds."""
+    speed = json.loads((ROOT / "results" / "speed-cpu.json").read_text())["speed"]
+    rows = ["| | median | p90 | GFLOP | of the roofline |", "|---|--:|--:|--:|--:|"]
+    named = {
+        **speed["rows"],
+        "M1, first chunk": speed["m1_first_chunk"],
+        "M2, steady chunk": speed["m2_chunk"],
+        "M5, action to pixel": speed["m5_action_to_pixel"],
+    }
+    for name, row in named.items():
+        bound = f"{row['gflop']:.2f} | {row['percent']:.0f}%" if row["gflop"] else "|"
+        rows.append(f"| {name} | {row['median_ms']:.1f} ms | {row['p90_ms']:.1f} ms | {bound} |")
+    return "\n".join(rows)
+
+
+def test_the_page_on_performance_shows_the_committed_results() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert race_table() in page and speed_table() in page

@@ -25,7 +25,7 @@ from minwm.cli.base import (
     say,
     write_numbers,
 )
-from minwm.core.config import UserError, dumps, override, to_dict
+from minwm.core.config import UserError, dumps, from_dict, override, to_dict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,22 +210,55 @@ def ablate(
 @command(app, "bench")
 def bench(
     model: ModelFolder | None = None,
-    preset: Annotated[str | None, arg(metavar="PIPELINE/STAGE", help="its model, with --random-weights")] = None,
+    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, or PIPELINE/STAGE; --random-weights")] = None,
     random_weights: Annotated[Flag, arg(help="as fast as trained ones")] = False,
     json: Json = None,
     repeats: Count = 5,
+    chunks: Annotated[int, arg(metavar="N", help="steady chunks that are measured")] = 20,
+    compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False,  # noqa: A002
+    kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False,
+    graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False,
+    attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch",
+    window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
+    plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
+    compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
-    """Measure latency and frames per second."""
-    from minwm import presets
+    """Measure latency and frames per second, and how near they are to what the machine can do."""
+    from minwm.core.media import atomic
+    from minwm.core.weights import read_json
+    from minwm.engine import EngineConfig
+    from minwm.eval import speed
     from minwm.eval.bench import bench_model, random_model
+    from minwm.sampling import Bidirectional
 
+    if compare:
+        return say("\n".join(speed.compare(*(read_json(path) for path in compare))))
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
-        loaded = random_model(presets.stage(preset, Path("runs")).model).ready()
+        loaded = random_model(_preset(preset)).ready()
     else:
-        raise UserError("give --model DIR, or --preset PIPELINE/STAGE with --random-weights")
-    numbers(to_dict(bench_model(loaded, repeats=repeats)), json)
+        raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
+    if window:
+        loaded = replace(loaded, config=replace(loaded.config, window=window))
+    found = to_dict(bench_model(loaded, repeats=repeats))
+    if not isinstance(loaded.config.sampler, Bidirectional):
+        engine = from_dict(EngineConfig, dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention))
+        measured = speed.measure_speed(loaded, engine, chunks)
+        found["speed"] = to_dict(measured)
+        if plot:
+            with atomic(plot) as temporary:
+                temporary.write_text(speed.plot(measured))
+    return numbers(found, json)
+
+
+def _preset(name: str) -> "ModelConfig":
+    """The model of a stage, or of the last stage of a pipeline."""
+    from minwm import presets
+
+    pipeline, slash, _ = name.partition("/")
+    stage = name if slash else f"{name}/{presets.pipeline(pipeline, Path()).stages[-1].name}"
+    return presets.stage(stage, Path()).model
 
 
 def _load(model: Path) -> "Model":

@@ -24,44 +24,54 @@ Tokens = Float[Tensor, "b s a e"]
 
 @dataclass(frozen=True)
 class Projection:
-    """P and P^-1 of every latent frame, computed once per forward (or per streamed chunk)."""
+    """Matrices of every latent frame, computed once per forward (or per streamed chunk)."""
 
-    P: Float[Tensor, "b f 4 4"]
-    inverse: Float[Tensor, "b f 4 4"]
+    matrices: Float[Tensor, "3 b f 4 4"]
+    """P, P^-T and P^T: what rows of queries, of keys and values, and of outputs are multiplied by."""
 
     @classmethod
     def bind(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Projection":
         """Only the focal lengths enter; the principal point is dropped, as in every released checkpoint."""
         focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1).float()  # diag(fx, fy, 1, 1)
         w2c = w2c.float()
-        return cls(P=focal[..., :, None] * w2c, inverse=se3_inverse(w2c) / focal[..., None, :])
+        forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
+        return cls(torch.stack([forward, inverse.mT, forward.mT]))
 
     def twice(self) -> "Projection":
         """For a teacher-forced sequence [clean | noisy]: both halves are seen by the same cameras."""
-        return type(self)(torch.cat([self.P] * 2, dim=1), torch.cat([self.inverse] * 2, dim=1))
+        return type(self)(torch.cat([self.matrices] * 2, dim=2))
 
     def queries(self, q: Tokens) -> Tokens:
-        return _per_frame(q, self.P)  # rows: (P^T q)^T = q^T P
+        return _per_frame(q, self.matrices[0])  # rows: (P^T q)^T = q^T P
 
     def keys(self, k: Tokens) -> Tokens:
         """Also for values."""
-        return _per_frame(k, self.inverse.mT)
+        return _per_frame(k, self.matrices[1])
+
+    def queries_and_keys(self, qk: Float[Tensor, "2 b s a e"]) -> Float[Tensor, "2 b s a e"]:
+        """Both in one product."""
+        return _per_frame(qk, self.matrices[:2])
 
     def outputs(self, o: Tokens) -> Tokens:
-        return _per_frame(o, self.P.mT)
+        return _per_frame(o, self.matrices[2])
 
 
-def _per_frame(x: Tokens, matrix: Float[Tensor, "b f 4 4"]) -> Tokens:
+def _per_frame(x: Float[Tensor, "*n s a e"], matrix: Float[Tensor, "*n f 4 4"]) -> Float[Tensor, "*n s a e"]:
     """Row vectors x, in groups of four consecutive channels, times their frame's matrix: one batched matmul."""
-    b, f = matrix.shape[:2]
-    return _times(x.reshape(b * f, -1, 4), matrix.reshape(b * f, 4, 4)).reshape(x.shape)
+    matrix = matrix.reshape(-1, 4, 4)
+    return _times(x.reshape(len(matrix), -1, 4), matrix).view(x.shape)
 
 
 def _times(rows: Float[Tensor, "n r 4"], matrix: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n r 4"]:
     """rows @ matrix in float32 at least, whatever the dtype of rows: a camera in bfloat16 is another camera."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
-        return (rows.to(wide) @ matrix.to(rows.device, wide)).to(rows.dtype)
+    if torch.is_autocast_enabled(kind := rows.device.type):
+        with torch.autocast(kind, enabled=False):
+            return _times(rows, matrix)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    rows, matrix, dtype = rows.to(wide), matrix.to(rows.device, wide), rows.dtype
+    if torch.compiler.is_compiling():  # a sum of four products fuses with what is around it, a matrix product never
+        return (rows[..., None] * matrix[:, None]).sum(-2).to(dtype)
+    return (rows @ matrix).to(dtype)
 
 
 def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:

@@ -66,6 +66,11 @@ class Geometry:
         return self.sink + self.window
 
     @property
+    def regimes(self) -> int:
+        """Chunks after which every pair of a slot and the rows in use has occurred."""
+        return self.slots + self.window - 1
+
+    @property
     def rows(self) -> int:
         return self.span(self.slots - 1)[1]
 
@@ -149,9 +154,12 @@ class Masked:
 
     Neighbouring frames that see the same form a group, and each group attends, without a mask, to what it sees:
     nothing is computed to be thrown away, and the fast kernels, which know no masks, can be used.
+
+    Queries that see the same keys are taken together, without a mask: of what a mask would hide nothing is computed.
+    `split=False` is the plain form, one attention under a dense mask.
     """
 
-    def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
+    def __init__(self, rule: Rule, frames: int, period: int | None = None, split: bool = True) -> None:
         self.frames, self.period = frames, period or frames
         index = np.arange(frames)
         visible = rule(index[:, None], index[None, :])
@@ -247,14 +255,20 @@ class Cached:
         start = self.arena.geometry.start(self.chunk)
         return list(range(start, start + frames))
 
+    def room(self, layer: int) -> Float[Tensor, "2 b a s e"]:
+        """The chunk's own rows: keys and values are written there before `read`."""
+        start, stop = self.arena.geometry.span(self.arena.geometry.slot(self.chunk))
+        return self.arena.kv[layer, ..., start:stop, :]
+
+    def read(self, layer: int, q: Heads) -> Heads:
+        keys, values = self.arena.kv[layer, ..., : self.arena.geometry.filled(self.chunk), :]
+        return F.scaled_dot_product_attention(q, keys, values)
+
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
-        geometry = self.arena.geometry
-        start, stop = geometry.span(geometry.slot(self.chunk))
-        keys, values = self.arena.kv[layer]
-        keys[:, :, start:stop] = k
-        values[:, :, start:stop] = v
-        rows = geometry.filled(self.chunk)
-        return F.scaled_dot_product_attention(q, keys[:, :, :rows], values[:, :, :rows])
+        keys, values = self.room(layer)
+        keys.copy_(k)
+        values.copy_(v)
+        return self.read(layer, q)
 
 
 @dataclass(frozen=True)
@@ -278,3 +292,22 @@ class Peek:
         k = torch.cat([keys[:, :, :start], k, keys[:, :, stop:rows]], dim=2)
         v = torch.cat([values[:, :, :start], v, values[:, :, stop:rows]], dim=2)
         return F.scaled_dot_product_attention(q, k, v)
+
+
+Parts = tuple[Float[Tensor, "b s a e"], ...]
+"""Branches of attention, to be stacked on heads or on channels."""
+Branches = tuple[Parts, Parts, Parts]
+"""Of queries, keys and values."""
+
+
+def attend(scope: Scope, layer: int, q: Parts, k: Parts, v: Parts, dim: int = 2) -> Float[Tensor, "b s heads width"]:
+    """One attention over branches stacked along `dim`. A stream joins nothing: each part goes to its place."""
+    if isinstance(scope, Cached) and not torch.is_grad_enabled():
+        room = scope.room(layer).transpose(2, 3)  # 2 b s a e
+        queries = q[0].new_empty(room.shape[1:])
+        for parts, place in zip((q, k, v), (queries, *room), strict=True):
+            for part, to in zip(parts, place.chunk(len(parts), dim), strict=True):
+                to.copy_(part)
+        return scope.read(layer, queries.transpose(1, 2)).transpose(1, 2)
+    stacked = (parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts in (q, k, v))
+    return scope(layer, *(x.transpose(1, 2) for x in stacked)).transpose(1, 2)

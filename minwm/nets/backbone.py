@@ -1,6 +1,7 @@
 """Backbone: embed -> blocks -> unembed under an attention scope, and the teacher-forced pass built on it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
+from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
 from minwm.nets.attention import Full, Geometry, Heads, KVArena, Masked, Scope, teacher_forcing
@@ -24,6 +26,19 @@ class Bound:
 
     text: TextKV
     camera: Projection | Rays | None
+    rope: Tensor | None = None
+    """Table of the positions of the frames, as `places` makes it; None: the network asks the scope."""
+
+
+Paced = tuple[Float[Tensor, "#b #f 1 d"], ...]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What time does to every layer, made ready: samplers ask at the same few times again and again."""
+
+    layers: list[Paced]
+    end: Paced
 
 
 class Backbone(nn.Module, ABC):
@@ -48,8 +63,31 @@ class Backbone(nn.Module, ABC):
     def watch(self, cond: Condition) -> Projection | Rays | None:
         """Camera matrices of the condition's frames; None for a network without camera control."""
 
+    def pace(self, t: Float[Tensor, "#b #f"]) -> Times | Pace:
+        """What to give to `velocity` for times that are asked for often: per frame, or one for all (1 x 1)."""
+        return t
+
+    def use_kernels(self) -> None:
+        """Let hand-written kernels do what they can in streams, in place; no fallback."""
+        raise ConfigError(f"{type(self).__name__} has no kernels of its own; leave engine.kernels off")
+
+    def places(self, x: Latents, scope: Scope) -> Tensor | None:
+        """The network's table of the positions of x's frames, if it has any: for `Bound`."""
+        return None
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compile the blocks, in place. One graph must serve all layers and chunks; no fallback."""
+        raise ConfigError(f"{type(self).__name__} has no compiled form; leave engine.compile off")
+
+    def flops(self, frames: int, tokens: int, seen: int) -> int:
+        """Of one pass over `frames` of `tokens` each that sees `seen` tokens, itself included, for one branch.
+
+        A multiply-add is two; matrix products alone count. The prompt is read and time looked at beforehand.
+        """
+        raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
+
     @abstractmethod
-    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
         """v at x_t. The one forward pass, whatever the scope."""
 
     @abstractmethod
@@ -72,7 +110,7 @@ class Backbone(nn.Module, ABC):
     def bind(self, cond: Condition) -> Bound:
         return Bound(self.read(cond.text), self.watch(cond))
 
-    def forward(self, x: Latents, t: Times, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
+    def forward(self, x: Latents, t: Times | Pace, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
         bound = self.bind(cond) if isinstance(cond, Condition) else cond
         return self.velocity(x, t, bound, scope or Full())
 

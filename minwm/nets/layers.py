@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,11 +31,32 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-def modulate(
-    x: Float[Tensor, "b f p d"], shift: Float[Tensor, "b f d"], scale: Float[Tensor, "b f d"]
+def modulated(
+    x: Float[Tensor, "b f p d"], shift: Float[Tensor, "#b #f 1 d"], scale: Float[Tensor, "#b #f 1 d"], eps: float = 1e-6
 ) -> Float[Tensor, "b f p d"]:
-    """Adaptive norm, one shift and scale per frame."""
-    return (x.float() * (1 + scale[:, :, None]) + shift[:, :, None]).to(x.dtype)
+    """scale * layer_norm(x) + shift, in float32: adaptive norm, one shift and scale per frame, or one for all."""
+    width = x.shape[-1:]
+    if shift.numel() == x.shape[-1]:  # the norm's own affine map: one kernel
+        return F.layer_norm(x.float(), width, scale.view(width), shift.view(width), eps).to(x.dtype)
+    return torch.addcmul(shift, F.layer_norm(x.float(), width, eps=eps), scale).to(x.dtype)
+
+
+def gated(
+    x: Float[Tensor, "b f p d"], change: Float[Tensor, "b f p d"], gate: Float[Tensor, "#b #f 1 d"]
+) -> Float[Tensor, "b f p d"]:
+    """x + gate * change, in float32."""
+    return torch.addcmul(x.float(), change.float(), gate).to(x.dtype)
+
+
+def eager(x: Tensor) -> bool:
+    """Whether results may be written into buffers: nothing is recorded for gradients, cast or compiled."""
+    cast = torch.is_autocast_enabled(x.device.type)
+    return not (torch.is_grad_enabled() or cast or torch.compiler.is_compiling())
+
+
+def laid_out(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """x in the order of its axes, by one copy into new memory."""
+    return x.new_empty(x.shape).copy_(x)
 
 
 def sinusoid(t: Float[Tensor, "b f"], width: int) -> Float[Tensor, "b f {width}"]:
@@ -65,8 +85,8 @@ class Rope3D:
 
     def __call__(
         self, frames: Sequence[int], height: int, width: int, device: torch.device
-    ) -> Float[Tensor, "2 s half"]:
-        """cos and sin for the tokens of `frames` (positions in time) x height x width, float32."""
+    ) -> Float[Tensor, "s half 2"]:
+        """(cos, sin) for the tokens of `frames` (positions in time) x height x width, float32."""
         return _rope_table(self, tuple(frames), height, width, device)
 
 
@@ -79,19 +99,34 @@ def _rope_table(rope: Rope3D, frames: tuple[int, ...], height: int, width: int, 
         for axis, (count, places) in enumerate(zip(rope.pairs, (frames, range(height), range(width)), strict=True)):
             frequency = rope.theta ** (-torch.arange(count, dtype=torch.float64) / max(count, 1))
             angle = torch.tensor(list(places), dtype=torch.float64)[:, None] * frequency
-            table = torch.stack([angle.cos(), angle.sin()]).float().to(device)
-            shape = [2, *(n if i == axis else 1 for i, n in enumerate(size)), count]
-            axes.append(table.view(shape).expand(-1, *size, -1))
-        return torch.cat(axes, dim=-1).flatten(1, 3)
+            table = torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+            shape = [*(n if i == axis else 1 for i, n in enumerate(size)), count, 2]
+            axes.append(table.view(shape).expand(*size, -1, -1))
+        return torch.cat(axes, dim=-2).flatten(0, 2)
 
 
-def rotate(x: Float[Tensor, "b s a e"], table: Float[Tensor, "2 #s half"]) -> Float[Tensor, "b s a e"]:
-    """Turn each pair (x_2i, x_2i+1) by its angle."""
-    cos, sin = table[0, :, None], table[1, :, None]
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+def rotate(
+    x: Float[Tensor, "*b s a e"], table: Float[Tensor, "#s half 2"], *, back: bool = False
+) -> Float[Tensor, "*b s a e"]:
+    """Turn each pair (x_2i, x_2i+1) by its angle, or back, in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler fuses these lines, but no product of complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), table[:, None].unbind(-1)
+        sin = -sin if back else sin
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turn = torch.view_as_complex(table[:, None])
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * (turn.conj() if back else turn))
+    return turned.flatten(-2).to(x.dtype)
 
 
-def unpatchify(x: Float[Tensor, "b f p d"], height: int, width: int, patch: int) -> Float[Tensor, "b f c h w"]:
+def patchify(x: Float[Tensor, "b f c h w"], patch: int) -> Float[Tensor, "b f p k"]:
+    """Latents to tokens of (channel, patch row, patch column) features: what a convolution's weight is laid out for."""
+    parts = x.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))  # b f c h i w j
+    return laid_out(parts.permute(0, 1, 3, 5, 2, 4, 6)).flatten(4).flatten(2, 3)
+
+
+def unpatchify(x: Float[Tensor, "b f p k"], height: int, width: int, patch: int) -> Float[Tensor, "b f c h w"]:
     """Tokens of (patch row, patch column, channel) features back to latents (Wan's order: channel last)."""
-    return rearrange(x, "b f (h w) (i j c) -> b f c (h i) (w j)", h=height, w=width, i=patch, j=patch)
+    parts = x.unflatten(-1, (patch, patch, -1)).unflatten(2, (height, width))  # b f h w i j c
+    return laid_out(parts.permute(0, 1, 6, 2, 4, 3, 5)).flatten(5).flatten(3, 4)

@@ -5,6 +5,7 @@ Sources: Wan2.1 `wan/modules/model.py` for the architecture (facts in the docstr
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -18,9 +19,22 @@ from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
-from minwm.nets.attention import Heads, Scope
-from minwm.nets.backbone import Backbone, Bound, TextKV
-from minwm.nets.layers import LayerNorm, RMSNorm, Rope3D, modulate, rotate, sinusoid, unpatchify, video_pairs
+from minwm.nets.attention import Branches, Cached, Heads, Scope, attend
+from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
+from minwm.nets.layers import (
+    LayerNorm,
+    RMSNorm,
+    Rope3D,
+    eager,
+    gated,
+    laid_out,
+    modulated,
+    patchify,
+    rotate,
+    sinusoid,
+    unpatchify,
+    video_pairs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,62 +77,80 @@ class WanConfig:
 
 
 class SelfAttention(nn.Module):
-    """Attention among video tokens under a scope. Cameras: a second branch stacked on heads, or the paper's one."""
+    """What comes before and after attention among video tokens, which itself is a matter of the scope.
+
+    Cameras: a second branch stacked on heads, or the paper's one.
+    """
 
     def __init__(self, cfg: WanConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.mode, self.layer = cfg.heads, cfg.camera, layer
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
+        self.kernel: Callable[..., Tensor] | None = None
+        """`kernels.place`, if it is to be used."""
+        self.joined = -1 if cfg.camera == "single" else 2
+        """The axis on which branches are stacked."""
         if cfg.camera == "dual":
             self.prope_o = nn.Linear(cfg.dim, cfg.dim)
             nn.init.zeros_(self.prope_o.weight)
             nn.init.zeros_(self.prope_o.bias)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b f p d"],
-        rope: Float[Tensor, "2 s half"],
-        camera: Projection | None,
-        scope: Scope,
-    ) -> Float[Tensor, "b f p d"]:
-        flat = x.flatten(1, 2)
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1))
-            for y in (self.norm_q(self.q(flat)), self.norm_k(self.k(flat)), self.v(flat))
-        )
-        attend = {"none": self.plain, "dual": self.dual, "single": self.single}[self.mode]
-        return attend(q, k, v, rope, camera, scope).view_as(x)
+    def before(self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection | None) -> Branches:
+        """Branches of queries, keys and values."""
+        qk, v = self.project(x)
+        match self.mode, camera:
+            case "dual", Projection():
+                (q, k), (q_seen, k_seen) = rotate(qk, rope), camera.queries_and_keys(qk)
+                return (q, q_seen), (k, k_seen), (v, camera.keys(v))
+            case "single", Projection():
+                # The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs;
+                # D^T and D^-1 of a rotation both turn it back.
+                (seen, flat), (v_seen, v_flat) = qk.chunk(2, dim=-1), v.chunk(2, dim=-1)
+                (q_seen, k_seen), (q, k) = camera.queries_and_keys(laid_out(seen)), rotate(flat, rope, back=True)
+                return (q_seen, q), (k_seen, k), (camera.keys(laid_out(v_seen)), rotate(v_flat, rope, back=True))
+        q, k = rotate(qk, rope)
+        return (q,), (k,), (v,)
 
-    def attention(self, scope: Scope, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b s a e"]:
-        return scope(self.layer, *(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
+    def project(self, x: Float[Tensor, "b f p d"]) -> tuple[Float[Tensor, "2 b s a e"], Float[Tensor, "b s a e"]]:
+        """Normalised queries and keys, and values."""
+        out = self.linear(x)
+        qk = F.rms_norm(out[:2].float(), out.shape[-1:], eps=self.norm_q.eps).to(out.dtype)
+        qk[0].mul_(self.norm_q.weight)
+        qk[1].mul_(self.norm_k.weight)
+        shape = len(x), -1, self.heads, x.shape[-1] // self.heads
+        return qk.view(2, *shape), out[2].view(shape)
 
-    def plain(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: None, scope: Scope) -> Tensor:
-        return self.o(self.attention(scope, rotate(q, rope), rotate(k, rope), v).flatten(2))
+    def linear(self, x: Float[Tensor, "b f p d"]) -> Float[Tensor, "3 n d"]:
+        rows, layers = x.flatten(0, 2), (self.q, self.k, self.v)
+        if not eager(x):
+            return torch.stack([layer(rows) for layer in layers])
+        out = rows.new_empty(3, *rows.shape)
+        for part, layer in zip(out, layers, strict=True):
+            torch.addmm(layer.bias, rows, layer.weight.t(), out=part)
+        return out
 
-    def dual(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: Projection, scope: Scope) -> Tensor:
-        """o(RoPE attention) + prope_o(PRoPE attention): one attention over 2a heads."""
-        out = self.attention(
-            scope,
-            torch.cat([rotate(q, rope), camera.queries(q)], dim=2),
-            torch.cat([rotate(k, rope), camera.keys(k)], dim=2),
-            torch.cat([v, camera.keys(v)], dim=2),
-        )
+    def placed(
+        self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection, scope: Cached
+    ) -> Float[Tensor, "b s a e"]:
+        """`before` and attention in a stream, with one kernel for all that is between products."""
+        assert self.kernel is not None
+        norms, room = (self.norm_q.weight, self.norm_k.weight), scope.room(self.layer)
+        queries = self.kernel(self.linear(x), norms, rope, camera, room, self.norm_q.eps)
+        return scope.read(self.layer, queries.transpose(1, 2)).transpose(1, 2)
+
+    def after(self, out: Float[Tensor, "b s a e"], rope: Tensor, camera: Projection | None) -> Float[Tensor, "r d"]:
+        """Projection of what attention found. Dual: o(RoPE branch) + prope_o(PRoPE branch)."""
+        if self.mode == "single" and camera:
+            seen, flat = out.chunk(2, dim=-1)
+            parts = camera.outputs(laid_out(seen)), rotate(flat, rope)
+            out = torch.cat(parts, dim=-1)
+        if self.mode != "dual" or not camera:
+            return self.o(out.flatten(2).flatten(0, 1))
         main, projective = out.split(self.heads, dim=2)
-        return self.o(main.flatten(2)) + self.prope_o(camera.outputs(projective).flatten(2))
-
-    def single(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, camera: Projection, scope: Scope) -> Tensor:
-        """The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs."""
-        back = torch.stack([rope[0], -rope[1]])  # D^T and D^-1 of a rotation both turn it back
-
-        def halves(y: Tensor, project: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
-            a, b = y.chunk(2, dim=-1)
-            return torch.cat([project(a.contiguous()), rotate(b, table)], dim=-1)
-
-        out = self.attention(
-            scope, halves(q, camera.queries, back), halves(k, camera.keys, back), halves(v, camera.keys, back)
-        )
-        return self.o(halves(out, camera.outputs, rope).flatten(2))
+        seen = camera.outputs(laid_out(projective))
+        rows = torch.addmm(self.o.bias + self.prope_o.bias, main.flatten(2).flatten(0, 1), self.o.weight.t())
+        return torch.addmm(rows, seen.flatten(2).flatten(0, 1), self.prope_o.weight.t())
 
 
 class CrossAttention(nn.Module):
@@ -135,9 +167,9 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: Float[Tensor, "b f p d"], k: Tensor, v: Tensor) -> Float[Tensor, "b f p d"]:
-        q = rearrange(self.norm_q(self.q(x)), "b f p (a e) -> b a (f p) e", a=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.o(rearrange(out, "b a (f p) e -> b f p (a e)", f=x.shape[1]))
+        q = self.norm_q(self.q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.o(out.flatten(2)).view_as(x)
 
 
 class Block(nn.Module):
@@ -145,29 +177,54 @@ class Block(nn.Module):
 
     def __init__(self, cfg: WanConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
         self.self_attn = SelfAttention(cfg, layer)
         self.norm3 = LayerNorm(cfg.dim, eps=1e-6)
         self.cross_attn = CrossAttention(cfg)
-        self.norm2 = LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn), nn.GELU("tanh"), nn.Linear(cfg.ffn, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
+
+    def paced(self, time: Float[Tensor, "b f 6 d"]) -> Paced:
+        """Shift, scale and gate of attention, then of the feed-forward part."""
+        return _affine(self.modulation, time)
+
+    def before(self, x: Float[Tensor, "b f p d"], paced: Paced, rope: Tensor, camera: Projection | None) -> Branches:
+        """Branches of queries, keys and values; stacked already if a compiler can do so on the way."""
+        shift, scale, *_ = paced
+        parts = self.self_attn.before(modulated(x, shift, scale), rope, camera)
+        if torch.compiler.is_compiling():
+            q, k, v = ((torch.cat(part, self.self_attn.joined),) for part in parts)
+            return q, k, v
+        return parts
+
+    def after(
+        self,
+        x: Float[Tensor, "b f p d"],
+        out: Float[Tensor, "b s a e"],
+        paced: Paced,
+        rope: Tensor,
+        text: tuple[Tensor, Tensor],
+        camera: Projection | None,
+    ) -> Float[Tensor, "b f p d"]:
+        _, _, gate_a, shift, scale, gate = paced
+        x = gated(x, self.self_attn.after(out, rope, camera).view_as(x), gate_a)
+        x = x + self.cross_attn(self.norm3(x), *text)
+        return gated(x, self.ffn(modulated(x, shift, scale)), gate)
 
     def forward(
         self,
         x: Float[Tensor, "b f p d"],
-        time: Float[Tensor, "b f 6 d"],
+        time: Float[Tensor, "b f 6 d"] | Paced,
         rope: Tensor,
         text: tuple[Tensor, Tensor],
         camera: Projection | None,
         scope: Scope,
     ) -> Float[Tensor, "b f p d"]:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + time).unbind(2)
-        y = self.self_attn(modulate(self.norm1(x), shift_a, scale_a), rope, camera, scope)
-        x = (x.float() + y * gate_a[:, :, None]).to(x.dtype)
-        x = x + self.cross_attn(self.norm3(x), *text)
-        y = self.ffn(modulate(self.norm2(x), shift_f, scale_f))
-        return (x.float() + y * gate_f[:, :, None]).to(x.dtype)
+        paced, attention = self.paced(time) if isinstance(time, Tensor) else time, self.self_attn
+        if attention.kernel and camera and isinstance(scope, Cached) and eager(x):
+            out = attention.placed(modulated(x, paced[0], paced[1]), rope, camera, scope)
+        else:
+            out = attend(scope, attention.layer, *self.before(x, paced, rope, camera), dim=attention.joined)
+        return self.after(x, out, paced, rope, text, camera)
 
 
 class Head(nn.Module):
@@ -175,13 +232,20 @@ class Head(nn.Module):
 
     def __init__(self, cfg: WanConfig) -> None:
         super().__init__()
-        self.norm = LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
 
-    def forward(self, x: Float[Tensor, "b f p d"], time: Float[Tensor, "b f d"]) -> Float[Tensor, "b f p k"]:
-        shift, scale = (self.modulation.float() + time[:, :, None]).unbind(2)
-        return self.head(modulate(self.norm(x), shift, scale))
+    def paced(self, time: Float[Tensor, "b f d"]) -> Paced:
+        return _affine(self.modulation, time[:, :, None])
+
+    def forward(self, x: Float[Tensor, "b f p d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "b f p k"]:
+        return self.head(modulated(x, shift, scale))
+
+
+def _affine(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"]) -> Paced:
+    """Learned and timely modulation; 1 is added to scales, which come second of every (shift, scale, gate)."""
+    parts = (learned.float() + time).split(1, dim=2)
+    return tuple(1 + part if i % 3 == 1 else part for i, part in enumerate(parts))
 
 
 class Wan(Backbone):
@@ -255,18 +319,59 @@ class Wan(Backbone):
             return torch.cat([rebased(projective, frame), rotary], dim=-1)
         return torch.cat([kv[:, : self.config.heads], rebased(kv[:, self.config.heads :], frame)], dim=1)
 
-    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
-        h, w = (n // self.config.patch for n in x.shape[-2:])
-        tokens = self.patch_embedding(rearrange(x, "b f c h w -> b c f h w").to(self.patch_embedding.weight.dtype))
-        tokens = rearrange(tokens, "b d f h w -> b f (h w) d")
+    def embed_time(self, t: Float[Tensor, "#b #f"]) -> tuple[Float[Tensor, "#b #f d"], Float[Tensor, "#b #f 6 d"]]:
+        sines = sinusoid(1000 * t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
+        time = self.time_embedding(sines)
+        return time.float(), self.time_projection(time).float().unflatten(-1, (6, -1))
+
+    def pace(self, t: Float[Tensor, "#b #f"]) -> Pace:
+        time, modulation = self.embed_time(t)
+        return Pace([block.paced(modulation) for block in cast(list[Block], self.blocks)], self.head.paced(time))
+
+    def places(self, x: Latents, scope: Scope) -> Float[Tensor, "s half 2"]:
+        patch = self.config.patch
+        return self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
+
+    def flops(self, frames: int, tokens: int, seen: int) -> int:
+        cfg, d, rows = self.config, self.config.dim, frames * tokens
+        branches = self.heads // cfg.heads
+        projections = 2 * rows * d * (6 * d + 2 * cfg.ffn + (d if cfg.camera == "dual" else 0))
+        attention = 4 * rows * d * (branches * seen + cfg.text_length)
+        cameras = {"none": 0, "dual": 4, "single": 2, "plucker": 0}[cfg.camera] * 2 * rows * d * 4  # 4 times 4 x 4
+        rays = NUMBERS if cfg.camera == "plucker" else 0
+        ends = 2 * rows * d * (2 * cfg.channels + rays) * cfg.patch**2
+        return self.layers * (projections + attention + cameras) + ends
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compile what is before and after attention, once for all blocks; they hold no index of chunk or layer,
+        so a stream needs one graph of each, whatever its regime."""
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        before, after = compiled(Block.before), compiled(Block.after)
+        for block in cast(list[Block], self.blocks):
+            block.before, block.after = partial(before, block), partial(after, block)
+
+    def use_kernels(self) -> None:
+        if self.config.camera != "dual":
+            raise ConfigError(f"the kernel is for camera=dual, this network has {self.config.camera}; leave it off")
+        from minwm.nets import kernels
+
+        for block in cast(list[Block], self.blocks):
+            block.self_attn.kernel = kernels.place
+
+    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+        patch, embedding = self.config.patch, self.patch_embedding
+        h, w = (n // patch for n in x.shape[-2:])
+        tokens = F.linear(patchify(x, patch).to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
         camera = bound.camera
         if isinstance(camera, Rays):
-            tokens = tokens + self.plucker(camera.patches(h, w, self.config.patch).to(tokens.dtype))
+            tokens = tokens + self.plucker(camera.patches(h, w, patch).to(tokens.dtype))
             camera = None
-        sines = sinusoid(1000 * t, self.config.freq_dim).to(tokens.dtype)
-        time = self.time_embedding(sines)
-        modulation = self.time_projection(time).float().unflatten(-1, (6, -1))
-        rope = self.rope(scope.positions(x.shape[1]), h, w, x.device)
-        for block, text in zip(self.blocks, bound.text, strict=True):
-            tokens = self.through(block, tokens, modulation, rope, text, camera, scope)
-        return unpatchify(self.head(tokens, time.float()), h, w, self.config.patch).to(x.dtype)
+        rope = self.places(x, scope) if bound.rope is None else bound.rope
+        if isinstance(t, Pace):
+            times, end = t.layers, t.end
+        else:  # each block looks at time by itself: its parameters may be elsewhere until then
+            time, modulation = self.embed_time(t)
+            times, end = [modulation] * self.layers, self.head.paced(time)
+        for block, time, text in zip(self.blocks, times, bound.text, strict=True):
+            tokens = self.through(block, tokens, time, rope, text, camera, scope)
+        return unpatchify(self.head(tokens, *end), h, w, patch).to(x.dtype)

@@ -1,0 +1,217 @@
+"""What a stream may do to be fast on a GPU, each by an explicit choice and each beside its plain form.
+
+compile    what is before and after attention in a block becomes a few fused kernels (`Backbone.compile_blocks`)
+graphs     all passes of a chunk are launched at once, from a CUDA graph per regime (`GraphedStream`)
+kernels    norm, RoPE, PRoPE and the arena's rows in one Triton kernel (`Backbone.use_kernels`)
+attention  the kernel that was fastest on this machine, in a race whose times are kept (`race`)
+
+A regime is a slot of the arena with the rows in use: there is one for every chunk until the ring is full, and then
+one for every slot of the window. Nothing else about a chunk is an integer of the host, so nothing else is recorded.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minwm.control.plucker import Rays
+from minwm.control.prope import Projection
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents
+from minwm.core.types import Condition
+from minwm.nets.attention import Cached, Geometry
+from minwm.nets.backbone import Backbone, Bound
+from minwm.sampling import Autoregressive, FewStep, Noise, Stream
+
+Function = Callable[..., Tensor | None]
+Capture = Callable[[Function, list[Tensor]], Function]
+"""capture(function, inputs) -> the same function, recorded: whatever is not an input is now a constant."""
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+Kernel = Literal["torch", "race", "cudnn", "flash", "efficient", "math"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How streams run. The default is the plain form, which runs anywhere."""
+
+    compile: bool = False
+    kernels: bool = False
+    """Needs triton, and CUDA unless triton interprets."""
+    graphs: bool = False
+    """Needs CUDA."""
+    attention: Kernel = "torch"
+    """torch's own choice, the winner of a race on this machine, or a kernel by name."""
+
+
+PLAIN = EngineConfig()
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs in one pool of memory: they run one at a time, and each owns its result."""
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("engine.graphs needs a CUDA device, and there is none; leave it off")
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Function, inputs: list[Tensor]) -> Function:
+        held, side = [x.clone() for x in inputs], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are chosen and tables made before anything is recorded
+            for _ in range(2):
+                function(*held)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = function(*held)
+
+        def replay(*given: Tensor) -> Tensor | None:
+            for mine, x in zip(held, given, strict=True):
+                mine.copy_(x)
+            graph.replay()
+            return result if result is None else result.clone()
+
+        return replay
+
+
+class GraphedStream(Stream):
+    """A stream whose chunk functions are recorded, once per regime, and then replayed."""
+
+    def __init__(self, *args: Any, capture: Capture, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.capture = capture
+        self.recorded: dict[Hashable, Function] = {}
+
+    @torch.no_grad()
+    def reword(self, cond: Condition) -> None:
+        """In place: recordings know where the prompt lies."""
+        kept = self.text
+        super().reword(cond)
+        for mine, new in zip(kept, self.text, strict=True):
+            for to, x in zip(mine, new, strict=True):
+                to.copy_(x)
+        self.text = kept
+
+    def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
+        plain = super().next_chunk
+        result = self._replay(sampler, lambda bound, noise: plain(bound, noise, sampler), bound, noise)
+        assert result is not None
+        return result
+
+    def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
+        self._replay(("keep", t), partial(super().keep, t=t), bound, x)
+
+    def _replay(self, what: Hashable, run: Callable[..., Tensor | None], bound: Bound, x: Tensor) -> Tensor | None:
+        geometry, scope = self.geometry, Cached(self.arena, self.chunk)
+        places = self.net.places(x if x.ndim == 5 else x[0], scope)
+        if isinstance(bound.camera, Rays):
+            raise ConfigError("engine.graphs records projective cameras only, not Plücker rays; leave it off")
+        parts = {"x": x, "places": places, "camera": bound.camera and bound.camera.matrices}
+        inputs = {name: part for name, part in parts.items() if part is not None}
+        key = what, tuple(x.shape), geometry.slot(self.chunk), geometry.filled(self.chunk)
+        if key not in self.recorded:
+
+            def function(*given: Tensor) -> Tensor | None:
+                part = dict(zip(inputs, given, strict=True))
+                camera = Projection(part["camera"]) if "camera" in part else None
+                return run(Bound(self.text, camera, part.get("places")), part["x"])
+
+            self.recorded[key] = self.capture(function, list(inputs.values()))
+        return self.recorded[key](*inputs.values())
+
+
+def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0) -> Stream:
+    """A stream that runs as the config says; the network must have been made `ready`."""
+    if cfg.graphs:
+        return GraphedStream(net, cond, geometry, guidance, capture=CudaGraphs())
+    return Stream(net, cond, geometry, guidance)
+
+
+@torch.no_grad()
+def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Autoregressive | FewStep) -> list[float]:
+    """Visit every regime, so that nothing is compiled, recorded or chosen later; then start anew.
+
+    Returns seconds per regime. cond: of one chunk. noise: of one chunk, as `next_chunk` takes it.
+    """
+    geometry, seconds = stream.geometry, []
+    for chunk in range(geometry.regimes):
+        start, stream.chunk = time.perf_counter(), chunk
+        frames = geometry.start(chunk + 1) - geometry.start(chunk)
+        part = cond.frames(0, frames)
+        if chunk or cond.first is None:
+            bound = stream.look(part)
+            x = stream.next_chunk(bound, noise[:, :, :frames], sampler)
+        else:
+            bound, x = stream.look(part), cond.first
+        stream.commit(bound, x)
+        if noise.is_cuda:
+            torch.cuda.synchronize(noise.device)
+        seconds.append(time.perf_counter() - start)
+    stream.restart(cond)
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Milliseconds of one attention of a steady chunk, by kernel; None where it cannot run here."""
+
+    shape: tuple[int, ...]
+    """Heads, query rows, key rows, head width."""
+    ms: dict[str, float | None]
+
+    @property
+    def winner(self) -> str:
+        return min((ms, name) for name, ms in self.ms.items() if ms is not None)[1]
+
+
+@torch.no_grad()
+def race(net: Backbone, geometry: Geometry, repeats: int = 10) -> Race:
+    """Time every attention kernel on the shape of a steady chunk."""
+    weight = next(net.parameters())
+    rows = geometry.chunk * geometry.tokens
+    q = torch.randn(1, net.heads, rows, net.head_width, dtype=weight.dtype, device=weight.device)
+    k, v = torch.randn(2, 1, net.heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)
+    shape = net.heads, rows, geometry.rows, net.head_width
+    return Race(shape=shape, ms={name: _ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()})
+
+
+def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float | None:
+    best = float("inf")
+    try:
+        with sdpa_kernel(kernel):
+            for _ in range(repeats + 2):
+                start = time.perf_counter()
+                F.scaled_dot_product_attention(*inputs)
+                if inputs[0].is_cuda:
+                    torch.cuda.synchronize(inputs[0].device)
+                best = min(best, time.perf_counter() - start)
+    except RuntimeError:  # torch's word for a kernel that this device, dtype or shape does not have
+        return None
+    return 1000 * best
+
+
+def attention(cfg: EngineConfig, raced: Race | None) -> AbstractContextManager[object]:
+    """A context in which attention runs as the config says."""
+    name = raced.winner if cfg.attention == "race" and raced else cfg.attention
+    return nullcontext() if name == "torch" else sdpa_kernel(KERNELS[name])
+
+
+def ready(cfg: EngineConfig, net: Backbone, geometry: Geometry) -> Race | None:
+    """Make a network ready for streams: compiled if asked for; returns the race if one was run."""
+    if cfg.compile:
+        net.compile_blocks()
+    if cfg.kernels:
+        net.use_kernels()
+    return race(net, geometry) if cfg.attention == "race" else None

@@ -1,0 +1,103 @@
+"""One stream on several GPUs: every rank has some rows of the picture, and in attention some heads of all of it.
+
+Both camera branches are stacked on heads, so twice as many ranks can share them. Between the two splits lies one
+exchange of equal parts before attention and one after it (DeepSpeed-Ulysses, Jacobs et al. 2023). The arena is
+sharded by heads. All ranks are given the same noise, and all return the whole chunk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.control.plucker import Rays
+from minwm.control.prope import Projection
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, Times
+from minwm.core.types import Condition
+from minwm.nets.attention import Cached, Full, Heads, Scope
+from minwm.nets.backbone import Backbone, Bound, Pace, TextKV
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """A scope whose attention runs on whole frames and this rank's heads; outside, on all heads and its rows."""
+
+    scope: Scope
+    ranks: int
+
+    def positions(self, frames: int) -> list[int]:
+        return self.scope.positions(frames)
+
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        parts = torch.cat([q, k, v]).unflatten(1, (self.ranks, -1)).transpose(0, 1)  # ranks 3b a/ranks s e
+        q, k, v = _exchange(parts).permute(1, 2, 0, 3, 4).flatten(2, 3).chunk(3)
+        out = self.scope(layer, q, k, v).unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3, 4)
+        return _exchange(out).transpose(0, 1).flatten(1, 2)
+
+
+def _exchange(parts: Float[Tensor, "r ..."]) -> Float[Tensor, "r ..."]:
+    """Part i goes to rank i; part i of the result came from rank i."""
+    sent = parts.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return received
+
+
+class Ulysses(Backbone):
+    """A backbone shared by all ranks of the default process group; for streams, without gradients."""
+
+    def __init__(self, net: Backbone) -> None:
+        super().__init__()
+        self.net, self.rank, self.ranks = net, dist.get_rank(), dist.get_world_size()
+        if net.heads % self.ranks:
+            raise ConfigError(f"{net.heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
+        self.layers, self.heads, self.head_width = net.layers, net.heads // self.ranks, net.head_width
+
+    def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
+        return self.net.read(text)
+
+    def watch(self, cond: Condition) -> Projection | Rays | None:
+        return self.net.watch(cond)
+
+    def tokens(self, height: int, width: int) -> int:
+        return self.net.tokens(height, width)
+
+    def pace(self, t: Float[Tensor, "#b #f"]) -> Times | Pace:
+        return self.net.pace(t)
+
+    def places(self, x: Latents, scope: Scope) -> Tensor | None:
+        """Of this rank's rows."""
+        whole = self.net.places(x, scope)
+        if whole is None:
+            return None
+        rows = whole.unflatten(0, (x.shape[1], self.ranks, -1))[:, self.rank]
+        return rows.flatten(0, 1)
+
+    def later(self, keys: Heads, frames: int) -> Heads:
+        return self._mine(keys, lambda whole: self.net.later(whole, frames))
+
+    def rebased(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+        return self._mine(kv, lambda whole: self.net.rebased(whole, frame))
+
+    def _mine(self, kv: Heads, change: Callable[[Heads], Heads]) -> Heads:
+        """A change that depends on which head it is, of this rank's heads."""
+        first = self.rank * self.heads
+        whole = kv.new_zeros(len(kv), self.net.heads, *kv.shape[2:])
+        whole[:, first : first + self.heads] = kv
+        return change(whole)[:, first : first + self.heads]
+
+    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+        if not isinstance(scope, Cached | Full):  # others know where in the sequence a frame is
+            raise ConfigError(f"ranks share streams and bidirectional passes, not {type(scope).__name__}")
+        if x.shape[-2] % self.ranks or self.net.tokens(*x.shape[-2:]) % self.ranks:
+            raise ConfigError(f"{x.shape[-2]} rows of latents cannot be shared by {self.ranks} ranks evenly")
+        rope = self.places(x, scope) if bound.rope is None else bound.rope
+        rows = x.chunk(self.ranks, dim=-2)[self.rank]
+        mine = self.net.velocity(rows, t, replace(bound, rope=rope), Exchanged(scope, self.ranks)).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts, dim=-2)

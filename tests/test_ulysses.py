@@ -1,0 +1,64 @@
+"""Two processes that share one stream make what one makes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+SCRIPT = """
+import os
+
+import torch
+import torch.distributed as dist
+from contracts.backbones import condition, small
+from minwm.core.config import ConfigError
+from minwm.nets.attention import Geometry, Masked, chunk_causal
+from minwm.nets.ulysses import Ulysses
+from minwm.sampling import Autoregressive, FewStep, Stream
+
+meeting, rank = "file://" + os.environ["MEETING"], int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+torch.set_num_threads(1)
+geometry = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1, roll=True)
+
+@torch.no_grad()
+def walk(net, sampler):
+    cond = condition(geometry.start(8), batch=1)
+    cond.w2c[:, :, :3, 3] += torch.arange(geometry.start(8))[:, None] * torch.tensor([0.3, 0.1, 0.5])
+    stream, made = Stream(net, cond, geometry, sampler.guidance, reach=1.0), []
+    for i in range(8):
+        a, b = geometry.start(i), geometry.start(i + 1)
+        bound = stream.look(cond.frames(a, b))
+        noise = torch.randn(2, 1, b - a, 4, 4, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        made.append(stream.next_chunk(bound, noise, sampler))
+        stream.commit(bound, made[-1])
+    assert stream.rolled and not torch.equal(stream.origin[0], torch.eye(4).double())
+    return torch.cat(made, 1), stream.arena.kv.numel()
+
+for name in ("wan-none", "wan-dual", "wan-single"):
+    net = small(name)
+    for sampler in (FewStep(steps=2), Autoregressive(steps=2, guidance=2.0)):
+        (one, whole), (both, half) = walk(net, sampler), walk(Ulysses(net), sampler)
+        torch.testing.assert_close(both, one, atol=1e-5, rtol=1e-5)  # norms are float32 whatever the network
+        assert 2 * half == whole
+shared, cond = Ulysses(net), condition(2, batch=1)
+x, t = torch.randn(1, 2, 4, 4, 6, dtype=torch.float64), torch.ones(1, 2)
+dist.broadcast(x, 0)
+torch.testing.assert_close(shared(x, t, cond), net(x, t, cond), atol=1e-5, rtol=1e-5)
+try:
+    shared(x, t, cond, Masked(chunk_causal(geometry), 2))
+except ConfigError as error:
+    assert "not Masked" in str(error)
+else:
+    raise AssertionError("a masked pass went through")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """Every camera mode, with and without guidance, a full ring, a cache that is moved and sinks that roll."""
+    meeting = {"MEETING": str(tmp_path / "meeting")}
+    command, folder = [sys.executable, "-c", textwrap.dedent(SCRIPT)], Path(__file__).parent
+    ranks = [subprocess.Popen(command, cwd=folder, env={**os.environ, **meeting, "RANK": str(i)}) for i in range(2)]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
