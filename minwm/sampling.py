@@ -190,7 +190,6 @@ class Stream:
         self.text = net.read(self._branches(cond).text)
         self.arena = net.arena(geometry, len(self._branches(cond).text))
         self.paces: dict[float, Tensor | Pace] = {}
-
         self._begin(len(cond.text))
 
     def _begin(self, batch: int) -> None:
@@ -293,6 +292,7 @@ class Stream:
         self.chunk += 1
 
     def keep(self, bound: Bound, x: Latents) -> None:
+        """The pass of `commit`, without moving on."""
         x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
         self.net(x, self.pace(0.0), bound, Cached(self.arena, self.chunk))
 

@@ -95,10 +95,6 @@ class SpeedResult:
     """Graphs compiled after that; the promise is 0."""
     seed: int = 0
 
-    @property
-    def chunk_fps(self) -> float:
-        return 1000 * self.frames / self.m2_chunk.median_ms
-
 
 @torch.no_grad()
 def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int = 0) -> SpeedResult:
