@@ -1,11 +1,14 @@
 """Memory that tensors take: counting what is alive, and tensors that take none."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +30,13 @@ class NoData(FakeTensorMode):
     def __deepcopy__(self, memo: Any) -> "NoData":
         """A copy of a tensor stays one of this mode."""
         return self
+
+
+@contextmanager
+def with_data() -> Iterator[None]:
+    """Tensors made inside have data, also under `NoData`: for small ones that decide what is done."""
+    with unset_fake_temporarily():
+        yield
 
 
 class Meter(TorchDispatchMode):

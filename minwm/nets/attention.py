@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minwm.core.config import ConfigError
+from minwm.core.memory import with_data
 
 Heads = Float[Tensor, "b a s e"]
 Frames = Int[Tensor, "..."]
@@ -152,9 +153,10 @@ class Masked:
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None, split: bool = True) -> None:
         self.frames, self.period = frames, period or frames
-        index = torch.arange(frames)
-        self.visible = rule(index[:, None], index[None, :])
-        self.parts = [(span, _runs(row)) for span, row in _alike(self.visible)] if split else []
+        with with_data():
+            index = torch.arange(frames)
+            self.visible = rule(index[:, None], index[None, :])
+            self.parts = [(span, _runs(row)) for span, row in _alike(self.visible)] if split else []
         self._mask: Float[Tensor, "s s"] | None = None
 
     def positions(self, frames: int) -> list[int]:
