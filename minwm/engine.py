@@ -209,7 +209,7 @@ def attention(cfg: EngineConfig, raced: Race | None) -> AbstractContextManager[o
 
 
 def ready(cfg: EngineConfig, net: Backbone, geometry: Geometry) -> Race | None:
-    """Make a network ready for streams: compiled if asked for; returns the race if one was run."""
+    """Make a network ready for streams, in place: compiled, with kernels. Returns the race if one ran."""
     if cfg.compile:
         net.compile_blocks()
     if cfg.kernels:

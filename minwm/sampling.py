@@ -190,7 +190,6 @@ class Stream:
         self.text = net.read(self._branches(cond).text)
         self.arena = net.arena(geometry, len(self._branches(cond).text))
         self.paces: dict[float, Tensor | Pace] = {}
-
         self._begin(len(cond.text))
 
     def _begin(self, batch: int) -> None:
@@ -299,6 +298,7 @@ class Stream:
         self.chunk += 1
 
     def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
+        """The pass of `commit`, without moving on."""
         x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
         self.net(x, self.pace(t), bound, Cached(self.arena, self.chunk))
 

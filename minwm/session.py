@@ -108,7 +108,10 @@ class RendererEngine:
 
 
 class ModelEngine:
-    """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed."""
+    """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed.
+
+    A model that is to be compiled, or to use kernels, must have been made `ready` for it (engine.py).
+    """
 
     def __init__(
         self,

@@ -1,7 +1,9 @@
 """The benchmark: its clocks fit together, and its FLOPs are those of the closed form."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.checkpoint import ModelConfig
+from minwm.cli import main
 from minwm.control.prope import Mode
 from minwm.core.config import UserError, dumps, loads, to_dict
 from minwm.core.trajectory import Motion
@@ -112,6 +115,20 @@ def test_speed_has_every_stage_and_compares() -> None:
     ]
     with pytest.raises(UserError, match="no stream to measure"):
         measure_speed(random_model(replace(CONFIG, sampler=Bidirectional(steps=1))), EngineConfig())
+
+
+def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, drawing = tmp_path / "bench.json", tmp_path / "bench.svg"
+    quick = ["--repeats", "1", "--chunks", "2", "--window", "2"]
+    command = ["bench", "--preset", "smoke", "--random-weights", *quick, "--json", str(file), "--plot", str(drawing)]
+    assert main(command) == 0
+    found = json.loads(file.read_text())
+    assert found["speed"]["visible"] == 5 and found["passes"] == 4
+    ElementTree.parse(drawing)
+    assert main(["bench", "--compare", str(file), str(file)]) == 0
+    assert "m2_chunk" in capsys.readouterr().out
+    assert main([*command, "--attention", "chess"]) == 2
+    assert "'chess'" in capsys.readouterr().err
 
 
 def test_an_image_of_another_size_and_a_length_that_is_no_clip_are_refused() -> None:

@@ -10,8 +10,8 @@ copy       pixels to uint8 frames on the host
 finalize   the pass that writes the finished chunk into the cache; frames do not wait for it
 
 The bound of a stage is the time that its matrix products would take at the rate of one large product measured in the
-same run, or its unavoidable reads at the rate of a large copy, whichever is longer. No stage can reach it: attention
-and small products never run at that rate.
+same run, or its unavoidable reads at the rate of a large copy, whichever is longer. Attention and
+small products never run at that rate; convolutions, counted as direct, may pass it.
 """
 
 import os
@@ -94,10 +94,6 @@ class SpeedResult:
     m7_recompiles: int
     """Graphs compiled after that; the promise is 0."""
     seed: int = 0
-
-    @property
-    def chunk_fps(self) -> float:
-        return 1000 * self.frames / self.m2_chunk.median_ms
 
 
 @torch.no_grad()

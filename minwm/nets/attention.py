@@ -159,7 +159,7 @@ class Masked:
     `split=False` is the plain form, one attention under a dense mask.
     """
 
-    def __init__(self, rule: Rule, frames: int, period: int | None = None, split: bool = True) -> None:
+    def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
         self.frames, self.period = frames, period or frames
         index = np.arange(frames)
         visible = rule(index[:, None], index[None, :])

@@ -115,9 +115,10 @@ class SelfAttention(nn.Module):
     def project(self, x: Float[Tensor, "b f p d"]) -> tuple[Float[Tensor, "2 b s a e"], Float[Tensor, "b s a e"]]:
         """Normalised queries and keys, and values."""
         out = self.linear(x)
-        qk = F.rms_norm(out[:2].float(), out.shape[-1:], eps=self.norm_q.eps).to(out.dtype)
+        qk = F.rms_norm(out[:2].float(), out.shape[-1:], eps=self.norm_q.eps)
         qk[0].mul_(self.norm_q.weight)
         qk[1].mul_(self.norm_k.weight)
+        qk = qk.to(out.dtype)
         shape = len(x), -1, self.heads, x.shape[-1] // self.heads
         return qk.view(2, *shape), out[2].view(shape)
 

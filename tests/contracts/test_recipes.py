@@ -86,7 +86,7 @@ def watched(net: Backbone) -> Iterator[list[tuple[Times, Latents]]]:
             seen.append((t, v))
         return v
 
-    net.velocity = recording
+    net.velocity = recording  # pyright: ignore[reportAttributeAccessIssue]
     yield seen
     net.velocity = velocity
 
