@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from minwm.checkpoint import ModelConfig
-from minwm.core.config import ConfigError, choose
+from minwm.core.config import ConfigError, UserError, choose
 from minwm.core.trajectory import Motion
 from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
@@ -76,10 +76,25 @@ def tiny_model() -> ModelConfig:
     return ModelConfig(network=network, sampler=sampler, codec=CodecConfig(), motion=MOTION, text=WordText())
 
 
+ASSETS = Path(str(files("minwm"))) / "assets"
+"""What is shipped with the package; a README in each folder says how it was made."""
+
+
 def starting_checkpoint(name: str) -> str | None:
-    """Folder of a checkpoint shipped with the package (assets/demo/README.md says how they were made)."""
-    folder = Path(str(files("minwm"))) / "assets" / "demo" / name
+    """Folder of a stage's shipped checkpoint."""
+    folder = ASSETS / "demo" / name
     return str(folder) if folder.exists() else None
+
+
+def model_to_play() -> Path:
+    """The model for those who name none: the shipped one, or else what the demo has made here."""
+    for folder in (ASSETS / "world" / "dmd", Path("runs/demo/dmd")):
+        if (folder / "model.json").exists():
+            return folder
+    raise UserError(
+        "there is no model yet: make one with minwm pipeline demo, name one with --model DIR, or walk through a "
+        "rendered world with --world 7"
+    )
 
 
 def demo(out: Path) -> Pipeline:
@@ -123,7 +138,7 @@ def demo_scratch(out: Path) -> Pipeline:
 def world_model(network: WanConfig, size: int) -> ModelConfig:
     """For long walks: clips of 5 seconds, which are also what a stream remembers, beside its first frame."""
     return replace(
-        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.1
+        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.2
     )
 
 

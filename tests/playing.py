@@ -1,11 +1,16 @@
 """What the tests of the player share: quick engines, a tiny model, and somebody at the keys."""
 
+import asyncio
+import contextlib
+import threading
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from aiohttp import web
 from torch import nn
 
 from minwm.checkpoint import Model, ModelConfig
@@ -16,6 +21,8 @@ from minwm.nets.text import WordText
 from minwm.nets.wan import WanConfig
 from minwm.play.game import Begin, Game, model_game
 from minwm.play.protocol import Input
+from minwm.play.server import House
+from minwm.play.transport import Site
 from minwm.sampling import FewStep
 
 MOTION = Motion(move=1.0, turn=40.0, fps=64.0)
@@ -104,3 +111,46 @@ def said(seq: int, held: str = "", total: float = 0.0, look: tuple[float, float]
     """An input about the forward axis."""
     down = {"w": 1.0, "s": -1.0, "": 0.0}[held]
     return Input(seq=seq, t=10.0 * seq, held=(0, 0, down, 0, 0, 0), total=(0, 0, total, 0, 0, 0), look=look)
+
+
+@contextlib.asynccontextmanager
+async def served(house: House, token: str = "secret") -> AsyncIterator[str]:
+    runner = web.AppRunner(Site(house, token).app())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+class Hosted:
+    """A server in a thread of this process, whose house a test can look into."""
+
+    def __init__(self, game: Game, **how: Any) -> None:
+        self.house, self.loop, self.ended = House(game, **how), asyncio.new_event_loop(), asyncio.Event()
+        self.url, started = "", threading.Event()
+
+        async def main() -> None:
+            async with served(self.house) as address:
+                self.url = f"{address}/?token=secret"
+                started.set()
+                await self.ended.wait()
+
+        self.thread = threading.Thread(target=lambda: self.loop.run_until_complete(main()))
+        self.thread.start()
+        assert started.wait(10)
+
+    def cut(self) -> None:
+        """Every connection breaks."""
+
+        async def close() -> None:
+            for seat in [*self.house.seats]:
+                await seat.transport.close()
+
+        asyncio.run_coroutine_threadsafe(close(), self.loop).result(5)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.ended.set)
+        self.thread.join(10)
+        self.loop.close()

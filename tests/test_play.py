@@ -41,6 +41,7 @@ from minwm.play.protocol import (
     Times,
     parse,
     parse_reply,
+    replaceable,
     text_of,
     unpack,
 )
@@ -157,6 +158,8 @@ def test_the_header_is_that_of_the_contract() -> None:
     back, payload = unpack(data + b"payload")
     assert payload == b"payload" and np.array_equal(back.c2w, pose)
     assert replace(back, c2w=pose).pack() == data
+    jpegs = [replace(header, kind=JPEG, first=first).pack() for first in (False, True)]
+    assert [replaceable(message) for message in (*jpegs, data, "text", b"")] == [True, False, False, False, False]
     for broken in (b"", data[:107], b"XX" + data[2:], b"MW\x02" + data[3:]):
         with pytest.raises(ProtocolError, match="no frame"):
             unpack(broken)

@@ -17,29 +17,34 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from aiohttp import web
-from playing import SMALL, Clock, painted, tiny_model
+from playing import SMALL, Clock, learned, painted, served, tiny_model
 
 from minwm.checkpoint import save_model
 from minwm.cli import main
+from minwm.cli.play import WORLD
 from minwm.core.config import UserError
 from minwm.core.media import png_bytes, read_video, write_image
 from minwm.core.trajectory import Action
+from minwm.nets.attention import KVArena
 from minwm.play.client import Client, Shot
 from minwm.play.game import Game, enter, world_game
+from minwm.play.player import Player
 from minwm.play.protocol import (
     Command,
     Error,
     Hello,
     ProtocolError,
+    Rewind,
     Shown,
     State,
     parse_reply,
     text_of,
 )
+from minwm.play.rtc import Peer, offered
 from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House, Transport
-from minwm.play.transport import UPLOAD_LIMIT, Site, WebSocket, connect, serve
+from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
 from minwm.play.video import Outlet
+from minwm.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +95,8 @@ async def in_memory(house: House) -> AsyncIterator[Dial]:
     talks, clock = [], asyncio.create_task(house.keep_time())
 
     async def dial() -> Transport:
+        while talks and talks[0].done():
+            talks.pop(0).result()
         ours, theirs = Pipe(), Pipe()
         ours.other, theirs.other = theirs, ours
         talks.append(asyncio.create_task(house.attend(theirs)))
@@ -104,17 +111,6 @@ async def in_memory(house: House) -> AsyncIterator[Dial]:
 
 
 @contextlib.asynccontextmanager
-async def served(house: House, token: str = "secret") -> AsyncIterator[str]:
-    runner = web.AppRunner(Site(house, token).app())
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-@contextlib.asynccontextmanager
 async def over_sockets(house: House) -> AsyncIterator[Dial]:
     async with served(house) as address, contextlib.AsyncExitStack() as stack:
 
@@ -124,7 +120,20 @@ async def over_sockets(house: House) -> AsyncIterator[Dial]:
         yield dial
 
 
-WIRES = {"memory": in_memory, "websocket": over_sockets}
+@contextlib.asynccontextmanager
+async def over_rtc(house: House) -> AsyncIterator[Dial]:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    house.rtc = True
+    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+
+        async def dial() -> Peer:
+            return await stack.enter_async_context(connect_rtc(f"{address}/?token=secret"))
+
+        yield dial
+    gc.collect()  # what is left of a connection must not be collected at a bad moment
+
+
+WIRES = {"memory": in_memory, "websocket": over_sockets, "webrtc": over_rtc}
 wires = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
 
 
@@ -136,7 +145,7 @@ def talk(
         async with wire(house) as dial:
             await scene(house, dial)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))
     return lambda: None
 
 
@@ -327,6 +336,43 @@ def test_a_hundred_visitors_leave_nothing_behind() -> None:
     talk(scene, in_memory)
 
 
+def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
+    """Each visitor walks a little, rewinds and goes for good: the walk ends, and the next one begins anew."""
+    clock, game = Clock(), learned(tiny_model())
+
+    async def scene(house: House, dial: Dial) -> None:
+        async def visit() -> None:
+            client = await Client.join(await dial())
+            await client.hold(Action.of("w"))
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk == 1)
+            await client.send(Rewind(chunks=1))
+            await client.transport.close()
+            while house.seats[0].left is None:
+                await asyncio.sleep(0.001)
+            clock.now += house.keep + 1
+            house.look_around()
+            assert house.player is None and not house.seats
+
+        def count() -> dict[str, int]:
+            house.pool.submit(int).result(5)  # the last walk has ended
+            gc.collect()
+            things = gc.get_objects()
+            tensors = [thing for thing in things if issubclass(type(thing), torch.Tensor)]
+            kinds = {kind.__name__: sum(type(t) is kind for t in things) for kind in (KVArena, Outlet, Session, Player)}
+            memory = {"bytes": sum(t.nbytes for t in tensors), "objects": len(things)}
+            return {"threads": threading.active_count(), **memory, **kinds}
+
+        counts = []
+        for visits in (3, 100):
+            for _ in range(visits):
+                await visit()
+            counts.append(await asyncio.to_thread(count))
+        assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
+        assert counts[1] == counts[0] and counts[0]["KVArena"] == 0, counts
+
+    talk(scene, in_memory, game, clock=clock)
+
+
 def test_the_house_is_not_endless() -> None:
     async def scene(_: House, dial: Dial) -> None:
         for _turn in range(SEATS):
@@ -350,14 +396,44 @@ def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]],
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
+@pytest.mark.parametrize(
+    ("host", "has"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("192.0.2.1", True), ("box", True)],
+)
+def test_webrtc_is_offered_only_where_the_whole_machine_listens(host: str, has: bool) -> None:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    assert offered(host) == has
+
+
+def test_a_call_that_is_none_is_refused() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async def call(offer: bytes, status: int, reason: str, token: str = "secret") -> None:
+            async with session.post(f"{address}/rtc?token={token}", data=offer) as answer:
+                assert answer.status == status and reason in await answer.text()
+
+        await call(b"v=0", 400, "no WebRTC")
+        house.rtc = True
+        await call(b"v=0", 403, "token", token="wrong")
+        await call(b"\xff\x00", 400, "no offer")
+        await call(b"v=0\r\nm=audio 9 UDP/TLS/RTP/SAVPF 0\r\nm=application 9 DTLS/SCTP 5000\r\n", 400, "no offer")
+        await call(b"v=0\r\n" * 9000, 400, "at most 16384")
+        with pytest.raises(UserError, match="the token is wrong"):
+            async with connect_rtc(f"{address}/?token=wrong"):
+                pass
+
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    visit(scene)
+
+
 def test_without_the_token_there_is_nothing() -> None:
     async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
         for path in ("/", "/ws", "/recording", "/clip"):
             for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82", "?token=%ff"):
                 async with session.get(address + path + query) as answer:
                     assert answer.status == 403 and "token" in await answer.text()
-        async with session.post(f"{address}/image?token=wrong", data=b"x") as answer:
-            assert answer.status == 403
+        for path in ("image", "rtc"):
+            async with session.post(f"{address}/{path}?token=wrong", data=b"x") as answer:
+                assert answer.status == 403
         with pytest.raises(UserError, match="403"):
             async with connect(f"{address}/?token=wrong"):
                 pass
@@ -379,6 +455,32 @@ def test_pages_of_other_sites_are_refused() -> None:
             assert caught.value.status == 403
         async with session.ws_connect(f"{address}/ws?token=secret", origin=address) as ws:
             assert not ws.closed
+
+    visit(scene)
+
+
+def test_it_can_be_played_through_a_tunnel() -> None:
+    """As with `ssh -L`: another port on this side, and the browser says where it believes to be."""
+
+    async def scene(_: House, address: str, session: aiohttp.ClientSession) -> None:
+        there = int(address.rpartition(":")[2])
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+            writer.close()
+
+        async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", there)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.gather(carry(reader, ours), carry(theirs, writer))
+
+        async with await asyncio.start_server(tunnel, "127.0.0.1", 0) as here:
+            near = f"http://127.0.0.1:{here.sockets[0].getsockname()[1]}"
+            async with session.ws_connect(f"{near}/ws?token=secret", origin=near) as ws:
+                client = await Client.join(WebSocket(ws))
+                await client.hold(Action.of("w"))
+                await until(client, frame_with(1))
 
     visit(scene)
 
@@ -434,8 +536,8 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("", "give --model DIR, or --world SEED alone"),
-        ("--world 7 --compare truth", "alone"),
+        ("", "no model yet: make one with minwm pipeline demo"),
+        ("--world 7 --compare truth", "rendered world"),
         ("--world -1", "numbered from 0"),
         ("--world 7 --size 4", "at least 16"),
         ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
@@ -445,8 +547,10 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_refuses_what_it_cannot_play(
-    words: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
     model = tiny_model()
     save_model(tmp_path / "dmd", model.config, model.net, model.codec)
     write_image(tmp_path / "picture.png", np.zeros((9, 9, 3), np.uint8))
@@ -486,6 +590,27 @@ def test_the_command_serves_the_last_stage_of_a_pipeline(
     monkeypatch.setattr("minwm.play.transport.serve", visit)
     words = ["play", "--model", str(tmp_path), "--compare", "truth", "--rewind", "5", "--port", "0"]
     assert main(words) == 0
+
+
+def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[Game] = []
+
+    async def serve(game: Game, *_: Any) -> None:
+        played.append(game)
+
+    monkeypatch.setattr("minwm.play.transport.serve", serve)
+    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    model, threads = tiny_model(), torch.get_num_threads()
+    for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "world" / "dmd"):
+        save_model(folder, model.config, model.net, model.codec)
+        assert main(["play"]) == 0
+    assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth"]) == 0
+    torch.set_num_threads(threads)
+    assert [game.title for game in played] == ["demo/dmd", "world/dmd", "runs/demo"]
+    assert played[0].begin.prompt == enter(WORLD, model.config).world.caption and played[1].takes_image
 
 
 def test_a_world_on_the_wire_is_the_world_itself() -> None:

@@ -53,6 +53,31 @@ def play_table() -> str:
     return "\n".join(rows)
 
 
+def soaks() -> dict[str, dict]:
+    """Ten minutes of play each, by file and game."""
+    files = [json.loads((ROOT / "results" / name).read_text()) for name in ("play-soak.json", "play-soak-busy.json")]
+    assert all({"command", "date", "commit", "versions", "what"} <= set(results) for results in files)
+    games = [(name, row) for results in files for name, row in results.items() if "samples" in row]
+    return {f"{i // 2}: {name}": row for i, (name, row) in enumerate(games)}
+
+
+@pytest.mark.parametrize("row", soaks().values(), ids=[*soaks()])
+def test_ten_minutes_of_play_need_no_more_memory(row: dict) -> None:
+    first, last = row["first third"], row["last third"]
+    assert all(len(samples) == 60 for samples in row["samples"].values()), "ten seconds each"
+    assert last["server_threads"] == first["server_threads"]
+    assert last["server_mib"] < first["server_mib"] + 10 and last["page_mib"] < first["page_mib"] + 2
+
+
+@pytest.mark.parametrize("name", ["0: runs/ar-4-steps", "1: world 7, 64x64"])
+def test_ten_minutes_of_play_are_as_quick_at_their_end(name: str) -> None:
+    """Of the others the machine, which did more and more beside them, says nothing."""
+    first, last = soaks()[name]["first third"], soaks()[name]["last third"]
+    for key in ("input_to_photon_p50_ms", "input_to_photon_p95_ms"):
+        assert last[key] < 1.1 * first[key]
+    assert last["fps"] > 0.9 * first["fps"]
+
+
 def test_the_player_is_as_quick_as_its_page_says() -> None:
     assert play_table() in (ROOT / "docs" / "play.md").read_text()
 

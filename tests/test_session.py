@@ -1,7 +1,9 @@
 """Walking around: a session makes what generation makes, can go back, and looks the same for worlds and models."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 import minwm
-from minwm.checkpoint import Model, ModelConfig
+from minwm.checkpoint import Model, ModelConfig, save_model
 from minwm.core.camera import CameraTrack, views
 from minwm.core.config import UserError
 from minwm.core.media import frames as to_frames
@@ -162,13 +164,18 @@ def test_another_prompt_acts_from_the_next_chunk_on(model: Model, image: np.ndar
     assert np.array_equal(edited[1], same[1]) and not np.array_equal(edited[2], same[2])
 
 
-def test_six_lines_walk(model: Model, tmp_path: Path) -> None:
-    write_image(tmp_path / "start.png", np.full((48, 64, 3), 90, np.uint8))
-    session = minwm.walk(model, "a red room", tmp_path / "start.png", seed=1)
-    first = session.start()
-    frames = session.step(minwm.Action.of("wl"))
-    session.rewind()
-    assert first.shape == (1, 32, 32, 3) and np.array_equal(session.step(minwm.Action.of("wl")), frames)
+@pytest.mark.parametrize("page", ["README.md", "docs/play.md"])
+def test_six_lines_walk(page: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines as the pages print them."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / page).read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("runs/demo/dmd"), model.config, model.net, model.codec)
+    write_image("first.png", np.full((48, 64, 3), 90, np.uint8))
+    said: dict[str, Any] = {}
+    exec(lines, said)
+    assert len([line for line in lines.splitlines() if line]) == 6
+    assert said["first"].shape == (1, 32, 32, 3) and said["frames"].shape[1:] == (32, 32, 3)
+    assert np.array_equal(said["session"].step(minwm.Action.of("wl")), said["frames"]), "it was undone"
 
 
 def test_seed_prompt_and_camera_matter(model: Model, image: np.ndarray) -> None:

@@ -25,7 +25,8 @@ LAST_STAGE = "dmd"
 @command(app, "play")
 def play(
     model: Annotated[
-        str | None, arg(metavar="DIR|USER/NAME", help="model, or folder of a pipeline such as runs/demo")
+        str | None,
+        arg(metavar="DIR|USER/NAME", help="model, or folder of a pipeline such as runs/demo; if not given, ours"),
     ] = None,
     world: Annotated[int | None, arg(metavar="SEED", help="this procedural world; with --model: start in it")] = None,
     image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
@@ -44,15 +45,16 @@ def play(
 
     from minwm.play.game import world_game
     from minwm.play.transport import serve
+    from minwm.presets import model_to_play
 
     # a core is left to the server: threads of torch that must share theirs wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    if model:
-        game = _model_game(model, world, image, prompt, compare, seed)
-    elif world is not None and not (image or prompt or compare):
-        game = world_game(world, _world_config(size))
+    if model or world is None:
+        game = _model_game(model or str(model_to_play()), world, image, prompt, compare, seed)
+    elif image or prompt or compare:
+        raise UserError("--world SEED without --model is a rendered world, which takes no other option of a model")
     else:
-        raise UserError("give --model DIR, or --world SEED alone")
+        game = world_game(world, _world_config(size))
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         asyncio.run(serve(game, host, port, rewind, say))
 

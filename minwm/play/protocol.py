@@ -169,6 +169,8 @@ class Welcome:
     """Degrees per second."""
     move: float
     """World units per second."""
+    rtc: bool
+    """The same conversation can be had over WebRTC: POST an offer to /rtc, and say hello again there."""
     can: Can
 
 
@@ -281,6 +283,11 @@ class Header:
         counts = self.frame, self.chunk, self.seq, self.seed
         start = MAGIC, VERSION, self.kind, self.view, int(self.first), 0
         return LAYOUT.pack(*start, *counts, self.media, self.t, *astuple(self.times), *self.c2w[:3].ravel())
+
+
+def replaceable(message: str | bytes) -> bool:
+    """Whether the next frame makes up for the loss of this message: a JPEG that begins nothing."""
+    return isinstance(message, bytes) and (message[3:4], message[5:6]) == (bytes([JPEG]), b"\0")
 
 
 def unpack(message: bytes) -> tuple[Header, bytes]:

@@ -78,12 +78,13 @@ class House:
         turn: float = 180.0,
         grace: float = 3.0,
         keep: float = 300.0,
+        rtc: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Seconds: `turn` for each while others wait; `grace` until who left loses the turn to them; `keep` until a
-        walk that nobody came back to ends."""
+        walk that nobody came back to ends. `rtc`: visitors may come over WebRTC."""
         self.game, self.rewind, self.turn, self.grace, self.keep = game, rewind, turn, grace, keep
-        self.clock = clock
+        self.rtc, self.clock = rtc, clock
         self.seats: list[Seat] = []
         self.player: Player | None = None
         self.turn_began = 0.0
@@ -159,6 +160,7 @@ class House:
             seed=player.begin.seed,
             turn=config.motion.turn,
             move=config.motion.move,
+            rtc=self.rtc,
             can=player.can,
         )
         await transport.send(text_of(welcome))

@@ -1,4 +1,4 @@
-"""HTTP and WebSockets, through aiohttp: the routes of the player, and a client's connection."""
+"""HTTP and WebSockets, through aiohttp: the routes of the player, and a client's connections."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from minwm.play.game import Game
 from minwm.play.player import Picture
 from minwm.play.protocol import TEXT_LIMIT
 from minwm.play.recording import Recording
+from minwm.play.rtc import Exchange, Peer, offered
 from minwm.play.server import House, Transport
 
 if TYPE_CHECKING:
@@ -79,11 +80,29 @@ async def connect(url: str) -> AsyncIterator[WebSocket]:
             yield WebSocket(ws)
 
 
+@contextlib.asynccontextmanager
+async def connect_rtc(url: str) -> AsyncIterator[Peer]:
+    """The same over WebRTC."""
+    from aiohttp import ClientSession
+
+    peer = Peer()
+    try:
+        async with ClientSession() as session:
+            where = urlsplit(url)._replace(path="/rtc").geturl()
+            async with session.post(where, data=await peer.offer()) as answer:
+                if not answer.ok:
+                    raise UserError(f"no WebRTC at {url}: {await answer.text()}")
+                await peer.accept(await answer.text())
+        yield peer
+    finally:
+        await peer.close()
+
+
 class Site:
     """The routes. Whoever does not know the token gets nothing but the page's scripts and styles."""
 
     def __init__(self, house: House, token: str) -> None:
-        self.house, self.token = house, token
+        self.house, self.token, self.exchange = house, token, Exchange(house.attend)
 
     def app(self) -> web.Application:
         from aiohttp import web
@@ -99,6 +118,7 @@ class Site:
         for path, handler in routes.items():
             app.router.add_get(path, self.guarded(handler))
         app.router.add_post("/image", self.guarded(self.image))
+        app.router.add_post("/rtc", self.guarded(self.rtc))
 
         async def dress(_: web.Request, response: web.StreamResponse) -> None:
             response.headers.update(HEADERS)
@@ -110,6 +130,7 @@ class Site:
 
         async def farewell(_: web.Application) -> None:
             await self.house.close()
+            await self.exchange.close()
 
         app.on_response_prepare.append(dress)
         app.cleanup_ctx.append(lifetime)
@@ -151,6 +172,13 @@ class Site:
         await self.house.attend(WebSocket(ws))
         return ws
 
+    async def rtc(self, request: web.Request) -> web.StreamResponse:
+        from aiohttp import web
+
+        if not self.house.rtc:
+            raise UserError("this server has no WebRTC")
+        return web.Response(text=await self.exchange.answer(await request.read(), request.remote or ""))
+
     async def image(self, request: web.Request) -> web.StreamResponse:
         from aiohttp import web
 
@@ -187,7 +215,8 @@ async def serve(game: Game, host: str, port: int, rewind: int, say: Callable[[st
     from aiohttp import web
 
     token = secrets.token_urlsafe(16)
-    runner = web.AppRunner(Site(House(game, rewind), token).app(), access_log=None)
+    house = House(game, rewind, rtc=offered(host))
+    runner = web.AppRunner(Site(house, token).app(), access_log=None)
     await runner.setup()
     try:
         try:

@@ -14,15 +14,16 @@ WAITING_CHUNKS = 2
 """Chunks that may wait for one client; the oldest gives way."""
 WAITING_TEXTS = 16
 SMALL = 256 * 256
-"""Pixels up to which a JPEG keeps every colour: it will be looked at enlarged."""
+"""Pixels up to which a picture is kept in every detail: it will be looked at enlarged."""
 
 
 class Encoder:
     """The frames of one view for all clients of one codec."""
 
     def __init__(self, codec: Codec, height: int, width: int, fps: float) -> None:
-        self.video = LiveVideo(height, width, fps) if codec == "h264" else None
-        self.quality = 92 if height * width <= SMALL else 80
+        small = height * width <= SMALL
+        self.video = LiveVideo(height, width, fps, crf=14 if small else 23) if codec == "h264" else None
+        self.quality = 92 if small else 80
 
     def __call__(self, frame: Frame, key: bool) -> tuple[int, bytes]:
         """Kind and payload; `key`: a decoder must be able to begin here."""

@@ -83,7 +83,7 @@ class Bidirectional(Recipe):
 class Autoregressive(Recipe):
     """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1).
 
-    With context noise the past is noised too, at times on both sides of the one at which streams will keep it.
+    With context noise the past is noised too, at times up to the one at which streams will keep it.
     """
 
     cfg: AutoregressiveConfig
@@ -99,7 +99,7 @@ class Autoregressive(Recipe):
 
         t = per_frame(self.cfg.time.draw((len(eps), len(chunks)), generator))
         level = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
-        past = past_of(clip, 2 * self.geometry.context_noise * level, generator)
+        past = past_of(clip, self.geometry.context_noise * level, generator)
         v = teacher_forced(
             self.networks["student"], past, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry
         )

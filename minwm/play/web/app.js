@@ -38,15 +38,26 @@ let guest = null; // session whose first turn is still to come
 
 const socket = new URL(address("ws"), location.href);
 socket.protocol = socket.protocol.replace("http", "ws");
-const client = new Client(socket.href, { codecs: codecs(query.get("codec") ?? localStorage.getItem("minwm.codec")) });
+const client = new Client(socket.href, {
+  codecs: codecs(query.get("codec") ?? localStorage.getItem("minwm.codec")),
+  rtc: localStorage.getItem("minwm.rtc") === "yes",
+});
 const controls = new Controls((axes, t) => client.hold(axes, t), (yaw, pitch, t) => client.turn(yaw, pitch, t));
-const player = new Player(show, (reason) => toast(reason));
+const player = new Player(show, undecodable);
 const map = new Minimap($("map"));
 const film = new Film($("film"), (chunk) => rewind(state.chunk - chunk));
 window.minwm = { client, stats: client.stats, player, controls };
 
 function codecs(wanted) {
   return h264 && wanted === "h264" ? ["h264", "jpeg"] : ["jpeg"];
+}
+
+function undecodable(reason) {
+  if (client.codecs[0] === "jpeg") return toast(reason);
+  toast(`${reason}. Going on with JPEG.`);
+  client.codecs = ["jpeg"];
+  $("codec").checked = false;
+  client.connect();
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -59,14 +70,8 @@ client.addEventListener("status", ({ detail }) => {
 });
 client.addEventListener("role", () => controls.sync());
 client.addEventListener("welcome", ({ detail }) => {
-  if (detail.session !== welcome?.session) guest = detail.session;
+  if (detail.session !== welcome?.session) begin(detail);
   welcome = detail;
-  document.title = `${detail.title} · minwm`;
-  $("title").textContent = detail.title;
-  screens = detail.views.map(screen);
-  $("views").replaceChildren(...screens.map(({ figure }) => figure));
-  screens.at(-1).figure.append(hud);
-  togglePanel(!page.classList.contains("no-panel"));
   player.start(detail);
   setUp({ ...state, ...detail });
 });
@@ -79,10 +84,21 @@ client.addEventListener("state", ({ detail }) => {
 client.addEventListener("error", ({ detail }) => detail.fatal || toast(detail.reason));
 client.addEventListener("frame", ({ detail }) => player.push(detail));
 
-function screen(name, index, views) {
+/** A new session: nothing on the page is from an old one. */
+function begin(session) {
+  guest = session.session;
+  document.title = `${session.title} · minwm`;
+  $("title").textContent = session.title;
+  screens = session.views.map((name, index) => screen(session, name, index));
+  $("views").replaceChildren(...screens.map(({ figure }) => figure));
+  screens.at(-1).figure.append(hud);
+  togglePanel(!page.classList.contains("no-panel"));
+}
+
+function screen({ width, height, views }, name, index) {
   const title = VIEW_NAMES[name] ?? name;
   const canvas = make("canvas", {
-    width: welcome.width, height: welcome.height, role: "img",
+    width, height, role: "img",
     data: { testid: index ? `canvas-${index}` : "canvas" }, aria: { label: `What the camera sees: ${title}` },
   });
   const figure = make("figure", {}, canvas);
@@ -155,6 +171,7 @@ function render() {
   $("prompt").readOnly = !can.prompt;
   $("prompt-button").hidden = !can.prompt;
   $("image-label").hidden = !can.image;
+  $("rtc-label").hidden = !welcome?.rtc;
 }
 
 /** Four times a second is as often as numbers can be read. */
@@ -170,6 +187,7 @@ function numbers() {
     ["FPS", stats.fps.toFixed(1)], ["Chunk", `${whole(diffuse + decode + copy)} ms`, "diffuse"],
     ["Decode", `${decode.toFixed(1)} ms`, "decode"], ["Encode", `${encode.toFixed(1)} ms`, "encode"],
     ["Queue", `${queue.toFixed(1)} ms`, "queue"], ["Wait", `${whole(rest)} ms`, "rest"],
+    ...(client.overRtc ? [["WebRTC", "on"]] : []),
   ];
   $("numbers").replaceChildren(...rows.map(([name, value, part]) =>
     make("div", { style: part ? `--k: ${PARTS[part]}` : "" }, make("dt", {}, name), make("dd", {}, value))));
@@ -262,6 +280,7 @@ function buildBindings() {
       element.onkeydown = (event) => {
         if (event.code === "Tab") return;
         event.preventDefault();
+        event.stopPropagation(); // or the new key would act at once
         if (event.code !== "Escape") controls.bind(name, event.code);
         buildBindings();
         buildControls();
@@ -383,6 +402,12 @@ function listenToSettings() {
       controls.save();
     };
   }
+  $("rtc").checked = client.rtc;
+  $("rtc").oninput = () => {
+    client.rtc = $("rtc").checked;
+    localStorage.setItem("minwm.rtc", client.rtc ? "yes" : "no");
+    client.connect();
+  };
   $("codec-label").hidden = !h264;
   $("codec").checked = client.codecs[0] === "h264";
   $("codec").oninput = () => {

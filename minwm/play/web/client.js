@@ -10,6 +10,8 @@
  *
  * Events: `status` (connecting | open | lost | closed, with the seconds until the next try or the reason), `role`,
  * `welcome`, `state`, `error`, `frame`. A lost connection is tried again with growing pauses and resumes its session.
+ * With `rtc`, a conversation goes on over WebRTC where the server has it; if that fails, an `error` says so, and the
+ * WebSocket goes on.
  * All times are milliseconds of performance.now().
  */
 
@@ -124,10 +126,11 @@ export class Client extends EventTarget {
   #retrying; // timer of the next connection
 
   /** `codecs` in order of preference: "jpeg", "h264". */
-  constructor(url, { codecs = ["jpeg"] } = {}) {
+  constructor(url, { codecs = ["jpeg"], rtc = false } = {}) {
     super();
     this.#url = url;
     this.codecs = codecs;
+    this.rtc = rtc;
   }
 
   connect() {
@@ -138,12 +141,46 @@ export class Client extends EventTarget {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       opened = true;
-      this.role = null;
-      this.#seq = 0;
-      this.#send({ type: "hello", v: VERSION, codecs: this.codecs, resume: this.session });
+      this.#hello(socket);
     };
-    socket.onmessage = ({ data }) => (typeof data === "string" ? this.#receive(JSON.parse(data)) : this.#frame(data));
     socket.onclose = () => this.#lost(socket, opened);
+  }
+
+  #hello(socket) {
+    this.role = null;
+    this.#seq = 0;
+    socket.onmessage = ({ data }) => (typeof data === "string" ? this.#receive(JSON.parse(data)) : this.#frame(data));
+    this.#send({ type: "hello", v: VERSION, codecs: this.codecs, resume: this.session });
+  }
+
+  /** Whether this conversation is over WebRTC. */
+  get overRtc() {
+    return this.#socket !== null && !(this.#socket instanceof WebSocket);
+  }
+
+  /** Have this conversation over WebRTC from now on; if that fails, say so and stay. */
+  async #changeOver() {
+    const socket = this.#socket;
+    const stay = (reason) => {
+      this.rtc = false;
+      this.#emit("error", { reason: `WebRTC: ${reason}. Going on over a WebSocket.`, fatal: false });
+    };
+    try {
+      const { call } = await import("./rtc.js");
+      const wire = await call(this.#url);
+      if (socket !== this.#socket) return wire.close();
+      socket.onmessage = socket.onclose = null;
+      this.#socket = wire;
+      wire.onclose = () => {
+        if (wire !== this.#socket) return;
+        stay("the connection broke");
+        this.connect();
+      };
+      this.#hello(wire);
+      socket.close();
+    } catch (error) {
+      if (socket === this.#socket) stay(error.message);
+    }
   }
 
   /** Leave for good, until `connect` is called again. */
@@ -211,6 +248,7 @@ export class Client extends EventTarget {
       this.session = message.session;
       this.#tries = 0;
       this.#emit("status", { status: "open" });
+      if (this.rtc && message.rtc && !this.overRtc) this.#changeOver();
     }
     if (message.role && message.role !== this.role) this.#begin(message.role);
     this.#emit(message.type, message);

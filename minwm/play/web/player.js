@@ -42,9 +42,19 @@ export class Player {
     this.chunk = frame.chunk;
     const entry = { frame, picture: null, dropped: false };
     view.queue.push(entry);
-    while (view.queue.length > this.most) drop(view.queue.shift());
-    if (frame.kind === "jpeg") this.#jpeg(entry);
-    else this.#h264(view, entry);
+    if (view.queue.length > this.most) {
+      // The oldest unseen picture gives way; where none is decoded yet, this frame: else a slow page would show nothing
+      const surplus = view.queue.find(({ picture }) => picture) ?? entry;
+      view.queue.splice(view.queue.indexOf(surplus), 1);
+      drop(surplus);
+      if (surplus === entry && frame.kind === "jpeg") return;
+    }
+    try {
+      if (frame.kind === "jpeg") this.#jpeg(entry);
+      else this.#h264(view, entry);
+    } catch (error) {
+      this.#broken(entry, error);
+    }
   }
 
   /** Draw what is due. Call once per animation frame. */
@@ -99,7 +109,7 @@ export class Player {
   #broken(entry, error) {
     const { queue } = this.views[entry.frame.view] ?? { queue: [] };
     if (queue.includes(entry)) queue.splice(queue.indexOf(entry), 1);
-    if (error) this.fail(`A frame could not be decoded: ${error.message}`);
+    if (error) this.fail(`A frame cannot be decoded (${error.message.replace(/\.$/, "")})`);
   }
 }
 

@@ -1,0 +1,221 @@
+"""Whatever comes over the wire: it is understood, or refused with a reason, and nothing else happens."""
+
+import asyncio
+import contextlib
+import json
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from playing import MOTION, painted
+from test_play_server import in_memory, until
+
+from minwm.core.config import UserError
+from minwm.play.client import Client, Shot
+from minwm.play.intent import LOOK, Intent
+from minwm.play.protocol import (
+    LAYOUT,
+    REASON_LIMIT,
+    VERSION,
+    Command,
+    Header,
+    Hello,
+    Input,
+    Prompt,
+    ProtocolError,
+    Rewind,
+    Seed,
+    Shown,
+    Speed,
+    Times,
+    parse,
+    parse_reply,
+    text_of,
+    unpack,
+)
+from minwm.play.rtc import Peer
+from minwm.play.server import House
+
+
+def unhurried(examples: int) -> settings:
+    """Other jobs may hold up this machine."""
+    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+NAMES = [
+    *("type", "kind", "name", "v", "codecs", "resume", "seq", "t", "held", "total", "look", "frame"),
+    *("chunks", "value", "text", "reason", "fatal"),
+]
+KINDS = ["hello", "input", "shown", "command", "command rewind", "state", "welcome", "error"]
+ORDERS = ["pause", "resume", "step", "reset", "record", "stop", "branch", "replay", "rewind", "seed", "speed", "prompt"]
+
+numbers = some.integers() | some.floats() | some.sampled_from([0, 1, -1, 2**32, 1e308, float("nan")])
+scalars = some.none() | some.booleans() | numbers | some.text(max_size=20) | some.sampled_from(KINDS + ORDERS)
+trees = some.recursive(
+    scalars, lambda inner: some.lists(inner, max_size=7) | some.dictionaries(some.text(max_size=5), inner), max_leaves=9
+)
+near_misses = some.builds(
+    lambda kind, order, rest: json.dumps({**rest, "type": kind, **({"name": order} if "command" in kind else {})}),
+    some.sampled_from(KINDS),
+    some.sampled_from(ORDERS),
+    some.dictionaries(some.sampled_from(NAMES), trees, max_size=6),
+)
+
+ticks = some.floats(-1e12, 1e12)
+axes = some.tuples(*[some.floats(-1, 1)] * 6)
+inputs = some.builds(
+    Input,
+    seq=some.integers(0, 2**32 - 1),
+    t=ticks,
+    held=axes,
+    total=some.tuples(*[ticks] * 6),
+    look=some.tuples(ticks, ticks),
+)
+prompts = some.text(some.characters(exclude_categories=("Cs",)), min_size=1, max_size=900).filter(str.strip)
+messages = some.one_of(
+    inputs,
+    some.builds(Hello, v=some.integers(), codecs=some.lists(some.text(max_size=9)), resume=some.none() | some.text()),
+    some.builds(Shown, frame=some.integers()),
+    some.builds(Command, name=some.sampled_from(ORDERS[:8])),  # type: ignore[arg-type]
+    some.builds(Rewind, chunks=some.integers(1, 1_000_000)),
+    some.builds(Seed, value=some.integers(0, 2**32 - 1)),
+    some.builds(Speed, value=some.floats(0.25, 4)),
+    some.builds(Prompt, text=prompts),
+)
+
+
+@some.composite
+def damaged(draw: Any) -> str:
+    """A message with a part cut out, and something put in its place."""
+    text = text_of(draw(messages))
+    a, b = sorted((draw(some.integers(0, len(text))), draw(some.integers(0, len(text)))))
+    return (
+        text[:a]
+        + draw(some.text(max_size=8) | some.sampled_from(["[", '"', "{", "1e999", "\\ud800", "null"]))
+        + text[b:]
+    )
+
+
+@unhurried(150)
+@given(some.text() | near_misses | damaged() | some.binary(max_size=50))
+def test_a_text_is_understood_or_refused_with_a_reason(text: str | bytes) -> None:
+    for read in (parse, parse_reply):
+        try:
+            message = read(text)
+        except ProtocolError as error:
+            assert 0 < len(str(error)) <= REASON_LIMIT
+        else:
+            assert isinstance(text, str) and json.loads(text)["type"] == message.kind.split()[0]
+
+
+@unhurried(80)
+@given(messages)
+def test_what_is_said_is_what_is_heard(message: Any) -> None:
+    assert parse(text_of(message)) == message
+
+
+@unhurried(80)
+@given(some.binary(max_size=200) | some.builds(lambda body: b"MW" + bytes([VERSION]) + body, some.binary(max_size=200)))
+def test_bytes_are_a_frame_or_are_refused(data: bytes) -> None:
+    if len(data) < LAYOUT.size or data[:3] != b"MW\x01":
+        with pytest.raises(ProtocolError, match="no frame"):
+            unpack(data)
+    else:
+        assert unpack(data)[1] == data[LAYOUT.size :]
+
+
+singles = some.floats(width=32, allow_nan=False)
+counts = some.integers(0, 2**32 - 1)
+
+
+@unhurried(80)
+@given(
+    some.builds(
+        Header,
+        kind=some.integers(0, 2),
+        view=some.integers(0, 255),
+        first=some.booleans(),
+        **dict.fromkeys(("frame", "chunk", "seq", "seed"), counts),
+        **dict.fromkeys(("media", "t"), some.floats(allow_nan=False)),
+        times=some.builds(Times, **dict.fromkeys(Times.__annotations__, singles)),
+        c2w=some.lists(singles, min_size=12, max_size=12).map(lambda n: np.array([*n, 0, 0, 0, 1.0]).reshape(4, 4)),
+    ),
+    some.binary(max_size=9),
+)
+def test_a_header_comes_back_as_it_was(header: Header, payload: bytes) -> None:
+    back, rest = unpack(header.pack() + payload)
+    assert rest == payload and np.array_equal(back.c2w, header.c2w)
+    assert astuple(back)[:-1] == astuple(header)[:-1]
+
+
+@unhurried(80)
+@given(some.lists(inputs | some.floats(0.01, 2), max_size=20))
+def test_no_input_moves_faster_than_the_model_goes(story: list[Input | float]) -> None:
+    intent = Intent(MOTION)
+    for event in story:
+        if isinstance(event, Input):
+            intent.hear(event)
+            continue
+        action = np.array(astuple(intent.take(event)))
+        limit = np.array([1, 1, 1, 1 + LOOK, 1 + LOOK, 1]) + 1e-9
+        assert np.isfinite(action).all() and (abs(action) <= limit).all()
+
+
+@unhurried(20)
+@given(some.lists(some.text(max_size=40) | near_misses | damaged() | messages.map(text_of) | some.binary(max_size=9)))
+def test_no_conversation_harms_the_walk(texts: list[str | bytes]) -> None:
+    """A stranger says hello, and then anything at all; who plays does not notice."""
+
+    async def main() -> None:
+        house = House(painted())
+        async with in_memory(house) as dial:
+            client = await Client.join(await dial())
+            stranger = await dial()
+            await stranger.send(text_of(Hello(v=VERSION, codecs=["jpeg"])))
+            with contextlib.suppress(ConnectionError):
+                for text in texts:
+                    await stranger.send(text)
+            await stranger.close()
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 1)
+            assert not client.errors
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+OFFER = f"""v=0\r
+o=- 1 1 IN IP4 0.0.0.0\r
+s=-\r
+t=0 0\r
+a=group:BUNDLE 0\r
+m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r
+c=IN IP4 0.0.0.0\r
+a=mid:0\r
+a=sctp-port:5000\r
+a=max-message-size:65536\r
+a=candidate:1 1 udp 2130706431 b3a1c1f0-0c53-4b7e-9d8a-5a1f.local 9 typ host\r
+a=ice-ufrag:abcd\r
+a=ice-pwd:abcdefghijklmnopqrstuv\r
+a=fingerprint:sha-256 {":".join(["AB"] * 32)}\r
+a=setup:actpass\r
+"""
+
+
+@unhurried(40)
+@given(some.integers(0, len(OFFER)), some.integers(0, len(OFFER)), some.text(max_size=9))
+def test_an_offer_is_answered_or_refused(a: int, b: int, new: str) -> None:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+
+    async def answer(sdp: str) -> str:
+        peer = Peer()
+        try:
+            return await peer.answer(sdp, "127.0.0.1")
+        except UserError as error:
+            return str(error)
+        finally:
+            await peer.close()
+
+    said = asyncio.run(answer(OFFER[: min(a, b)] + new + OFFER[max(a, b) :]))
+    assert said.startswith("v=0") or said == "this is no offer of a data channel"
