@@ -199,10 +199,11 @@ def draw(plan: Ablation, results: list[ArmResult]) -> str:
     direction = [d and (d.value, d.low, d.high) for d in (r.follow.motion.overall.direction_deg for r in results)]
     panels = [panel("camera score", [*scores])]
     if all(r.reliance is not None for r in results):
-        panels.append(panel("reliance on cameras", [(r.reliance,) * 3 for r in results if r.reliance is not None]))
+        reliance = [r.reliance for r in results if r.reliance is not None]
+        panels.append(panel("reliance on cameras", [(x, x, x) for x in reliance]))
     panels.append(panel("direction missed, degrees", direction))
     if plan.drift:
         worst = [max(c.strangeness[-1] for c in r.drift.values()) if r.drift else 0.0 for r in results]
-        panels.append(panel(f"strangeness after {SECONDS} s", [(value,) * 3 for value in worst]))
+        panels.append(panel(f"strangeness after {SECONDS} s", [(x, x, x) for x in worst]))
     names = {} if plan.numeric else {arm.x: arm.name for arm in plan.arms}
     return figure(panels, plan.varies, names)

@@ -171,6 +171,7 @@ def adopt(source: Published, config: ModelConfig, codec: Path, target: Path) -> 
             f"{source.weights.path} has {len(source.action)} trained parameters of discrete actions, for which no "
             "network here has a place; --drop-action leaves them out, and changes what it does"
         )
+    network = replace(source.config, rounded=config.network.rounded)  # the file does not know how it was run
     codec_config, tensors = read_codec(codec, config.codec)
     if codec_config.channels != source.config.channels:
         raise CheckpointError(
@@ -180,7 +181,7 @@ def adopt(source: Published, config: ModelConfig, codec: Path, target: Path) -> 
     with new_folder(target) as folder:
         write_safetensors(folder / "codec.safetensors", tensors)
         write_safetensors(folder / "model.safetensors", source.tensors)
-        _write_text(folder / "model.json", dumps(replace(config, network=source.config, codec=codec_config)))
+        _write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
     return list(source.notes)
 
 

@@ -77,7 +77,7 @@ def test_arms_differ_in_what_the_ablation_varies_and_have_folders_of_their_own()
 
 def test_the_figure_is_svg_with_a_dot_per_arm() -> None:
     dots = [Dot(x, x / 2, x / 2 - 0.1, x / 2 + 0.1, f"<{x}>") for x in (1, 2, 4)]
-    for names in ({}, {1: "a & b", 2: "c", 4: "d"}):
+    for names in ({}, {1.0: "a & b", 2.0: "c", 4.0: "d"}):
         tree = ElementTree.fromstring(figure([Panel("p", dots), Panel("q", dots[:1])], "x", names))
         circles = [e for e in tree.iter() if e.tag.endswith("circle")]
         assert len(circles) == 4

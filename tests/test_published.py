@@ -1,6 +1,7 @@
 """Day one with a published Wan: its folder becomes ours, and makes videos with every sampler."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from minwm.core.trajectory import Action
 from minwm.formats import diffusers_names as transformer_names
 from minwm.nets.wan import WanConfig
 from minwm.nets.wan_vae import WanVaeConfig, diffusers_names
+from minwm.presets import RELEASE_FOCAL, WAN_FOCAL
 from minwm.session import walk
 
 transformers = pytest.importorskip("transformers")
@@ -105,6 +107,15 @@ def test_an_image_of_any_size_starts_it(release: Path, tmp_path: Path, capsys: p
     write_image(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     assert generate(tmp_path / "model", tmp_path / "a.mp4", "w*8", "--image", str(tmp_path / "x.png")) == 0
     assert "40x40 pixels, cropped in the middle and resized to the model's 48x32" in capsys.readouterr().out
+
+
+def test_compatibility_is_asked_for_by_name(release: Path, tmp_path: Path) -> None:
+    switches = ("--focal", "0.5,0.5", "--network.rounded", "true")
+    assert convert(release, tmp_path / "a", "wan2.1-1.3b/dmd") == 0
+    assert convert(release, tmp_path / "b", "wan2.1-1.3b/dmd", *switches) == 0
+    plain, ours = (load_model(tmp_path / name).config for name in "ab")
+    assert plain.focal == WAN_FOCAL and not plain.network.rounded
+    assert ours == replace(plain, focal=RELEASE_FOCAL, network=replace(plain.network, rounded=True))
 
 
 def test_every_naming_gives_the_same_model(release: Path, tmp_path: Path) -> None:

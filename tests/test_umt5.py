@@ -132,26 +132,26 @@ def test_what_is_kept_needs_no_encoder(source: str, cache: Path) -> None:
 
 def test_states_from_elsewhere_need_no_encoder(tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
     """They are moved from one machine to another that never had the encoder, by the command line."""
-    caption, config = "a red  tower", replace(tiny_model(), text=Umt5Text(source="nowhere", dim=32, length=LENGTH))
+    caption, text = "a red  tower", Umt5Text(source="nowhere", dim=32, length=LENGTH)
     elsewhere = Umt5Text(source=source, dim=32, length=LENGTH)
     expected = elsewhere.encode([caption])
     file = next(path for path in tmp_path.rglob("prompts/*/*.safetensors"))
     assert read_states(file)[0] == "a red tower"
-    (tmp_path / "model.json").write_text(dumps(config))
+    (tmp_path / "model.json").write_text(dumps(replace(tiny_model(), text=text)))
     with pytest.raises(UserError, match="no text encoder in nowhere"):
-        config.text.encode([caption])
+        text.encode([caption])
     assert main(["data", "prompts", str(file), "--model", str(tmp_path)]) == 0
-    assert torch.equal(config.text.encode([caption, "a red tower"]), expected.expand(2, -1, -1))
+    assert torch.equal(text.encode([caption, "a red tower"]), expected.expand(2, -1, -1))
     with pytest.raises(UserError, match=r"no text encoder in nowhere to encode 'a dome', which is new"):
-        config.text.encode([caption, "a dome"])
+        text.encode([caption, "a dome"])
     with pytest.raises(ConfigError, match=r"shape \(3, 8\); this model reads \(1 to 12, 32\)"):
-        config.text.keep("x", torch.zeros(3, 8))
+        text.keep("x", torch.zeros(3, 8))
     save_file({"states": torch.zeros(2, 32)}, tmp_path / "bare.safetensors")
     (tmp_path / "prompts.txt").write_text("a dome\n\nthe dome\n")
     for given, told in (("bare.safetensors", "a `caption` in the metadata"), ("prompts.txt", "to encode 'a dome'")):
         assert main(["data", "prompts", str(tmp_path / given), "--model", str(tmp_path)]) == 2
         assert told in capsys.readouterr().err
-    (tmp_path / "model.json").write_text(dumps(replace(config, text=elsewhere)))
+    (tmp_path / "model.json").write_text(dumps(replace(tiny_model(), text=elsewhere)))
     assert main(["data", "prompts", str(tmp_path / "prompts.txt"), "--model", str(tmp_path)]) == 0
     assert "2 prompts encoded, 0 taken" in capsys.readouterr().out
 

@@ -154,9 +154,6 @@ class Masked:
 
     Neighbouring frames that see the same form a group, and each group attends, without a mask, to what it sees:
     nothing is computed to be thrown away, and the fast kernels, which know no masks, can be used.
-
-    Queries that see the same keys are taken together, without a mask: of what a mask would hide nothing is computed.
-    `split=False` is the plain form, one attention under a dense mask.
     """
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:

@@ -58,6 +58,9 @@ class WanConfig:
     """Width of the time sinusoid."""
     patch: int = 2
     """Latent rows and columns per token."""
+    rounded: bool = False
+    """Compatibility: cameras and modulation rounded to bfloat16, as minWM's own inference has them. Its released
+    weights ran so; a rounded camera is another camera, and moving the world's frame is then no longer nothing."""
     camera: Mode = "none"
     """How cameras enter self-attention (control/prope.py)."""
 
@@ -183,10 +186,11 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(cfg)
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn), nn.GELU("tanh"), nn.Linear(cfg.ffn, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
+        self.rounded = cfg.rounded
 
     def paced(self, time: Float[Tensor, "b f 6 d"]) -> Paced:
         """Shift, scale and gate of attention, then of the feed-forward part."""
-        return _affine(self.modulation, time)
+        return _affine(self.modulation, time, self.rounded)
 
     def before(self, x: Float[Tensor, "b f p d"], paced: Paced, rope: Tensor, camera: Projection | None) -> Branches:
         """Branches of queries, keys and values; stacked already if a compiler can do so on the way."""
@@ -235,17 +239,19 @@ class Head(nn.Module):
         super().__init__()
         self.head = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
+        self.rounded = cfg.rounded
 
     def paced(self, time: Float[Tensor, "b f d"]) -> Paced:
-        return _affine(self.modulation, time[:, :, None])
+        return _affine(self.modulation, time[:, :, None], self.rounded)
 
     def forward(self, x: Float[Tensor, "b f p d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "b f p k"]:
         return self.head(modulated(x, shift, scale))
 
 
-def _affine(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"]) -> Paced:
+def _affine(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"], rounded: bool) -> Paced:
     """Learned and timely modulation; 1 is added to scales, which come second of every (shift, scale, gate)."""
-    parts = (learned.float() + time).split(1, dim=2)
+    both = (learned.bfloat16() + time.bfloat16()).float() if rounded else learned.float() + time
+    parts = both.split(1, dim=2)
     return tuple(1 + part if i % 3 == 1 else part for i, part in enumerate(parts))
 
 
@@ -306,7 +312,10 @@ class Wan(Backbone):
             raise ConfigError(
                 f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
             )
-        return (Rays if self.anchored else Projection).bind(cond.w2c, cond.K)
+        w2c, K = (x.bfloat16() if self.config.rounded else x for x in (cond.w2c, cond.K))
+        camera = (Rays if self.anchored else Projection).bind(w2c, K)
+        rounded = self.config.rounded and isinstance(camera, Projection)
+        return Projection(camera.matrices.bfloat16().float()) if rounded else camera
 
     def later(self, keys: Heads, frames: int) -> Heads:
         if self.config.camera == "single":  # its rotary part has no time

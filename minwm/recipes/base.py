@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times, interpolate, shift
+from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, Past
+from minwm.nets.backbone import Backbone, Past, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,20 @@ def past_of(clip: Clip, level: float | Times, generator: torch.Generator) -> Pas
     """The clip as a stream keeps it, at noise `level`; a given first frame is kept as it is."""
     t = held(clip) * level
     return Past(interpolate(clip.latents, noise_like(clip.latents, generator), t), t)
+
+
+@torch.no_grad()
+def own_past(net: Backbone, clip: Clip, past: Past, s: float, geometry: Geometry, generator: torch.Generator) -> Past:
+    """The past as the network tells it: its prediction of every chunk from that chunk at a random time, shifted by s.
+
+    A stream lives on what it made itself. A network that has seen such a past beside the true future leads back from
+    its errors, where one that has seen the truth alone takes them for the truth.
+    """
+    t = uniform_times(len(clip.latents), s, clip.latents, generator)[:, None].expand(clip.latents.shape[:2])
+    x = interpolate(clip.latents, noise_like(clip.latents, generator), t)
+    told = x0_from_velocity(x, teacher_forced(net, past, x, t, clip.cond, geometry), t)
+    told = torch.where(per_frame(held(clip)) > 0, told, clip.latents)
+    return Past(interpolate(told, noise_like(told, generator), past.t), past.t)
 
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:

@@ -11,7 +11,7 @@ from minwm.core.flow import Latents, euler, interpolate, schedule, x0_from_veloc
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Past, teacher_forced
-from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, noise_like, past_of, pick
+from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, noise_like, own_past, past_of, pick
 from minwm.recipes.ode import guided_teacher
 
 
@@ -25,6 +25,8 @@ class ConsistencyConfig:
     """Guidance of the teacher's ODE step."""
     image_start: float = 1.0
     """Chance, per batch, that the first latent is given."""
+    own_past: float = 0.0
+    """Chance, per batch, that chunks are given the student's own predictions of the earlier ones (`base.own_past`)."""
     target_decay: float = 0.99
     """EMA of the student that gives the target, from the first step on."""
 
@@ -55,6 +57,8 @@ class Consistency(Recipe):
         eps = noise_like(clip.latents, generator)
         x = interpolate(clip.latents, eps, eps.new_full(eps.shape[:2], t))
         past = past_of(clip, self.geometry.context_noise, generator)
+        if torch.rand((), generator=generator, device=generator.device) < self.cfg.own_past:
+            past = own_past(self.networks["student"], clip, past, self.cfg.shift, self.geometry, generator)
         with torch.no_grad():
             v = guided_teacher(self.networks["teacher"], past, clip.cond, x, t, self.cfg.guidance, self.geometry)
             target = self._end(self.networks["target"], past, clip.cond, euler(x, v, t, t_next), t_next)

@@ -10,7 +10,18 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
 from minwm.core.types import Clip
 from minwm.nets.backbone import teacher_forced
-from minwm.recipes.base import Loss, Recipe, drop_text, frame_mse, given_image, held, hold_first, noise_like, past_of
+from minwm.recipes.base import (
+    Loss,
+    Recipe,
+    drop_text,
+    frame_mse,
+    given_image,
+    held,
+    hold_first,
+    noise_like,
+    own_past,
+    past_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,8 @@ class BidirectionalConfig(DiffusionConfig):
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig(DiffusionConfig):
     kind: ClassVar[str] = "autoregressive"
+    own_past: float = 0.0
+    """Chance, per batch, that chunks are given the network's own predictions of the earlier ones (`own_past`)."""
 
 
 class Bidirectional(Recipe):
@@ -100,8 +113,9 @@ class Autoregressive(Recipe):
         t = per_frame(self.cfg.time.draw((len(eps), len(chunks)), generator))
         level = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
         past = past_of(clip, self.geometry.context_noise * level, generator)
-        v = teacher_forced(
-            self.networks["student"], past, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry
-        )
+        student = self.networks["student"]
+        if torch.rand((), generator=generator, device=generator.device) < self.cfg.own_past:
+            past = own_past(student, clip, past, self.cfg.time.shift, self.geometry, generator)
+        v = teacher_forced(student, past, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry)
         total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(t))
         return Loss(total, "student", {"loss": float(total.detach())})

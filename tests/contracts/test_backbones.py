@@ -81,6 +81,27 @@ def test_world_frame_does_not_matter_and_cameras_do(name: str) -> None:
     assert (net(x, t, other) - before).abs().max() > 0.01
 
 
+@torch.no_grad()
+def test_rounded_networks_are_those_given_rounded_numbers() -> None:
+    """The compatibility switch: the same as rounding cameras and modulation by hand, and not nothing."""
+    net, x, cond, t = small("wan-dual"), latents(4), condition(4), torch.full((2, 4), 0.5, dtype=torch.float64)
+    rounded = replace(SMALL["wan-dual"], rounded=True).build().double()
+    rounded.load_state_dict(net.state_dict())
+    assert cond.w2c is not None and cond.K is not None
+    assert (rounded(x, t, cond) - net(x, t, cond)).abs().max() > 1e-3
+    grid = 2.0**-6 * torch.randint(-60, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    shifts = torch.eye(4).repeat(2, 4, 1, 1)
+    shifts[:, :, :3, 3] = grid[:, None, :3]  # moves by what bfloat16 holds, and turns by none
+    exact = replace(cond, w2c=shifts, K=torch.full_like(cond.K, 0.5))
+    for module in (net, rounded):
+        for name, parameter in module.named_parameters():
+            if name.startswith(("time_projection", "time_embedding.2")):
+                nn.init.zeros_(parameter)  # so that modulation is what is learned, the head's included
+            if name.endswith("modulation"):
+                parameter.copy_(parameter.bfloat16())
+    torch.testing.assert_close(rounded(x, t, exact), net(x, t, exact), atol=1e-9, rtol=1e-9)
+
+
 BRANCHES = {"wan-dual": [f"blocks.{i}.self_attn.prope_o" for i in range(2)], "wan-plucker": ["plucker"]}
 
 

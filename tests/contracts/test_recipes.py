@@ -14,8 +14,8 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, schedule
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry, Scope
-from minwm.nets.backbone import Backbone, Bound, TextKV
-from minwm.recipes.base import Loss, Recipe
+from minwm.nets.backbone import Backbone, Bound, Past, TextKV
+from minwm.recipes.base import Loss, Recipe, own_past
 from minwm.recipes.consistency import Consistency, ConsistencyConfig
 from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig, TimeLaw
 from minwm.recipes.dmd import Dmd, DmdConfig, direction, surrogate
@@ -332,6 +332,25 @@ def test_context_noise_is_on_the_past_alone(name: str, image: bool) -> None:
         torch.testing.assert_close(later, torch.full_like(later, level))
     else:
         assert 0 <= later.min() < level / 4 < 0.75 * level < later.max() <= level
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+def test_own_past_is_what_the_network_tells(image: bool) -> None:
+    """A network that knows the clip tells the clip; another one does not, but for the image that it was given."""
+    given, zeros = clip(image), torch.zeros(2, FRAMES, dtype=torch.float64)
+    truth = Past(given.latents, zeros)
+    knows, guesses = (
+        own_past(net, given, truth, 3.0, GEOMETRY, seeded()) for net in (Exact(given.latents), network(0))
+    )
+    torch.testing.assert_close(knows.latents, given.latents)
+    changed = (guesses.latents - given.latents).abs().amax((0, 2, 3, 4)) > 0.01
+    assert changed.tolist() == [not image, *[True] * (FRAMES - 1)]
+    assert not guesses.latents.requires_grad and guesses.t is truth.t
+    for name in ("autoregressive", "consistency"):
+        with watched((recipe := make(name, own_past=1.0)).networks["student"]) as passes:
+            one = recipe.loss(given, 0, seeded()).total
+        assert len(passes) == 1, "no gradient reaches the past"
+        assert one != make(name).loss(given, 0, seeded()).total
 
 
 # Distillation
