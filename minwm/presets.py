@@ -254,9 +254,12 @@ def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
         return Run(name=stage, model=model, recipe=recipe, data=data, init=init, optim=optim, seed=1, save_every=50)
 
     bidirectional = BidirectionalConfig(time=law, image_start=image_start)
-    causal = AutoregressiveConfig(time=law, image_start=image_start)
+    own_past = 0.5 if base.context_noise else 0.0  # both against drift: for models that are walked through for long
+    causal = AutoregressiveConfig(time=law, image_start=image_start, own_past=own_past)
     ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
-    consistency = ConsistencyConfig(grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start)
+    consistency = ConsistencyConfig(
+        grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, own_past=own_past
+    )
     dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())

@@ -21,7 +21,6 @@ from minwm.core.trajectory import Motion
 from minwm.core.types import Condition
 from minwm.core.weights import CheckpointError, read_weights, write_shards
 from minwm.formats import (
-    CAMERA,
     SIZES,
     diffusers_names,
     export,
@@ -256,7 +255,7 @@ def test_cameras_may_be_new_and_nothing_else(state: State, seeing: State, tmp_pa
     save_file(seeing, tmp_path / "seeing.safetensors")
     plain, cameras = (open_published(tmp_path / f"{name}.safetensors", heads=2) for name in ("plain", "seeing"))
     net = SEEING.build()
-    assert sorted(plain.load_into(net)) == sorted(f"blocks.{i}.self_attn.{leaf}" for i in range(2) for leaf in CAMERA)
+    assert sorted(plain.load_into(net)) == sorted(f"blocks.{i}.self_attn.{leaf}" for i in range(2) for leaf in PROPE)
     assert not net.state_dict()["blocks.1.self_attn.prope_o.weight"].any()
     with pytest.raises(CheckpointError, match=r"another architecture than Wan: 4 unexpected: blocks\.0.*prope_o"):
         cameras.load_into(PLAIN.build())
@@ -456,7 +455,7 @@ def test_full_sizes_have_the_names_and_shapes_of_the_release(name: str) -> None:
 
 def test_names_are_one_to_one() -> None:
     names = diffusers_names(30)
-    assert len(set(names.values())) == len(names) == 825 + 60 + 4
+    assert len(set(names.values())) == len(names) == 825 + 60 + 4 + 2, "with cameras, an embedding of actions, and rays"
     with torch.device("meta"):
         assert len(replace(WanConfig(), camera="dual").build().state_dict()) == 885
     table = {key: names[key] for key in names if "norm3" in key or "prope" in key or "modulation" in key}

@@ -1,7 +1,7 @@
 """Verbs that train, use and measure models."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
