@@ -21,6 +21,7 @@ from minwm.core.trajectory import Motion
 from minwm.core.types import Condition
 from minwm.core.weights import CheckpointError, read_weights, write_shards
 from minwm.formats import (
+    PROPE,
     SIZES,
     diffusers_names,
     export,
