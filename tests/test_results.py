@@ -91,7 +91,7 @@ def ablation_table(name: str) -> str:
     for arm in results["arms"]:
         score, motion = arm["follow"]["score"], arm["follow"]["motion"]["overall"]
         cells = [arm["name"], f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"]
-        cells += [f"{arm['reliance']:.2f}"] * listens
+        cells += [f"{arm['reliance']:.2f}"] if listens else []
         cells += [f"{motion['turn_ratio']['value']:.2f}", f"{100 * motion['turn_error']['value']:.0f} %"]
         cells += [f"{motion['direction_deg']['value']:.0f}°", f"{arm['quality']['psnr']:.1f} dB"]
         rows.append([*cells, f"{arm['seconds']:.0f} s"])
