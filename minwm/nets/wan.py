@@ -314,8 +314,9 @@ class Wan(Backbone):
             )
         w2c, K = (x.bfloat16() if self.config.rounded else x for x in (cond.w2c, cond.K))
         camera = (Rays if self.anchored else Projection).bind(w2c, K)
-        rounded = self.config.rounded and isinstance(camera, Projection)
-        return Projection(camera.matrices.bfloat16().float()) if rounded else camera
+        if self.config.rounded and isinstance(camera, Projection):
+            return Projection(camera.matrices.bfloat16().float())
+        return camera
 
     def later(self, keys: Heads, frames: int) -> Heads:
         if self.config.camera == "single":  # its rotary part has no time
