@@ -150,12 +150,11 @@ def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Autoregressi
         start, stream.chunk = time.perf_counter(), chunk
         frames = geometry.start(chunk + 1) - geometry.start(chunk)
         part = cond.frames(0, frames)
+        bound, drawn = stream.look(part), noise[:, :, :frames]
         if chunk or cond.first is None:
-            bound = stream.look(part)
-            x = stream.next_chunk(bound, noise[:, :, :frames], sampler)
+            stream.commit(bound, stream.next_chunk(bound, drawn, sampler), drawn[-1])
         else:
-            bound, x = stream.look(part), cond.first
-        stream.commit(bound, x)
+            stream.commit(bound, cond.first)
         if noise.is_cuda:
             torch.cuda.synchronize(noise.device)
         seconds.append(time.perf_counter() - start)

@@ -37,8 +37,9 @@ def walk(stream: Stream, cond: Condition, chunks: int, sampler: Any) -> list[tor
     for i in range(chunks):
         a, b = stream.geometry.start(i), stream.geometry.start(i + 1)
         bound = stream.look(cond.frames(a, b))
-        made.append(stream.next_chunk(bound, noise_of(b - a, i), sampler))
-        stream.commit(bound, made[-1])
+        noise = noise_of(b - a, i)
+        made.append(stream.next_chunk(bound, noise, sampler))
+        stream.commit(bound, made[-1], noise[-1])
     return made
 
 
@@ -115,28 +116,33 @@ def traced(function: Any, inputs: list[torch.Tensor]) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "sampler"), [("wan-dual", FewStep(steps=2)), ("wan-single", FewStep(steps=1)), ("wan-none", GUIDED)]
+    ("name", "sampler", "level"),
+    [("wan-dual", FewStep(steps=2), 0.3), ("wan-single", FewStep(steps=1), 0.0), ("wan-none", GUIDED, 0.0)],
 )
-def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(name: str, sampler: Any) -> None:
+def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(
+    name: str, sampler: Any, level: float
+) -> None:
     chunks = RING.regimes + 3
     cond = condition(RING.start(chunks), batch=1)
-    net = small(name)
-    plain = Stream(net, cond, RING, sampler.guidance)
-    graphed = GraphedStream(net, cond, RING, sampler.guidance, capture=traced)
+    net, geometry = small(name), replace(RING, context_noise=level)
+    plain = Stream(net, cond, geometry, sampler.guidance)
+    graphed = GraphedStream(net, cond, geometry, sampler.guidance, capture=traced)
     for a, b in zip(*(walk(s, cond, chunks, sampler) for s in (plain, graphed)), strict=True):
         torch.testing.assert_close(a, b)
     assert len(graphed.recorded) == 2 * RING.regimes  # making a chunk, and committing it
     graphed.restart(replace(cond, text=cond.text.flip(1)))
-    plain = Stream(net, replace(cond, text=cond.text.flip(1)), RING, sampler.guidance)
+    plain = Stream(net, replace(cond, text=cond.text.flip(1)), geometry, sampler.guidance)
     for a, b in zip(*(walk(s, cond, 6, sampler) for s in (plain, graphed)), strict=True):
         torch.testing.assert_close(a, b)
     assert len(graphed.recorded) == 2 * RING.regimes
 
 
 @torch.no_grad()
-def test_warm_up_visits_every_regime() -> None:
+@pytest.mark.parametrize("level", [0.0, 0.3])
+def test_warm_up_visits_every_regime(level: float) -> None:
     cond, sampler = condition(2, batch=1), FewStep(steps=2)
-    stream = GraphedStream(small("wan-dual"), cond, RING, capture=lambda function, _: function)
+    geometry = replace(RING, context_noise=level)
+    stream = GraphedStream(small("wan-dual"), cond, geometry, capture=lambda function, _: function)
     seconds = warm_up(stream, cond, noise_of(2, 0), sampler)
     assert len(seconds) == RING.regimes and all(s > 0 for s in seconds)
     before = set(stream.recorded)
