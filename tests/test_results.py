@@ -85,8 +85,10 @@ def test_the_player_is_as_quick_as_its_page_says() -> None:
 def ablation_table(name: str) -> str:
     """The rows of docs/ablations.md."""
     results = json.loads((ROOT / "results" / f"ablation-{name}.json").read_text())
-    head = ["camera score [95%]", "turn", "turn missed", "direction missed", "PSNR", "training"]
     listens = all(arm["reliance"] is not None for arm in results["arms"])
+    drifts = all(arm.get("drift") for arm in results["arms"])
+    head = ["camera score [95%]", "turn", "turn missed", "direction missed", "PSNR"]
+    head += ["strangeness"] * drifts + ["training"]
     rows = [[results["varies"], *head[:1], *["reliance"] * listens, *head[1:]]]
     for arm in results["arms"]:
         score, motion = arm["follow"]["score"], arm["follow"]["motion"]["overall"]
@@ -94,6 +96,7 @@ def ablation_table(name: str) -> str:
         cells += [f"{arm['reliance']:.2f}"] if listens else []
         cells += [f"{motion['turn_ratio']['value']:.2f}", f"{100 * motion['turn_error']['value']:.0f} %"]
         cells += [f"{motion['direction_deg']['value']:.0f}°", f"{arm['quality']['psnr']:.1f} dB"]
+        cells += [f"{max(route['strangeness'][-1] for route in arm['drift'].values()):.2f}"] if drifts else []
         rows.append([*cells, f"{arm['seconds']:.0f} s"])
     rows.insert(1, ["---", *["--:"] * (len(rows[0]) - 1)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

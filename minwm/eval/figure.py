@@ -7,7 +7,7 @@ from html import escape
 
 from minwm.eval.charts import linear_ticks, number
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 260, 44, 28, 92
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 320, 260, 64, 28, 92
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#444}.title{font-weight:600;fill:#111}"
     ".grid{stroke:#ddd}.dot{fill:#2f6fde}.whisker{stroke:#2f6fde;stroke-width:1.5;opacity:.45}"
