@@ -1,0 +1,246 @@
+"""Live play, at its edges: what goes over the wire, and what keys, taps and the mouse mean."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from playing import MOTION, said
+
+from minwm.core.trajectory import Action
+from minwm.play.intent import LOOK, Intent
+from minwm.play.protocol import (
+    H264_KEY,
+    JPEG,
+    Command,
+    Error,
+    Header,
+    Hello,
+    Input,
+    Prompt,
+    ProtocolError,
+    Rewind,
+    Seed,
+    Shown,
+    Speed,
+    Times,
+    parse,
+    parse_reply,
+    replaceable,
+    text_of,
+    unpack,
+)
+
+CHUNK = 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# Protocol
+
+INPUT = text_of(said(1, "w"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("nonsense", "Expecting value"),
+        ("[]", "JSON object"),
+        ("{}", "JSON object"),
+        ('{"type": 3}', "JSON object"),
+        ('{"type": "input", "kind": "hello"}', "JSON object"),
+        ('{"type": "delete"}', "no .*'delete'"),
+        ('{"type": "command", "name": "shutdown"}', "shutdown"),
+        ('{"type": "command", "name": ["rewind"]}', "expected"),
+        ('{"type": "command", "name": "rewind"}', "chunks"),
+        ('{"type": "command", "name": "rewind", "chunks": 1.5}', "expected int"),
+        ('{"type": "command", "name": "rewind", "chunks": true}', "expected int"),
+        ('{"type": "command", "name": "rewind", "chunks": 0}', "1 to"),
+        ('{"type": "command", "name": "speed", "value": 0}', "0.25 to 4"),
+        ('{"type": "command", "name": "speed", "value": NaN}', "0.25 to 4"),
+        ('{"type": "command", "name": "seed", "value": -1}', "seed"),
+        ('{"type": "command", "name": "prompt", "text": "  "}', "1 to 1000"),
+        (json.dumps({"type": "command", "name": "prompt", "text": "x" * 1001}), "1 to 1000"),
+        ('{"type": "command", "name": "prompt", "text": "\\ud800"}', "surrogate"),
+        (INPUT.replace("1.0", "1.5", 1), "-1 to 1"),
+        (INPUT.replace("1.0", "NaN", 1), "-1 to 1"),
+        (INPUT.replace("1.0", "1e999", 1), "-1 to 1"),
+        (INPUT.replace('"seq": 1', '"seq": 4294967296'), "seq"),
+        (INPUT.replace('"t": 10.0', f'"t": {10**400}'), "too large"),
+        (INPUT.replace('"t": 10.0', '"t": "now"'), "expected float"),
+        (INPUT.replace("[0, ", "[", 1), "expected"),
+        ('{"type": "input"' + ', "more": 1}', "more"),
+        ("[" * 16000, "recursion"),
+        ('{"type":' + "[" * 8000 + "]" * 8000 + "}", "recursion"),
+        ('{"type": "shown", "frame": ' + "[" * 400 + "]" * 400 + "}", "expected"),
+        ('"' + "x" * 20000 + '"', "at most 16384 bytes"),
+        (json.dumps("\u00e9" * 9000, ensure_ascii=False), "at most 16384 bytes"),
+        ('{"type": "hello", "v": 1, "codecs": "jpeg"}', "expected"),
+        (b"\x00\x01", "binary"),
+    ],
+)
+def test_hostile_texts_are_refused_with_a_reason(text: str | bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason) as caught:
+        parse(text)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(v=1, codecs=["h264", "jpeg"], resume="abc"),
+        said(7, "s", -0.25, (3.0, -1.5)),
+        Shown(frame=9),
+        Command(name="replay"),
+        Rewind(chunks=4),
+        Seed(value=2**32 - 1),
+        Speed(value=0.25),
+        Prompt(text="a red tower"),
+    ],
+    ids=lambda message: message.kind,
+)
+def test_texts_come_back_as_they_were(message: Any) -> None:
+    assert parse(text_of(message)) == message
+    with pytest.raises(ProtocolError):
+        parse_reply(text_of(message))
+
+
+def test_texts_are_those_of_the_contract() -> None:
+    assert json.loads(text_of(Rewind(chunks=2))) == {"type": "command", "name": "rewind", "chunks": 2}
+    assert json.loads(text_of(Command(name="pause"))) == {"type": "command", "name": "pause"}
+    assert json.loads(text_of(Error(reason="no", fatal=True))) == {"type": "error", "reason": "no", "fatal": True}
+    assert parse('{"type": "input", "seq": 4, "t": 1, "held": [0,0,1,0,0,0], "total": [0,0,0,0,0,0], "look": [0,0]}')
+
+
+def test_the_header_is_that_of_the_contract() -> None:
+    pose = np.eye(4)
+    pose[:3] = np.arange(12).reshape(3, 4)
+    header = Header(
+        kind=H264_KEY,
+        view=1,
+        first=True,
+        frame=70_000,
+        chunk=9,
+        seq=2**32 - 1,
+        seed=5,
+        media=1234.5,
+        t=1e12,
+        times=Times(queue=1, diffuse=2, decode=3, copy=4, encode=5),
+        c2w=pose,
+    )
+    data = header.pack()
+    assert len(data) == 108 and data[:8] == b"MW" + bytes([1, 1, 1, 1, 0, 0])
+    assert np.frombuffer(data, "<u4", 4, 8).tolist() == [70_000, 9, 2**32 - 1, 5]
+    assert np.frombuffer(data, "<f8", 2, 24).tolist() == [1234.5, 1e12]
+    assert np.frombuffer(data, "<f4", 17, 40).tolist() == [1, 2, 3, 4, 5, *range(12)]
+    back, payload = unpack(data + b"payload")
+    assert payload == b"payload" and np.array_equal(back.c2w, pose)
+    assert replace(back, c2w=pose).pack() == data
+    jpegs = [replace(header, kind=JPEG, first=first).pack() for first in (False, True)]
+    assert [replaceable(message) for message in (*jpegs, data, "text", b"")] == [True, False, False, False, False]
+    for broken in (b"", data[:107], b"XX" + data[2:], b"MW\x02" + data[3:]):
+        with pytest.raises(ProtocolError, match="no frame"):
+            unpack(broken)
+
+
+# ---------------------------------------------------------------------------------------------
+# Intent. A chunk lasts half a second here.
+
+
+def walked(intent: Intent) -> float:
+    """Seconds at full speed that the next chunk goes forward."""
+    return intent.take(CHUNK).move_z * CHUNK
+
+
+def test_a_tap_between_two_boundaries_moves_its_own_duration() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    intent.hear(said(2, "", 0.03))
+    assert walked(intent) == pytest.approx(0.03)
+    assert walked(intent) == 0
+
+
+def test_a_held_key_acts_for_whole_chunks_and_is_not_given_twice() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    assert [walked(intent), walked(intent)] == [CHUNK, CHUNK]  # held across two boundaries: no news in between
+    intent.hear(said(2, "", 0.9))  # released 0.1 s before the second chunk is over
+    assert walked(intent) == 0
+    intent.hear(said(3, "w", 0.9))
+    intent.hear(said(4, "", 0.93))
+    assert walked(intent) == pytest.approx(0.03), "what was granted too much is forgotten, not taken back"
+
+
+def test_a_key_released_after_the_boundary_gets_what_is_still_due() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))  # 0.3 s before the boundary
+    assert walked(intent) == CHUNK
+    intent.hear(said(2, "", 0.7))  # 0.4 s after it: 0.7 s were made, half a second was given
+    assert walked(intent) == pytest.approx(0.2)
+    assert walked(intent) == 0
+
+
+def test_what_is_due_is_part_of_a_chunk_that_is_held() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    intent.hear(said(2, "w", 0.2))  # said again: the page may repeat itself
+    assert walked(intent) == CHUNK, "no faster than the model goes"
+    intent.hear(said(3, "", 0.5))
+    assert walked(intent) == 0
+
+
+def test_turning_round_within_a_chunk_keeps_both_ways() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    assert walked(intent) == CHUNK
+    intent.hear(said(2, "s", 0.1))  # 0.4 s too much were given: forgotten
+    intent.hear(said(3, "", 0.1 - 0.25))
+    assert walked(intent) == pytest.approx(-0.25)
+
+
+def test_chords_act_on_their_own_axes() -> None:
+    intent = Intent(MOTION)
+    intent.hear(Input(seq=1, held=(1, 0, 1, -0.5, 0, 0)))
+    assert intent.take(CHUNK) == Action(move_x=1, move_z=1, yaw=-0.5)
+
+
+def test_an_older_input_changes_nothing() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(2, "s", -0.1))
+    intent.hear(said(1, "w", 0.0))
+    assert intent.newest.seq == 2 and intent.take(CHUNK).move_z == -1
+
+
+def test_mouse_look_is_limited_and_one_chunk_of_the_rest_waits() -> None:
+    intent, reach = Intent(MOTION), LOOK * MOTION.turn * CHUNK  # 40 degrees
+
+    def turned() -> tuple[float, float]:
+        action = intent.take(CHUNK)
+        return action.yaw * MOTION.turn * CHUNK, action.pitch * MOTION.turn * CHUNK
+
+    intent.hear(said(1, look=(15.0, -5.0)))
+    assert turned() == pytest.approx((15.0, -5.0))
+    intent.hear(said(2, look=(15.0 + reach + 10, -5.0)))
+    assert turned() == pytest.approx((reach, 0))
+    assert turned() == pytest.approx((10, 0))
+    intent.hear(said(3, look=(2000.0, -5.0)))
+    assert [turned()[0] for _ in range(3)] == pytest.approx([reach, reach, 0])
+
+
+def test_a_pause_and_a_turn_forget_what_was_made_meanwhile() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0))
+    intent.hear(said(2, "", 0.4, (30.0, 0.0)))
+    intent.forget()
+    assert intent.take(CHUNK) == Action()
+    intent.release(None)  # somebody who has watched for long, and pressed keys
+    intent.hear(said(900, "w", 55.0, (500.0, 0.0)))
+    assert intent.take(CHUNK) == Action(move_z=1)
+
+
+def test_in_slow_motion_a_second_at_the_keys_is_less_in_the_world() -> None:
+    intent = Intent(MOTION)
+    intent.hear(said(1, "w", 0.0), 0.25)
+    intent.hear(said(2, "", 0.2), 0.25)
+    assert walked(intent) == pytest.approx(0.05)
