@@ -119,6 +119,12 @@ def test_collapse_is_a_second_that_is_followed_by_another() -> None:
 def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.random.Generator) -> None:
     codec = load_codec(Path(str(presets.starting_checkpoint("codec"))))
     run = LongRun.make(CONFIG, codec, worlds=1, seconds=3)
+
+    def tiled(x: np.ndarray) -> np.ndarray:
+        tiles = x.reshape(*x.shape[:2], 8, 8, 8, 8, 3).swapaxes(3, 4).reshape(*x.shape[:2], 64, 8, 8, 3)
+        mixed = tiles[:, :, rng.permutation(64)].reshape(*x.shape[:2], 8, 8, 8, 8, 3)
+        return mixed.swapaxes(3, 4).reshape(x.shape)
+
     for name, videos in run.anchors().items():
         curves = run.measure(videos)
         assert [c.collapsed for c in curves.values()] == [[None]] * 3, name
@@ -129,6 +135,7 @@ def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.ra
         "one colour": lambda x: np.broadcast_to(np.array([200, 40, 90], np.uint8), x.shape),
         "noise": lambda x: rng.integers(0, 256, x.shape, dtype=np.uint8),
         "white": lambda x: np.full_like(x, 255),
+        "tiles of true pictures in the wrong places": tiled,
     }
     for name, spoil in broken.items():
         videos = {route: x.copy() for route, x in run.truth.items()}
