@@ -237,7 +237,9 @@ def _drift(rows: Rows) -> str:
         "<p>Streams of one model, never restarted. A clip has <b>collapsed</b> in the first second from which on, for "
         f"two seconds, its pictures are {LIMIT:g} times as strange, or {FOREIGN:g} times as foreign, as the worst "
         "second of the truth through the codec. Strange is a picture whose brightness, colours or detail are unlike "
-        "those of true views, foreign is one whose small patches are.</p>" + table(["video", *ROUTES], body) + "".join(parts)
+        "those of true views, foreign is one whose small patches are.</p>"
+        + table(["video", *ROUTES], body)
+        + "".join(parts)
     )
 
 
