@@ -12,7 +12,7 @@ from minwm.checkpoint import load_codec
 from minwm.cli import main
 from minwm.core.camera import intrinsics, se3_exp, se3_inverse, se3_log
 from minwm.core.config import ConfigError, UserError
-from minwm.core.media import pixels
+from minwm.core.media import pixels, read_image
 from minwm.core.trajectory import Motion, parse
 from minwm.eval.bench import random_model
 from minwm.eval.drift import LongRun, collapse
@@ -192,9 +192,11 @@ def test_one_command_measures_and_writes_a_page(tmp_path: Path) -> None:
         save_model(tmp_path / name, CONFIG, model.net, model.codec)
     folders = [word for name in ("one", "two") for word in ("--model", str(tmp_path / name))]
     files = ["--json", str(tmp_path / "e.json"), "--html", str(tmp_path / "e.html")]
+    files += ["--sheet", str(tmp_path / "e.png")]
     assert main(["eval", *folders, *files, "--quick", "--clips", "3", "--seconds", "2"]) == 0
     result = json.loads((tmp_path / "e.json").read_text())
     assert list(result["rows"]) == ["one", "two", *ANCHORS]
+    assert read_image(tmp_path / "e.png").shape[0] > 8 * 64, "two best and two worst clips, each with the truth"
     assert (
         result["rows"]["codec"]["follow"]["score"]["value"] < result["rows"]["ground truth"]["follow"]["score"]["value"]
     )

@@ -142,6 +142,7 @@ def evaluate(
     model: Annotated[list[Path], UseAppendAction, arg(metavar="DIR|USER/NAME", help="may be given several times")],
     json: Json = None,
     html: Annotated[Path | None, arg(metavar="FILE.html", help="a page with clips side by side")] = None,
+    sheet: Annotated[Path | None, arg(metavar="PNG", help="draw the last model's best and worst clips here")] = None,
     quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
     fields: Fields = (),
 ) -> None:
@@ -149,8 +150,9 @@ def evaluate(
 
     Sizes are fields: --clips, --revisits, --walks, --seconds, --seeds, --bench-repeats, --seed.
     """
+    from minwm.core.media import write_image
     from minwm.core.runtime import git_commit, versions
-    from minwm.eval.evaluation import QUICK, EvalConfig, targets
+    from minwm.eval.evaluation import QUICK, EvalConfig, best_and_worst, targets
     from minwm.eval.evaluation import evaluate as evaluate_models
     from minwm.eval.page import write_page
     from minwm.eval.suite import HELD_OUT
@@ -167,6 +169,8 @@ def evaluate(
     plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
     aims = {name: [to_dict(aim) for aim in found] for name, found in judged.items()}
     write_numbers({"plan": plan, "seconds": result.seconds, "targets": aims, "rows": rows}, json)
+    if sheet:
+        write_image(sheet, best_and_worst(result, [*names][-1]))
     if html:
         about = versions()
         facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
