@@ -44,9 +44,8 @@ def draw(results: dict[str, Any]) -> str:
     """One panel per run: its loss, and that on clips that it never saw, which has its own noise and no dropouts."""
     panels = []
     for i, run in enumerate(results["runs"]):
-        lines = [Series(run["loss"]["name"], *zip(*run["loss"]["points"], strict=True))]
-        if run["held_out"]:
-            lines.append(Series("on other clips", *zip(*run["held_out"], strict=True), colour=1))
+        curves = [(run["loss"]["name"], run["loss"]["points"]), ("on other clips", run["held_out"])]
+        lines = [Series(name, [x for x, _ in line], [y for _, y in line], n) for n, (name, line) in enumerate(curves)]
         label = f"{run['stage']}: {run['loss']['name']}"
         chart = line_chart(lines, x_label=f"step of {label}", y_label=label, width=WIDTH, height=HEIGHT)
         chart = chart[: chart.index("</svg>") + 6].replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ')
