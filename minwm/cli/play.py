@@ -52,7 +52,7 @@ def play(
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     if model or world is None:
         game = _model_game(model or str(model_to_play()), world, image, prompt, compare, seed, steps)
-    elif image or prompt or compare or steps:
+    elif image or prompt or compare or steps is not None:
         raise UserError("--world SEED without --model is a rendered world, which takes no other option of a model")
     else:
         game = world_game(world, _world_config(size))

@@ -51,8 +51,9 @@ class Linear(nn.Linear):
         if self.numbers is None or self.scales is None:
             return torch.addmm(bias, x, self.weight.t(), out=out)
         numbers, scales = scaled(x)
-        weight = self.numbers.t(), scales, self.scales.t()
-        return torch._scaled_mm(numbers, *weight, bias=bias, out_dtype=x.dtype, use_fast_accum=True, out=out)
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage] - the public one knows no `out`
+            numbers, self.numbers.t(), scales, self.scales.t(), bias, out_dtype=x.dtype, use_fast_accum=True, out=out
+        )
 
     def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:  # noqa: A002 - torch's name
         if self.numbers is None:
