@@ -77,6 +77,8 @@ class ModelConfig:
     """Sinks follow the window in time (`Geometry.roll`): for streams much longer than training clips."""
     context_noise: float = 0.0
     """Time at which a stream keeps finished chunks (`Geometry.context_noise`)."""
+    merged_refresh: bool = False
+    """Finished chunks get no pass of their own (`Geometry.merged_refresh`)."""
 
     @property
     def geometry(self) -> Geometry:
@@ -89,6 +91,7 @@ class ModelConfig:
             window=self.window,
             roll=self.roll,
             context_noise=self.context_noise,
+            merged_refresh=self.merged_refresh,
         )
 
     @property

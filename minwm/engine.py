@@ -4,6 +4,7 @@ compile    what is before and after attention in a block becomes a few fused ker
 graphs     all passes of a chunk are launched at once, from a CUDA graph per regime (`GraphedStream`)
 kernels    norm, RoPE, PRoPE and the arena's rows in one Triton kernel (`Backbone.use_kernels`)
 attention  the kernel that was fastest on this machine, in a race whose times are kept (`race`)
+fp8        products of the blocks, or the cache, in 8 bits: another result, which has to pass a gate (`judge`)
 
 A regime is a slot of the arena with the rows in use: there is one for every chunk until the ring is full, and then
 one for every slot of the window. Nothing else about a chunk is an integer of the host, so nothing else is recorded.
@@ -26,9 +27,10 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, Geometry
+from minwm.nets.attention import Cached, Geometry, KVArena
 from minwm.nets.backbone import Backbone, Bound
-from minwm.sampling import Autoregressive, FewStep, Noise, Stream
+from minwm.nets.fp8 import Fp8Arena
+from minwm.sampling import Autoregressive, FewStep, Noise, Stream, generate
 
 Function = Callable[..., Tensor | None]
 Capture = Callable[[Function, list[Tensor]], Function]
@@ -40,6 +42,7 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 Kernel = Literal["torch", "race", "cudnn", "flash", "efficient", "math"]
+Fp8 = Literal["none", "linears", "cache", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,10 @@ class EngineConfig:
     """Needs CUDA."""
     attention: Kernel = "torch"
     """torch's own choice, the winner of a race on this machine, or a kernel by name."""
+    fp8: Fp8 = "none"
+    """What is held in FP8 (nets/fp8.py): the weights and inputs of the large products, the cache, or both."""
+    fp8_limit: float = 0.1
+    """Relative error of a trial's latents beyond which FP8 is refused."""
 
 
 PLAIN = EngineConfig()
@@ -207,10 +214,68 @@ def attention(cfg: EngineConfig, raced: Race | None) -> AbstractContextManager[o
     return nullcontext() if name == "torch" else sdpa_kernel(KERNELS[name])
 
 
-def ready(cfg: EngineConfig, net: Backbone, geometry: Geometry) -> Race | None:
-    """Make a network ready for streams, in place: compiled, with kernels. Returns the race if one ran."""
+@dataclass(frozen=True)
+class Trial:
+    """A short stream on fixed noise, by which FP8 is judged: longer than the sinks, which are never in FP8."""
+
+    cond: Condition
+    noise: Noise
+    sampler: Autoregressive | FewStep
+    decode: Callable[[Latents], Tensor] | None = None
+    """Latents to pixels in [-1, 1], where a codec is at hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How far the latents of a trial in FP8 are from those of the plain form."""
+
+    error: float
+    """|fp8 - plain| / |plain|, over all chunks."""
+    limit: float
+    psnr: float | None
+    """Of the decoded frames, in dB; None without a codec."""
+
+
+@torch.no_grad()
+def judge(cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Trial) -> Fidelity:
+    """Put a network into FP8, in place; but if its trial misses the limit, raise ConfigError and leave it plain."""
+
+    def made() -> Latents:
+        return generate(net, trial.sampler, trial.noise, trial.cond, geometry).float()
+
+    plain = made()
+    if cfg.fp8 in ("linears", "all"):
+        net.use_fp8()
+    if cfg.fp8 in ("cache", "all"):
+        net.cache = Fp8Arena
+    fp8 = made()
+    error, psnr = float((fp8 - plain).norm() / plain.norm()), None
+    if trial.decode:
+        a, b = (trial.decode(x.to(trial.noise)).float().clamp(-1, 1) for x in (fp8, plain))
+        psnr = float(-10 * ((a - b) / 2).square().mean().clamp(min=1e-12).log10())
+    if not error <= cfg.fp8_limit:  # also if it is no number
+        if cfg.fp8 in ("linears", "all"):
+            net.use_fp8(False)
+        net.cache = KVArena
+        seen = "" if psnr is None else f" (frames: {psnr:.1f} dB)"
+        raise ConfigError(
+            f"engine.fp8={cfg.fp8} changes the latents of a trial by {error:.3g} of their norm{seen}, and the limit is "
+            f"engine.fp8_limit={cfg.fp8_limit:g}; leave FP8 off, take less of it, or raise the limit if you accept that"
+        )
+    return Fidelity(error=error, limit=cfg.fp8_limit, psnr=psnr)
+
+
+def ready(
+    cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Trial | None = None
+) -> tuple[Race | None, Fidelity | None]:
+    """Make a network ready for streams, in place: in FP8, compiled, with kernels. Returns what was measured for it."""
+    kept = None
+    if cfg.fp8 != "none":
+        if trial is None:
+            raise ConfigError(f"engine.fp8={cfg.fp8} has to be judged by a trial, and none was given")
+        kept = judge(cfg, net, geometry, trial)
     if cfg.compile:
         net.compile_blocks()
     if cfg.kernels:
         net.use_kernels()
-    return race(net, geometry) if cfg.attention == "race" else None
+    return race(net, geometry) if cfg.attention == "race" else None, kept

@@ -281,7 +281,7 @@ def generate_clips(
     They begin with the images; without any, with what the prompts say.
     Raises UserError for images of another size, or a length that the model cannot make.
     """
-    noise, cond = _given(model, images, prompts, tracks, seed)
+    noise, cond = given(model, images, prompts, tracks, seed)
     return to_frames(model.codec.decode(generate(model.net, model.config.sampler, noise, cond, model.config.geometry)))
 
 
@@ -293,13 +293,13 @@ def stream_clips(
     sampler, decoding = model.config.sampler, None
     if isinstance(sampler, Bidirectional):
         raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
-    noise, cond = _given(model, images, prompts, tracks, seed)
+    noise, cond = given(model, images, prompts, tracks, seed)
     for latents in stream(model.net, sampler, noise, cond, model.config.geometry):
         decoded, decoding = model.codec.decode_next(latents, decoding)
         yield to_frames(decoded)
 
 
-def _given(
+def given(
     model: Model,
     images: UInt8[np.ndarray, "b H W 3"] | None,
     prompts: Prompts,

@@ -42,6 +42,7 @@ Out = Annotated[Path, arg(metavar="DIR", help="folder to write; what is finished
 Route = Annotated[str, arg(metavar='"KEYS"|FILE.json', help='keys such as "w*4,j*4", or a pose file')]
 Count = Annotated[int, arg(metavar="N")]
 Flag = FlagCreatePairsOff[bool]
+Steps = Annotated[int | None, arg(metavar="N", help="denoising passes per chunk; the model's own if not given")]
 Show = Annotated[Flag, arg(help="print every field with its value, and stop")]
 Fields = Annotated[
     Positional[tuple[str, ...]],

@@ -15,6 +15,7 @@ from minwm.cli.base import (
     ModelFolder,
     Route,
     Show,
+    Steps,
     app,
     changes,
     command,
@@ -223,6 +224,10 @@ def bench(
     kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False,
     graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False,
     attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch",
+    fp8: Annotated[str, arg(metavar="WHAT", help="none, linears, cache or all; judged by a trial first")] = "none",
+    fp8_limit: Annotated[float, arg(metavar="ERROR", help="of the trial's latents, beyond which FP8 is refused")] = 0.1,
+    steps: Steps = None,
+    merged_refresh: Annotated[Flag, arg(help="finished chunks get no pass of their own")] = False,
     window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
@@ -243,17 +248,28 @@ def bench(
         loaded = random_model(_preset(preset)).ready()
     else:
         raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
-    if window:
-        loaded = replace(loaded, config=replace(loaded.config, window=window))
+    cfg = loaded.config
+    cfg = replace(cfg, window=window or cfg.window, merged_refresh=merged_refresh or cfg.merged_refresh)
+    loaded = with_steps(replace(loaded, config=cfg), steps)
     found = to_dict(bench_model(loaded, repeats=repeats))
     if not isinstance(loaded.config.sampler, Bidirectional):
-        engine = from_dict(EngineConfig, dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention))
+        how = dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention, fp8=fp8, fp8_limit=fp8_limit)
+        engine = from_dict(EngineConfig, how)
+        if random_weights and fp8 != "none":
+            say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
         measured = speed.measure_speed(loaded, engine, chunks)
         found["speed"] = to_dict(measured)
         if plot:
             with atomic(plot) as temporary:
                 temporary.write_text(speed.plot(measured))
     return numbers(found, json)
+
+
+def with_steps(model: "Model", steps: int | None) -> "Model":
+    """The model with another number of denoising passes, at the times that its sampler has for so many."""
+    if steps is None:
+        return model
+    return replace(model, config=replace(model.config, sampler=replace(model.config.sampler, steps=steps)))
 
 
 def _preset(name: str) -> "ModelConfig":

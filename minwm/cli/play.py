@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from minwm.cli.base import Count, app, command, say
-from minwm.cli.models import first_frame
+from minwm.cli.base import Count, Steps, app, command, say
+from minwm.cli.models import first_frame, with_steps
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def play(
         str | None, arg(metavar="truth|DIR", help="beside the model: the true world, or another model")
     ] = None,
     seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
+    steps: Steps = None,
     size: Annotated[int, arg(metavar="PIXELS", help="of a world without a model")] = 128,
     rewind: Annotated[int, arg(metavar="CHUNKS", help="that can be undone")] = 60,
     host: Annotated[str, arg(help="address to listen on; the token is needed on every one")] = "127.0.0.1",
@@ -50,8 +51,8 @@ def play(
     # a core is left to the server: threads of torch that must share theirs wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     if model or world is None:
-        game = _model_game(model or str(model_to_play()), world, image, prompt, compare, seed)
-    elif image or prompt or compare:
+        game = _model_game(model or str(model_to_play()), world, image, prompt, compare, seed, steps)
+    elif image or prompt or compare or steps is not None:
         raise UserError("--world SEED without --model is a rendered world, which takes no other option of a model")
     else:
         game = world_game(world, _world_config(size))
@@ -60,11 +61,17 @@ def play(
 
 
 def _model_game(
-    name: str, world: int | None, image: Path | None, prompt: str | None, compare: str | None, seed: int
+    name: str,
+    world: int | None,
+    image: Path | None,
+    prompt: str | None,
+    compare: str | None,
+    seed: int,
+    steps: int | None,
 ) -> "Game":
     from minwm.play.game import Begin, enter, model_game
 
-    model = _load(name)
+    model = with_steps(_load(name), steps)
     cfg = model.config
     if image and world is not None:
         raise UserError("give --image or --world, not both: each says where the model starts")

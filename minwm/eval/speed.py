@@ -11,7 +11,8 @@ finalize   the pass that writes the finished chunk into the cache; frames do not
 
 The bound of a stage is the time that its matrix products would take at the rate of one large product measured in the
 same run, or its unavoidable reads at the rate of a large copy, whichever is longer. Attention and
-small products never run at that rate; convolutions, counted as direct, may pass it.
+small products never run at that rate; convolutions, counted as direct, may pass it, and so may products in FP8: the
+rate is that of the network's dtype.
 """
 
 import os
@@ -30,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from minwm import engine as engines
 from minwm.checkpoint import Model
 from minwm.core.config import UserError
-from minwm.core.trajectory import Action
-from minwm.engine import EngineConfig, Race, warm_up
+from minwm.core.trajectory import Action, parse
+from minwm.engine import EngineConfig, Fidelity, Race, Trial, warm_up
 from minwm.sampling import Bidirectional, draws_of
-from minwm.session import ModelEngine, Session
+from minwm.session import ModelEngine, RendererEngine, Session, given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,10 @@ class SpeedResult:
     engine: EngineConfig
     machine: Machine
     attention: Race | None
+    fp8: Fidelity | None
+    """What a trial said, before anything was measured; None if nothing is in FP8."""
+    passes: int
+    """Of the network for a steady chunk: `diffuse` and `finalize`, both branches of guidance counted."""
     chunks: int
     """Steady chunks measured."""
     visible: int
@@ -104,7 +109,7 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
         raise UserError("a bidirectional model makes whole clips: there is no stream to measure")
     geometry, device = model.config.geometry, next(model.net.parameters()).device
     before, began = measure_machine(model), time.perf_counter()
-    raced = engines.ready(cfg, model.net, geometry)
+    raced, fp8 = engines.ready(cfg, model.net, geometry, trial(model, seed) if cfg.fp8 != "none" else None)
     with engines.attention(cfg, raced):
         image = np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.lead == 1 else None
         engine = ModelEngine(model, image, "a room", seed, cfg)
@@ -133,6 +138,8 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
         engine=cfg,
         machine=machine,
         attention=raced,
+        fp8=fp8,
+        passes=model.config.sampler.passes + (0 if geometry.merged_refresh else _branches(model)),
         chunks=chunks,
         visible=geometry.start(geometry.slots),
         frames=frames,
@@ -148,6 +155,22 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
         m7_recompiles=_compiled() - graphs,
         seed=seed,
     )
+
+
+def trial(model: Model, seed: int = 0) -> Trial:
+    """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
+    cfg, sampler, image, prompt = model.config, model.config.sampler, None, "a room"
+    assert not isinstance(sampler, Bidirectional)
+    latents = cfg.geometry.start(cfg.geometry.sink + 3)
+    track, turn = (
+        parse(f"{keys}*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
+        for keys in ("w+l", "l")
+    )
+    if cfg.geometry.lead == 1:
+        place = RendererEngine.spawn(seed, turn, cfg)  # whatever is ahead of it: nothing is judged but a difference
+        image, prompt = place.start(), place.world.caption
+    noise, cond = given(model, image, [prompt], [track], seed)
+    return Trial(cond, noise, sampler, model.codec.decode)
 
 
 def _visit_regimes(engine: ModelEngine, model: Model) -> None:
@@ -234,6 +257,10 @@ def _clocks() -> str | None:
     return done.stdout.strip()
 
 
+def _branches(model: Model) -> int:
+    return 1 if model.config.sampler.guidance == 1 else 2
+
+
 Bound = tuple[float, float]
 """FLOPs, and seconds that they need at least."""
 
@@ -241,7 +268,7 @@ Bound = tuple[float, float]
 def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
     """Of the passes of a steady chunk, of its commit, of its decoding, and of the passes of the first chunk."""
     cfg, geometry, net = model.config, model.config.geometry, model.net
-    branches = 1 if cfg.sampler.guidance == 1 else 2
+    branches = _branches(model)
     weights = sum(p.nbytes for p in net.parameters())
 
     def network(seen: int, passes: int) -> Bound:
@@ -255,7 +282,7 @@ def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
     steps = cfg.sampler.steps
     return {
         "diffuse": network(geometry.rows, steps),
-        "finalize": network(geometry.rows, 1),
+        "finalize": network(geometry.rows, 0 if geometry.merged_refresh else 1),
         "decode": (decoding, decoding / machine.tflops / 1e12),
         "first": network(first * geometry.tokens, steps),
     }
@@ -296,7 +323,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     pairs = ((name, *({**x["rows"], **x}[name]["median_ms"] for x in (one, two))) for name in names)
     lines = [f"{name}: {x:.3g} ms -> {y:.3g} ms, {x / y:.2f}x" for name, x, y in pairs]
     for name in ("engine", "machine"):
-        lines += [f"{name}.{k}: {x} -> {two[name][k]}" for k, x in one[name].items() if x != two[name][k]]
+        pairs = ((k, one[name].get(k), two[name].get(k)) for k in {**one[name], **two[name]})  # of any age
+        lines += [f"{name}.{k}: {x} -> {y}" for k, x, y in pairs if x != y]
     if a["versions"] != b["versions"]:
         lines.append("measured on different machines or versions: ratios say nothing about the code alone")
     return lines
