@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
@@ -41,6 +42,19 @@ class Pace:
     end: Paced
 
 
+Checkpointing = Literal[False, True, "attention"]
+"""What of a block is kept for the backward pass: everything; its inputs alone, so that all of it is computed again; or
+its inputs and what attention found, so that all but attention is computed again."""
+ATTENTION = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""The operators that may be behind `scaled_dot_product_attention`. Not its plain form, which keeps all scores."""
+
+
 class Backbone(nn.Module, ABC):
     """A video diffusion transformer that predicts velocity.
 
@@ -52,8 +66,7 @@ class Backbone(nn.Module, ABC):
     head_width: int
     anchored: bool = False
     """Wants cameras in the frame of the first one: a stream may not move its cache to another."""
-    checkpointing: bool = False
-    """Compute the activations of a block again in the backward pass instead of keeping them."""
+    checkpointing: Checkpointing = False
 
     @abstractmethod
     def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
@@ -87,7 +100,7 @@ class Backbone(nn.Module, ABC):
         raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
 
     @abstractmethod
-    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, bound: Bound, scope: Scope) -> Latents:
         """v at x_t. The one forward pass, whatever the scope."""
 
     @abstractmethod
@@ -103,14 +116,18 @@ class Backbone(nn.Module, ABC):
         """Cached keys or values after the world's frame has moved to the pose `frame`."""
 
     def through(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, *args, use_reentrant=False))
-        return block(*args)
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(*args)
+        kept = partial(create_selective_checkpoint_contexts, ATTENTION)
+        context = kept if self.checkpointing == "attention" else noop_context_fn
+        return cast(Tensor, checkpoint(block, *args, use_reentrant=False, context_fn=context))
 
     def bind(self, cond: Condition) -> Bound:
         return Bound(self.read(cond.text), self.watch(cond))
 
-    def forward(self, x: Latents, t: Times | Pace, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
+    def forward(
+        self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, cond: Condition | Bound, scope: Scope | None = None
+    ) -> Latents:
         bound = self.bind(cond) if isinstance(cond, Condition) else cond
         return self.velocity(x, t, bound, scope or Full())
 
