@@ -12,7 +12,7 @@ Prompts and times, which are read once per pass, and the optimiser are left out:
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
@@ -28,7 +28,7 @@ from minwm.nets.backbone import Backbone, Bound, Pace
 from minwm.plan import random_batch
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.dmd import DmdConfig
-from minwm.train import DivergedError, Run, Trainer, build_recipe
+from minwm.train import DivergedError, Init, Run, Trainer, build_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
         raise ConfigError(f"steps={steps}, warmup={warmup}: at least one of each is needed")
     device, turn = pick_device(), 1 + run.recipe.critic_updates if isinstance(run.recipe, DmdConfig) else 1
     warmup, steps = (turn * math.ceil(count / turn) for count in (warmup, steps))
+    run = replace(run, init=Init(), data="")  # nothing is read from the folders that it names
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run).to(device))
     trainer = Trainer(run, recipe, device)

@@ -116,7 +116,7 @@ class Run:
     """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
     checkpointing: Checkpointing = False
     """Compute activations again in the backward pass: those of whole blocks (true), a third more FLOPs in all, or of
-    all but `attention`, which is most of the work and little of the memory."""
+    all but `attention`, which in long clips is most of the work and little of the memory."""
     compile: bool = False
     """Compile what is before and after attention in the blocks of all networks (`Backbone.compile_blocks`)."""
     tensorboard: bool = True

@@ -197,6 +197,7 @@ def test_the_command_measures_a_stage(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads(file.read_text())
     run = found["stages"]["ar"]["run"]
     assert run["batch"] == 1 and run["checkpointing"] == "attention" and found["versions"]["torch"]
+    assert run["data"] == "" and not any(run["init"].values()), "no folder is read, and none named"
     assert main(["bench-train", "smoke/ar", *quick, "--checkpointing", "blocks"]) == 2
     assert main(["bench-train", "smoke/codec", *quick]) == 2
     assert "no closed form" in capsys.readouterr().err

@@ -9,7 +9,12 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
@@ -44,15 +49,21 @@ class Pace:
 
 Checkpointing = Literal[False, True, "attention"]
 """What of a block is kept for the backward pass: everything; its inputs alone, so that all of it is computed again; or
-its inputs and what attention found, so that all but attention is computed again."""
-ATTENTION = [
+its inputs and what attention among the video's tokens found, so that this, most of the work, is not done again."""
+ATTENTION = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+)
 """The operators that may be behind `scaled_dot_product_attention`. Not its plain form, which keeps all scores."""
+
+
+def policy(_context: Any, operator: Any, *args: Any, **_options: Any) -> CheckpointPolicy:
+    """Keep what attention found, but for that to a prompt: its few keys (args[1]) are soon asked again."""
+    costly = operator in ATTENTION and args[1].shape[-2] >= args[0].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Backbone(nn.Module, ABC):
@@ -118,7 +129,7 @@ class Backbone(nn.Module, ABC):
     def through(self, block: nn.Module, *args: Any) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(*args)
-        kept = partial(create_selective_checkpoint_contexts, ATTENTION)
+        kept = partial(create_selective_checkpoint_contexts, policy)
         context = kept if self.checkpointing == "attention" else noop_context_fn
         return cast(Tensor, checkpoint(block, *args, use_reentrant=False, context_fn=context))
 

@@ -11,6 +11,7 @@ import torch
 from backbones import SMALL, condition, latents
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.core.config import ConfigError
@@ -18,7 +19,7 @@ from minwm.core.flow import Latents, Times, schedule
 from minwm.core.memory import Meter
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry, Scope
-from minwm.nets.backbone import ATTENTION, Backbone, Bound, Checkpointing, Past, TextKV
+from minwm.nets.backbone import Backbone, Bound, Checkpointing, Past, TextKV, policy
 from minwm.presets import tiny_model
 from minwm.recipes.base import Loss, Recipe, noise_like, own_past, past_of
 from minwm.recipes.consistency import Consistency, ConsistencyConfig, guided_teacher
@@ -188,13 +189,13 @@ def checkpointed(recipe: Recipe, how: Checkpointing, step: int, precision: Any =
 
 
 class Attentions(TorchDispatchMode):
-    """Forward runs of attention, and the bytes that they give."""
+    """Forward runs of attention among the video's tokens, and the bytes that they give."""
 
     count = given = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in ATTENTION:
+        if policy(None, func, *args) is CheckpointPolicy.MUST_SAVE:
             self.count += 1
             self.given += sum(x.nbytes for x in out if isinstance(x, Tensor))
         return out
