@@ -9,6 +9,7 @@ is computed again for the backward pass, by checkpointing or inside a kernel of 
 Prompts and times, which are read once per pass, and the optimiser are left out: little, and on the safe side.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,11 +94,13 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
     device, turn = pick_device(), 1 + run.recipe.critic_updates if isinstance(run.recipe, DmdConfig) else 1
     warmup, steps = (turn * math.ceil(count / turn) for count in (warmup, steps))
     run = replace(run, init=Init(), data="")  # nothing is read from the folders that it names
+    like = torch.empty((), dtype=torch.bfloat16 if run.precision == "bfloat16" else torch.float32, device=device)
+    before = measure_machine(like)
+    gc.collect()  # compiled blocks refer to themselves, so what another stage left may still be there
+    torch.cuda.empty_cache()
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run).to(device))
     trainer = Trainer(run, recipe, device)
-    like = torch.empty((), dtype=torch.bfloat16 if run.precision == "bfloat16" else torch.float32, device=device)
-    before = measure_machine(like)
     with counted(recipe.networks.values()) as passes:
         _steps(trainer, range(warmup), passes)
         if device.type == "cuda":

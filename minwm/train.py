@@ -44,6 +44,9 @@ RECIPES: dict[type, type[Recipe]] = {
 }
 HELD_OUT = 24
 """Clips of the validation split on which the loss is watched."""
+GRAPHS = 32
+"""Most compiled forms of a block. Passes of a recipe differ in frames, in clips and in who gets gradients: up to a
+dozen forms, where torch gives up after 8."""
 NOTED = ("kind", "raw", "counts", "clips", "licences")
 """What a run notes of its data's manifest, for the model card."""
 
@@ -348,6 +351,7 @@ def build_recipe(run: Run, fill: Callable[[str], Backbone]) -> Recipe:
         networks[role].checkpointing = run.checkpointing
     recipe = kind(run.recipe, networks, run.model.geometry)
     if run.compile:
+        torch._dynamo.config.recompile_limit = GRAPHS
         for net in recipe.networks.values():
             net.compile_blocks()
     return recipe

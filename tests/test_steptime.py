@@ -23,6 +23,7 @@ from minwm.core.types import Clip
 from minwm.data.dataset import loader
 from minwm.nets.attention import Cached, Full, Masked, Peek, teacher_forcing
 from minwm.plan import random_batch
+from minwm.recipes.base import Recipe
 from minwm.recipes.dmd import DmdConfig
 from minwm.steptime import StepTime, counted, headline, measure_steps, pass_flops, random_network
 from minwm.train import Run, Trainer, build_recipe, loop
@@ -38,18 +39,19 @@ def stage(name: str, **changes: Any) -> Run:
     return replace(run, model=model, batch=2, **changes)
 
 
-def trainer_of(run: Run) -> Trainer:
+def made(run: Run) -> tuple[Trainer, Recipe]:
     torch.manual_seed(0)
-    return Trainer(run, build_recipe(run, lambda _: random_network(run)), torch.device("cpu"))
+    recipe = build_recipe(run, lambda _: random_network(run))
+    return Trainer(run, recipe, torch.device("cpu")), recipe
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_useful_flops_are_those_of_the_operators(name: str) -> None:
     """Within 3%: prompts and times are left out, and cameras and the first layer need no gradient of their inputs."""
     run = stage(name)
-    trainer, clips = trainer_of(run), repeat(random_batch(run))
-    for step in range(len(trainer.recipe.trained)):  # DMD: the student's, then the critic's
-        counting = counted(trainer.recipe.networks.values())
+    (trainer, recipe), clips = made(run), repeat(random_batch(run))
+    for step in range(len(recipe.trained)):  # DMD: the student's, then the critic's
+        counting = counted(recipe.networks.values())
         with counting as passes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operators:
             trainer.gradients(step, clips)
         assert sum(passes) == pytest.approx(operators.get_total_flops(), rel=0.03)
@@ -60,8 +62,8 @@ def test_what_is_computed_again_is_not_useful() -> None:
     work, done = {}, {}
     for how in (False, True, "attention"):
         run = stage("ar", checkpointing=how)
-        trainer = trainer_of(run)
-        with counted(trainer.recipe.networks.values()) as passes, FlopCounterMode(display=False) as operators:
+        trainer, recipe = made(run)
+        with counted(recipe.networks.values()) as passes, FlopCounterMode(display=False) as operators:
             trainer.gradients(0, repeat(random_batch(run)))
         work[how], done[how] = sum(passes), operators.get_total_flops()
     assert work[False] == work[True] == work["attention"]
@@ -115,12 +117,12 @@ def test_steps_are_timed_in_whole_turns() -> None:
 def test_the_benchmark_makes_the_steps_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fed the same clips, both end with the same weights, averages and all."""
     run = stage("camera", steps=4, data="", tensorboard=False)
-    batch, made = random_batch(run), []
-    made_trainer = Trainer.__init__
+    batch, trainers = random_batch(run), []
+    make = Trainer.__init__
 
     def remember(self: Trainer, *args: Any) -> None:
-        made_trainer(self, *args)
-        made.append(self)
+        make(self, *args)
+        trainers.append(self)
 
     monkeypatch.setattr(Trainer, "__init__", remember)
     monkeypatch.setattr("minwm.steptime.random_batch", lambda _: batch)
@@ -128,7 +130,10 @@ def test_the_benchmark_makes_the_steps_of_the_loop(tmp_path: Path, monkeypatch: 
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run))
     averaged = loop(run, tmp_path, recipe, loader(Same(batch), 2, run.seed), torch.device("cpu"))
-    for mine, theirs in ((made[0].networks["student"], recipe.networks["student"]), (made[0].ema.net, averaged)):
+    for mine, theirs in (
+        (trainers[0].networks["student"], recipe.networks["student"]),
+        (trainers[0].ema.net, averaged),
+    ):
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b)
 
@@ -148,27 +153,32 @@ class Same:
         return self.both
 
 
-@pytest.mark.parametrize("name", ["ar", "dmd"])
-def test_compiled_blocks_train_alike(name: str) -> None:
-    """With checkpointing, in bfloat16; without the import hook of these tests, whose checks no compiler can read."""
+@pytest.mark.parametrize(("name", "backend"), [("ar", "aot_eager"), ("dmd", "eager")])
+def test_compiled_blocks_train_alike(name: str, backend: str) -> None:
+    """With checkpointing, in bfloat16, in all forms that blocks have where clips start with an image or without.
+
+    Without the import hook of these tests, whose checks no compiler can read.
+    """
     script = f"""
+    from dataclasses import replace
     from itertools import repeat
     import torch
     from minwm.plan import random_batch
     from minwm.nets.wan import Wan
-    from test_steptime import stage, trainer_of
+    from test_steptime import made, stage
 
     compile_blocks = Wan.compile_blocks
-    Wan.compile_blocks = lambda net: compile_blocks(net, "aot_eager")
+    Wan.compile_blocks = lambda net: compile_blocks(net, "{backend}")
     clips, found = repeat(random_batch(stage("{name}"))), []
     for compiled in (False, True):
         run = stage("{name}", compile=compiled, checkpointing="attention", precision="bfloat16")
-        trainer = trainer_of(run)
-        for step in range(3):
+        run = replace(run, recipe=replace(run.recipe, image_start=0.5))
+        trainer, _ = made(run)
+        for step in range(6):
             parts, norm = trainer.gradients(step, clips)
             trainer.update(step, parts[0].trains)
             found.append((*parts[0].logs.values(), norm))
-    for plain, compiled in zip(found[:3], found[3:], strict=True):
+    for plain, compiled in zip(found[:6], found[6:], strict=True):
         torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=0.02, atol=1e-3)
     from torch._dynamo.utils import counters
     assert counters["stats"]["unique_graphs"] >= 2
