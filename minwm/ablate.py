@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from minwm.pipeline import Part, collect_for, part_seconds
 from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.sampling import Bidirectional
-from minwm.train import Run, build_recipe, train
+from minwm.train import Run, build_recipe, load_role, train
 
 CLIPS = 1600
 """Training clips of 33 frames at 64x64."""
@@ -174,7 +175,8 @@ def _quick(model: Model, arm: Arm) -> Model:
 def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[float, float]:
     """The recipe's loss on held-out clips with their own cameras, and with those of the clip before in the batch."""
     device = pick_device()
-    recipe = build_recipe(replace(run, init=replace(run.init, student=str(folder))), device)
+    run = replace(run, init=replace(run.init, student=str(folder)))
+    recipe = build_recipe(run, partial(load_role, run, device))
     data, totals = ShardDataset(Path(run.data), "val", null=run.model.null()), [0.0, 0.0]
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])

@@ -42,7 +42,7 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.sampling import Bidirectional as WholeClip
 from minwm.sampling import FewStep, Stream, sample_bidirectional
-from minwm.train import RECIPES, Run, Trainable
+from minwm.train import Run, Trainable, autocast, build_recipe
 
 GIB = 2**30
 """A card sold with "24 GB" has 24 of these."""
@@ -187,8 +187,8 @@ def _activations(run: Run, recipe: Trainable, role: str, step: int, trained: lis
             p.grad = torch.zeros_like(p)
     before = sum(p.grad.nbytes for p in trained if p.grad is not None)
     with Meter() as memory:
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bfloat16"):
-            loss = recipe.loss(_batch(run), step, torch.Generator())
+        with autocast(run, torch.device("cpu")):
+            loss = recipe.loss(random_batch(run), step, torch.Generator())
         graph = memory.live
         loss.total.backward()
     for p in trained:
@@ -206,21 +206,18 @@ def _recipe(run: Run) -> Recipe | CodecRecipe:
         return CodecRecipe(codec)
     if isinstance(cfg, DmdConfig):
         cfg = replace(cfg, steps=1)  # the graded one; the others are like the pass that commits a chunk
-    kind = RECIPES[type(cfg)]
-    networks = {role: run.model.network.build() for role in (*kind.trained, *kind.frozen)}
-    for role in kind.trained:
-        networks[role].checkpointing = run.checkpointing
-    return kind(cfg, networks, run.model.geometry)
+    uncompiled = replace(run, recipe=cfg, compile=False)  # fused kernels keep less: this is an upper bound
+    return build_recipe(uncompiled, lambda _: run.model.network.build())
 
 
-def _batch(run: Run) -> Any:
-    """What the loop hands to the recipe in one micro-batch."""
+def random_batch(run: Run) -> Any:
+    """What the loop hands to the recipe in one micro-batch, but of noise."""
     cfg = run.model
     if isinstance(run.recipe, CodecTraining):
-        return torch.empty(run.batch, _frames(cfg), 3, cfg.height, cfg.width)
+        return torch.rand(run.batch, _frames(cfg), 3, cfg.height, cfg.width)
     clip = _clip(cfg, run.batch, cfg.latents)
     if isinstance(run.recipe, OdeConfig):
-        return replace(clip, trajectory=torch.empty(run.recipe.steps + 1, *clip.latents.shape))
+        return replace(clip, trajectory=torch.randn(run.recipe.steps + 1, *clip.latents.shape))
     return clip
 
 
@@ -317,9 +314,10 @@ def _half(cfg: ModelConfig) -> int:
 
 def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
     codec, rollout = isinstance(run.recipe, CodecTraining), isinstance(run.recipe, DmdConfig)
-    if run.checkpointing or codec or (rollout and _chunks(run) > run.model.geometry.slots):
+    if run.checkpointing is True or codec or (rollout and _chunks(run) > run.model.geometry.slots):
         return None
-    return "--checkpointing true: a third more time", (replace(run, checkpointing=True),)
+    what = "--checkpointing true: everything is computed twice, attention too"
+    return what, (replace(run, checkpointing=True),)
 
 
 def _bfloat16(run: Run) -> tuple[str, tuple[Run]] | None:
@@ -369,9 +367,9 @@ def _weights(name: str, net: nn.Module) -> Item:
 
 
 def _clip(cfg: ModelConfig, batch: int, latents: int) -> Clip:
-    x = torch.empty(cfg.latent_shape(batch, latents))
-    text = torch.empty(batch, cfg.text.length, cfg.text.dim)
-    w2c, K = torch.empty(batch, latents, 4, 4), torch.empty(batch, latents, 4)
+    x = torch.randn(cfg.latent_shape(batch, latents))
+    text = torch.randn(batch, cfg.text.length, cfg.text.dim)
+    w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
     return Clip(x, Condition(text=text, w2c=w2c, K=K, first=x[:, :1] if cfg.geometry.lead == 1 else None))
 
 

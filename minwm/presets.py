@@ -337,7 +337,7 @@ def wan(size: str, out: Path) -> Pipeline:
             accumulate=32,
             optim=optim,
             precision="bfloat16",
-            checkpointing=True,
+            checkpointing="attention",
         )
 
     ode = replace(
@@ -353,7 +353,7 @@ def wan(size: str, out: Path) -> Pipeline:
         run("ar", stepwise, AutoregressiveConfig(), 4000, Init(student=folder("camera"))),
         ode,
         run("consistency", few, ConsistencyConfig(guidance=3.0), 2000, after_ar),
-        replace(dmd, critic=replace(optim, lr=4e-7)),
+        replace(dmd, critic=replace(optim, lr=4e-7), checkpointing=True),  # three networks: to fit 80 GB
     )
     return Pipeline(name=size, render=None, clips=0, encode=EncodeConfig(), codec=None, stages=stages, collect=4096)
 

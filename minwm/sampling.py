@@ -5,6 +5,7 @@ One rollout serves generation, live play and the self-rollout of DMD; only who a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -167,7 +168,7 @@ def guided_velocity(net: Backbone, x: Latents, t: Tensor | Pace, bound: Bound, s
     """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
         return net(x, t, bound, scope)
-    both = t if isinstance(t, Pace) else torch.cat([t, t])
+    both = t if isinstance(t, Pace) or len(t) == 1 else torch.cat([t, t])
     cond, uncond = net(x.repeat(2, 1, 1, 1, 1), both, bound, scope).chunk(2)
     return guide(cond, uncond, scale)
 
@@ -265,13 +266,12 @@ class Stream:
             return self.few_step(bound, noise, sampler.times)[0]
         return self.multistep(bound, noise[0], sampler)
 
+    def velocity(self, bound: Bound, x: Latents, t: float) -> Latents:
+        """Of the current chunk at x_t, under guidance."""
+        return guided_velocity(self.net, x, self.pace(t), bound, Cached(self.arena, self.chunk), self.guidance)
+
     def multistep(self, bound: Bound, noise: Latents, sampler: Multistep) -> Latents:
-        scope = Cached(self.arena, self.chunk)
-
-        def velocity(x: Latents, t: float) -> Latents:
-            return guided_velocity(self.net, x, self.pace(t), bound, scope, self.guidance)
-
-        return sampler.solve(velocity, noise)
+        return sampler.solve(partial(self.velocity, bound), noise)
 
     def few_step(
         self, bound: Bound, noise: Noise, times: list[float], exit_step: int | None = None

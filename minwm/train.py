@@ -4,9 +4,9 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -17,14 +17,15 @@ from torch.nn.utils import clip_grad_norm_
 from minwm.checkpoint import ModelConfig, States, load_codec, load_weights, save_codec, save_model
 from minwm.core.config import ConfigError, UserError, dumps, from_dict, loads
 from minwm.core.media import atomic
+from minwm.core.metrics import metrics_log, read_metrics
 from minwm.core.runtime import generator as make_generator
-from minwm.core.runtime import git_commit, pick_device, progress, rank, require, versions, world_size
+from minwm.core.runtime import git_commit, pick_device, progress, rank, versions, world_size
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import Loader, RawDataset, ShardDataset, loader
 from minwm.data.noise import PoseNoise
 from minwm.formats import CAMERA
 from minwm.hub import write_card
-from minwm.nets.backbone import Backbone
+from minwm.nets.backbone import Backbone, Checkpointing
 from minwm.nets.codec import Codec
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.codec import CodecRecipe, CodecTraining
@@ -43,6 +44,9 @@ RECIPES: dict[type, type[Recipe]] = {
 }
 HELD_OUT = 24
 """Clips of the validation split on which the loss is watched."""
+GRAPHS = 32
+"""Most compiled forms of a block. Passes of a recipe differ in frames, in clips and in who gets gradients: up to a
+dozen forms, where torch gives up after 8."""
 NOTED = ("kind", "raw", "counts", "clips", "licences")
 """What a run notes of its data's manifest, for the model card."""
 
@@ -113,8 +117,11 @@ class Run:
     save_every: int = 100
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
-    checkpointing: bool = False
-    """Compute the activations of each block again in the backward pass: much less memory, a third more time."""
+    checkpointing: Checkpointing = False
+    """Compute activations again in the backward pass: those of whole blocks (true), a third more FLOPs in all, or of
+    all but `attention`, which in long clips is most of the work and little of the memory."""
+    compile: bool = False
+    """Compile what is before and after attention in the blocks of all networks (`Backbone.compile_blocks`)."""
     tensorboard: bool = True
     pose_noise: PoseNoise | None = None
     """Errors on the cameras of the training clips (ablations)."""
@@ -125,6 +132,8 @@ class Run:
                 raise ConfigError(f"run.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"run.ema={self.ema}: a decay lies in [0, 1)")
+        if isinstance(self.recipe, CodecTraining) and (self.checkpointing or self.compile):
+            raise ConfigError(f"run {self.name}: checkpointing and compile are of transformer blocks; a codec has none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +172,39 @@ class Ema:
             mean.lerp_(value, 1 - decay)
 
 
+class Trainer:
+    """What steps change: networks, optimisers, the average, the random draws. A step is gradients, then an update."""
+
+    def __init__(self, run: Run, recipe: Trainable, device: torch.device) -> None:
+        self.run, self.recipe, self.device = run, recipe, device
+        self.networks = {role: net.to(device) for role, net in recipe.stateful.items()}
+        self.settings = {"student": run.optim, "critic": run.critic}
+        self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in recipe.trained}
+        self.ema = Ema(self.networks["student"], run.ema)
+        self.generator = make_generator(run.seed, "train", rank(), device=device)
+
+    def gradients(self, step: int, clips: Iterator[Any]) -> tuple[list[Loss], float]:
+        """Losses of the step's micro-batches; and the norm of their averaged gradient, before it was clipped."""
+        parts = []
+        for _ in range(self.run.accumulate):
+            with autocast(self.run, self.device):
+                loss = self.recipe.loss(next(clips).to(self.device), step, self.generator)
+            (loss.total / self.run.accumulate).backward()
+            parts.append(loss)
+        role = parts[-1].trains
+        return parts, float(clip_grad_norm_(self.networks[role].parameters(), self.settings[role].clip))
+
+    def update(self, step: int, role: str) -> float:
+        """Move a role along its gradients, and the average after the student. Returns the learning rate."""
+        optimizer, rate = self.optimizers[role], self.settings[role].rate(step, self.run.steps)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if role == "student":
+            self.ema.update(self.networks[role], step)
+        return rate
+
+
 def loop(
     run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: torch.device, held_out: Sequence[Any] = ()
 ) -> nn.Module:
@@ -170,52 +212,43 @@ def loop(
 
     The loss on the batches `held_out`, if there are any, is logged whenever a state is saved.
     """
-    networks = {role: net.to(device) for role, net in recipe.stateful.items()}
-    settings = {"student": run.optim, "critic": run.critic}
-    optimizers = {role: settings[role].build(networks[role]) for role in recipe.trained}
-    ema, states = Ema(networks["student"], run.ema), States(out)
-    generator = make_generator(run.seed, "train", rank(), device=device)
-    saved: dict[str, nn.Module] = {**networks, "ema": ema.net}
+    trainer, states = Trainer(run, recipe, device), States(out)
+    saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
     start, spent = states.latest() or 0, 0.0
     if start:
-        extra = states.load(start, saved, optimizers, generator)
+        extra = states.load(start, saved, trainer.optimizers, trainer.generator)
         clips.load(extra["data"])
         spent = extra["seconds"]
     began = time.monotonic() - spent
-    with _log(out, start, run.tensorboard) as log, progress(run.steps - start, run.name) as bar:
+    with metrics_log(out, start, run.tensorboard) as log, progress(run.steps - start, run.name) as bar:
         for step in range(start, run.steps):
-            parts = []
-            for _ in range(run.accumulate):
-                with autocast(run, device):
-                    loss = recipe.loss(next(clips).to(device), step, generator)
-                (loss.total / run.accumulate).backward()
-                parts.append(loss)
-            net, optimizer, optim = networks[loss.trains], optimizers[loss.trains], settings[loss.trains]
-            norm = float(clip_grad_norm_(net.parameters(), optim.clip))
+            parts, norm = trainer.gradients(step, clips)
+            last = parts[-1]
             if not math.isfinite(norm):
-                last = states.latest()
+                lr = trainer.settings[last.trains].lr
                 raise DivergedError(
                     f"{run.name}: step {step}: gradient norm {norm}, losses {[p.logs for p in parts]}; "
-                    f"the state after {last or 0} steps is untouched: lower optim.lr (now {optim.lr})"
+                    f"the state after {states.latest() or 0} steps is untouched: lower optim.lr (now {lr})"
                 )
-            optimizer.param_groups[0]["lr"] = optim.rate(step, run.steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if loss.trains == "student":
-                ema.update(net, step)
+            rate = trainer.update(step, last.trains)
             save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
             val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
-            log(step, parts, norm, optim.rate(step, run.steps), val)
-            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in (loss.logs | val).items()))
+            mean = {name: sum(part.logs[name] for part in parts) / len(parts) for name in last.logs}
+            log(step, last.trains, mean | val | {"grad_norm": norm, "lr": rate})
+            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in (last.logs | val).items()))
             if save:
                 place = {"data": clips.state(), "seconds": time.monotonic() - began}
-                states.save(step + 1, saved, optimizers, generator, place)
-    return ema.net if run.ema else networks["student"]
+                states.save(step + 1, saved, trainer.optimizers, trainer.generator, place)
+    return trainer.ema.net if run.ema else trainer.networks["student"]
 
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
-    """The precision in which a run passes through its networks."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16")
+    """The precision in which a run passes through its networks.
+
+    With checkpointing no weight that was cast is kept for a later pass: computing again must meet the same operators.
+    """
+    half = run.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=not run.checkpointing)
 
 
 @torch.no_grad()
@@ -227,43 +260,6 @@ def validate(run: Run, recipe: Trainable, batches: Sequence[Any], step: int, dev
         with autocast(run, device):
             losses.append(float(recipe.loss(batch.to(device), step, draws).total))
     return sum(losses) / len(losses)
-
-
-@contextmanager
-def _log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
-    """Write `metrics.jsonl`, a line per step, and TensorBoard events; lines of steps that a resumed run repeats go."""
-    path = out / "metrics.jsonl"
-    kept = [line for line in read_metrics(out) if line["step"] < start]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    writer = None
-    if tensorboard:
-        require("tensorboard", "track")
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(out / "tensorboard", purge_step=start)
-    with path.open("a", buffering=1) as lines:
-
-        def write(step: int, parts: Sequence[Loss], norm: float, rate: float, val: dict[str, float]) -> None:
-            mean = {name: sum(p.logs[name] for p in parts) / len(parts) for name in parts[0].logs} | val
-            line = {"step": step, "trains": parts[0].trains, **mean, "grad_norm": norm, "lr": rate}
-            lines.write(json.dumps(line) + "\n")
-            if writer:
-                for name, value in mean.items() | {("grad_norm", norm), ("lr", rate)}:
-                    writer.add_scalar(f"{parts[0].trains}/{name}", value, step)
-
-        try:
-            yield write
-        finally:
-            if writer:
-                writer.close()
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut off by an interrupt is left out."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def train(run: Run, out: Path) -> Summary:
@@ -332,7 +328,7 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
     if not run.init.codec:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec))
-    recipe = build_recipe(run, device)
+    recipe = build_recipe(run, partial(load_role, run, device))
     begins_with_image, null = run.model.geometry.lead == 1, run.model.null()
     data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=null, noise=run.pose_noise)
     clips = loader(data, run.batch, run.seed, rank(), world_size())
@@ -347,16 +343,21 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
     return trained
 
 
-def build_recipe(run: Run, device: torch.device) -> Recipe:
-    """The recipe of a run, with its roles filled."""
+def build_recipe(run: Run, fill: Callable[[str], Backbone]) -> Recipe:
+    """The recipe of a run, with its roles filled by `fill`."""
     kind = RECIPES[type(run.recipe)]
-    networks = {role: _fill(run, role).to(device) for role in (*kind.trained, *kind.frozen)}
+    networks = {role: fill(role) for role in (*kind.trained, *kind.frozen)}
     for role in kind.trained:
         networks[role].checkpointing = run.checkpointing
-    return kind(run.recipe, networks, run.model.geometry)
+    recipe = kind(run.recipe, networks, run.model.geometry)
+    if run.compile:
+        torch._dynamo.config.recompile_limit = GRAPHS
+        for net in recipe.networks.values():
+            net.compile_blocks()
+    return recipe
 
 
-def _fill(run: Run, role: str) -> Backbone:
+def load_role(run: Run, device: torch.device, role: str) -> Backbone:
     """A network for a role: from its folder, or fresh (student only)."""
     source = {
         "student": run.init.student,
@@ -369,9 +370,9 @@ def _fill(run: Run, role: str) -> Backbone:
     if source is None:
         if role != "student":
             raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
-        return net
+        return net.to(device)
     load_weights(net, Path(source) / "model.safetensors", may_be_new=CAMERA if role == "student" else ())
-    return net
+    return net.to(device)
 
 
 def _seconds(out: Path) -> float:

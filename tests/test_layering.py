@@ -27,6 +27,7 @@ LEVEL |= dict(
     presets=7,
     plan=7,
     pipeline=8,
+    steptime=8,
     ablations=8,
     ablate=9,
     summary=9,

@@ -27,7 +27,6 @@ from minwm.plan import (
     FRAGMENTATION,
     GIB,
     PLAYING,
-    RECIPES,
     TRAINING,
     Plan,
     advise,
@@ -42,7 +41,7 @@ from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.sampling import Autoregressive, Bidirectional, FewStep, Stream, draws_of
-from minwm.train import Ema, Init, Run
+from minwm.train import RECIPES, Ema, Init, Run
 
 MODEL = ModelConfig(
     network=WanConfig(
@@ -193,10 +192,11 @@ VARIANTS = {
     "plain": {},
     "bfloat16": {"precision": "bfloat16"},
     "checkpointing": {"checkpointing": True},
+    "attention": {"checkpointing": "attention"},
     "accumulate": {"accumulate": 2, "batch": 1},
 }
 CASES = [*((name, "plain") for name in RECIPE), *(("autoregressive", variant) for variant in [*VARIANTS][1:])]
-CASES.append(("dmd", "checkpointing"))
+CASES += [("dmd", "checkpointing"), ("dmd", "attention")]
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

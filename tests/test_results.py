@@ -150,6 +150,18 @@ def options_table() -> str:
     return "\n".join(rows)
 
 
+def train_table() -> str:
+    """The same page: steps of training."""
+    stages = json.loads((ROOT / "results" / "train-cpu.json").read_text())["stages"]
+    rows = ["| stage | trains | step | p90 | GFLOP | clips/s | MFU |", "|---|---|--:|--:|--:|--:|--:|"]
+    for name, stage in stages.items():
+        for i, (role, row) in enumerate(stage["roles"].items()):
+            times = f"{row['median_ms']:.0f} ms | {row['p90_ms']:.0f} ms | {row['gflop']:.1f}"
+            clips = f"{stage['clips_per_s']:.1f}" if i == 0 else ""
+            rows.append(f"| {name if i == 0 else ''} | {role} | {times} | {clips} | {row['mfu']:.0f}% |")
+    return "\n".join(rows)
+
+
 def test_the_page_on_performance_shows_the_committed_results() -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert race_table() in page and speed_table() in page and options_table() in page
+    assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page

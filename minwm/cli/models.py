@@ -272,6 +272,31 @@ def with_steps(model: "Model", steps: int | None) -> "Model":
     return replace(model, config=replace(model.config, sampler=replace(model.config.sampler, steps=steps)))
 
 
+@command(app, "bench-train")
+def bench_train(
+    preset: Annotated[Positional[str], arg(metavar="PIPELINE[/STAGE]", help="a stage, or all of a pipeline")],
+    steps: Annotated[int, arg(metavar="N", help="steps that are timed, at least")] = 10,
+    warmup: Annotated[int, arg(metavar="N", help="steps before them, at least")] = 3,
+    peak: Annotated[float | None, arg(metavar="TFLOPS", help="of a data sheet: the MFU of that too")] = None,
+    json: Json = None,
+    fields: Fields = (),
+) -> None:
+    """Measure the step time of training, with random weights and clips, and how near it is to what the machine can do.
+
+    Any field of the run can be set: --batch 2 --checkpointing attention --compile true --precision bfloat16.
+    """
+    from minwm import presets
+    from minwm.steptime import headline, measure_steps
+
+    pipeline, slash, _ = preset.partition("/")
+    runs = [presets.stage(preset, Path())] if slash else presets.pipeline(pipeline, Path()).stages
+    measured = {}
+    for run in runs:
+        measured[run.name] = measure_steps(override(run, changes(fields)), steps, warmup, peak)
+        say("\n".join(headline(f"{pipeline}/{run.name}", measured[run.name])))
+    write_numbers({"stages": {name: to_dict(found) for name, found in measured.items()}}, json)
+
+
 def _preset(name: str) -> "ModelConfig":
     """The model of a stage, or of the last stage of a pipeline."""
     from minwm import presets

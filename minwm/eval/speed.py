@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,7 +109,8 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
     if isinstance(model.config.sampler, Bidirectional):
         raise UserError("a bidirectional model makes whole clips: there is no stream to measure")
     geometry, device = model.config.geometry, next(model.net.parameters()).device
-    before, began = measure_machine(model), time.perf_counter()
+    like, began = next(model.net.parameters()), time.perf_counter()
+    before = measure_machine(like)
     raced, fp8 = engines.ready(cfg, model.net, geometry, trial(model, seed) if cfg.fp8 != "none" else None)
     with engines.attention(cfg, raced):
         image = np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.lead == 1 else None
@@ -124,7 +126,7 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
         first, filled = [_first(session, image is not None) for _ in range(5)], _walk(session, 2 * geometry.slots)
         laps = [_step(session) for _ in range(chunks)]
     spent = {name: [lap[name] for lap in laps] for name in laps[0]}
-    after = measure_machine(model)
+    after = measure_machine(like)
     machine = replace(after, tflops=max(before.tflops, after.tflops), gbytes=max(before.gbytes, after.gbytes))
     bounds = _bounds(model, machine)
     rows = {
@@ -214,11 +216,12 @@ def _compiled() -> int:
 # ------------------------------------------------------------------------------------------------ the roofline
 
 
-def measure_machine(model: Model, repeats: int = 8) -> Machine:
-    weight = next(model.net.parameters())
-    side, cuda = (8192, True) if weight.is_cuda else (1536, False)
-    a, b = torch.randn(2, side, side, dtype=weight.dtype, device=weight.device)
-    source = torch.empty((1 << 30) if cuda else (1 << 26), dtype=torch.uint8, device=weight.device).fill_(1)
+@torch.no_grad()
+def measure_machine(like: Tensor, repeats: int = 8) -> Machine:
+    """In the dtype and on the device of `like`."""
+    side, cuda = (8192, True) if like.is_cuda else (1536, False)
+    a, b = torch.randn(2, side, side, dtype=like.dtype, device=like.device)
+    source = torch.empty((1 << 30) if cuda else (1 << 26), dtype=torch.uint8, device=like.device).fill_(1)
     target, out = torch.empty_like(source), torch.empty_like(a)
     # on a CPU, products and convolutions come from two libraries, and either may know the processor better
     image, kernel = torch.randn(1, 256, 64, 64).to(a), torch.randn(256, 256, 3, 3).to(a)
@@ -230,7 +233,7 @@ def measure_machine(model: Model, repeats: int = 8) -> Machine:
     return Machine(
         tflops=flops / 1e12,
         gbytes=2 * source.numel() / copied / 1e9,
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=str(like.dtype).removeprefix("torch."),
         load=os.getloadavg()[0],
         clocks=_clocks() if cuda else None,
     )

@@ -3,12 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
@@ -42,6 +48,25 @@ class Pace:
     end: Paced
 
 
+Checkpointing = Literal[False, True, "attention"]
+"""What of a block is kept for the backward pass: everything; its inputs alone, so that all of it is computed again; or
+its inputs and what attention among the video's tokens found, so that this, most of the work, is not done again."""
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""The operators that may be behind `scaled_dot_product_attention`. Not its plain form, which keeps all scores."""
+
+
+def policy(_context: Any, operator: Any, *args: Any, **_options: Any) -> CheckpointPolicy:
+    """Keep what attention found, but for that to a prompt: its few keys (args[1]) are soon asked again."""
+    costly = operator in ATTENTION and args[1].shape[-2] >= args[0].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Backbone(nn.Module, ABC):
     """A video diffusion transformer that predicts velocity.
 
@@ -53,8 +78,7 @@ class Backbone(nn.Module, ABC):
     head_width: int
     anchored: bool = False
     """Wants cameras in the frame of the first one: a stream may not move its cache to another."""
-    checkpointing: bool = False
-    """Compute the activations of a block again in the backward pass instead of keeping them."""
+    checkpointing: Checkpointing = False
     cache: type[KVArena] = KVArena
     """What its streams keep keys and values in."""
 
@@ -102,7 +126,7 @@ class Backbone(nn.Module, ABC):
         raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
 
     @abstractmethod
-    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, bound: Bound, scope: Scope) -> Latents:
         """v at x_t. The one forward pass, whatever the scope."""
 
     @abstractmethod
@@ -118,14 +142,18 @@ class Backbone(nn.Module, ABC):
         """Cached keys or values after the world's frame has moved to the pose `frame`."""
 
     def through(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, *args, use_reentrant=False))
-        return block(*args)
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(*args)
+        kept = partial(create_selective_checkpoint_contexts, policy)
+        context = kept if self.checkpointing == "attention" else noop_context_fn
+        return cast(Tensor, checkpoint(block, *args, use_reentrant=False, context_fn=context))
 
     def bind(self, cond: Condition) -> Bound:
         return Bound(self.read(cond.text), self.watch(cond))
 
-    def forward(self, x: Latents, t: Times | Pace, cond: Condition | Bound, scope: Scope | None = None) -> Latents:
+    def forward(
+        self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, cond: Condition | Bound, scope: Scope | None = None
+    ) -> Latents:
         bound = self.bind(cond) if isinstance(cond, Condition) else cond
         return self.velocity(x, t, bound, scope or Full())
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minwm.control.plucker import NUMBERS, Rays
 from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times
+from minwm.core.flow import Latents
 from minwm.core.types import Condition
 from minwm.nets.attention import Branches, Cached, Heads, Scope, attend
 from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
@@ -370,7 +370,7 @@ class Wan(Backbone):
         for block in cast(list[Block], self.blocks):
             block.self_attn.kernel = kernels.place
 
-    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, bound: Bound, scope: Scope) -> Latents:
         patch, embedding = self.config.patch, self.patch_embedding
         h, w = (n // patch for n in x.shape[-2:])
         tokens = F.linear(patchify(x, patch).to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)

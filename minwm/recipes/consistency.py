@@ -7,12 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from minwm.core.flow import Latents, euler, interpolate, schedule, x0_from_velocity
+from minwm.core.flow import Latents, euler, guide, interpolate, schedule, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Past, teacher_forced
 from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, noise_like, own_past, past_of, pick
-from minwm.recipes.ode import guided_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,19 @@ class ConsistencyConfig:
     """Chance, per batch, that chunks are given the student's own predictions of the earlier ones (`base.own_past`)."""
     target_decay: float = 0.99
     """EMA of the student that gives the target, from the first step on."""
+
+
+def guided_teacher(
+    teacher: Backbone, past: Past, cond: Condition, x: Latents, t: float, guidance: float, geometry: Geometry
+) -> Latents:
+    """Velocity of the autoregressive teacher on all chunks at time t, given real history, with guidance."""
+    times = x.new_full(x.shape[:2], t)
+    if guidance == 1:
+        return teacher_forced(teacher, past, x, times, cond, geometry)
+    both = Condition.stack(cond, cond.without_text())
+    latents, levels, noisy, times = (torch.cat([y, y]) for y in (past.latents, past.t, x, times))
+    v, v_uncond = teacher_forced(teacher, Past(latents, levels), noisy, times, both, geometry).chunk(2)
+    return guide(v, v_uncond, guidance)
 
 
 class Consistency(Recipe):

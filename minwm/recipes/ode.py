@@ -1,6 +1,6 @@
 """Stage 2a, causal ODE distillation: collect the teacher's PF-ODE trajectories, regress their end (paper eq. 1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, euler, guide, schedule, x0_from_velocity
-from minwm.core.types import Clip, Condition
+from minwm.core.flow import Latents, euler, schedule, x0_from_velocity
+from minwm.core.types import Clip
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, Past, teacher_forced
+from minwm.nets.backbone import Backbone, Bound, teacher_forced
 from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, past_of, pick
+from minwm.sampling import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,29 +40,28 @@ def collect(
 ) -> Float[Tensor, "k b f c h w"]:
     """States at the student's times, then the end point. Every chunk runs along its own ODE, given real history.
 
-    A uniform grid of `ode_steps`, shifted, passes through the student's times exactly, every ode_steps / steps.
+    A uniform grid of `ode_steps`, shifted, passes through the student's times exactly, every ode_steps / steps. The
+    history is the cache of a stream: half the work of passes that take all chunks at once, each behind its clean copy.
     """
-    every, times = cfg.ode_steps // cfg.steps, schedule(cfg.ode_steps, cfg.shift)
-    past = past_of(clip, geometry.context_noise, generator)
-    x, states = noise_like(clip.latents, generator), []
-    for step, (t, t_next) in enumerate(pairwise(times)):
+    hidden, x = noise_like(clip.latents, generator), noise_like(clip.latents, generator)
+    still = replace(geometry, roll=False)  # the student is trained with sinks where they were
+    stream, parts = Stream(teacher, clip.cond, still, cfg.guidance, reach=None), []
+    for a, b in geometry.chunks(x.shape[1]):
+        bound = stream.look(clip.cond.frames(a, b))
+        parts.append(_trajectory(stream, bound, x[:, a:b], cfg))
+        given = a == 0 and clip.cond.first is not None
+        stream.commit(bound, clip.latents[:, a:b], None if given else hidden[:, a:b])
+    return torch.cat(parts, dim=2)
+
+
+def _trajectory(stream: Stream, bound: Bound, x: Latents, cfg: OdeConfig) -> Float[Tensor, "k b f c h w"]:
+    """States of the current chunk, from noise x, at the student's times and at the end."""
+    every, states = cfg.ode_steps // cfg.steps, []
+    for step, (t, t_next) in enumerate(pairwise(schedule(cfg.ode_steps, cfg.shift))):
         if step % every == 0:
             states.append(x)
-        x = euler(x, guided_teacher(teacher, past, clip.cond, x, t, cfg.guidance, geometry), t, t_next)
+        x = euler(x, stream.velocity(bound, x, t), t, t_next)
     return torch.stack([*states, x])
-
-
-def guided_teacher(
-    teacher: Backbone, past: Past, cond: Condition, x: Latents, t: float, guidance: float, geometry: Geometry
-) -> Latents:
-    """Velocity of the autoregressive teacher on all chunks at time t, given real history, with guidance."""
-    times = x.new_full(x.shape[:2], t)
-    if guidance == 1:
-        return teacher_forced(teacher, past, x, times, cond, geometry)
-    both = Condition.stack(cond, cond.without_text())
-    latents, levels, noisy, times = (torch.cat([y, y]) for y in (past.latents, past.t, x, times))
-    v, v_uncond = teacher_forced(teacher, Past(latents, levels), noisy, times, both, geometry).chunk(2)
-    return guide(v, v_uncond, guidance)
 
 
 class Ode(Recipe):

@@ -3,25 +3,31 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from backbones import SMALL, condition, latents
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, schedule
+from minwm.core.memory import Meter
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry, Scope
-from minwm.nets.backbone import Backbone, Bound, Past, TextKV
-from minwm.recipes.base import Loss, Recipe, own_past
-from minwm.recipes.consistency import Consistency, ConsistencyConfig
+from minwm.nets.backbone import Backbone, Bound, Checkpointing, Past, TextKV, policy
+from minwm.presets import tiny_model
+from minwm.recipes.base import Loss, Recipe, noise_like, own_past, past_of
+from minwm.recipes.consistency import Consistency, ConsistencyConfig, guided_teacher
 from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig, TimeLaw
 from minwm.recipes.dmd import Dmd, DmdConfig, direction, surrogate
 from minwm.recipes.ode import Ode, OdeConfig, collect
-from minwm.sampling import Autoregressive as AutoregressiveSampler
-from minwm.sampling import Stream, draw, self_rollout
+from minwm.sampling import draw, self_rollout
+from minwm.train import Run, autocast
 
 GEOMETRY = Geometry(tokens=6, chunk=2, first=1, window=8, sink=1)
 FRAMES = 5
@@ -115,7 +121,7 @@ class Exact(Backbone):
     def rebased(self, kv: Tensor, frame: Tensor) -> Tensor:
         return kv
 
-    def velocity(self, x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Tensor, bound: Bound, scope: Scope) -> Latents:
         ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
         t = t[:, :, None, None, None]
         return torch.where(t > 0, (x - ends) / t.clamp_min(1e-3), 0)
@@ -159,20 +165,57 @@ def test_every_parameter_of_the_network_gets_a_gradient(name: str, step: int) ->
 
 
 @every_turn
-def test_checkpointing_changes_no_gradient(name: str, step: int) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_checkpointing_changes_no_gradient(name: str, step: int, precision: Any) -> None:
     recipe = make(name)
-    expected, found = (
+    expected, *others = (
         torch.autograd.grad(loss.total, list(recipe.networks[loss.trains].parameters()))
-        for loss in (checkpointed(recipe, on, step) for on in (False, True))
+        for loss in (checkpointed(recipe, how, step, precision) for how in (False, True, "attention"))
     )
-    for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a, b)
+    for found in others:
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a, b)
 
 
-def checkpointed(recipe: Recipe, on: bool, step: int) -> Loss:
+def checkpointed(recipe: Recipe, how: Checkpointing, step: int, precision: Any = "float32") -> Loss:
+    # with weights cast anew for every pass, which sums gradients in float32, however much is kept
+    run = Run(name="x", model=tiny_model(), recipe=recipe.cfg, data="", precision=precision, checkpointing=True)
     for net in recipe.networks.values():
-        net.checkpointing = on
-    return recipe.loss(clip(), step, seeded())
+        net.checkpointing = how
+        if precision == "bfloat16":
+            net.float()
+    with autocast(run, torch.device("cpu")):
+        return recipe.loss(clip(), step, seeded())
+
+
+class Attentions(TorchDispatchMode):
+    """Forward runs of attention among the video's tokens, and the bytes that they give."""
+
+    count = given = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if policy(None, func, *args) is CheckpointPolicy.MUST_SAVE:
+            self.count += 1
+            self.given += sum(x.nbytes for x in out if isinstance(x, Tensor))
+        return out
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "autoregressive"])
+def test_what_checkpointing_computes_again_and_what_it_keeps(name: str) -> None:
+    """Whole blocks: attention runs twice. All but attention: once, and no more is kept than what it gave."""
+    runs, kept, gave = {}, {}, {}
+    for how in (False, True, "attention"):
+        recipe = make(name)
+        with Attentions() as forward, Meter() as memory:
+            loss = checkpointed(recipe, how, 0)
+            kept[how], gave[how] = memory.live, forward.given
+        with Attentions() as backward:
+            loss.total.backward()
+        runs[how] = (forward.count + backward.count) / forward.count
+    assert runs == {False: 1, True: 2, "attention": 1}
+    assert kept[True] < kept["attention"] < 0.6 * kept[False]
+    assert kept["attention"] - kept[True] == gave["attention"]
 
 
 @every_turn
@@ -357,19 +400,36 @@ def test_own_past_is_what_the_network_tells(image: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_collected_trajectories_are_the_streams_own_odes(guidance: float) -> None:
-    """All chunks along their ODEs at once, or chunk by chunk from a cache of the real past: the same."""
-    net, given, cfg = network(0), clip(), OdeConfig(steps=2, ode_steps=4, guidance=guidance)
-    states = collect(net, given, cfg, GEOMETRY, seeded())
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize(("guidance", "level"), [(1.0, 0.0), (3.0, 0.0), (3.0, 0.2)])
+def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, level: float, image: bool) -> None:
+    """Chunk by chunk from a cache of the real past, or all chunks at once, each behind its clean copy: the same.
+
+    The ring is smaller than the clip and sinks would roll: windows must agree, and places must be those of the clip.
+    """
+    net, given, cfg = network(0), clip(image), OdeConfig(steps=2, ode_steps=4, guidance=guidance)
+    geometry = replace(GEOMETRY, context_noise=level, window=1, roll=True)
+    states = collect(net, given, cfg, geometry, seeded())
     assert states.shape == (3, *given.latents.shape)
-    sampler = AutoregressiveSampler(steps=4, guidance=guidance, shift=cfg.shift, solver="euler")
-    stream = Stream(net, given.cond, GEOMETRY, guidance)
-    for a, b in GEOMETRY.chunks(FRAMES):
-        bound = stream.look(given.cond.frames(a, b))
-        end = stream.multistep(bound, states[0, :, a:b], sampler)
-        torch.testing.assert_close(end, states[-1, :, a:b], atol=1e-5, rtol=1e-5)
-        stream.commit(bound, given.latents[:, a:b])
+    generator = seeded()
+    past, x = past_of(given, level, generator), noise_like(given.latents, generator)
+    torch.testing.assert_close(states[0], x)
+    for step, (t, t_next) in enumerate(pairwise(schedule(4, cfg.shift))):
+        x = x + (t_next - t) * guided_teacher(net, past, given.cond, x, t, guidance, geometry)
+        if step % 2:
+            torch.testing.assert_close(states[(step + 1) // 2], x, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_collecting_costs_half_of_teacher_forcing() -> None:
+    net, given, cfg = network(0), clip(), OdeConfig(steps=2, ode_steps=20)
+    past = past_of(given, 0.0, seeded())
+    with FlopCounterMode(display=False) as streamed:
+        collect(net, given, cfg, GEOMETRY, seeded())
+    with FlopCounterMode(display=False) as forced:
+        for t in schedule(20, cfg.shift)[:-1]:
+            guided_teacher(net, past, given.cond, given.latents, t, cfg.guidance, GEOMETRY)
+    assert streamed.get_total_flops() < 0.6 * forced.get_total_flops()
 
 
 def test_ode_says_that_trajectories_are_missing() -> None:

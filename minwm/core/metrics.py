@@ -1,0 +1,45 @@
+"""The log of a training run: `metrics.jsonl`, a line per step, and TensorBoard."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minwm.core.media import atomic
+from minwm.core.runtime import require
+
+
+@contextmanager
+def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
+    """Write `metrics.jsonl`, a line per step, and TensorBoard events; lines of steps that a resumed run repeats go."""
+    path = out / "metrics.jsonl"
+    kept = [line for line in read_metrics(out) if line["step"] < start]
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    writer = None
+    if tensorboard:
+        require("tensorboard", "track")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out / "tensorboard", purge_step=start)
+    with path.open("a", buffering=1) as lines:
+
+        def write(step: int, trains: str, values: dict[str, float]) -> None:
+            lines.write(json.dumps({"step": step, "trains": trains, **values}) + "\n")
+            if writer:
+                for name, value in values.items():
+                    writer.add_scalar(f"{trains}/{name}", value, step)
+
+        try:
+            yield write
+        finally:
+            if writer:
+                writer.close()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line cut off by an interrupt is left out."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
