@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from minwm.cli.base import (
+    PLAIN,
     Count,
+    Decoder,
+    Engine,
     Fields,
     Flag,
     Json,
@@ -25,7 +28,7 @@ from minwm.cli.base import (
     say,
     write_numbers,
 )
-from minwm.core.config import UserError, dumps, from_dict, override, to_dict
+from minwm.core.config import UserError, dumps, override, to_dict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,23 +213,21 @@ def ablate(
 @command(app, "bench")
 def bench(
     model: ModelFolder | None = None,
-    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, or PIPELINE/STAGE; --random-weights")] = None,
+    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, PIPELINE/STAGE, or self-forcing")] = None,
     random_weights: Annotated[Flag, arg(help="as fast as trained ones")] = False,
     json: Json = None,
     repeats: Count = 5,
     chunks: Annotated[int, arg(metavar="N", help="steady chunks that are measured")] = 20,
-    compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False,  # noqa: A002
-    kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False,
-    graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False,
-    attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch",
+    engine: Engine = PLAIN,
+    decoder: Decoder = None,
     window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
     """Measure latency and frames per second, and how near they are to what the machine can do."""
+    from minwm.checkpoint import tiny_decoder
     from minwm.core.media import atomic
     from minwm.core.weights import read_json
-    from minwm.engine import EngineConfig
     from minwm.eval import speed
     from minwm.eval.bench import bench_model, random_model
     from minwm.sampling import Bidirectional
@@ -236,15 +237,17 @@ def bench(
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
-        loaded = random_model(_preset(preset)).ready()
+        loaded = random_model(_preset(preset))
     else:
         raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
     if window:
         loaded = replace(loaded, config=replace(loaded.config, window=window))
+    if decoder:
+        loaded = tiny_decoder(loaded, decoder, random_weights)
+    loaded.ready()
     found = to_dict(bench_model(loaded, repeats=repeats))
     if not isinstance(loaded.config.sampler, Bidirectional):
-        engine = from_dict(EngineConfig, dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention))
-        measured = speed.measure_speed(loaded, engine, chunks)
+        measured = speed.measure_speed(loaded, engine.config(), chunks)
         found["speed"] = to_dict(measured)
         if plot:
             with atomic(plot) as temporary:
@@ -253,9 +256,11 @@ def bench(
 
 
 def _preset(name: str) -> "ModelConfig":
-    """The model of a stage, or of the last stage of a pipeline."""
+    """The model of a stage, or of the last stage of a pipeline; or one that is only measured."""
     from minwm import presets
 
+    if name in presets.MODELS:
+        return presets.MODELS[name]()
     pipeline, slash, _ = name.partition("/")
     stage = name if slash else f"{name}/{presets.pipeline(pipeline, Path()).stages[-1].name}"
     return presets.stage(stage, Path()).model
