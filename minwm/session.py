@@ -70,13 +70,7 @@ class RendererEngine:
     """Ground truth: a procedural world seen from a placed camera."""
 
     def __init__(
-        self,
-        world: World,
-        origin: Pose,
-        K: Float[np.ndarray, "4"],
-        motion: Motion,
-        chunk: int,
-        size: tuple[int, int],
+        self, world: World, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
     ) -> None:
         self.world, self.origin, self.K = world, origin, K
         self.motion, self.chunk, self.size = motion, chunk, size
@@ -327,11 +321,7 @@ def walk(
 
 @torch.no_grad()
 def generate_clips(
-    model: Model,
-    images: UInt8[np.ndarray, "b h w 3"] | None,
-    prompts: Prompts,
-    tracks: list[CameraTrack],
-    seed: int,
+    model: Model, images: UInt8[np.ndarray, "b h w 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
 ) -> UInt8[np.ndarray, "b n h w 3"]:
     """Videos along camera tracks (pixel rate), with whatever sampler the model has, on its device.
 
@@ -357,11 +347,7 @@ def stream_clips(
 
 
 def _given(
-    model: Model,
-    images: UInt8[np.ndarray, "b H W 3"] | None,
-    prompts: Prompts,
-    tracks: list[CameraTrack],
-    seed: int,
+    model: Model, images: UInt8[np.ndarray, "b H W 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device

@@ -292,7 +292,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     pairs = ((name, *({**x["rows"], **x}[name]["median_ms"] for x in (one, two))) for name in names)
     lines = [f"{name}: {x:.3g} ms -> {y:.3g} ms, {x / y:.2f}x" for name, x, y in pairs]
     for name in ("engine", "machine"):
-        lines += [f"{name}.{k}: {x} -> {two[name][k]}" for k, x in one[name].items() if x != two[name][k]]
+        x, y = one[name], two[name]  # an older file may have fewer fields
+        lines += [f"{name}.{k}: {x.get(k)} -> {y.get(k)}" for k in {**x, **y} if x.get(k) != y.get(k)]
     if a["versions"] != b["versions"]:
         lines.append("measured on different machines or versions: ratios say nothing about the code alone")
     return lines
