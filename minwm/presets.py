@@ -308,6 +308,19 @@ def wan_model(size: str) -> ModelConfig:
     return base
 
 
+def self_forcing() -> ModelConfig:
+    """The setting of Self-Forcing's published times: chunks of 3 latents, 4 passes, no cameras.
+
+    The ring is full at the 6th chunk, which those times are of: it sees 18 latents, itself included.
+    """
+    base = replace(wan_model("wan2.1-1.3b"), sampler=FewStep(steps=4, shift=5.0), latents=21)
+    return replace(base, chunk=3, sink=0, window=6, roll=False)
+
+
+MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": self_forcing}
+"""Models that no pipeline makes: to be measured with random weights."""
+
+
 def wan(size: str, out: Path) -> Pipeline:
     """minWM's recipe for Wan on the user's own posed clips (`OUT/raw`), from the published model in `OUT/base`.
 

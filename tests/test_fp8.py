@@ -219,7 +219,7 @@ def shipped() -> Model:
 
 @pytest.mark.parametrize("what", ["linears", "cache", "all"])
 def test_the_shipped_model_passes_the_gate(shipped: Model, what: Fp8) -> None:
-    raced, kept = ready(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
+    _, raced, kept = ready(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
     assert raced is None and kept and kept.psnr and 0.001 < kept.error < kept.limit and kept.psnr > 35
     in_fp8 = any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert (in_fp8, shipped.net.cache is Fp8Arena) == (what != "cache", what != "linears")

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from minwm.cli.base import (
+    PLAIN,
     Count,
+    Decoder,
+    Engine,
     Fields,
     Flag,
     Json,
@@ -26,7 +29,7 @@ from minwm.cli.base import (
     say,
     write_numbers,
 )
-from minwm.core.config import UserError, dumps, from_dict, override, to_dict
+from minwm.core.config import UserError, dumps, override, to_dict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -215,17 +218,13 @@ def ablate(
 @command(app, "bench")
 def bench(
     model: ModelFolder | None = None,
-    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, or PIPELINE/STAGE; --random-weights")] = None,
+    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, PIPELINE/STAGE, or self-forcing")] = None,
     random_weights: Annotated[Flag, arg(help="as fast as trained ones")] = False,
     json: Json = None,
     repeats: Count = 5,
     chunks: Annotated[int, arg(metavar="N", help="steady chunks that are measured")] = 20,
-    compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False,  # noqa: A002
-    kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False,
-    graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False,
-    attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch",
-    fp8: Annotated[str, arg(metavar="WHAT", help="none, linears, cache or all; judged by a trial first")] = "none",
-    fp8_limit: Annotated[float, arg(metavar="ERROR", help="of the trial's latents, beyond which FP8 is refused")] = 0.1,
+    engine: Engine = PLAIN,
+    decoder: Decoder = None,
     steps: Steps = None,
     merged_refresh: Annotated[Flag, arg(help="finished chunks get no pass of their own")] = False,
     window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
@@ -233,9 +232,9 @@ def bench(
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
     """Measure latency and frames per second, and how near they are to what the machine can do."""
+    from minwm.checkpoint import tiny_decoder
     from minwm.core.media import atomic
     from minwm.core.weights import read_json
-    from minwm.engine import EngineConfig
     from minwm.eval import speed
     from minwm.eval.bench import bench_model, random_model
     from minwm.sampling import Bidirectional
@@ -245,19 +244,20 @@ def bench(
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
-        loaded = random_model(_preset(preset)).ready()
+        loaded = random_model(_preset(preset))
     else:
         raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
     cfg = loaded.config
     cfg = replace(cfg, window=window or cfg.window, merged_refresh=merged_refresh or cfg.merged_refresh)
     loaded = with_steps(replace(loaded, config=cfg), steps)
+    if decoder:
+        loaded = tiny_decoder(loaded, decoder, random_weights)
+    loaded.ready()
     found = to_dict(bench_model(loaded, repeats=repeats))
     if not isinstance(loaded.config.sampler, Bidirectional):
-        how = dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention, fp8=fp8, fp8_limit=fp8_limit)
-        engine = from_dict(EngineConfig, how)
-        if random_weights and fp8 != "none":
+        if random_weights and engine.fp8 != "none":
             say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
-        measured = speed.measure_speed(loaded, engine, chunks)
+        measured = speed.measure_speed(loaded, engine.config(), chunks)
         found["speed"] = to_dict(measured)
         if plot:
             with atomic(plot) as temporary:
@@ -298,9 +298,11 @@ def bench_train(
 
 
 def _preset(name: str) -> "ModelConfig":
-    """The model of a stage, or of the last stage of a pipeline."""
+    """The model of a stage, or of the last stage of a pipeline; or one that is only measured."""
     from minwm import presets
 
+    if name in presets.MODELS:
+        return presets.MODELS[name]()
     pipeline, slash, _ = name.partition("/")
     stage = name if slash else f"{name}/{presets.pipeline(pipeline, Path()).stages[-1].name}"
     return presets.stage(stage, Path()).model

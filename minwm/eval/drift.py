@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
-from minwm.checkpoint import AnyCodec, Model, ModelConfig
+from minwm.checkpoint import Model, ModelConfig
 from minwm.core.camera import CameraTrack
 from minwm.core.trajectory import Action, drive, parse
 from minwm.eval.intervals import Bootstrap, Interval
 from minwm.eval.quality import colour_distance, psnr, sharpness
 from minwm.eval.suite import ANCHORS, HELD_OUT, through
+from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
 from minwm.session import stream_clips
 
@@ -142,7 +143,7 @@ class LongRun:
     normal: Normal
 
     @classmethod
-    def make(cls, config: ModelConfig, codec: AnyCodec, worlds: int, seconds: int) -> "LongRun":
+    def make(cls, config: ModelConfig, codec: VideoCodec, worlds: int, seconds: int) -> "LongRun":
         latents = _latents(config, seconds)
         places = [place for _, place in zip(range(worlds), _places(config, latents), strict=False)]
         tracks = {route: [paths[route] for _, _, paths in places] for route in ROUTES}
