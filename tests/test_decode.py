@@ -332,7 +332,7 @@ def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.Capture
     """The shipped model: its race is run and told, and its frames are those of the plain form."""
     name = str(model_to_play())
     flags = EngineFlags(attention="race", decode="channels_last")
-    games = [_model_game(name, 7, None, None, None, 0, chosen, None) for chosen in (flags, EngineFlags())]
+    games = [_model_game(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
     _warm_up(games[0])
     said = capsys.readouterr().out
     assert said.count("is used") == said.count("warm-up: the start in") == 1

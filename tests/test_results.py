@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from world_record import draw as draw_training
 
 from minwm.ablate import ArmResult, draw
 from minwm.ablations import ablation
@@ -165,3 +166,49 @@ def train_table() -> str:
 def test_the_page_on_performance_shows_the_committed_results() -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
     assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page
+
+
+WAYS = {"camera": "bidirectional", "ar": "autoregressive", "consistency": "few steps", "dmd": "few steps"}
+
+
+def world_table() -> str:
+    """The rows of docs/world.md: the stages of the world that comes with the package, and the baselines."""
+    results = json.loads((ROOT / "results" / "world-64.json").read_text())["rows"]
+    head = ["", "passes", "first chunk", "times as fast", "camera score [95%]", "turn missed", "direction missed"]
+    head += ["PSNR after 1 s", "5 s", "long streams that collapsed"]
+    rows = [head, ["---", *["--:"] * (len(head) - 1)]]
+    slowest = results["camera"]["bench"]["first_ms"]
+    for name, row in results.items():
+        if name == "ground truth":
+            continue
+        bench, score, motion = row["bench"], row["follow"]["score"], row["follow"]["motion"]["overall"]
+        cells = [f"*{name}*", "", "", ""]
+        if bench:
+            first = bench["first_ms"]
+            cells = [f"{name}: {WAYS[name]}", f"{bench['passes']}", f"{first:.0f} ms", f"{slowest / first:.1f}"]
+        cells.append(f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]")
+        cells.append(f"{100 * motion['turn_error']['value']:.0f} %")
+        cells.append(f"{motion['direction_deg']['value']:.0f}°")
+        cells += [f"{row['quality']['psnr_at'][i]['value']:.1f} dB" for i in (0, -1)]
+        ends = [second for curve in (row["drift"] or {}).values() for second in curve["collapsed"]]
+        cells.append(f"{sum(end is not None for end in ends)} of {len(ends)}" if ends else "")
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def training_table() -> str:
+    """The same page: how the stages were trained."""
+    runs = json.loads((ROOT / "results" / "world-64-training.json").read_text())["runs"]
+    rows = ["| run | steps | clips per step | learning rate | hours |", "|---|--:|--:|--:|--:|"]
+    rows += [
+        f"| {run['stage']} | {run['steps']} | {run['batch']} | {run['optim']['lr']:g} | {run['hours']:.1f} |"
+        for run in runs
+    ]
+    return "\n".join(rows)
+
+
+def test_the_page_on_the_world_shows_the_committed_results() -> None:
+    page = (ROOT / "docs" / "world.md").read_text()
+    assert world_table() in page and training_table() in page
+    training = json.loads((ROOT / "results" / "world-64-training.json").read_text())
+    assert draw_training(training) == (ROOT / "docs" / "world-training.svg").read_text()
