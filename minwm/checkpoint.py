@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minwm.core.config import dumps, loads
+from minwm.core.config import choose, dumps, loads
 from minwm.core.media import atomic
 from minwm.core.runtime import pick_device
 from minwm.core.trajectory import Motion
@@ -35,7 +35,7 @@ from minwm.core.weights import (
 from minwm.formats import Published
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone
-from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.codec import Codec, CodecConfig, TinyDecoder
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 from minwm.nets.text import WordText
 from minwm.nets.umt5 import Umt5Text
@@ -77,6 +77,8 @@ class ModelConfig:
     """Sinks follow the window in time (`Geometry.roll`): for streams much longer than training clips."""
     context_noise: float = 0.0
     """Time at which a stream keeps finished chunks (`Geometry.context_noise`)."""
+    merged_refresh: bool = False
+    """Finished chunks get no pass of their own (`Geometry.merged_refresh`)."""
 
     @property
     def geometry(self) -> Geometry:
@@ -89,6 +91,7 @@ class ModelConfig:
             window=self.window,
             roll=self.roll,
             context_noise=self.context_noise,
+            merged_refresh=self.merged_refresh,
         )
 
     @property
@@ -123,7 +126,7 @@ class Model:
 
     config: ModelConfig
     net: Backbone
-    codec: AnyCodec
+    codec: AnyCodec | TinyDecoder
 
     def ready(self) -> "Model":
         """The model on this machine's device, in place; on a GPU in bfloat16, which is what its kernels are for."""
@@ -197,6 +200,17 @@ def read_codec(path: Path, expected: AnyCodecConfig) -> tuple[AnyCodecConfig, di
     if problems := mismatches(skeleton, tensors):
         raise CheckpointError(f"{path} does not fit {type(skeleton).__name__}: {describe(problems)}")
     return config, tensors
+
+
+def tiny_decoder(model: Model, name: str, random: bool = False) -> Model:
+    """The model with the decoder of a tiny codec: a published file, or of random weights by its name, as `taew2_1`."""
+    if random:
+        tiny = TAEHV[choose(name, TAEHV, "tiny codec")].build()
+    else:
+        config, tensors = read_codec(Path(name), model.config.codec)
+        tiny = config.build()
+        fill(tiny, tensors, Path(name))
+    return replace(model, codec=TinyDecoder(model.codec, tiny.eval().requires_grad_(False)))
 
 
 def save_codec(folder: Path, codec: AnyCodec) -> None:

@@ -154,9 +154,8 @@ def _held_by(stream: Stream, decoder: State, times: int) -> Iterator[Item]:
         stream.pace(0.0)
     yield Item("times", times * table.live, f"modulation at {times} times: {depth} layers, each in float32")
     yield Item("decoder state", sum(x.nbytes for x in decoder), "what decoding keeps of the frames before")
-    lost = stream.arena.about_to_lose(stream.chunk)
-    assert lost is not None  # the ring is full
-    yield Item("undo", lost.nbytes, "cache rows that one step overwrites; a session keeps as much for every step")
+    lost = sum(x.nbytes for x in stream.arena.about_to_lose(stream.chunk))
+    yield Item("undo", lost, "cache rows that one step overwrites; a session keeps as much for every step")
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -260,7 +260,8 @@ def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
     consistency = ConsistencyConfig(
         grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, own_past=own_past
     )
-    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start)
+    still = 0.2 if base.roll else 0.0  # whoever walks for long, stands for long
+    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, still=still)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())
     yield run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation")))
@@ -305,6 +306,19 @@ def wan_model(size: str) -> ModelConfig:
     if network.channels == WAN22.channels:  # larger pixels, and made for image starts
         return replace(base, codec=WAN22, height=704, width=1280, latents=21, first=1)
     return base
+
+
+def self_forcing() -> ModelConfig:
+    """The setting of Self-Forcing's published times: chunks of 3 latents, 4 passes, no cameras.
+
+    The ring is full at the 6th chunk, which those times are of: it sees 18 latents, itself included.
+    """
+    base = replace(wan_model("wan2.1-1.3b"), sampler=FewStep(steps=4, shift=5.0), latents=21)
+    return replace(base, chunk=3, sink=0, window=6, roll=False)
+
+
+MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": self_forcing}
+"""Models that no pipeline makes: to be measured with random weights."""
 
 
 def wan(size: str, out: Path) -> Pipeline:

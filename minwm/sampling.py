@@ -71,6 +71,10 @@ class FewStep:
     shift: float = 5.0
     guidance: ClassVar[float] = 1.0
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"sampler.steps={self.steps}: at least 1 is needed")
+
     @property
     def passes(self) -> int:
         return self.steps
@@ -284,17 +288,22 @@ class Stream:
                 scored, x0 = x0, x0.detach()
             if step + 1 < len(times):
                 x = interpolate(x0, noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
+        if self.geometry.merged_refresh and exit_step == len(times) - 1:
+            with torch.no_grad():  # the graded pass wrote nothing into the cache
+                self.keep(bound, x, times[-1])
         return x0, scored
 
     @torch.no_grad()
     def commit(self, bound: Bound, x: Latents, noise: Latents | None = None) -> None:
         """Write the finished chunk's keys and values, and move on.
 
-        They are those of the clean chunk at t = 0; with `noise`, of the chunk at the geometry's `context_noise`.
+        They are those of the clean chunk at t = 0; with `noise`, which a generated chunk has, of the chunk at the
+        geometry's `context_noise`, or with its `merged_refresh` of the last denoising pass, which are there already.
         """
-        level = 0.0 if noise is None else self.geometry.context_noise
-        kept = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
-        self.keep(bound, kept, level)
+        if noise is None or not self.geometry.merged_refresh:
+            level = 0.0 if noise is None else self.geometry.context_noise
+            kept = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
+            self.keep(bound, kept, level)
         self.chunk += 1
 
     def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
@@ -334,7 +343,8 @@ def generate(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geo
 
 def draws_of(sampler: Sampler, geometry: Geometry) -> int:
     draws = sampler.steps if isinstance(sampler, FewStep) else 1
-    return draws + (geometry.context_noise > 0 and not isinstance(sampler, Bidirectional))
+    committed = not (isinstance(sampler, Bidirectional) or geometry.merged_refresh)
+    return draws + (committed and geometry.context_noise > 0)
 
 
 def self_rollout(

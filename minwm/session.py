@@ -3,31 +3,35 @@
 An engine looks the same whether learned or rendered, so player, evaluation and recordings cannot tell them apart.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from minwm.checkpoint import Model, ModelConfig, Prompts
 from minwm.core.camera import CameraTrack, se3_inverse, views
 from minwm.core.config import UserError
 from minwm.core.flow import Latents
-from minwm.core.media import fit, pixels, read_image
+from minwm.core.media import fit, levels, pixels, read_image
 from minwm.core.media import frames as to_frames
 from minwm.core.runtime import Laps, generator
 from minwm.core.trajectory import Action, Motion, drive
 from minwm.core.types import Condition
-from minwm.engine import PLAIN, EngineConfig, open_stream
+from minwm.engine import PLAIN, Beside, EngineConfig, SideStream, attention, decoder, open_stream, warm_up
 from minwm.render.worlds import World
 from minwm.sampling import Bidirectional, Noise, Stream, draw, draws_of, generate, image_chunk, stream
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
+Beginning = tuple[dict[str, Tensor], UInt8[np.ndarray, "h w 3"] | None, int]
+"""Text states, image and seed of a walk."""
 
 
 @runtime_checkable
@@ -66,13 +70,7 @@ class RendererEngine:
     """Ground truth: a procedural world seen from a placed camera."""
 
     def __init__(
-        self,
-        world: World,
-        origin: Pose,
-        K: Float[np.ndarray, "4"],
-        motion: Motion,
-        chunk: int,
-        size: tuple[int, int],
+        self, world: World, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
     ) -> None:
         self.world, self.origin, self.K = world, origin, K
         self.motion, self.chunk, self.size = motion, chunk, size
@@ -111,6 +109,9 @@ class ModelEngine:
     """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed.
 
     A model that is to be compiled, or to use kernels, must have been made `ready` for it (engine.py).
+
+    Frames never wait for the commit of their chunk: in turn (the default) `settle` does it after they were handed out;
+    with `beside` it is begun right after the decoder, and both run at once.
     """
 
     def __init__(
@@ -124,14 +125,23 @@ class ModelEngine:
         cfg = model.config
         if isinstance(cfg.sampler, Bidirectional):
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
-        if image is not None:
-            check_image(cfg, image)
-        self.model, self.image, self.motion, self.chunk = model, image, cfg.motion, cfg.chunk
-        self.sampler, self.seed, self.device = cfg.sampler, seed, next(model.net.parameters()).device
-        self.text = cfg.read([prompt])
-        self.engine, self.opened = engine, None
+        self.model, self.motion, self.chunk, self.sampler = model, cfg.motion, cfg.chunk, cfg.sampler
+        self.device = next(model.net.parameters()).device
+        self.engine, self.opened, self.decode = engine, None, decoder(engine, model.codec)
+        self.beside: Beside | None = SideStream(self.device) if engine.overlap else None
+        self.begin(self.read(image, prompt, seed))
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
         self.laps = Laps(self.device)
+
+    def read(self, image: UInt8[np.ndarray, "h w 3"] | None, prompt: str, seed: int) -> Beginning:
+        """What `begin` takes. Raises UserError for an image of another size, or a prompt that cannot be read."""
+        if image is not None:
+            check_image(self.model.config, image)
+        return self.model.config.read([prompt]), image, seed
+
+    def begin(self, beginning: Beginning) -> None:
+        """What the next `start` begins with, in the memory that there is."""
+        self.text, self.image, self.seed = beginning
 
     @torch.no_grad()
     def start(self) -> Frames:
@@ -161,6 +171,22 @@ class ModelEngine:
         self.text = self.model.config.read([prompt])
         self.stream.reword(self.look(np.eye(4)[None]))
 
+    @torch.no_grad()
+    def warm_up(self) -> list[float]:
+        """Start, decode and visit every regime, so that nothing is compiled, recorded or chosen during a walk.
+
+        Returns seconds: of the start with the decoder, then of each regime. What follows is another `start`.
+        """
+        began, cfg = time.perf_counter(), self.model.config
+        self.start()
+        noise = torch.zeros(draws_of(self.sampler, cfg.geometry), *cfg.latent_shape(1, self.chunk), device=self.device)
+        self._frames(noise[0, :, :1])  # a later latent than the first
+        self.settle()
+        cond = self.look(np.eye(4)[None].repeat(self.chunk, 0))
+        cond = replace(cond, first=None if self.image is None else noise[0, :, :1])
+        with attention(self.engine):
+            return [time.perf_counter() - began, *warm_up(self.stream, cond, noise, self.sampler)]
+
     @property
     def stream(self) -> Stream:
         if self.opened is None:
@@ -173,20 +199,45 @@ class ModelEngine:
             draws = draws_of(self.sampler, self.stream.geometry)
             shape = (draws, *self.model.config.latent_shape(1, len(c2w)))
             noise = torch.randn(shape, generator=self.noise).to(self.device)
-            latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
+            with attention(self.engine):
+                latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
         self.laps.lap("diffuse")
-        decoded, self.decoding = self.model.codec.decode_next(latents, self.decoding)
-        self.laps.lap("decode")
-        frames = to_frames(decoded[0])
-        self.laps.lap("copy")
         self.uncommitted = bound, latents, hidden
-        return frames
+        return self._frames(latents)
+
+    def _frames(self, latents: Latents) -> Frames:
+        """Frames of the next latents, on the host."""
+        if self.beside is None:
+            drawn = self._draw(latents)
+            self.laps.lap("decode")
+            frames = drawn.cpu()
+            self.laps.lap("copy")
+        else:
+            begun = self.beside(self._draw, latents)
+            self._commit()
+            frames = begun()
+            self.laps.lap("decode", wait=False)  # and copied; the commit may still be under way
+        return frames.numpy()
+
+    def _draw(self, latents: Latents) -> UInt8[Tensor, "n H W 3"]:
+        """Frames of the next latents, on the device; one latent at a time, as the decoder was compiled."""
+        drawn = []
+        for latent in latents.split(1, dim=1):
+            alone = latent.clone(memory_format=torch.contiguous_format)  # a graph is for one layout of memory
+            decoded, self.decoding = self.decode(alone, self.decoding)
+            drawn.append(levels(decoded[0]))
+        return torch.cat(drawn)
+
+    def _commit(self) -> None:
+        if self.uncommitted:
+            with attention(self.engine):
+                self.stream.commit(*self.uncommitted)
+            self.uncommitted = None
 
     def settle(self) -> None:
-        """Write the newest chunk into the cache: its frames need not wait for this pass."""
+        """Write the newest chunk into the cache, if that has not been begun: its frames need not wait for this pass."""
         if self.uncommitted:
-            self.stream.commit(*self.uncommitted)
-            self.uncommitted = None
+            self._commit()
             self.laps.lap("finalize")
 
     def look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
@@ -270,18 +321,14 @@ def walk(
 
 @torch.no_grad()
 def generate_clips(
-    model: Model,
-    images: UInt8[np.ndarray, "b h w 3"] | None,
-    prompts: Prompts,
-    tracks: list[CameraTrack],
-    seed: int,
+    model: Model, images: UInt8[np.ndarray, "b h w 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
 ) -> UInt8[np.ndarray, "b n h w 3"]:
     """Videos along camera tracks (pixel rate), with whatever sampler the model has, on its device.
 
     They begin with the images; without any, with what the prompts say.
     Raises UserError for images of another size, or a length that the model cannot make.
     """
-    noise, cond = _given(model, images, prompts, tracks, seed)
+    noise, cond = given(model, images, prompts, tracks, seed)
     return to_frames(model.codec.decode(generate(model.net, model.config.sampler, noise, cond, model.config.geometry)))
 
 
@@ -293,18 +340,14 @@ def stream_clips(
     sampler, decoding = model.config.sampler, None
     if isinstance(sampler, Bidirectional):
         raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
-    noise, cond = _given(model, images, prompts, tracks, seed)
+    noise, cond = given(model, images, prompts, tracks, seed)
     for latents in stream(model.net, sampler, noise, cond, model.config.geometry):
         decoded, decoding = model.codec.decode_next(latents, decoding)
         yield to_frames(decoded)
 
 
-def _given(
-    model: Model,
-    images: UInt8[np.ndarray, "b H W 3"] | None,
-    prompts: Prompts,
-    tracks: list[CameraTrack],
-    seed: int,
+def given(
+    model: Model, images: UInt8[np.ndarray, "b H W 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device

@@ -117,6 +117,15 @@ def test_speed_has_every_stage_and_compares() -> None:
         measure_speed(random_model(replace(CONFIG, sampler=Bidirectional(steps=1))), EngineConfig())
 
 
+def test_fp8_and_a_merged_refresh_are_measured_beside_what_they_cost() -> None:
+    config = replace(CONFIG, merged_refresh=True, sampler=FewStep(steps=2))
+    result = measure_speed(random_model(config), EngineConfig(fp8="all", fp8_limit=0.05), chunks=2)
+    assert result.passes == 2 and result.rows["finalize"].gflop == 0
+    assert result.fp8 and result.fp8.limit == 0.05 and result.engine.fp8 == "all"
+    assert loads(SpeedResult, dumps(result)) == result
+    assert measure_speed(random_model(replace(CONFIG, sampler=FewStep(steps=1))), EngineConfig(), chunks=1).passes == 2
+
+
 def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, drawing = tmp_path / "bench.json", tmp_path / "bench.svg"
     quick = ["--repeats", "1", "--chunks", "2", "--window", "2"]
@@ -127,6 +136,11 @@ def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.
     ElementTree.parse(drawing)
     assert main(["bench", "--compare", str(file), str(file)]) == 0
     assert "m2_chunk" in capsys.readouterr().out
+    assert main([*command, "--steps", "2", "--merged-refresh", "--fp8", "all"]) == 0
+    found = json.loads(file.read_text())
+    assert found["passes"] == found["speed"]["passes"] == 2 and found["speed"]["fp8"]["limit"] == 0.1
+    assert "no evidence" in capsys.readouterr().out
+    assert main([*command, "--steps", "0"]) == 2
     assert main([*command, "--attention", "chess"]) == 2
     assert "'chess'" in capsys.readouterr().err
 

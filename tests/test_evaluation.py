@@ -12,7 +12,7 @@ from minwm.checkpoint import load_codec
 from minwm.cli import main
 from minwm.core.camera import intrinsics, se3_exp, se3_inverse, se3_log
 from minwm.core.config import ConfigError, UserError
-from minwm.core.media import pixels
+from minwm.core.media import pixels, read_image
 from minwm.core.trajectory import Motion, parse
 from minwm.eval.bench import random_model
 from minwm.eval.drift import LongRun, collapse
@@ -119,6 +119,12 @@ def test_collapse_is_a_second_that_is_followed_by_another() -> None:
 def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.random.Generator) -> None:
     codec = load_codec(Path(str(presets.starting_checkpoint("codec"))))
     run = LongRun.make(CONFIG, codec, worlds=1, seconds=3)
+
+    def tiled(x: np.ndarray) -> np.ndarray:
+        tiles = x.reshape(*x.shape[:2], 8, 8, 8, 8, 3).swapaxes(3, 4).reshape(*x.shape[:2], 64, 8, 8, 3)
+        mixed = tiles[:, :, rng.permutation(64)].reshape(*x.shape[:2], 8, 8, 8, 8, 3)
+        return mixed.swapaxes(3, 4).reshape(x.shape)
+
     for name, videos in run.anchors().items():
         curves = run.measure(videos)
         assert [c.collapsed for c in curves.values()] == [[None]] * 3, name
@@ -129,6 +135,7 @@ def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.ra
         "one colour": lambda x: np.broadcast_to(np.array([200, 40, 90], np.uint8), x.shape),
         "noise": lambda x: rng.integers(0, 256, x.shape, dtype=np.uint8),
         "white": lambda x: np.full_like(x, 255),
+        "tiles of true pictures in the wrong places": tiled,
     }
     for name, spoil in broken.items():
         videos = {route: x.copy() for route, x in run.truth.items()}
@@ -185,9 +192,11 @@ def test_one_command_measures_and_writes_a_page(tmp_path: Path) -> None:
         save_model(tmp_path / name, CONFIG, model.net, model.codec)
     folders = [word for name in ("one", "two") for word in ("--model", str(tmp_path / name))]
     files = ["--json", str(tmp_path / "e.json"), "--html", str(tmp_path / "e.html")]
+    files += ["--sheet", str(tmp_path / "e.png")]
     assert main(["eval", *folders, *files, "--quick", "--clips", "3", "--seconds", "2"]) == 0
     result = json.loads((tmp_path / "e.json").read_text())
     assert list(result["rows"]) == ["one", "two", *ANCHORS]
+    assert read_image(tmp_path / "e.png").shape[0] > 8 * 64, "two best and two worst clips, each with the truth"
     assert (
         result["rows"]["codec"]["follow"]["score"]["value"] < result["rows"]["ground truth"]["follow"]["score"]["value"]
     )

@@ -107,7 +107,7 @@ def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch
     assert item(plan, "cache") == stream.arena.kv.nbytes
     assert item(plan, "prompt") == sum(x.nbytes for pair in stream.text for x in pair)
     lost = stream.arena.about_to_lose(stream.chunk)
-    assert lost is not None and item(plan, "undo") == lost.nbytes
+    assert item(plan, "undo") == sum(x.nbytes for x in lost) > 0
     _, state = codec.decode_next(torch.zeros(config.latent_shape(1, 3)))
     assert item(plan, "decoder state") == sum(x.nbytes for x in state)
     noise = torch.zeros(draws_of(sampler, MODEL.geometry), *config.latent_shape(1, config.chunk))

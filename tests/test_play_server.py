@@ -538,6 +538,8 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
     [
         ("", "no model yet: make one with minwm pipeline demo"),
         ("--world 7 --compare truth", "rendered world"),
+        ("--world 7 --steps 2", "rendered world"),
+        ("--model {pipeline} --steps 0", "steps=0: at least 1"),
         ("--world -1", "numbered from 0"),
         ("--world 7 --size 4", "at least 16"),
         ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
@@ -607,7 +609,8 @@ def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
     for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "world" / "dmd"):
         save_model(folder, model.config, model.net, model.codec)
         assert main(["play"]) == 0
-    assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth"]) == 0
+    assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth", "--steps", "3"]) == 0
+    assert [game.config.sampler.steps for game in played] == [model.config.sampler.steps] * 2 + [3]
     torch.set_num_threads(threads)
     assert [game.title for game in played] == ["demo/dmd", "world/dmd", "runs/demo"]
     assert played[0].begin.prompt == enter(WORLD, model.config).world.caption and played[1].takes_image

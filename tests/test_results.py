@@ -137,6 +137,19 @@ def speed_table() -> str:
     return "\n".join(rows)
 
 
+def options_table() -> str:
+    """The same page: what is lost by options that change the result."""
+    results = json.loads((ROOT / "results" / "options-cpu.json").read_text())
+    rows = ["| | passes per chunk | PSNR to the usual stream | PSNR to the true view |", "|---|--:|--:|--:|"]
+    for name, row in results["options"].items():
+        usual, true = (
+            f"{x['value']:.1f} dB [{x['low']:.1f}, {x['high']:.1f}]" if x else ""
+            for x in (row.get("usual stream"), row["true view"])
+        )
+        rows.append(f"| {name} | {row['passes']} | {usual} | {true} |")
+    return "\n".join(rows)
+
+
 def train_table() -> str:
     """The same page: steps of training."""
     stages = json.loads((ROOT / "results" / "train-cpu.json").read_text())["stages"]
@@ -151,4 +164,4 @@ def train_table() -> str:
 
 def test_the_page_on_performance_shows_the_committed_results() -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert race_table() in page and speed_table() in page and train_table() in page
+    assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page

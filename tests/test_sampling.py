@@ -154,22 +154,27 @@ def test_noise_is_the_same_for_a_seed() -> None:
 
 
 @torch.no_grad()
-def by_hand(net: Backbone, draws: Tensor, cond: Condition, times: list[float], level: float = 0.0) -> Latents:
-    """Few-step generation without a cache: every pass sees the whole past through the teacher's mask."""
-    clip = torch.zeros_like(draws[0])
-    t_past = torch.full(clip.shape[:2], level, dtype=clip.dtype)
+def by_hand(
+    net: Backbone, draws: Tensor, cond: Condition, times: list[float], level: float = 0.0, merged: bool = False
+) -> Latents:
+    """Few-step generation without a cache: every pass sees the whole past through the teacher's mask.
+
+    With a merged refresh the past is what the last pass over each chunk was given.
+    """
+    clip, last = torch.zeros_like(draws[0]), torch.zeros_like(draws[0])
+    t_past = torch.full(clip.shape[:2], times[-1] if merged else level, dtype=clip.dtype)
     t_past[:, :1] *= cond.first is None
     for a, b in GEOMETRY.chunks(FRAMES):
         if a == 0 and cond.first is not None:
-            clip[:, :1] = cond.first
+            clip[:, :1] = last[:, :1] = cond.first
             continue
         x = draws[0].clone()
-        past = Past(interpolate(clip, draws[-1], t_past), t_past)
+        past = Past(last if merged else interpolate(clip, draws[-1], t_past), t_past)
         for step, t in enumerate(times):
             x0 = x - t * teacher_forced(net, past, x, torch.full_like(t_past, t), cond, GEOMETRY)
             if step + 1 < len(times):
                 x = interpolate(x0, draws[step + 1], torch.full_like(t_past, times[step + 1]))
-        clip[:, a:b] = x0[:, a:b]
+        clip[:, a:b], last[:, a:b] = x0[:, a:b], x[:, a:b]
     return clip
 
 
@@ -182,6 +187,38 @@ def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool, level:
     torch.testing.assert_close(generate(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
     rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, None)
     torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(net: Backbone, image: bool, steps: int) -> None:
+    """In streams and in the self-rollouts of training, whichever pass is scored; an image still needs its own."""
+    sampler, cond, level = FewStep(steps=steps), condition(image), 0.3
+    geometry = replace(GEOMETRY, merged_refresh=True, context_noise=level)
+    draws, passes = noise(draws_of(sampler, geometry)), []
+    counting = net.register_forward_hook(lambda *_: passes.append(1))
+    with counting:
+        made = generate(net, sampler, draws, cond, geometry)
+        generated = len(GEOMETRY.chunks(FRAMES)) - image
+        assert (len(passes), len(draws)) == (steps * generated + image, steps)
+        passes.clear()
+        usual = generate(net, sampler, draws, cond, GEOMETRY)
+        assert len(passes) == (steps + 1) * generated + image
+    want = by_hand(net, draws, cond, sampler.times, merged=True)
+    torch.testing.assert_close(made, want, atol=1e-5, rtol=1e-5)
+    first = 3 if image else 1  # up to the first generated chunk nothing is another
+    assert torch.equal(made[:, :first], usual[:, :first]) and not torch.allclose(made, usual, atol=1e-3)
+    for exit_step in (None, *range(steps)):
+        rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, exit_step)
+        torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_steps_ask_at_times_that_more_steps_know() -> None:
+    """Of 1000, 937.5, 833.3, 625 (warped from 1000, 750, 500, 250): those of 1000 and 500, and of 1000."""
+    times = {steps: [round(1000 * t, 1) for t in FewStep(steps=steps).times] for steps in (1, 2, 4)}
+    assert times == {1: [1000.0], 2: [1000.0, 833.3], 4: [1000.0, 937.5, 833.3, 625.0]}
+    with pytest.raises(ConfigError, match=r"steps=0: at least 1"):
+        FewStep(steps=0)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from minwm.core.config import UserError
+from minwm.core.config import UserError, from_dict
 
 if TYPE_CHECKING:
     from minwm.checkpoint import ModelConfig
     from minwm.core.camera import CameraTrack
     from minwm.core.trajectory import Trajectory
+    from minwm.engine import EngineConfig
 
 DESCRIPTION = """Camera-controlled, streaming video world models: data, training, generation, measurement.
 
@@ -42,10 +44,37 @@ Out = Annotated[Path, arg(metavar="DIR", help="folder to write; what is finished
 Route = Annotated[str, arg(metavar='"KEYS"|FILE.json', help='keys such as "w*4,j*4", or a pose file')]
 Count = Annotated[int, arg(metavar="N")]
 Flag = FlagCreatePairsOff[bool]
+Steps = Annotated[int | None, arg(metavar="N", help="denoising passes per chunk; the model's own if not given")]
 Show = Annotated[Flag, arg(help="print every field with its value, and stop")]
 Fields = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="[--FIELD VALUE ...]", help="any field, dotted if nested: --optim.lr 1e-4; --show lists them"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """How streams run (docs/performance.md); without any, in the plain form."""
+
+    compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False
+    kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False
+    graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False
+    attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch"
+    decode: Annotated[str, arg(metavar="HOW", help="plain, channels_last, or compile (which is both)")] = "plain"
+    overlap: Annotated[Flag, arg(help="decode on a second CUDA stream, beside the commit")] = False
+    fp8: Annotated[str, arg(metavar="WHAT", help="none, linears, cache or all; judged by a trial first")] = "none"
+    fp8_limit: Annotated[float, arg(metavar="ERROR", help="of the trial's latents, beyond which FP8 is refused")] = 0.1
+
+    def config(self) -> "EngineConfig":
+        from minwm.engine import EngineConfig
+
+        return from_dict(EngineConfig, asdict(self))
+
+
+PLAIN = EngineFlags()
+Engine = Annotated[EngineFlags, arg(name="")]
+Decoder = Annotated[
+    str | None, arg(metavar="FILE", help="tiny decoder, such as taew2_1.pth (with --random-weights: taew2_1)")
 ]
 
 app, data, camera = (tyro.extras.SubcommandApp() for _ in range(3))

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from minwm.cli.base import (
+    PLAIN,
     Count,
+    Decoder,
+    Engine,
     Fields,
     Flag,
     Json,
     ModelFolder,
     Route,
     Show,
+    Steps,
     app,
     changes,
     command,
@@ -25,7 +29,7 @@ from minwm.cli.base import (
     say,
     write_numbers,
 )
-from minwm.core.config import UserError, dumps, from_dict, override, to_dict
+from minwm.core.config import UserError, dumps, override, to_dict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,6 +146,7 @@ def evaluate(
     model: Annotated[list[Path], UseAppendAction, arg(metavar="DIR|USER/NAME", help="may be given several times")],
     json: Json = None,
     html: Annotated[Path | None, arg(metavar="FILE.html", help="a page with clips side by side")] = None,
+    sheet: Annotated[Path | None, arg(metavar="PNG", help="draw the last model's best and worst clips here")] = None,
     quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
     fields: Fields = (),
 ) -> None:
@@ -149,8 +154,9 @@ def evaluate(
 
     Sizes are fields: --clips, --revisits, --walks, --seconds, --seeds, --bench-repeats, --seed.
     """
+    from minwm.core.media import write_image
     from minwm.core.runtime import git_commit, versions
-    from minwm.eval.evaluation import QUICK, EvalConfig, targets
+    from minwm.eval.evaluation import QUICK, EvalConfig, best_and_worst, targets
     from minwm.eval.evaluation import evaluate as evaluate_models
     from minwm.eval.page import write_page
     from minwm.eval.suite import HELD_OUT
@@ -167,6 +173,8 @@ def evaluate(
     plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
     aims = {name: [to_dict(aim) for aim in found] for name, found in judged.items()}
     write_numbers({"plan": plan, "seconds": result.seconds, "targets": aims, "rows": rows}, json)
+    if sheet:
+        write_image(sheet, best_and_worst(result, [*names][-1]))
     if html:
         about = versions()
         facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
@@ -210,23 +218,23 @@ def ablate(
 @command(app, "bench")
 def bench(
     model: ModelFolder | None = None,
-    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, or PIPELINE/STAGE; --random-weights")] = None,
+    preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, PIPELINE/STAGE, or self-forcing")] = None,
     random_weights: Annotated[Flag, arg(help="as fast as trained ones")] = False,
     json: Json = None,
     repeats: Count = 5,
     chunks: Annotated[int, arg(metavar="N", help="steady chunks that are measured")] = 20,
-    compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False,  # noqa: A002
-    kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False,
-    graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False,
-    attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch",
+    engine: Engine = PLAIN,
+    decoder: Decoder = None,
+    steps: Steps = None,
+    merged_refresh: Annotated[Flag, arg(help="finished chunks get no pass of their own")] = False,
     window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
     """Measure latency and frames per second, and how near they are to what the machine can do."""
+    from minwm.checkpoint import tiny_decoder
     from minwm.core.media import atomic
     from minwm.core.weights import read_json
-    from minwm.engine import EngineConfig
     from minwm.eval import speed
     from minwm.eval.bench import bench_model, random_model
     from minwm.sampling import Bidirectional
@@ -236,20 +244,32 @@ def bench(
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
-        loaded = random_model(_preset(preset)).ready()
+        loaded = random_model(_preset(preset))
     else:
         raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
-    if window:
-        loaded = replace(loaded, config=replace(loaded.config, window=window))
+    cfg = loaded.config
+    cfg = replace(cfg, window=window or cfg.window, merged_refresh=merged_refresh or cfg.merged_refresh)
+    loaded = with_steps(replace(loaded, config=cfg), steps)
+    if decoder:
+        loaded = tiny_decoder(loaded, decoder, random_weights)
+    loaded.ready()
     found = to_dict(bench_model(loaded, repeats=repeats))
     if not isinstance(loaded.config.sampler, Bidirectional):
-        engine = from_dict(EngineConfig, dict(compile=compile, kernels=kernels, graphs=graphs, attention=attention))
-        measured = speed.measure_speed(loaded, engine, chunks)
+        if random_weights and engine.fp8 != "none":
+            say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
+        measured = speed.measure_speed(loaded, engine.config(), chunks)
         found["speed"] = to_dict(measured)
         if plot:
             with atomic(plot) as temporary:
                 temporary.write_text(speed.plot(measured))
     return numbers(found, json)
+
+
+def with_steps(model: "Model", steps: int | None) -> "Model":
+    """The model with another number of denoising passes, at the times that its sampler has for so many."""
+    if steps is None:
+        return model
+    return replace(model, config=replace(model.config, sampler=replace(model.config.sampler, steps=steps)))
 
 
 @command(app, "bench-train")
@@ -278,9 +298,11 @@ def bench_train(
 
 
 def _preset(name: str) -> "ModelConfig":
-    """The model of a stage, or of the last stage of a pipeline."""
+    """The model of a stage, or of the last stage of a pipeline; or one that is only measured."""
     from minwm import presets
 
+    if name in presets.MODELS:
+        return presets.MODELS[name]()
     pipeline, slash, _ = name.partition("/")
     stage = name if slash else f"{name}/{presets.pipeline(pipeline, Path()).stages[-1].name}"
     return presets.stage(stage, Path()).model

@@ -80,9 +80,14 @@ def pixels(frames: np.ndarray | Tensor) -> Float[Tensor, "... 3 h w"]:
 
 
 def frames(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3"]:
-    """Floats in [-1, 1] (clamped) as uint8 frames; the inverse of `pixels`."""
-    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
-    return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+    """Floats in [-1, 1] (clamped) as uint8 frames on the host; the inverse of `pixels`."""
+    return levels(pixels).cpu().numpy()
+
+
+def levels(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[Tensor, "... h w 3"]:
+    """The same on the device of the pixels."""
+    rounded = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+    return rounded.to(torch.uint8).movedim(-3, -1).contiguous()
 
 
 def write_video(path: str | Path, frames: Frames, fps: float, crf: int = LOSSLESS_LOOK) -> None:

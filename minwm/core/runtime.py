@@ -113,9 +113,9 @@ class Laps:
         self.seconds: dict[str, float] = {}
         self._last = self._now()
 
-    def lap(self, stage: str) -> float:
-        """Seconds since the lap before; they count for `stage`."""
-        before, self._last = self._last, self._now()
+    def lap(self, stage: str, wait: bool = True) -> float:
+        """Seconds since the lap before; they count for `stage`. Without `wait`, the GPU may still be at work."""
+        before, self._last = self._last, self._now() if wait else time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._last - before
         return self._last - before
 

@@ -1,32 +1,42 @@
 """A minute without a break: does the picture stay the world, grow soft or strange, and when does it collapse?
 
 Three routes from one place of every world: standing still, turning around, and a walk. Everything is told per second,
-at the latent rate. A clip collapses in the first second from which on, for two seconds, its pictures are stranger than
-`LIMIT` times the strangest second of the true ones through the codec. So the truth never collapses, and a picture that
-has turned into one colour, or into noise, does.
+at the latent rate. Two numbers say whether a picture still shows such a world: `strangeness` looks at the whole frame,
+`foreignness` at its patches. A clip collapses in the first second from which on, for two seconds, one of them is above
+its limit: so many times the worst second of the true pictures through the codec. So the truth never collapses, and a
+picture that has turned into one colour, into noise, or into shapes that no world has, does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
-from minwm.checkpoint import AnyCodec, Model, ModelConfig
+from minwm.checkpoint import Model, ModelConfig
 from minwm.core.camera import CameraTrack
 from minwm.core.trajectory import Action, drive, parse
 from minwm.eval.intervals import Bootstrap, Interval
 from minwm.eval.quality import colour_distance, psnr, sharpness
 from minwm.eval.suite import ANCHORS, HELD_OUT, through
+from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
 from minwm.session import stream_clips
 
 Array = np.ndarray
 Frames = UInt8[Array, "c n h w 3"]
 ROUTES = ("stand still", "turn around", "random walk")
-LIMIT = 1.5
+LIMIT, FOREIGN = 1.5, 1.1
+"""Of strangeness and foreignness: a clip has collapsed above so many times the worst second of the coded truth."""
 REFERENCES = 96
-"""Views whose statistics say what pictures of such worlds look like."""
+"""Views that say what pictures of such worlds look like."""
+PATCH, STEP, KNOWN = 4, 2, 8000
+"""Patches have 4x4 pixels, every 2 pixels, at half the resolution, where the codec's blur does not count; so many of
+the reference views' are kept."""
+FLAT = 0.25
+"""Contrast below which a patch counts as flat: root of the sum of squares over a patch, colours in [0, 1]."""
 PLACES = HELD_OUT * 1_000_000 + 600_000
 """Seed of the first world of the long runs; those of `Normal` follow 100,000 later."""
 STROLL = ("w", "w", "w+j", "w+l", "j", "l", "s", "a", "d")
@@ -50,32 +60,56 @@ class Curve:
     """Strangeness from which on a clip has collapsed."""
     collapsed: list[int | None]
     """Second in which each clip collapsed."""
+    foreignness: list[float] = field(default_factory=list)
+    """Distance of patches from those of pictures of such worlds; mean over clips. Older results have none."""
+    foreign_limit: float = float("inf")
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Mean and spread of the statistics of pictures of worlds."""
+    """What pictures of worlds look like: mean and spread of their statistics, and patches that they have."""
 
     mean: Float[Array, " k"]
     spread: Float[Array, " k"]
+    known: Float[torch.Tensor, "m d"]
 
     @classmethod
-    def of(cls, config: ModelConfig, views: int = REFERENCES) -> "Normal":
-        """Of true views from as many held-out worlds, which no clip of the evaluation shows."""
+    def of(cls, config: ModelConfig, codec: AnyCodec, views: int = REFERENCES) -> "Normal":
+        """Of true views from as many held-out worlds, which no clip of the evaluation shows; patches as they are
+        and as the codec draws them."""
         look = CameraTrack(np.eye(4)[None], config.intrinsics, config.motion.fps)
-        found: list[Array] = []
+        found: list[UInt8[Array, "h w 3"]] = []
         seed = PLACES + 100_000
         while len(found) < views:
             world = World(seed)
             origin = world.spawn(np.random.default_rng(seed), look)
             if origin is not None:
-                found.append(statistics(world.render(look.moved(origin), config.height, config.width).frames)[0])
+                found.append(world.render(look.moved(origin), config.height, config.width).frames[0])
             seed += 1
-        return cls(np.mean(found, 0), np.std(found, 0))
+        true = np.stack(found)
+        known = patches(np.concatenate([true, through(codec, true[:, None])[:, 0]])).flatten(0, 1)
+        some = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:KNOWN]
+        numbers = statistics(true)
+        return cls(numbers.mean(0), numbers.std(0), known[some])
 
     def strangeness(self, frames: UInt8[Array, "*n h w 3"]) -> Float[Array, "*n"]:
         """Root mean square over the statistics of their distance from the mean in standard deviations."""
         return np.sqrt((((statistics(frames) - self.mean) / self.spread) ** 2).mean(-1))
+
+    def foreignness(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, " n"]:
+        """Mean over patches of the distance to the nearest known one, as a share of the patch's own contrast."""
+        found = []
+        for part in torch.split(patches(frames), 16):
+            nearest = torch.cdist(part.flatten(0, 1), self.known).amin(1).view(part.shape[:2])
+            found.append((nearest / (part.norm(dim=-1) + FLAT)).mean(1))
+        return torch.cat(found).numpy()
+
+
+def patches(frames: UInt8[Array, "n h w 3"]) -> Float[torch.Tensor, "n p d"]:
+    """All patches of every frame at half the resolution, in [0, 1], each without its mean colour."""
+    x = F.avg_pool2d(torch.from_numpy(frames).movedim(-1, 1).float() / 255, 2)
+    cut = x.unfold(2, PATCH, STEP).unfold(3, PATCH, STEP).flatten(4).flatten(2, 3)  # n 3 p d
+    return (cut - cut.mean(-1, keepdim=True)).transpose(1, 2).flatten(2)
 
 
 def statistics(frames: UInt8[Array, "*n h w 3"]) -> Float[Array, "*n 11"]:
@@ -109,7 +143,7 @@ class LongRun:
     normal: Normal
 
     @classmethod
-    def make(cls, config: ModelConfig, codec: AnyCodec, worlds: int, seconds: int) -> "LongRun":
+    def make(cls, config: ModelConfig, codec: VideoCodec, worlds: int, seconds: int) -> "LongRun":
         latents = _latents(config, seconds)
         places = [place for _, place in zip(range(worlds), _places(config, latents), strict=False)]
         tracks = {route: [paths[route] for _, _, paths in places] for route in ROUTES}
@@ -122,7 +156,7 @@ class LongRun:
             coded[route] = through(codec, full)[:, :: config.motion.stride]
         captions = [world.caption for world, _, _ in places]
         first = truth[ROUTES[0]][:, 0]
-        return cls(config, seconds, captions, first, tracks, truth, coded, Normal.of(config))
+        return cls(config, seconds, captions, first, tracks, truth, coded, Normal.of(config, codec))
 
     def generate(self, model: Model, seed: int) -> dict[str, Frames]:
         """What a streaming model makes of the routes, at the latent rate."""
@@ -139,25 +173,32 @@ class LongRun:
         return dict(zip(ANCHORS, (self.truth, still, wrong, self.coded), strict=True))
 
     def measure(self, videos: Mapping[str, Frames]) -> dict[str, Curve]:
-        limit = LIMIT * max(float(self._strangeness(coded).max()) for coded in self.coded.values())
-        return {route: self._curve(videos[route], self.truth[route], limit) for route in ROUTES}
+        coded = [self._unlike(frames) for frames in self.coded.values()]
+        limits = LIMIT * max(float(x.max()) for x, _ in coded), FOREIGN * max(float(x.max()) for _, x in coded)
+        return {route: self._curve(videos[route], self.truth[route], limits) for route in ROUTES}
 
-    def _curve(self, frames: Frames, truth: Frames, limit: float) -> Curve:
+    def _curve(self, frames: Frames, truth: Frames, limits: tuple[float, float]) -> Curve:
         bootstrap, likeness = Bootstrap(len(frames)), self._per_second(psnr(frames, truth))
         sharp, true_sharp = (self._per_second(sharpness(x)).mean((0, 2)) for x in (frames, truth))
-        strange = self._strangeness(frames)
+        strange, foreign = self._unlike(frames)
         intervals = [bootstrap.mean(likeness[:, second]) for second in range(self.seconds)]
+        worse = np.maximum(strange / limits[0], foreign / limits[1])
         return Curve(
             psnr=[interval for interval in intervals if interval],
             sharpness=(sharp / np.maximum(true_sharp, 1e-6)).tolist(),
             colour=self._per_second(colour_distance(frames, truth)).mean((0, 2)).tolist(),
             strangeness=strange.mean(0).tolist(),
-            limit=limit,
-            collapsed=[collapse(row, limit) for row in strange],
+            limit=limits[0],
+            collapsed=[collapse(row, 1.0) for row in worse],
+            foreignness=foreign.mean(0).tolist(),
+            foreign_limit=limits[1],
         )
 
-    def _strangeness(self, frames: Frames) -> Float[Array, "c s"]:
-        return self._per_second(self.normal.strangeness(frames)).mean(2)
+    def _unlike(self, frames: Frames) -> tuple[Float[Array, "c s"], Float[Array, "c s"]]:
+        """Strangeness and foreignness per second."""
+        foreign = np.stack([self.normal.foreignness(clip) for clip in frames])
+        strange = self.normal.strangeness(frames)
+        return self._per_second(strange).mean(2), self._per_second(foreign).mean(2)
 
     def _per_second(self, values: Float[Array, "c f"]) -> Float[Array, "c s k"]:
         """Without the first frame, which is given."""

@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from minwm.checkpoint import Model, ModelConfig
 from minwm.core.config import ConfigError, UserError
+from minwm.core.media import Frame, contact_sheet
 from minwm.eval.bench import BenchResult, bench_model
 from minwm.eval.drift import Curve, LongRun
 from minwm.eval.follow import Confusion, FollowResult
@@ -125,6 +128,19 @@ def evaluate(models: Mapping[str, Model], cfg: EvalConfig, say: Say) -> Evaluati
     baselines(result, last)
     result.seconds["baselines"] = time.monotonic() - began
     return result
+
+
+def best_and_worst(result: Evaluation, name: str, each: int = 2) -> Frame:
+    """A contact sheet of a model's clips that follow their cameras best and worst, each below the truth."""
+    follow, held, videos = result.rows[name].follow, result.truths.held, result.videos[name]
+    parts = (follow.rot_err_per_clip, follow.static_rot_deg), (follow.trans_err_per_clip, follow.static_trans_u)
+    missed = sum(np.array(errors) / max(still, 1e-6) for errors, still in parts)
+    order, rows, labels = np.argsort(missed), [], []
+    for kind, clips in (("best", order[:each]), ("worst", order[-each:])):
+        for i in clips:
+            rows += [held.truth[i], videos[i]]
+            labels += [held.trajectories[i], f"{name}: {kind}"]
+    return contact_sheet(rows, every=2 * result.config.motion.stride, labels=labels)
 
 
 def headline(row: Evaluated) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minwm.core.trajectory import parse
 from minwm.eval.charts import Series, line_chart, number
-from minwm.eval.drift import ROUTES
+from minwm.eval.drift import FOREIGN, LIMIT, ROUTES
 from minwm.eval.evaluation import Evaluated, Evaluation, Target
 from minwm.eval.intervals import Interval
 from minwm.eval.memory import Revisit
@@ -210,12 +210,16 @@ def _drift(rows: Rows) -> str:
     known = {name: row.drift for name, row in rows.items() if row.drift}
     if not any(name not in ANCHORS for name in known):
         return ""
-    limit = max(curve.limit for curves in known.values() for curve in curves.values())
+    limit, foreign = (
+        max(getattr(curve, name) for curves in known.values() for curve in curves.values())
+        for name in ("limit", "foreign_limit")
+    )
     kinds: list[tuple[str, Callable[..., Sequence[float]]]] = [
         ("PSNR, dB", lambda c: [x.value for x in c.psnr]),
         ("sharpness", lambda c: c.sharpness),
         ("colours off, 8-bit levels", lambda c: c.colour),
         (f"strangeness (collapsed above {number(limit)})", lambda c: c.strangeness),
+        (f"foreignness (collapsed above {number(foreign)})", lambda c: c.foreignness),
     ]
     parts = []
     for route in ROUTES:
@@ -231,8 +235,9 @@ def _drift(rows: Rows) -> str:
     body = [(name, [_collapse(curves[route].collapsed) for route in ROUTES]) for name, curves in known.items()]
     return (
         "<p>Streams of one model, never restarted. A clip has <b>collapsed</b> in the first second from which on, for "
-        "two seconds, its pictures are stranger than 1.5 times the strangest second of the truth through the codec; "
-        "strange is a picture whose brightness, colours or detail are unlike those of true views.</p>"
+        f"two seconds, its pictures are {LIMIT:g} times as strange, or {FOREIGN:g} times as foreign, as the worst "
+        "second of the truth through the codec. Strange is a picture whose brightness, colours or detail are unlike "
+        "those of true views, foreign is one whose small patches are.</p>"
         + table(["video", *ROUTES], body)
         + "".join(parts)
     )

@@ -11,7 +11,11 @@ finalize   the pass that writes the finished chunk into the cache; frames do not
 
 The bound of a stage is the time that its matrix products would take at the rate of one large product measured in the
 same run, or its unavoidable reads at the rate of a large copy, whichever is longer. Attention and
-small products never run at that rate; convolutions, counted as direct, may pass it.
+small products never run at that rate; convolutions, counted as direct, may pass it, and so may products in FP8: the
+rate is that of the network's dtype.
+
+Where the engine overlaps decoding with the commit, stages (and M2) are measured in turn all the same; M3, M4 and M5
+are those of the walk as it is played.
 """
 
 import os
@@ -31,10 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from minwm import engine as engines
 from minwm.checkpoint import Model
 from minwm.core.config import UserError
-from minwm.core.trajectory import Action
-from minwm.engine import EngineConfig, Race, warm_up
-from minwm.sampling import Bidirectional, draws_of
-from minwm.session import ModelEngine, Session
+from minwm.core.trajectory import Action, parse
+from minwm.engine import EngineConfig, Fidelity, Race, Trial
+from minwm.sampling import Bidirectional
+from minwm.session import ModelEngine, RendererEngine, Session, given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,10 @@ class SpeedResult:
     engine: EngineConfig
     machine: Machine
     attention: Race | None
+    fp8: Fidelity | None
+    """What a trial said, before anything was measured; None if nothing is in FP8."""
+    passes: int
+    """Of the network for a steady chunk: `diffuse` and `finalize`, both branches of guidance counted."""
     chunks: int
     """Steady chunks measured."""
     visible: int
@@ -106,20 +114,19 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
     geometry, device = model.config.geometry, next(model.net.parameters()).device
     like, began = next(model.net.parameters()), time.perf_counter()
     before = measure_machine(like)
-    raced = engines.ready(cfg, model.net, geometry)
-    with engines.attention(cfg, raced):
-        image = np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.lead == 1 else None
-        engine = ModelEngine(model, image, "a room", seed, cfg)
-        session = Session(engine, history=0)
-        session.start()
-        engine.settle()
-        _visit_regimes(engine, model)
-        cold = time.perf_counter() - began
-        graphs = _compiled()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        first, filled = [_first(session, image is not None) for _ in range(5)], _walk(session, 2 * geometry.slots)
-        laps = [_step(session) for _ in range(chunks)]
+    chosen, raced, fp8 = make_ready(model, cfg)
+    image = np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.lead == 1 else None
+    engine = ModelEngine(model, image, "a room", seed, chosen)
+    session = Session(engine, history=0)
+    engine.warm_up()
+    cold = time.perf_counter() - began
+    graphs = _compiled()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first, filled = [_first(session, image is not None) for _ in range(5)], _walk(session, 2 * geometry.slots)
+    played = [_step(session) for _ in range(chunks)]
+    engine.beside = None  # a stage by itself has a time, stages at once have none
+    laps = [_step(session) for _ in range(chunks)] if cfg.overlap else played
     spent = {name: [lap[name] for lap in laps] for name in laps[0]}
     after = measure_machine(like)
     machine = replace(after, tflops=max(before.tflops, after.tflops), gbytes=max(before.gbytes, after.gbytes))
@@ -129,12 +136,14 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
     }
     rows = {"encode": _row([lap["encode"] for lap, _ in first])} | rows
     per_chunk = [a + b for a, b in zip(spent["diffuse"], spent["finalize"], strict=True)]
-    seen = [sum(lap[name] for name in ("diffuse", "decode", "copy")) for lap in laps]
+    seen = [sum(lap.get(name, 0.0) for name in ("diffuse", "decode", "copy")) for lap in played]
     frames, cuda = model.config.chunk * model.config.motion.stride, device.type == "cuda"
     return SpeedResult(
         engine=cfg,
         machine=machine,
         attention=raced,
+        fp8=fp8,
+        passes=model.config.sampler.passes + (0 if geometry.merged_refresh else _branches(model)),
         chunks=chunks,
         visible=geometry.start(geometry.slots),
         frames=frames,
@@ -152,11 +161,25 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
     )
 
 
-def _visit_regimes(engine: ModelEngine, model: Model) -> None:
-    cfg, still = model.config, np.eye(4)[None].repeat(model.config.chunk, 0)
-    noise = torch.zeros(draws_of(engine.sampler, cfg.geometry), *cfg.latent_shape(1, cfg.chunk), device=engine.device)
-    cond = replace(engine.look(still), first=noise[0, :, :1] if cfg.geometry.lead == 1 else None)
-    warm_up(engine.stream, cond, noise, engine.sampler)
+def make_ready(model: Model, cfg: EngineConfig) -> tuple[EngineConfig, Race | None, Fidelity | None]:
+    """`engine.ready`, with a trial if there is anything to judge."""
+    return engines.ready(cfg, model.net, model.config.geometry, trial(model) if cfg.fp8 != "none" else None)
+
+
+def trial(model: Model, seed: int = 0) -> Trial:
+    """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
+    cfg, sampler, image, prompt = model.config, model.config.sampler, None, "a room"
+    assert not isinstance(sampler, Bidirectional)
+    latents = cfg.geometry.start(cfg.geometry.sink + 3)
+    track, turn = (
+        parse(f"{keys}*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
+        for keys in ("w+l", "l")
+    )
+    if cfg.geometry.lead == 1:
+        place = RendererEngine.spawn(seed, turn, cfg)  # whatever is ahead of it: nothing is judged but a difference
+        image, prompt = place.start(), place.world.caption
+    noise, cond = given(model, image, [prompt], [track], seed)
+    return Trial(cond, noise, sampler, model.codec.decode)
 
 
 def _first(session: Session, image: bool) -> tuple[dict[str, float], float]:
@@ -175,6 +198,7 @@ def _walk(session: Session, chunks: int) -> float:
     for _ in range(chunks):
         session.step(Action.of("l"))
     session.engine.settle()
+    session.engine.laps.lap("finalize")  # all of it
     return time.perf_counter() - start
 
 
@@ -237,6 +261,10 @@ def _clocks() -> str | None:
     return done.stdout.strip()
 
 
+def _branches(model: Model) -> int:
+    return 1 if model.config.sampler.guidance == 1 else 2
+
+
 Bound = tuple[float, float]
 """FLOPs, and seconds that they need at least."""
 
@@ -244,7 +272,7 @@ Bound = tuple[float, float]
 def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
     """Of the passes of a steady chunk, of its commit, of its decoding, and of the passes of the first chunk."""
     cfg, geometry, net = model.config, model.config.geometry, model.net
-    branches = 1 if cfg.sampler.guidance == 1 else 2
+    branches = _branches(model)
     weights = sum(p.nbytes for p in net.parameters())
 
     def network(seen: int, passes: int) -> Bound:
@@ -258,7 +286,7 @@ def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
     steps = cfg.sampler.steps
     return {
         "diffuse": network(geometry.rows, steps),
-        "finalize": network(geometry.rows, 1),
+        "finalize": network(geometry.rows, 0 if geometry.merged_refresh else 1),
         "decode": (decoding, decoding / machine.tflops / 1e12),
         "first": network(first * geometry.tokens, steps),
     }
@@ -299,7 +327,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     pairs = ((name, *({**x["rows"], **x}[name]["median_ms"] for x in (one, two))) for name in names)
     lines = [f"{name}: {x:.3g} ms -> {y:.3g} ms, {x / y:.2f}x" for name, x, y in pairs]
     for name in ("engine", "machine"):
-        lines += [f"{name}.{k}: {x} -> {two[name][k]}" for k, x in one[name].items() if x != two[name][k]]
+        x, y = one[name], two[name]  # an older file may have fewer fields
+        lines += [f"{name}.{k}: {x.get(k)} -> {y.get(k)}" for k in {**x, **y} if x.get(k) != y.get(k)]
     if a["versions"] != b["versions"]:
         lines.append("measured on different machines or versions: ratios say nothing about the code alone")
     return lines

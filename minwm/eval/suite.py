@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from minwm.checkpoint import AnyCodec, Model, ModelConfig
+from minwm.checkpoint import Model, ModelConfig
 from minwm.core.camera import CameraTrack
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels
@@ -26,6 +26,7 @@ from minwm.eval.follow import (
     prepare,
 )
 from minwm.eval.quality import Quality, chunk_spans, quality
+from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
 from minwm.session import generate_clips
 
@@ -70,7 +71,7 @@ class Clips:
         """From the first frames, along the tracks; other captions than the true ones if given."""
         return generate_clips(model, self.truth[:, 0], captions or self.captions, self.tracks, seed)
 
-    def anchors(self, codec: AnyCodec) -> dict[str, Videos]:
+    def anchors(self, codec: VideoCodec) -> dict[str, Videos]:
         """Videos whose score is known in advance, or bounds that of any model on these latents."""
         size = self.truth.shape[2:4]
         tracks = [case.track for case in self.cases]
@@ -143,7 +144,7 @@ def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple
 
 
 @torch.no_grad()
-def through(codec: AnyCodec, videos: Videos, latents: int = 20) -> Videos:
+def through(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
     """Videos through the codec, streamed clip by clip in pieces of that many latents: no model on its latents can look
     better."""
     piece, done, device = latents * codec.stride, np.empty_like(videos), next(codec.parameters()).device

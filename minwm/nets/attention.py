@@ -46,6 +46,9 @@ class Geometry:
     """Rows at the front for text keys, seen by all (joint-attention backbones)."""
     context_noise: float = 0.0
     """Time at which finished chunks are kept: a little noise hides their small errors from later ones."""
+    merged_refresh: bool = False
+    """Finished chunks get no pass of their own: the keys and values of the last denoising pass stay, and streams have
+    no use for `context_noise`. A network should have been trained so."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.context_noise < 1:
@@ -218,23 +221,36 @@ class KVArena:
         self.kv[layer, 0, :, :, : self.geometry.text] = k
         self.kv[layer, 1, :, :, : self.geometry.text] = v
 
+    def room(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+        """The chunk's own rows, to be written before they are `seen`."""
+        start, stop = self.geometry.span(self.geometry.slot(chunk))
+        return self.kv[layer, ..., start:stop, :]
+
+    def past(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+        """All rows in use; the chunk's own may not have been written yet."""
+        return self.kv[layer, ..., : self.geometry.filled(chunk), :]
+
+    def seen(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+        """All rows in use, once `room` has been written."""
+        return self.past(layer, chunk)
+
     def rewrite(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
         """Apply a change to cached keys, and to values too if asked, layer by layer and in place."""
         for layer in self.kv:
             for part in layer if values else layer[:1]:
                 part[:, :, rows] = change(part[:, :, rows])
 
-    def about_to_lose(self, chunk: int) -> Tensor | None:
-        """A copy of what `chunk` will overwrite; None while the ring still has room. For undoing a step."""
-        if chunk < self.geometry.slots:
-            return None
-        start, stop = self.geometry.span(self.geometry.slot(chunk))
-        return self.kv[..., start:stop, :].clone()
+    def about_to_lose(self, chunk: int) -> tuple[Tensor, ...]:
+        """A copy of what `chunk` will overwrite; nothing while the ring still has room. For undoing a step."""
+        return tuple(part.clone() for part in self._slot(chunk)) if chunk >= self.geometry.slots else ()
 
-    def put_back(self, chunk: int, lost: Tensor | None) -> None:
-        if lost is not None:
-            start, stop = self.geometry.span(self.geometry.slot(chunk))
-            self.kv[..., start:stop, :] = lost
+    def put_back(self, chunk: int, lost: tuple[Tensor, ...]) -> None:
+        for part, was in zip(self._slot(chunk), lost, strict=False):
+            part.copy_(was)
+
+    def _slot(self, chunk: int) -> tuple[Tensor, ...]:
+        start, stop = self.geometry.span(self.geometry.slot(chunk))
+        return (self.kv[..., start:stop, :],)
 
 
 @dataclass(frozen=True)
@@ -254,11 +270,10 @@ class Cached:
 
     def room(self, layer: int) -> Float[Tensor, "2 b a s e"]:
         """The chunk's own rows: keys and values are written there before `read`."""
-        start, stop = self.arena.geometry.span(self.arena.geometry.slot(self.chunk))
-        return self.arena.kv[layer, ..., start:stop, :]
+        return self.arena.room(layer, self.chunk)
 
     def read(self, layer: int, q: Heads) -> Heads:
-        keys, values = self.arena.kv[layer, ..., : self.arena.geometry.filled(self.chunk), :]
+        keys, values = self.arena.seen(layer, self.chunk)
         return F.scaled_dot_product_attention(q, keys, values)
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
@@ -284,10 +299,9 @@ class Peek:
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
         geometry = self.arena.geometry
         start, stop = geometry.span(geometry.slot(self.chunk))
-        rows = geometry.filled(self.chunk)
-        keys, values = self.arena.kv[layer].detach()
-        k = torch.cat([keys[:, :, :start], k, keys[:, :, stop:rows]], dim=2)
-        v = torch.cat([values[:, :, :start], v, values[:, :, stop:rows]], dim=2)
+        keys, values = self.arena.past(layer, self.chunk).detach()
+        k = torch.cat([keys[:, :, :start], k, keys[:, :, stop:]], dim=2)
+        v = torch.cat([values[:, :, :start], v, values[:, :, stop:]], dim=2)
         return F.scaled_dot_product_attention(q, k, v)
 
 

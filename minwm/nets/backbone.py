@@ -22,6 +22,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
 from minwm.nets.attention import Full, Geometry, Heads, KVArena, Masked, Scope, teacher_forcing
+from minwm.nets.fp8 import Linear
 
 TextKV = list[tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]]
 
@@ -78,6 +79,8 @@ class Backbone(nn.Module, ABC):
     anchored: bool = False
     """Wants cameras in the frame of the first one: a stream may not move its cache to another."""
     checkpointing: Checkpointing = False
+    cache: type[KVArena] = KVArena
+    """What its streams keep keys and values in."""
 
     @abstractmethod
     def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
@@ -94,6 +97,18 @@ class Backbone(nn.Module, ABC):
     def use_kernels(self) -> None:
         """Let hand-written kernels do what they can in streams, in place; no fallback."""
         raise ConfigError(f"{type(self).__name__} has no kernels of its own; leave engine.kernels off")
+
+    def use_fp8(self, on: bool = True) -> None:
+        """Let every `fp8.Linear` take its products in FP8, in place, once the network is where it runs."""
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        if not linears:
+            raise ConfigError(f"{type(self).__name__} has no linears for FP8; leave engine.fp8 off")
+        weight = linears[0].weight
+        if weight.is_cuda and (torch.cuda.get_device_capability() < (8, 9) or weight.dtype != torch.bfloat16):
+            name, dtype = torch.cuda.get_device_name(), weight.dtype
+            raise ConfigError(f"FP8 needs a GPU since Ada or Hopper and bfloat16, not {name} and {dtype}; leave it off")
+        for linear in linears:
+            linear.use_fp8(on)
 
     def places(self, x: Latents, scope: Scope) -> Tensor | None:
         """The network's table of the positions of x's frames, if it has any: for `Bound`."""
@@ -147,7 +162,7 @@ class Backbone(nn.Module, ABC):
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return KVArena(
+        return self.cache(
             geometry,
             self.layers,
             batch,

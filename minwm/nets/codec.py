@@ -14,7 +14,7 @@ and the frames that wait for a group to be full, are the whole state of a stream
 holds, so any number of streams can share one codec.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -28,6 +28,8 @@ from minwm.core.config import ConfigError, UserError
 Pixels = Float[Tensor, "b n 3 H W"]
 Latents = Float[Tensor, "b f c h w"]
 State = tuple[Tensor, ...]
+Decode = Callable[[Latents, State | None], tuple[Pixels, State]]
+"""`VideoCodec.decode_next`."""
 
 
 @runtime_checkable
@@ -37,6 +39,8 @@ class VideoCodec(Protocol):
     stride: int
     scale: int
     channels: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def encode(self, pixels: Pixels) -> Latents: ...
 
@@ -161,9 +165,7 @@ class Codec(nn.Module):
         self.register_buffer("mean", torch.zeros(cfg.channels))
         self.register_buffer("std", torch.ones(cfg.channels))
         self.analysis.requires_grad_(False)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):  # twice the speed on a CPU
-                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        channels_last(self)  # twice the speed on a CPU
 
     @torch.no_grad()
     def fit(self, clips: Iterable[Pixels]) -> None:
@@ -263,3 +265,35 @@ def blocks(width: int, depth: int) -> Sequence[nn.Module]:
 
 def per_channel(x: Float[Tensor, " c"]) -> Float[Tensor, "c 1 1"]:
     return x[:, None, None]
+
+
+def channels_last(codec: VideoCodec) -> None:
+    """Lay out weights of convolutions with channels last, in place: what they make is laid out like them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in codec.parameters():
+        if memory_format := formats.get(parameter.ndim):
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+class TinyDecoder(nn.Module):
+    """A codec that decodes as another one does: a tiny one for the same latents, instead of the large one's own."""
+
+    def __init__(self, codec: VideoCodec, tiny: VideoCodec) -> None:
+        super().__init__()
+        for name in ("channels", "scale", "stride"):
+            if (ours := getattr(codec, name)) != (theirs := getattr(tiny, name)):
+                raise ConfigError(f"the decoder is for other latents: their {name} is {theirs}, here it is {ours}")
+        self.codec, self.tiny = codec, tiny
+        self.channels, self.scale, self.stride = codec.channels, codec.scale, codec.stride
+
+    def encode(self, pixels: Pixels) -> Latents:
+        return self.codec.encode(pixels)
+
+    def encode_next(self, pixels: Pixels, state: State | None = None) -> tuple[Latents, State]:
+        return self.codec.encode_next(pixels, state)
+
+    def decode(self, latents: Latents) -> Pixels:
+        return self.tiny.decode(latents)
+
+    def decode_next(self, latents: Latents, state: State | None = None) -> tuple[Pixels, State]:
+        return self.tiny.decode_next(latents, state)

@@ -21,6 +21,7 @@ from minwm.core.flow import Latents
 from minwm.core.types import Condition
 from minwm.nets.attention import Branches, Cached, Heads, Scope, attend
 from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
+from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
     LayerNorm,
     RMSNorm,
@@ -88,7 +89,7 @@ class SelfAttention(nn.Module):
     def __init__(self, cfg: WanConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.mode, self.layer = cfg.heads, cfg.camera, layer
-        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
         self.kernel: Callable[..., Tensor] | None = None
         """`kernels.place`, if it is to be used."""
@@ -131,7 +132,7 @@ class SelfAttention(nn.Module):
             return torch.stack([layer(rows) for layer in layers])
         out = rows.new_empty(3, *rows.shape)
         for part, layer in zip(out, layers, strict=True):
-            torch.addmm(layer.bias, rows, layer.weight.t(), out=part)
+            layer.product(rows, layer.bias, out=part)
         return out
 
     def placed(
@@ -153,7 +154,7 @@ class SelfAttention(nn.Module):
             return self.o(out.flatten(2).flatten(0, 1))
         main, projective = out.split(self.heads, dim=2)
         seen = camera.outputs(laid_out(projective))
-        rows = torch.addmm(self.o.bias + self.prope_o.bias, main.flatten(2).flatten(0, 1), self.o.weight.t())
+        rows = self.o.product(main.flatten(2).flatten(0, 1), self.o.bias + self.prope_o.bias)
         return torch.addmm(rows, seen.flatten(2).flatten(0, 1), self.prope_o.weight.t())
 
 
@@ -163,7 +164,7 @@ class CrossAttention(nn.Module):
     def __init__(self, cfg: WanConfig) -> None:
         super().__init__()
         self.heads = cfg.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (kind(cfg.dim, cfg.dim) for kind in (Linear, nn.Linear, nn.Linear, Linear))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
 
     def read(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]:
@@ -184,7 +185,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(cfg, layer)
         self.norm3 = LayerNorm(cfg.dim, eps=1e-6)
         self.cross_attn = CrossAttention(cfg)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn), nn.GELU("tanh"), nn.Linear(cfg.ffn, cfg.dim))
+        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn), nn.GELU("tanh"), Linear(cfg.ffn, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
         self.rounded = cfg.rounded
 

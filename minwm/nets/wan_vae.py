@@ -6,7 +6,7 @@ Source of the architecture: `wan/modules/vae.py` of Wan2.1 and `wan/modules/vae2
 A stream is one frame by itself, then groups of four. One pass of the encoder or the decoder is one such group, in
 whole clips as well, so memory does not grow with their length. What the layers saw last is the state of a stream.
 
-`vae.decoder.compile(dynamic=False)` compiles the decoder as two graphs, for the first latent and for all others.
+Given one latent at a time, `decode_next` compiles to two graphs (`engine.decoder`): for the first one, and all others.
 """
 
 import re

@@ -29,8 +29,14 @@ class Memory:
     def recall(self, x: Video, length: int = 2) -> Video:
         """x behind the `length` frames before it, zeros at first; keeps the last `length` of them all."""
         x = F.pad(x, (0, 0, 0, 0, length, 0)) if self.begins else torch.cat([next(self.pasts), x], dim=2)
-        self.kept.append(x[:, :, -length:].clone())
+        self.kept.append(x[:, :, -length:].clone(memory_format=layout(x)))  # one for all, or later graphs would differ
         return x
+
+
+def layout(x: Video) -> torch.memory_format:
+    """Channels last in memory, or not."""
+    last = torch.channels_last_3d
+    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
 
 
 class Causal(nn.Module):
@@ -134,7 +140,8 @@ class Upsample(Causal):
         if self.time_conv is not None and memory.begins:
             memory.recall(torch.zeros_like(x))
         elif self.time_conv is not None:
-            x = rearrange(self.time_conv(memory.recall(x)), "b (i c) t h w -> b c (t i) h w", i=2)
+            steps = self.time_conv(memory.recall(x)).split(1, dim=2)
+            x = torch.cat([frame for step in steps for frame in step.chunk(2, dim=1)], dim=2)  # laid out as it was
         return per_frame(self.resample, x)
 
 
@@ -191,4 +198,6 @@ def head(width: int, outputs: int) -> Stream:
 
 def per_frame(layer: Callable[[Images], Images], x: Video) -> Video:
     """Apply a layer for images to each frame."""
-    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+    y = layer(x.transpose(1, 2).flatten(0, 1))
+    # of a single image, unflatten makes strides that look like no layout, and what follows would choose another one
+    return (y[None] if len(x) == 1 else y.unflatten(0, (len(x), -1))).transpose(1, 2)

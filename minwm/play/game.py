@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from minwm.checkpoint import Model, ModelConfig
 from minwm.core.config import UserError
 from minwm.core.trajectory import parse
+from minwm.engine import PLAIN, EngineConfig
 from minwm.session import Engine, ModelEngine, RendererEngine
 
 ROOM = "w*8"
@@ -35,7 +36,7 @@ class Game:
     """Size, speeds and chunk of all views."""
     begin: Begin
     engines: Callable[[Begin], list[Engine]]
-    """New engines, one per view. Raises UserError where nothing can begin so."""
+    """Engines, one per view, that start so. Raises UserError, and changes none, where nothing can begin so."""
     takes_prompt: bool = False
     takes_image: bool = False
 
@@ -63,16 +64,26 @@ def model_game(
     begin: Begin,
     other: Model | None = None,
     truth: RendererEngine | None = None,
+    engine: EngineConfig = PLAIN,
 ) -> Game:
-    """A model; beside it, if given, another one, or the world that its start picture is from."""
+    """A model; beside it, if given, another one, or the world that its start picture is from.
+
+    The models must have been made `ready` for `engine`. What was warmed up, recorded and allocated serves every walk.
+    """
     cfg = model.config
     if other:
         _same_game(cfg, other.config)
     models = [model, other] if other else [model]
+    made: list[ModelEngine] = []
 
     def engines(begin: Begin) -> list[Engine]:
-        made: list[Engine] = [ModelEngine(m, begin.image, begin.prompt, begin.seed) for m in models]
-        return [*made, truth] if truth else made
+        given = begin.image, begin.prompt, begin.seed
+        if made:
+            for one, beginning in zip(made, [one.read(*given) for one in made], strict=True):
+                one.begin(beginning)
+        else:
+            made[:] = [ModelEngine(m, *given, engine) for m in models]
+        return [*made, truth] if truth else [*made]
 
     return Game(
         title=title,

@@ -1,6 +1,6 @@
 """Stage 3, asymmetric distribution matching: causal student, bidirectional scores, the student's own rollouts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,12 +25,16 @@ class DmdConfig:
     """Guidance of the real score; the critic has none."""
     image_start: float = 1.0
     """Chance, per batch, that the first latent is given."""
+    still: float = 0.0
+    """Chance, per batch, that the cameras stand still: players do so often, training clips hardly ever."""
     critic_updates: int = 4
     """Critic updates after every student update."""
     t_min: float = 0.02
     t_max: float = 0.98
 
     def __post_init__(self) -> None:
+        if not 0 <= self.still <= 1:
+            raise ConfigError(f"dmd.still={self.still}: a probability lies between 0 and 1")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
 
@@ -50,6 +54,14 @@ def surrogate(x0: Latents, step: Latents) -> Float[Tensor, ""]:
     return 0.5 * (x0 - (x0 - step).detach()).square().mean()
 
 
+def standing_still(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
+    """By chance, with all cameras where the first one is: any path will do, for no real video is looked at."""
+    cond = clip.cond
+    if not chance or cond.w2c is None or torch.rand((), generator=generator, device=generator.device) >= chance:
+        return clip
+    return replace(clip, cond=replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c)))
+
+
 class Dmd(Recipe):
     """Roles: student (causal, few steps), critic (bidirectional, learns the student's distribution online), and
     real (bidirectional, frozen, guided). Cameras, prompt and first frame condition all of them; no real video enters.
@@ -62,6 +74,7 @@ class Dmd(Recipe):
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         turn = self.student_loss if step % (1 + self.cfg.critic_updates) == 0 else self.critic_loss
+        clip = standing_still(clip, self.cfg.still, generator)
         return turn(given_image(clip, self.cfg.image_start, generator), generator)
 
     def student_loss(self, clip: Clip, generator: torch.Generator) -> Loss:

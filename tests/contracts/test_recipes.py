@@ -518,3 +518,15 @@ def test_dmd_never_looks_at_real_video() -> None:
     for step in (0, 1):
         a, b = (recipe.loss(x, step, seeded()).total for x in (given, other))
         assert a == b
+
+
+@pytest.mark.parametrize(("still", "same"), [(1.0, True), (0.0, False)])
+def test_who_stands_still_in_dmd_goes_nowhere(still: float, same: bool) -> None:
+    """Only the place counts where the camera starts."""
+    recipe, given = make("dmd", still=still), clip()
+    assert given.cond.w2c is not None
+    elsewhere = torch.cat([given.cond.w2c[:, :1], given.cond.w2c[:, 1:].flip(1)], 1)
+    other = replace(given, cond=replace(given.cond, w2c=elsewhere))
+    for step in (0, 1):
+        a, b = (recipe.loss(x, step, seeded()).total for x in (given, other))
+        assert (a == b) == same
