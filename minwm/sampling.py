@@ -168,7 +168,7 @@ def guided_velocity(net: Backbone, x: Latents, t: Tensor | Pace, bound: Bound, s
     """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
         return net(x, t, bound, scope)
-    both = t if isinstance(t, Pace) or len(t) == 1 else torch.cat([t, t])
+    both = t if isinstance(t, Pace) else t.expand(len(x), -1).repeat(2, 1)
     cond, uncond = net(x.repeat(2, 1, 1, 1, 1), both, bound, scope).chunk(2)
     return guide(cond, uncond, scale)
 
