@@ -26,7 +26,7 @@ from minwm.core.config import ConfigError, UserError
 from minwm.core.trajectory import Action
 from minwm.engine import EngineConfig, SideStream, attention, decoder, ready
 from minwm.nets.codec import CodecConfig, TinyDecoder, VideoCodec, channels_last
-from minwm.nets.taehv import TAEHV, TaehvConfig
+from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 from minwm.nets.wan_vae import WanVaeConfig
 from minwm.play.game import Begin, model_game
 from minwm.presets import model_to_play
@@ -300,7 +300,7 @@ def test_a_tiny_decoder_decodes_and_the_codec_encodes(tmp_path: Path) -> None:
     file, weights = tmp_path / "taew2_1.safetensors", TaehvConfig().build().state_dict()
     save_file(weights, file)
     loaded = tiny_decoder(wide, str(file)).codec
-    assert isinstance(loaded, TinyDecoder)
+    assert isinstance(loaded, TinyDecoder) and isinstance(loaded.tiny, Taehv)
     torch.testing.assert_close(dict(loaded.tiny.state_dict()), dict(weights))
 
 
