@@ -26,10 +26,11 @@ from minwm.core.config import ConfigError, UserError
 from minwm.core.trajectory import Action
 from minwm.engine import EngineConfig, SideStream, attention, decoder, ready
 from minwm.nets.codec import CodecConfig, TinyDecoder, VideoCodec, channels_last
-from minwm.nets.taehv import TAEHV, TaehvConfig
+from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 from minwm.nets.wan_vae import WanVaeConfig
 from minwm.play.game import Begin, model_game
 from minwm.presets import model_to_play
+from minwm.sampling import Stream
 from minwm.session import ModelEngine, Session
 
 CODECS = {**TINY, "taehv": TaehvConfig(channels=4, width=8), "small": CodecConfig(channels=4, width=8, fine=8)}
@@ -300,7 +301,7 @@ def test_a_tiny_decoder_decodes_and_the_codec_encodes(tmp_path: Path) -> None:
     file, weights = tmp_path / "taew2_1.safetensors", TaehvConfig().build().state_dict()
     save_file(weights, file)
     loaded = tiny_decoder(wide, str(file)).codec
-    assert isinstance(loaded, TinyDecoder)
+    assert isinstance(loaded, TinyDecoder) and isinstance(loaded.tiny, Taehv)
     torch.testing.assert_close(dict(loaded.tiny.state_dict()), dict(weights))
 
 
@@ -342,9 +343,14 @@ def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.Capture
         assert np.abs(a.astype(int) - b).max() <= 2
 
 
-def test_engines_serve_every_walk_and_a_refused_one_changes_nothing() -> None:
-    model = tiny_model()
-    game = model_game(model, "tiny", Begin(prompt="a room", image=start_image()), other=model)
+def test_engines_with_graphs_serve_every_walk_and_a_refused_one_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minwm.session.open_stream", lambda _, *args: Stream(*args))  # as if they could be recorded
+    model, begin = tiny_model(), Begin(prompt="a room", image=start_image())
+    fresh = model_game(model, "tiny", begin)
+    assert fresh.engines(begin)[0] is not fresh.engines(begin)[0]
+    game = model_game(model, "tiny", begin, other=model, engine=EngineConfig(graphs=True))
     engines = game.engines(game.begin)
     first = list(Session(engines[0]).play(KEYS[:2]))
     arena = engines[0].stream.arena.kv.data_ptr()  # type: ignore[attr-defined]

@@ -68,21 +68,22 @@ def model_game(
 ) -> Game:
     """A model; beside it, if given, another one, or the world that its start picture is from.
 
-    The models must have been made `ready` for `engine`. What was warmed up, recorded and allocated serves every walk.
+    The models must have been made `ready` for `engine`. Recorded graphs belong to the memory of their engine, so with
+    graphs the same engines serve every walk; without, each walk has its own, and nobody's walk takes no memory.
     """
     cfg = model.config
     if other:
         _same_game(cfg, other.config)
     models = [model, other] if other else [model]
-    made: list[ModelEngine] = []
+    kept: list[ModelEngine] = []
 
     def engines(begin: Begin) -> list[Engine]:
         given = begin.image, begin.prompt, begin.seed
-        if made:
-            for one, beginning in zip(made, [one.read(*given) for one in made], strict=True):
-                one.begin(beginning)
-        else:
-            made[:] = [ModelEngine(m, *given, engine) for m in models]
+        for one, beginning in zip(kept, [one.read(*given) for one in kept], strict=True):
+            one.begin(beginning)
+        made = kept or [ModelEngine(m, *given, engine) for m in models]
+        if engine.graphs:
+            kept[:] = made
         return [*made, truth] if truth else [*made]
 
     return Game(
