@@ -87,6 +87,7 @@ def test_the_config_says_everything(model: Model, tmp_path: Path, sampler: Sampl
 
 
 def test_codec_round_trip(model: Model, tmp_path: Path) -> None:
+    assert isinstance(model.codec, Codec)
     save_codec(tmp_path, model.codec)
     pixels = torch.rand(1, 5, 3, 32, 32)
     assert torch.equal(load_codec(tmp_path).encode(pixels), model.codec.encode(pixels))
