@@ -74,7 +74,7 @@ class Normal:
     known: Float[torch.Tensor, "m d"]
 
     @classmethod
-    def of(cls, config: ModelConfig, codec: AnyCodec, views: int = REFERENCES) -> "Normal":
+    def of(cls, config: ModelConfig, codec: VideoCodec, views: int = REFERENCES) -> "Normal":
         """Of true views from as many held-out worlds, which no clip of the evaluation shows; patches as they are
         and as the codec draws them."""
         look = CameraTrack(np.eye(4)[None], config.intrinsics, config.motion.fps)

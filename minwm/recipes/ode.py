@@ -44,8 +44,8 @@ def collect(
     history is the cache of a stream: half the work of passes that take all chunks at once, each behind its clean copy.
     """
     hidden, x = noise_like(clip.latents, generator), noise_like(clip.latents, generator)
-    still = replace(geometry, roll=False)  # the student is trained with sinks where they were
-    stream, parts = Stream(teacher, clip.cond, still, cfg.guidance, reach=None), []
+    true = replace(geometry, roll=False, merged_refresh=False)  # sinks where they were, chunks as the clip has them
+    stream, parts = Stream(teacher, clip.cond, true, cfg.guidance, reach=None), []
     for a, b in geometry.chunks(x.shape[1]):
         bound = stream.look(clip.cond.frames(a, b))
         parts.append(_trajectory(stream, bound, x[:, a:b], cfg))

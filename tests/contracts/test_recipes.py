@@ -405,10 +405,11 @@ def test_own_past_is_what_the_network_tells(image: bool) -> None:
 def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, level: float, image: bool) -> None:
     """Chunk by chunk from a cache of the real past, or all chunks at once, each behind its clean copy: the same.
 
-    The ring is smaller than the clip and sinks would roll: windows must agree, and places must be those of the clip.
+    The ring is smaller than the clip, sinks would roll and the cache would keep what was denoised last: windows must
+    agree, and places and past must be those of the clip.
     """
     net, given, cfg = network(0), clip(image), OdeConfig(steps=2, ode_steps=4, guidance=guidance)
-    geometry = replace(GEOMETRY, context_noise=level, window=1, roll=True)
+    geometry = replace(GEOMETRY, context_noise=level, window=1, roll=True, merged_refresh=True)
     states = collect(net, given, cfg, geometry, seeded())
     assert states.shape == (3, *given.latents.shape)
     generator = seeded()
