@@ -58,7 +58,11 @@ class Server:
         command = [sys.executable, "-m", "minwm", "play", *words, "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout
-        self.url = re.findall(r"http\S+", self.process.stdout.readline())[0]
+        said = ""
+        while not (found := re.findall(r"http\S+", said)):  # a model says before that it warms up
+            said = self.process.stdout.readline()
+            assert said, "the server ended"
+        self.url = found[0]
 
     def close(self) -> None:
         self.process.terminate()
