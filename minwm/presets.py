@@ -264,8 +264,8 @@ def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
     consistency = ConsistencyConfig(
         grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, own_past=own_past
     )
-    still = 0.2 if base.roll else 0.0  # whoever walks for long, stands for long
-    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, still=still)
+    still, late = (0.2, 0.5) if base.roll else (0.0, 0.0)  # who walks for long stands for long, and must not drift
+    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, still=still, late=late)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())
     yield run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation")))

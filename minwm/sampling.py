@@ -354,11 +354,12 @@ def self_rollout(
     geometry: Geometry,
     times: list[float],
     exit_step: int | None,
+    ungraded: int = 0,
 ) -> tuple[Latents, Latents]:
     """(clip, scored clip): the network's own video, and its prediction at `exit_step` with gradient.
 
     Every chunk is denoised in full and that result, not the scored one, becomes the context of later chunks;
-    context carries no gradient.
+    context carries no gradient, nor do the first `ungraded` chunks.
     """
     if net.checkpointing and exit_step is not None and len(geometry.chunks(noise.shape[2])) > geometry.slots:
         raise ConfigError(
@@ -372,7 +373,7 @@ def self_rollout(
         if index == 0 and cond.first is not None:
             x, graded, hidden = image_chunk(cond.first, geometry), None, None
         else:
-            x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step)
+            x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step if index >= ungraded else None)
             hidden = noise[-1, :, a:b]
         clip.append(x)
         scored.append(x if graded is None else graded)

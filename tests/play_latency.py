@@ -1,6 +1,6 @@
 """Measure live play as a visitor has it: keys pressed in headless Chromium, until the picture shows them.
 
-    python tests/play_latency.py results/play-cpu.json runs/demo/dmd 7:128
+    python tests/play_latency.py results/play-cpu.json minwm/assets/world/dmd 7:128
 
 plays every model folder and every procedural world (SEED:PIXELS) for half a minute each, with keys that go down and
 up at random, and writes what the page itself has measured over its last ten seconds.

@@ -43,7 +43,7 @@ def test_the_readme_shows_the_committed_results() -> None:
 def play_table() -> str:
     """The rows of docs/play.md."""
     results = json.loads((ROOT / "results" / "play-cpu.json").read_text())
-    names = {"runs/demo/dmd": "the demo's model, 64x64, chunks of 8 frames"}
+    names = {"minwm/assets/world/dmd": "the model that comes with the package, 64x64, chunks of 8 frames"}
     names |= {"world 7, 128x128": "a rendered world, 128x128, chunks of 4"}
     rows = ["| | frames/s | key to picture, p50 | p95 | chunk | decode | encode |", "|---|--:|--:|--:|--:|--:|--:|"]
     for name, what in names.items():

@@ -27,14 +27,22 @@ class DmdConfig:
     """Chance, per batch, that the first latent is given."""
     still: float = 0.0
     """Chance, per batch, that the cameras stand still: players do so often, training clips hardly ever."""
+    late: float = 0.0
+    """Chance, per batch, that the scored clip comes from deep in a stream, with nothing given: a student drifts where
+    scores never look."""
+    depth: int = 32
+    """Chunks, at most, before such a clip."""
     critic_updates: int = 4
     """Critic updates after every student update."""
     t_min: float = 0.02
     t_max: float = 0.98
 
     def __post_init__(self) -> None:
-        if not 0 <= self.still <= 1:
-            raise ConfigError(f"dmd.still={self.still}: a probability lies between 0 and 1")
+        for name in ("image_start", "still", "late"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"dmd.{name}={getattr(self, name)}: a probability lies between 0 and 1")
+        if self.depth < 1:
+            raise ConfigError(f"dmd.depth={self.depth}: must be at least 1")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
 
@@ -57,9 +65,19 @@ def surrogate(x0: Latents, step: Latents) -> Float[Tensor, ""]:
 def standing_still(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
     """By chance, with all cameras where the first one is: any path will do, for no real video is looked at."""
     cond = clip.cond
-    if not chance or cond.w2c is None or torch.rand((), generator=generator, device=generator.device) >= chance:
+    if not chance or cond.w2c is None or not _by(chance, generator):
         return clip
     return replace(clip, cond=replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c)))
+
+
+def to_and_fro(cond: Condition, frames: int) -> Condition:
+    """The cameras of a clip for a stream of `frames` latents: to the end of the path, back again, and so on."""
+    if cond.w2c is None or cond.K is None:
+        return cond
+    end = cond.w2c.shape[1] - 1
+    way = torch.arange(frames, device=cond.w2c.device) % max(2 * end, 1)
+    at = torch.minimum(way, 2 * end - way)
+    return replace(cond, w2c=cond.w2c[:, at], K=cond.K[:, at])
 
 
 class Dmd(Recipe):
@@ -78,30 +96,42 @@ class Dmd(Recipe):
         return turn(given_image(clip, self.cfg.image_start, generator), generator)
 
     def student_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
-        _, x0 = self._rollout(clip, pick(self.cfg.steps, generator), generator)
+        own, x0 = self._rollout(clip, pick(self.cfg.steps, generator), generator)
         with torch.no_grad():
-            x, t = self._noised(x0, clip.cond, generator)
-            real = self._x0(self.networks["real"], x, t, clip.cond, self.cfg.guidance)
-            fake = self._x0(self.networks["critic"], x, t, clip.cond, 1.0)
-            step = direction(x0, real, fake, held(clip))
+            x, t = self._noised(x0, own.cond, generator)
+            real = self._x0(self.networks["real"], x, t, own.cond, self.cfg.guidance)
+            fake = self._x0(self.networks["critic"], x, t, own.cond, 1.0)
+            step = direction(x0, real, fake, held(own))
         total = surrogate(x0, step)
         return Loss(total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())})
 
     def critic_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
         """Flow matching on the student's current videos."""
         with torch.no_grad():
-            x0, _ = self._rollout(clip, None, generator)
-        eps = noise_like(x0, generator)
+            own, _ = self._rollout(clip, None, generator)
+        x0, eps = own.latents, noise_like(own.latents, generator)
         level = self._times(x0, generator)
-        x, t = hold_first(interpolate(x0, eps, level), level, clip.cond)
-        total = frame_mse(self.networks["critic"](x, t, clip.cond), velocity(x0, eps), held(clip))
+        x, t = hold_first(interpolate(x0, eps, level), level, own.cond)
+        total = frame_mse(self.networks["critic"](x, t, own.cond), velocity(x0, eps), held(own))
         return Loss(total, "critic", {"critic": float(total.detach())})
 
-    def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Latents, Latents]:
+    def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Clip, Latents]:
+        """The student's own clip, with its cameras; and the latents to be scored.
+
+        A late clip begins with the last latent before the first chunk that carries gradient: scores take the first
+        latent of a clip for a single frame, which that one is not.
+        """
+        b, frames, *shape = clip.latents.shape
+        late = 1 + pick(self.cfg.depth, generator) if self.cfg.late and _by(self.cfg.late, generator) else 0
+        before = late * self.geometry.chunk
+        cond = to_and_fro(clip.cond, before + frames)
         draws = draws_of(FewStep(steps=self.cfg.steps), self.geometry)
-        noise = draw(tuple(clip.latents.shape), draws, clip.latents, generator)
+        noise = draw((b, before + frames, *shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
-        return self_rollout(self.networks["student"], noise, clip.cond, self.geometry, times, exit_step)
+        student, ungraded = self.networks["student"], late + 1 if late else 0
+        x, x0 = self_rollout(student, noise, cond, self.geometry, times, exit_step, ungraded)
+        shown = cond.frames(before, before + frames)
+        return Clip(x[:, before:], replace(shown, first=None) if late else shown), x0[:, before:]
 
     def _times(self, x: Latents, generator: torch.Generator) -> Times:
         """One time per clip, for all frames."""
@@ -118,3 +148,7 @@ class Dmd(Recipe):
         if guidance != 1:
             v = guide(v, net(x, t, cond.without_text()), guidance)
         return x0_from_velocity(x, v, t)
+
+
+def _by(chance: float, generator: torch.Generator) -> bool:
+    return bool(torch.rand((), generator=generator, device=generator.device) < chance)

@@ -1,131 +1,40 @@
 """What must hold for every training stage: its loss falls, it moves one network, it follows its equation."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from backbones import SMALL, condition, latents
-from torch import Tensor, nn
+from recipes import (
+    CASES,
+    FRAMES,
+    GEOMETRY,
+    TURNS,
+    Exact,
+    clip,
+    every_recipe,
+    every_turn,
+    gradients,
+    make,
+    network,
+    seeded,
+    watched,
+    weights,
+)
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
-from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times, schedule
+from minwm.core.flow import Latents, Times
 from minwm.core.memory import Meter
-from minwm.core.types import Clip, Condition
-from minwm.nets.attention import Geometry, Scope
-from minwm.nets.backbone import Backbone, Bound, Checkpointing, Past, TextKV, policy
+from minwm.core.types import Condition
+from minwm.nets.backbone import Checkpointing, Past, policy
 from minwm.presets import tiny_model
-from minwm.recipes.base import Loss, Recipe, noise_like, own_past, past_of
-from minwm.recipes.consistency import Consistency, ConsistencyConfig, guided_teacher
-from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig, TimeLaw
-from minwm.recipes.dmd import Dmd, DmdConfig, direction, surrogate
-from minwm.recipes.ode import Ode, OdeConfig, collect
-from minwm.sampling import draw, self_rollout
+from minwm.recipes.base import Loss, Recipe, own_past
+from minwm.recipes.diffusion import TimeLaw
+from minwm.recipes.ode import collect
 from minwm.train import Run, autocast
-
-GEOMETRY = Geometry(tokens=6, chunk=2, first=1, window=8, sink=1)
-FRAMES = 5
-PLAIN = TimeLaw(weight="none")
-CASES: dict[str, tuple[type, Any]] = {
-    "bidirectional": (Bidirectional, BidirectionalConfig(time=PLAIN)),
-    "autoregressive": (Autoregressive, AutoregressiveConfig(time=PLAIN)),
-    "ode": (Ode, OdeConfig()),
-    "consistency": (Consistency, ConsistencyConfig(grid=8)),
-    "dmd": (Dmd, DmdConfig(steps=2)),
-}
-every_recipe = pytest.mark.parametrize("name", CASES)
-TURNS = [(name, step) for name in CASES for step in ((0, 1) if name == "dmd" else (0,))]
-"""Every recipe, at a step of each network that it trains: DMD starts with the student."""
-every_turn = pytest.mark.parametrize(("name", "step"), TURNS)
-
-
-def network(seed: int) -> Backbone:
-    """Initialised as for training, but with a head and a camera branch that are no longer zero."""
-    torch.manual_seed(seed)
-    net = SMALL["wan-dual"].build().double()
-    for key, parameter in net.named_parameters():
-        if key.startswith("head.head") or "prope_o" in key:
-            nn.init.normal_(parameter, std=0.2)
-    return net
-
-
-def make(name: str, **changes: Any) -> Recipe:
-    """A recipe with random networks in all roles."""
-    cls, cfg = CASES[name]
-    roles = {role: network(seed) for seed, role in enumerate((*cls.trained, *cls.frozen))}
-    return cls(replace(cfg, **changes), roles, GEOMETRY)
-
-
-def clip(image: bool = True, batch: int = 2) -> Clip:
-    x, cond = latents(FRAMES, batch), condition(FRAMES, batch)
-    states = torch.stack([latents(FRAMES, batch, seed=20 + k) for k in range(5)])
-    return Clip(x, replace(cond, first=x[:, :1] if image else None), states)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def weights(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
-
-
-def gradients(net: nn.Module) -> list[Tensor]:
-    return [p.grad for p in net.parameters() if p.grad is not None]
-
-
-@contextmanager
-def watched(net: Backbone) -> Iterator[list[tuple[Times, Latents]]]:
-    """Times and outputs of every pass of a network that is under gradient."""
-    seen, velocity = [], net.velocity
-
-    def recording(x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
-        v = velocity(x, t, bound, scope)
-        if v.requires_grad:
-            v.retain_grad()
-            seen.append((t, v))
-        return v
-
-    net.velocity = recording  # pyright: ignore[reportAttributeAccessIssue]
-    yield seen
-    net.velocity = velocity
-
-
-class Exact(Backbone):
-    """The exact velocity field of a data set with one clip in it: everything flows straight to that clip."""
-
-    layers, heads, head_width = 1, 1, 4
-
-    def __init__(self, datum: Latents) -> None:
-        super().__init__()
-        self.datum = nn.Parameter(datum.clone())
-
-    def read(self, text: Tensor) -> TextKV:
-        return []
-
-    def watch(self, cond: Condition) -> None:
-        return None
-
-    def tokens(self, height: int, width: int) -> int:
-        return GEOMETRY.tokens
-
-    def later(self, keys: Tensor, frames: int) -> Tensor:
-        return keys
-
-    def rebased(self, kv: Tensor, frame: Tensor) -> Tensor:
-        return kv
-
-    def velocity(self, x: Latents, t: Tensor, bound: Bound, scope: Scope) -> Latents:
-        ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
-        t = t[:, :, None, None, None]
-        return torch.where(t > 0, (x - ends) / t.clamp_min(1e-3), 0)
-
 
 # Every recipe
 
@@ -394,140 +303,3 @@ def test_own_past_is_what_the_network_tells(image: bool) -> None:
             one = recipe.loss(given, 0, seeded()).total
         assert len(passes) == 1, "no gradient reaches the past"
         assert one != make(name).loss(given, 0, seeded()).total
-
-
-# Distillation
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-@pytest.mark.parametrize(("guidance", "level"), [(1.0, 0.0), (3.0, 0.0), (3.0, 0.2)])
-def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, level: float, image: bool) -> None:
-    """Chunk by chunk from a cache of the real past, or all chunks at once, each behind its clean copy: the same.
-
-    The ring is smaller than the clip, sinks would roll and the cache would keep what was denoised last: windows must
-    agree, and places and past must be those of the clip.
-    """
-    net, given, cfg = network(0), clip(image), OdeConfig(steps=2, ode_steps=4, guidance=guidance)
-    geometry = replace(GEOMETRY, context_noise=level, window=1, roll=True, merged_refresh=True)
-    states = collect(net, given, cfg, geometry, seeded())
-    assert states.shape == (3, *given.latents.shape)
-    generator = seeded()
-    past, x = past_of(given, level, generator), noise_like(given.latents, generator)
-    torch.testing.assert_close(states[0], x)
-    for step, (t, t_next) in enumerate(pairwise(schedule(4, cfg.shift))):
-        x = x + (t_next - t) * guided_teacher(net, past, given.cond, x, t, guidance, geometry)
-        if step % 2:
-            torch.testing.assert_close(states[(step + 1) // 2], x, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_collecting_costs_half_of_teacher_forcing() -> None:
-    net, given, cfg = network(0), clip(), OdeConfig(steps=2, ode_steps=20)
-    past = past_of(given, 0.0, seeded())
-    with FlopCounterMode(display=False) as streamed:
-        collect(net, given, cfg, GEOMETRY, seeded())
-    with FlopCounterMode(display=False) as forced:
-        for t in schedule(20, cfg.shift)[:-1]:
-            guided_teacher(net, past, given.cond, given.latents, t, cfg.guidance, GEOMETRY)
-    assert streamed.get_total_flops() < 0.6 * forced.get_total_flops()
-
-
-def test_ode_says_that_trajectories_are_missing() -> None:
-    with pytest.raises(ConfigError, match="5 trajectory states, these have 0; collect"):
-        make("ode").loss(replace(clip(), trajectory=None), 0, seeded())
-    with pytest.raises(ConfigError, match="try 48"):
-        OdeConfig(ode_steps=47)
-
-
-def test_consistency_target_follows_the_student() -> None:
-    recipe = make("consistency", target_decay=0.9)
-    student, target = recipe.networks["student"], recipe.networks["target"]
-    start = weights(target)
-    for count in (1, 2, 3):
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.fill_(1.0)
-        for _ in range(2):  # micro-batches of one step move it once
-            recipe.loss(clip(), count, seeded())
-        want = 1 - 0.9**count * (1 - start)
-        torch.testing.assert_close(weights(target), want, atol=1e-12, rtol=0)
-    assert not gradients(target)
-
-
-def test_critic_steps_follow_every_student_step() -> None:
-    recipe = make("dmd", critic_updates=2, steps=1)
-    assert [recipe.loss(clip(), s, seeded()).trains[0] for s in range(7)] == list("sccsccs")
-
-
-def test_the_surrogate_has_the_step_as_its_gradient() -> None:
-    x0, step = latents(FRAMES).requires_grad_(), latents(FRAMES, seed=8)
-    (gradient,) = torch.autograd.grad(surrogate(x0, step), x0)
-    torch.testing.assert_close(gradient * x0.numel(), step)
-
-
-def test_direction_is_normalised_per_clip_over_generated_frames() -> None:
-    x0, real, fake = (latents(FRAMES, seed=s) for s in (1, 2, 3))
-    frames = torch.ones(2, FRAMES, dtype=torch.float64)
-    frames[:, 0] = 0
-    step = direction(x0, real, fake, frames)
-    assert step[:, 0].abs().max() == 0
-    torch.testing.assert_close(direction(7 * x0, 7 * real, 7 * fake, frames), step)
-    alone = direction(x0[:1], real[:1], fake[:1], frames[:1])
-    torch.testing.assert_close(alone, step[:1])
-    x0[:, 0] += 100
-    torch.testing.assert_close(direction(x0, real, fake, frames), step)
-    # A critic that knows the student: the step leads from the student's video straight to the real one.
-    towards = direction(x0, real, x0, frames)[:, 1:]
-    torch.testing.assert_close(towards.abs().mean((1, 2, 3, 4)), torch.ones(2, dtype=torch.float64))
-    assert (towards * (x0 - real)[:, 1:] >= 0).all()
-
-
-def test_equal_scores_give_no_gradient() -> None:
-    recipe = make("dmd", guidance=1.0)
-    recipe.networks["critic"].load_state_dict(recipe.networks["real"].state_dict())
-    recipe.loss(clip(), 0, seeded()).total.backward()
-    assert max(g.abs().max() for g in gradients(recipe.networks["student"])) == 0
-
-
-def test_dmd_pulls_the_student_to_the_data() -> None:
-    """With the exact score of one plain clip and a critic that learns online, its video nears that clip."""
-    given = clip(batch=1)
-    plain = torch.tensor([-1.0, 2.0, 0.5, -0.5]).double()[:, None, None].expand_as(given.latents)
-    given = Clip(plain, replace(given.cond, first=plain[:, :1]))
-    roles = {"student": network(0), "critic": network(1), "real": Exact(given.latents)}
-    recipe = Dmd(DmdConfig(steps=2, critic_updates=1, guidance=1.0), roles, GEOMETRY)
-    optimizers = {r: torch.optim.AdamW(roles[r].parameters(), 5e-3, (0.0, 0.99)) for r in Dmd.trained}
-
-    def distance() -> float:
-        noise = draw(tuple(given.latents.shape), 2, given.latents, seeded(9))
-        video, _ = self_rollout(roles["student"], noise, given.cond, GEOMETRY, schedule(2, 5.0)[:-1], None)
-        return float((video - given.latents).abs().mean())
-
-    before = distance()
-    for step in range(50):
-        loss = recipe.loss(given, step, seeded(step))
-        loss.total.backward()
-        optimizers[loss.trains].step()
-        optimizers[loss.trains].zero_grad()
-    assert distance() < 0.6 * before
-
-
-def test_dmd_never_looks_at_real_video() -> None:
-    recipe, given = make("dmd"), clip()
-    other = replace(given, latents=latents(FRAMES, seed=99))
-    for step in (0, 1):
-        a, b = (recipe.loss(x, step, seeded()).total for x in (given, other))
-        assert a == b
-
-
-@pytest.mark.parametrize(("still", "same"), [(1.0, True), (0.0, False)])
-def test_who_stands_still_in_dmd_goes_nowhere(still: float, same: bool) -> None:
-    """Only the place counts where the camera starts."""
-    recipe, given = make("dmd", still=still), clip()
-    assert given.cond.w2c is not None
-    elsewhere = torch.cat([given.cond.w2c[:, :1], given.cond.w2c[:, 1:].flip(1)], 1)
-    other = replace(given, cond=replace(given.cond, w2c=elsewhere))
-    for step in (0, 1):
-        a, b = (recipe.loss(x, step, seeded()).total for x in (given, other))
-        assert (a == b) == same

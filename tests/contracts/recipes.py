@@ -1,0 +1,118 @@
+"""Recipes with small random networks in all roles, and what a test looks at them with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from backbones import SMALL, condition, latents
+from torch import Tensor, nn
+
+from minwm.core.flow import Latents, Times
+from minwm.core.types import Clip, Condition
+from minwm.nets.attention import Geometry, Scope
+from minwm.nets.backbone import Backbone, Bound, TextKV
+from minwm.recipes.base import Recipe
+from minwm.recipes.consistency import Consistency, ConsistencyConfig
+from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig, TimeLaw
+from minwm.recipes.dmd import Dmd, DmdConfig
+from minwm.recipes.ode import Ode, OdeConfig
+
+GEOMETRY = Geometry(tokens=6, chunk=2, first=1, window=8, sink=1)
+FRAMES = 5
+PLAIN = TimeLaw(weight="none")
+CASES: dict[str, tuple[type, Any]] = {
+    "bidirectional": (Bidirectional, BidirectionalConfig(time=PLAIN)),
+    "autoregressive": (Autoregressive, AutoregressiveConfig(time=PLAIN)),
+    "ode": (Ode, OdeConfig()),
+    "consistency": (Consistency, ConsistencyConfig(grid=8)),
+    "dmd": (Dmd, DmdConfig(steps=2)),
+}
+every_recipe = pytest.mark.parametrize("name", CASES)
+TURNS = [(name, step) for name in CASES for step in ((0, 1) if name == "dmd" else (0,))]
+"""Every recipe, at a step of each network that it trains: DMD starts with the student."""
+every_turn = pytest.mark.parametrize(("name", "step"), TURNS)
+
+
+def network(seed: int) -> Backbone:
+    """Initialised as for training, but with a head and a camera branch that are no longer zero."""
+    torch.manual_seed(seed)
+    net = SMALL["wan-dual"].build().double()
+    for key, parameter in net.named_parameters():
+        if key.startswith("head.head") or "prope_o" in key:
+            nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def make(name: str, **changes: Any) -> Recipe:
+    """A recipe with random networks in all roles."""
+    cls, cfg = CASES[name]
+    roles = {role: network(seed) for seed, role in enumerate((*cls.trained, *cls.frozen))}
+    return cls(replace(cfg, **changes), roles, GEOMETRY)
+
+
+def clip(image: bool = True, batch: int = 2) -> Clip:
+    x, cond = latents(FRAMES, batch), condition(FRAMES, batch)
+    states = torch.stack([latents(FRAMES, batch, seed=20 + k) for k in range(5)])
+    return Clip(x, replace(cond, first=x[:, :1] if image else None), states)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
+@contextmanager
+def watched(net: Backbone) -> Iterator[list[tuple[Times, Latents]]]:
+    """Times and outputs of every pass of a network that is under gradient."""
+    seen, velocity = [], net.velocity
+
+    def recording(x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
+        v = velocity(x, t, bound, scope)
+        if v.requires_grad:
+            v.retain_grad()
+            seen.append((t, v))
+        return v
+
+    net.velocity = recording  # pyright: ignore[reportAttributeAccessIssue]
+    yield seen
+    net.velocity = velocity
+
+
+class Exact(Backbone):
+    """The exact velocity field of a data set with one clip in it: everything flows straight to that clip."""
+
+    layers, heads, head_width = 1, 1, 4
+
+    def __init__(self, datum: Latents) -> None:
+        super().__init__()
+        self.datum = nn.Parameter(datum.clone())
+
+    def read(self, text: Tensor) -> TextKV:
+        return []
+
+    def watch(self, cond: Condition) -> None:
+        return None
+
+    def tokens(self, height: int, width: int) -> int:
+        return GEOMETRY.tokens
+
+    def later(self, keys: Tensor, frames: int) -> Tensor:
+        return keys
+
+    def rebased(self, kv: Tensor, frame: Tensor) -> Tensor:
+        return kv
+
+    def velocity(self, x: Latents, t: Tensor, bound: Bound, scope: Scope) -> Latents:
+        ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
+        t = t[:, :, None, None, None]
+        return torch.where(t > 0, (x - ends) / t.clamp_min(1e-3), 0)
