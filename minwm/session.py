@@ -49,8 +49,9 @@ class Engine(Protocol):
         """The first frame, seen from the identity pose."""
         ...
 
-    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
-        """Frames for the next `chunk * stride` camera poses, relative to the first frame."""
+    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
+        """Frames for the next `chunk * stride` camera poses, relative to the first frame: latent by latent, so that
+        none waits for the next. All must be taken before anything else is asked of the engine."""
         ...
 
     def settle(self) -> None:
@@ -88,10 +89,16 @@ class RendererEngine:
         return cls(world, origin, track.K[0], cfg.motion, cfg.chunk, (cfg.height, cfg.width))
 
     def start(self) -> Frames:
-        return self.advance(np.eye(4)[None])
-
-    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         self.laps.restart()
+        return self._render(np.eye(4)[None])
+
+    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
+        self.laps.restart()
+        for part in np.split(c2w, range(self.motion.stride, len(c2w), self.motion.stride)):
+            self.laps.skip()
+            yield self._render(part)
+
+    def _render(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         track = CameraTrack(c2w, self.K, self.motion.fps).moved(self.origin)
         frames = self.world.render(track, *self.size).frames
         self.laps.lap("diffuse")
@@ -158,13 +165,13 @@ class ModelEngine:
             first = self.model.codec.encode(pixels(self.image)[None, None].to(self.device))
             first = image_chunk(first, geometry)
         self.laps.lap("encode")
-        return self._chunk(still, first)
+        return np.concatenate(list(self._chunk(still, first)))
 
     @torch.no_grad()
-    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
+    def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
         self.settle()
         self.laps.restart()
-        return self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
+        yield from self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
 
     def reword(self, prompt: str) -> None:
         """Another prompt, from the next chunk on."""
@@ -180,7 +187,7 @@ class ModelEngine:
         began, cfg = time.perf_counter(), self.model.config
         self.start()
         noise = torch.zeros(draws_of(self.sampler, cfg.geometry), *cfg.latent_shape(1, self.chunk), device=self.device)
-        self._frames(noise[0, :, :1])  # a later latent than the first
+        list(self._frames(noise[0, :, :1]))  # a later latent than the first
         self.settle()
         cond = self.look(np.eye(4)[None].repeat(self.chunk, 0))
         cond = replace(cond, first=None if self.image is None else noise[0, :, :1])
@@ -193,7 +200,7 @@ class ModelEngine:
             raise UserError("the walk has not begun; call start() first")
         return self.opened
 
-    def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Frames:
+    def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
         bound, hidden = self.stream.look(self.look(c2w)), None
         if latents is None:
             draws = draws_of(self.sampler, self.stream.geometry)
@@ -203,30 +210,33 @@ class ModelEngine:
                 latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
         self.laps.lap("diffuse")
         self.uncommitted = bound, latents, hidden
-        return self._frames(latents)
+        yield from self._frames(latents)
 
-    def _frames(self, latents: Latents) -> Frames:
-        """Frames of the next latents, on the host."""
+    def _frames(self, latents: Latents) -> Iterator[Frames]:
+        """Frames of each of the next latents, on the host."""
+        alone = latents.split(1, dim=1)
         if self.beside is None:
-            drawn = self._draw(latents)
-            self.laps.lap("decode")
-            frames = drawn.cpu()
-            self.laps.lap("copy")
+            for latent in alone:
+                self.laps.skip()
+                drawn = self._draw(latent)
+                self.laps.lap("decode")
+                frames = drawn.cpu().numpy()
+                self.laps.lap("copy")
+                yield frames
         else:
-            begun = self.beside(self._draw, latents)
+            begun = [self.beside(self._draw, latent) for latent in alone]
             self._commit()
-            frames = begun()
-            self.laps.lap("decode", wait=False)  # and copied; the commit may still be under way
-        return frames.numpy()
+            for wait in begun:
+                frames = wait().numpy()
+                self.laps.lap("decode", wait=False)  # and copied; the commit may still be under way
+                yield frames
+                self.laps.skip()
 
-    def _draw(self, latents: Latents) -> UInt8[Tensor, "n H W 3"]:
-        """Frames of the next latents, on the device; one latent at a time, as the decoder was compiled."""
-        drawn = []
-        for latent in latents.split(1, dim=1):
-            alone = latent.clone(memory_format=torch.contiguous_format)  # a graph is for one layout of memory
-            decoded, self.decoding = self.decode(alone, self.decoding)
-            drawn.append(levels(decoded[0]))
-        return torch.cat(drawn)
+    def _draw(self, latent: Latents) -> UInt8[Tensor, "n H W 3"]:
+        """Frames of the next latent, on the device."""
+        alone = latent.clone(memory_format=torch.contiguous_format)  # a graph is for one layout of memory
+        decoded, self.decoding = self.decode(alone, self.decoding)
+        return levels(decoded[0])
 
     def _commit(self) -> None:
         if self.uncommitted:
@@ -275,11 +285,15 @@ class Session:
 
     def step(self, action: Action) -> Frames:
         """Hold an action for one chunk: chunk * stride frames."""
+        return np.concatenate(list(self.parts(action)))
+
+    def parts(self, action: Action) -> Iterator[Frames]:
+        """The same, latent by latent: the first frames can be shown before the last are drawn. Take all."""
         self.past.append((self.pose, self.engine.snapshot()))
         frames = self.engine.chunk * self.engine.motion.stride
         c2w = drive(self.pose, [action] * frames, self.engine.motion)
         self.pose = c2w[-1]
-        return self.engine.advance(c2w)
+        yield from self.engine.advance(c2w)
 
     def play(self, actions: list[Action]) -> Iterator[Frames]:
         """The first frame, then the frames of every action."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -69,9 +69,9 @@ class Painted:
         self.laps, self.slow, self.fails_at, self.made = Laps(), slow, fails_at, 0
 
     def start(self) -> np.ndarray:
-        return self.advance(np.eye(4)[None])
+        return next(self.advance(np.eye(4)[None]))
 
-    def advance(self, c2w: np.ndarray) -> np.ndarray:
+    def advance(self, c2w: np.ndarray) -> Iterator[np.ndarray]:
         self.laps.restart()
         self.made += 1
         if self.made > self.fails_at:
@@ -79,7 +79,7 @@ class Painted:
         time.sleep(self.slow)
         levels = 128 + 40 * c2w[:, [0, 2, 1], 3]
         self.laps.lap("diffuse")
-        return np.broadcast_to(levels.clip(0, 255).astype(np.uint8)[:, None, None], (len(c2w), 16, 16, 3)).copy()
+        yield np.broadcast_to(levels.clip(0, 255).astype(np.uint8)[:, None, None], (len(c2w), 16, 16, 3)).copy()
 
     def settle(self) -> None: ...
 

@@ -199,16 +199,35 @@ def test_frames_are_handed_out_before_the_commit_or_beside_it() -> None:
     log: list[str] = []
     engine = logged(ModelEngine(tiny_model(), start_image(), "a room"), log)
     c2w = np.eye(4)[None].repeat(4, 0)
-    engine.advance(c2w)
+    list(engine.advance(c2w))
     assert log == ["diffused", "decoded"]
     engine.settle()
     assert log[2:] == ["committed"] and {"decode", "copy", "finalize"} <= engine.laps.seconds.keys()
     log.clear()
     engine.beside = Quick(log)
-    engine.advance(c2w)
+    list(engine.advance(c2w))
     assert log == ["diffused", "decoded", "decoder begun", "committed", "waited for frames"]
     engine.settle()
     assert log.count("committed") == 1
+
+
+def test_the_first_frames_wait_for_no_other_latent() -> None:
+    """Beside the commit, all are begun before it, and yet handed out one by one."""
+    log: list[str] = []
+    engine = logged(
+        ModelEngine(replace(tiny_model(), config=replace(tiny_model().config, chunk=2)), start_image(), "a room"), log
+    )
+    c2w = np.eye(4)[None].repeat(8, 0)
+    shown = engine.advance(c2w)
+    assert len(next(shown)) == 4 and log == ["diffused", "decoded"]
+    assert len(next(shown)) == 4 and log == ["diffused", "decoded", "decoded"]
+    assert list(shown) == []
+    engine.settle()
+    log.clear()
+    engine.beside = Late(log)
+    log.extend("shown" for _ in engine.advance(c2w))
+    pair = ["waited for frames", "decoded", "shown"]
+    assert log == ["diffused", "decoder begun", "decoder begun", "committed", *pair, *pair]
 
 
 @pytest.mark.parametrize("beside", [Late, Quick])

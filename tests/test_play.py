@@ -49,9 +49,9 @@ def model() -> Model:
 # Pace and queue
 
 
-@pytest.mark.parametrize("cost", [0.01, 0.2, 0.45])
+@pytest.mark.parametrize(("cost", "lead"), [(0.01, 0.01), (0.2, 0.2), (0.45, 0.45), (0.45, 0.3)])
 @pytest.mark.parametrize("lag", [0.0, 0.1])
-def test_generation_stays_within_one_chunk_of_playback_and_keeps_up(cost: float, lag: float) -> None:
+def test_generation_stays_within_one_chunk_of_playback_and_keeps_up(cost: float, lead: float, lag: float) -> None:
     clock, fps, frames = Clock(), 16.0, 8
     pacer = Pacer(fps, frames, clock)
     begun, shows = [], []
@@ -65,11 +65,11 @@ def test_generation_stays_within_one_chunk_of_playback_and_keeps_up(cost: float,
             assert clock.now >= shows[-1], f"chunk {k} is begun before chunk {k - 1} is on the screen"
         begun.append(clock.now)
         clock.now += cost
-        pacer.made(k * frames, frames, cost)
+        pacer.made(k * frames, frames, cost, lead)
         shows.append(pacer.begin)
     gaps = np.diff(begun[20:])
     assert gaps.mean() == pytest.approx(frames / fps, abs=0.01)
-    assert min(s - b for s, b in zip(shows[20:], begun[20:], strict=True)) < cost + 0.1, "as late as possible"
+    assert min(s - b for s, b in zip(shows[20:], begun[20:], strict=True)) < lead + 0.1, "as late as possible"
 
 
 def test_generation_waits_for_a_screen_that_lags_but_not_forever() -> None:
@@ -205,6 +205,23 @@ def test_the_newest_input_wins_and_every_frame_says_which() -> None:
     player.obey(Look())
     assert [(h.frame, h.seq, h.first) for h in late.headers] == [(4, 2, True)], "no chunk reflects the third yet"
     assert screen.headers[0].media == pytest.approx(1000 / MOTION.fps) and screen.headers[0].times.encode > 0
+
+
+def test_the_first_frames_of_a_chunk_are_shown_before_the_last_are_drawn(model: Model) -> None:
+    """And the next chunk is begun as late as they allow, and those after them: a latent here takes 0.1 s to draw."""
+    clock = Clock()
+    player, _ = started(learned(replace(model, config=replace(model.config, chunk=2, first=1))), clock=clock)
+    (session,), left = player.sessions, []
+    decode, screen = session.engine.decode, Screen(player)  # type: ignore[attr-defined]
+    slow = lambda *args: (setattr(clock, "now", clock.now + 0.1), decode(*args))[1]  # noqa: E731
+    session.engine.decode = slow  # type: ignore[attr-defined]
+    screen.outlet.wake = lambda: (screen.look(), left.append((len(screen.shots), round(clock.now - 100, 3))))
+    player.hear(said(1, "w"))
+    player.step()
+    assert left[3] == (4, 0.1) and left[-1] == (8, 0.2)
+    assert [h.frame for h in screen.headers] == [*range(1, 9)] and {h.chunk for h in screen.headers} == {1}
+    assert np.allclose([h.c2w[2, 3] for h in screen.headers], np.arange(1, 9) / MOTION.fps)
+    assert (*player.pacer.costs, *player.pacer.leads) == pytest.approx((0.2, 0.2 - 4 / MOTION.fps))
 
 
 def test_rewinding_and_walking_again_shows_the_same_frames(model: Model) -> None:

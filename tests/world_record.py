@@ -23,18 +23,20 @@ STYLE = (
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """A run: what it was, and its curves thinned to `POINTS`."""
-    about, summary = (json.loads((folder / name).read_text()) for name in ("run.json", "summary.json"))
+    """A run, which may have been stopped early: what it was, and its curves thinned to `POINTS`."""
+    (newest,) = (folder / "state").glob("*/state.json")
+    about, state = (json.loads(path.read_text()) for path in (folder / "run.json", newest))
     run, lines = about["run"], [line for line in read_metrics(folder) if line["trains"] == "student"]
     name = next(key for key in lines[0] if key not in ("step", "trains"))
     every = max(1, len(lines) // POINTS)
     curve = list(zip([line["step"] for line in lines], smooth([line[name] for line in lines]), strict=True))[::every]
     return {
         "stage": folder.name,
-        **{key: run[key] for key in ("steps", "batch", "seed", "ema", "optim", "recipe", "init", "precision")},
+        "steps": state["step"],
+        **{key: run[key] for key in ("batch", "seed", "ema", "optim", "recipe", "init", "precision")},
         **{key: about[key] for key in ("commit", "versions", "started")},
         "clips": about["data"]["counts"],
-        "hours": summary["seconds"] / 3600,
+        "hours": state["seconds"] / 3600,
         "loss": {"name": name, "points": [[step, round(value, 5)] for step, value in curve]},
         "held_out": [[line["step"], round(line["val"], 5)] for line in lines if "val" in line][-POINTS:],
     }

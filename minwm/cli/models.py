@@ -114,7 +114,7 @@ def generate(
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
     if world is not None and not image:
         place = RendererEngine.spawn(world, track, loaded.config)
-        first, truth = place.start(), [place.advance(track.c2w)] if compare else []
+        first, truth = place.start(), [np.concatenate(list(place.advance(track.c2w)))] if compare else []
         prompt = place.world.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
         first, truth = first_frame(image, loaded.config) if image else None, []

@@ -119,6 +119,10 @@ class Laps:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._last - before
         return self._last - before
 
+    def skip(self) -> None:
+        """What was done since the lap before counts for no stage; it did not need the device."""
+        self._last = time.perf_counter()
+
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

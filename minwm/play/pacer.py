@@ -19,6 +19,7 @@ class Pacer:
     def __init__(self, fps: float, frames: int, clock: Callable[[], float]) -> None:
         self.fps, self.frames, self.clock, self.speed = fps, frames, clock, 1.0
         self.costs: deque[float] = deque(maxlen=MEMORY)
+        self.leads: deque[float] = deque(maxlen=MEMORY)
         self.restart()
 
     def restart(self) -> None:
@@ -27,17 +28,22 @@ class Pacer:
         self.first = 0
         self.shown: int | None = None
 
-    def made(self, first: int, frames: int, cost: float) -> None:
-        """Frames from number `first` on have left, made in `cost` seconds (0: not measured)."""
-        self.begin = max(self.clock(), self.end)
+    def made(self, first: int, frames: int, cost: float = 0.0, lead: float | None = None) -> None:
+        """Frames from number `first` on have left, made in `cost` seconds (0: not measured).
+
+        The screen can begin with them `lead` seconds after they were begun, for the others come in time; else `cost`.
+        """
+        lead = cost if lead is None else lead
+        self.begin = max(self.clock() - cost + lead, self.end)
         self.end = self.begin + frames / (self.fps * self.speed)
         self.first = first
         if cost:
             self.costs.append(cost)
+            self.leads.append(lead)
 
     def wait(self) -> float:
         """Seconds until the next chunk is to be begun; not positive: now."""
-        lead = max(self.costs, default=0.0) + SLACK
+        lead = max(self.leads, default=0.0) + SLACK
         due = max(self.begin, self.end - lead)
         if self.shown is not None and self.shown < self.first - 1:
             due = self.end + (self.end - self.begin)

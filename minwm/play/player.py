@@ -177,9 +177,10 @@ class Player:
         with self.lock:
             self.intent.forget()
             self.pacer.restart()
+        self.serial += 1
         self._publish(views, np.tile(np.eye(4), (len(views[0]), 1, 1)), 0.0, first=True)
         self._settle()
-        self.pacer.made(0, self.count, 0.0)
+        self.pacer.made(0, self.count)
 
     def step(self) -> None:
         """One chunk."""
@@ -191,12 +192,18 @@ class Player:
         if played.prompt != self.prompt:
             self._reword(played.prompt)
         poses = drive(self.sessions[0].pose, [played.action] * self.frames, self.motion)
-        first, views = self.count, [session.step(played.action) for session in self.sessions]
         self.played.append(played)
+        self.serial += 1
+        first, lead, made = self.count, 0.0, []
+        for parts in zip(*(session.parts(played.action) for session in self.sessions), strict=True):
+            done = self.count - first
+            self._publish(parts, poses[done : done + len(parts[0])], 1000 * queued)
+            made.append(parts)
+            lead = max(lead, self.clock() - began - done / (self.motion.fps * self.pacer.speed))
+        views = [np.concatenate(parts) for parts in zip(*made, strict=True)]
         self.trail.append([frames[-1:].copy() for frames in views])
-        self._publish(views, poses, 1000 * queued)
         with self.lock:
-            self.pacer.made(first, self.frames, self.clock() - began)
+            self.pacer.made(first, self.frames, self.clock() - began, lead)
         self._settle()
         if self.recording:
             self.recording.parts.append((poses, views))
@@ -217,8 +224,7 @@ class Player:
     def _publish(
         self, views: Sequence[Frames], poses: Float[np.ndarray, "n 4 4"], queue: float, first: bool = False
     ) -> None:
-        """Encode frames for everyone who looks, and hand them over one by one."""
-        self.serial += 1
+        """Encode frames of the current chunk for everyone who looks, and hand them over one by one."""
         codecs: set[Codec] = {outlet.codec for outlet in self.outlets}
         laps = [session.engine.laps.seconds for session in self.sessions]
         stages = [{name: 1000 * lap.get(name, 0.0) for name in ("diffuse", "decode", "copy")} for lap in laps]
@@ -256,6 +262,7 @@ class Player:
     def _here(self, first: bool) -> None:
         """Show again where we are."""
         self.count -= 1
+        self.serial += 1
         self._publish(self.trail[-1], self.sessions[0].pose[None], 0.0, first)
 
     # -----------------------------------------------------------------------------------------
