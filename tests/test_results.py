@@ -115,7 +115,7 @@ FORMS = {
     "plain": "straightforward",
     "reference": "reference",
     "engine": "engine",
-    "compiled": "engine, `--compile true`",
+    "compiled": "engine, `--compile`",
 }
 
 
