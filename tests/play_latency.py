@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from browsing import CHROMIUM, Server, visit
 from playwright.sync_api import sync_playwright
-from test_browser import CHROMIUM, Server, visit
 
 from minwm.core.media import atomic
 from minwm.core.runtime import git_commit, versions

@@ -7,8 +7,8 @@ opens the game in headless Chromium, walks a little, and keeps what is then on t
 
 import sys
 
+from browsing import CHROMIUM, Server, hold, visit
 from playwright.sync_api import sync_playwright
-from test_browser import CHROMIUM, Server, hold, visit
 
 WAY = ((1.2, "KeyW"), (1.0, "ArrowRight"), (1.2, "KeyW"), (0.8, "KeyD", "ArrowLeft"))
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from browsing import Server
 from play_latency import measure, press_keys
-from test_browser import Server
 
 READ = """() => ({
     fps: minwm.stats.fps, input_to_photon_p50_ms: minwm.stats.p50, input_to_photon_p95_ms: minwm.stats.p95

@@ -1,72 +1,43 @@
-"""The player as a visitor has it: headless Chromium, the real server, real keys."""
+"""The player as a visitor has it: headless Chromium, the real server, real keys; and what the network does to it."""
 
-import base64
-import io
-import os
-import re
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from playing import Hosted, painted
+from browsing import (
+    Server,
+    ahead,
+    camera,
+    hold,
+    hosting,
+    launched,
+    needs_chromium,
+    pause,
+    picture,
+    settle,
+    until,
+    visit,
+    wait_for,
+)
+from playing import painted
 from torch import nn
 
 from minwm.checkpoint import save_model
 from minwm.cli.play import _world_config
-from minwm.core.media import png_bytes, write_image
-from minwm.play.game import Game, enter
+from minwm.core.media import write_image
+from minwm.play.game import enter
 from minwm.presets import smoke
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="the browser tests need Chromium")
+pytestmark = needs_chromium
 WORLD, SIZE = 7, 64
-WATCH = """() => {
-    minwm.client.addEventListener("state", ({ detail }) => (window.state = detail));
-    const show = minwm.player.show;
-    minwm.player.show = (view, picture, frame) => {
-        show(view, picture, frame);
-        if (!view) window.last = frame;
-        if (!view && frame.flush) window.begun = (window.begun ?? 0) + 1;
-    };
-}"""
-"""Keeps what the server has said last, and the frame that is on the screen."""
-PICTURE = "() => document.querySelector('[data-testid=canvas]').toDataURL('image/png')"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-class Server:
-    """`minwm play` in a process of its own."""
-
-    def __init__(self, *words: str) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "minwm", "play", *words, "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stdout
-        said = ""
-        while not (found := re.findall(r"http\S+", said)):  # a model says before that it warms up
-            said = self.process.stdout.readline()
-            assert said, "the server ended"
-        self.url = found[0]
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
+chromium = pytest.fixture(launched, scope="module")
+host = pytest.fixture(hosting)
 
 
 @pytest.fixture(scope="module")
@@ -92,69 +63,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(chromium: Any, world: Server) -> Iterator[Any]:
     yield from visit(chromium, world.url)
-
-
-def visit(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
-    """A visitor who sees the first picture; at the end nothing may have gone wrong on the page."""
-    page, problems = chromium.new_page(**options), []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    try:
-        page.goto(url)
-        page.evaluate(WATCH)
-        wait_for(page, "live")
-        until(page, "window.last")
-        yield page
-    finally:
-        page.close()
-    assert not problems
-
-
-def wait_for(page: Any, state: str) -> None:
-    page.wait_for_selector(f"[data-testid=status][data-state={state}]", timeout=15_000)
-
-
-def hold(page: Any, seconds: float, *keys: str) -> None:
-    for key in keys:
-        page.keyboard.down(key)
-    page.wait_for_timeout(1000 * seconds)
-    for key in keys:
-        page.keyboard.up(key)
-
-
-def pause(page: Any) -> None:
-    """Stop, and wait until all that was made is seen."""
-    if page.get_attribute("[data-testid=status]", "data-state") == "live":
-        page.click("[data-testid=pause]")
-    settle(page)
-
-
-def settle(page: Any) -> None:
-    """Wait until the walk is paused, and the end of its newest chunk on the screen."""
-    until(page, "window.state?.paused && window.last?.frame === window.state.chunk * minwm.player.most / 2")
-
-
-def until(page: Any, true: str) -> None:
-    page.wait_for_function(f"() => {true}", timeout=20_000)
-
-
-def resting(page: Any) -> np.ndarray:
-    """The camera, once it stands still for two chunks."""
-    for _ in range(40):
-        before = camera(page)
-        until(page, f"window.last.frame > {page.evaluate('() => window.last.frame')} + minwm.player.most")
-        if np.array_equal(camera(page), before):
-            return before
-    raise AssertionError("the camera does not come to rest")
-
-
-def picture(page: Any) -> np.ndarray:
-    data = page.evaluate(PICTURE).partition(",")[2]
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-
-
-def camera(page: Any) -> np.ndarray:
-    rows = page.evaluate("() => Array.from(window.last.camera)")
-    return np.concatenate([np.reshape(rows, (3, 4)), [[0, 0, 0, 1]]])
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -292,179 +200,6 @@ def test_everything_fits_on_the_screen(size: tuple[int, int], chromium: Any, wor
         box = page.locator("[data-testid=canvas]").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
         assert page.locator("[data-testid=move-stick]").is_visible() == phone
-
-
-# ---------------------------------------------------------------------------------------------
-# With a server in this process, whose house can be looked into
-
-
-@pytest.fixture
-def host() -> Iterator[Callable[..., Hosted]]:
-    """Start servers, and end them."""
-    servers: list[Hosted] = []
-
-    def start(game: Game | None = None, **how: Any) -> Hosted:
-        servers.append(Hosted(game or painted(), **how))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-def ahead(page: Any) -> float:
-    return float(resting(page)[2, 3])
-
-
-def to_the_right(page: Any) -> float:
-    """Radians."""
-    pose = resting(page)
-    return float(np.arctan2(pose[0, 2], pose[2, 2]))
-
-
-DROP = """([name, type, bytes, event]) => {
-    const data = new DataTransfer();
-    data.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, { type }));
-    window.dispatchEvent(new DragEvent(event, { dataTransfer: data, bubbles: true, cancelable: true }));
-}"""
-
-
-def test_a_dropped_picture_is_where_the_walk_begins(chromium: Any, host: Any) -> None:
-    server = host()
-    red = base64.b64encode(png_bytes(np.full((90, 120, 3), (200, 30, 20), np.uint8))).decode()
-    for page in visit(chromium, server.url):
-        hold(page, 0.3, "KeyW")
-        page.evaluate(DROP, ["red.png", "image/png", red, "dragover"])
-        assert page.evaluate("() => getComputedStyle(document.body, '::after').content") == '"Drop the start picture"'
-        page.evaluate(DROP, ["red.png", "image/png", red, "drop"])
-        until(page, "window.last.flush && window.last.frame === 0 || window.last.frame < 40 && window.last.chunk < 10")
-        image = server.house.player.begin.image
-        assert image.shape == (16, 16, 3) and abs(image.mean((0, 1)) - (200, 30, 20)).max() < 6
-        text = base64.b64encode(b"no picture").decode()
-        for event in ("dragover", "drop"):
-            page.evaluate(DROP, ["a.txt", "text/plain", text, event])
-        page.wait_for_selector("#toast:has-text('a.txt cannot be the start picture')")
-        assert np.array_equal(server.house.player.begin.image, image)
-
-
-PAD = """() => {
-    window.pad = { connected: true, index: 0, axes: [0, 0, 0, 0],
-        buttons: Array.from({ length: 17 }, () => ({ pressed: false, value: 0 })) };
-    navigator.getGamepads = () => [window.pad, null];
-    window.push = (index, down) => (window.pad.buttons[index] = { pressed: down, value: Number(down) });
-}"""
-
-
-def test_a_gamepad_walks_turns_and_pauses(chromium: Any, host: Any) -> None:
-    for page in visit(chromium, host().url):
-        page.evaluate(PAD)
-        page.evaluate("() => (pad.axes = [0.1, -0.1, 0, 0])")  # a worn stick at rest
-        assert ahead(page) == 0
-        page.evaluate("() => (pad.axes = [0, -1, 1, 0])")
-        page.wait_for_timeout(700)
-        page.evaluate("() => (pad.axes = [0, 0, 0, 0])")
-        assert ahead(page) > 0.2 and to_the_right(page) > 0.2, "left stick walks, right stick turns"
-        page.evaluate("() => push(7, true)")
-        page.wait_for_timeout(400)
-        page.evaluate("() => push(7, false)")
-        assert resting(page)[1, 3] < -0.1, "the right trigger rises"
-        for state in ("paused", "live"):
-            page.evaluate("() => push(9, true)")
-            wait_for(page, state)
-            page.evaluate("() => push(9, false)")
-            page.wait_for_timeout(100)
-
-
-def test_two_thumbs_on_two_sticks(chromium: Any, host: Any) -> None:
-    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    for page in visit(chromium, host().url, **phone):
-        finger = page.context.new_cdp_session(page)
-        boxes = [page.locator(f"[data-testid={name}-stick]").bounding_box() for name in ("move", "look")]
-        middle = [(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) for box in boxes]
-
-        def touch(kind: str, *offsets: tuple[float, float], finger: Any = finger, middle: Any = middle) -> None:
-            pairs = enumerate(zip(middle, offsets, strict=False))
-            points = [{"x": x + dx, "y": y + dy, "id": i} for i, ((x, y), (dx, dy)) in pairs]
-            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
-        touch("touchStart", (0, 0), (0, 0))
-        touch("touchMove", (0, -50), (50, 0))
-        page.wait_for_timeout(700)
-        touch("touchEnd")
-        assert ahead(page) > 0.2 and to_the_right(page) > 0.2
-
-
-def test_mouse_look_by_dragging_and_with_a_locked_pointer(chromium: Any, host: Any) -> None:
-    for page in visit(chromium, host().url):
-        box = page.locator("[data-testid=canvas]").bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.wait_for_timeout(300)  # longer than a click
-        page.mouse.move(x + 100, y, steps=5)
-        page.mouse.up()
-        assert to_the_right(page) == pytest.approx(np.radians(12), abs=0.01), "0.12 degrees per pixel"
-        page.mouse.click(x, y)
-        until(page, "document.pointerLockElement !== null")
-        page.mouse.move(x + 50, y, steps=5)
-        assert to_the_right(page) > np.radians(15), "no button is held"
-
-
-def test_keys_can_be_bound_anew_and_stay_so(chromium: Any, host: Any) -> None:
-    context = chromium.new_context()
-    for page in visit(context, host().url):
-        page.click("#settings-button")
-        page.click("#bindings button:has-text('Forward')")
-        page.keyboard.press("KeyT")
-        page.click("#settings .primary")
-        assert page.inner_text("#move-caps [data-action=forward]") == "T"
-        hold(page, 0.4, "KeyW")
-        assert ahead(page) == 0
-        hold(page, 0.4, "KeyT")
-        assert ahead(page) > 0.2
-        page.reload()
-        assert page.inner_text("#move-caps [data-action=forward]") == "T"
-    context.close()
-
-
-def test_steps_speed_and_seed(chromium: Any, host: Any) -> None:
-    server = host()
-    for page in visit(chromium, server.url):
-        pause(page)
-        chunk = page.evaluate("() => window.last.chunk")
-        page.keyboard.press("Period")
-        until(page, f"window.last.chunk === {chunk + 1}")
-        page.select_option("[data-testid=speed]", "0.25")
-        until(page, "window.state.speed === 0.25")
-        assert server.house.player.pacer.speed == 0.25
-        page.click("[data-testid=pause]")
-        until(page, "minwm.stats.fps > 8 && minwm.stats.fps < 24")  # of 64
-        page.fill("[data-testid=seed]", "41")
-        page.click("[data-testid=seed-send]")
-        until(page, "window.last.seed === 41")
-
-
-def test_everything_can_be_reached_and_done_with_the_keyboard(chromium: Any, host: Any) -> None:
-    for page in visit(chromium, host().url):
-        reached = set()
-        for _ in range(60):
-            page.keyboard.press("Tab")
-            reached.add(page.evaluate("() => document.activeElement.dataset.testid ?? document.activeElement.id"))
-        everything = page.evaluate(
-            """() => [...document.querySelectorAll("button, input, select, textarea")]
-                .filter((e) => e.checkVisibility() && !e.disabled).map((e) => e.dataset.testid ?? e.id)"""
-        )
-        assert set(everything) <= reached
-        unnamed = page.evaluate(
-            """() => [...document.querySelectorAll("button, input, select, textarea")].filter((e) =>
-                !(e.ariaLabel || e.textContent.trim() || e.title || e.labels?.length)).map((e) => e.outerHTML)"""
-        )
-        assert not unnamed
-        page.focus("[data-testid=pause]")
-        page.keyboard.press("Space")
-        wait_for(page, "paused")
-        page.keyboard.press("Enter")
-        wait_for(page, "live")
 
 
 # ---------------------------------------------------------------------------------------------

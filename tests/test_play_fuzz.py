@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from playing import MOTION, painted
-from test_play_server import in_memory, until
+from talking import in_memory, until
 
 from minwm.core.config import UserError
 from minwm.play.client import Client, Shot

@@ -1,20 +1,12 @@
 """Long play stays as quick and as small as it began: seconds of it here, ten minutes with `make test-all`."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_browser import CHROMIUM, Server, playwright, visit
+from browsing import Server, launched, needs_chromium, visit
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="the browser tests need Chromium")
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
+browser = pytest.fixture(launched)
 
 
 @pytest.mark.parametrize(("seconds", "window"), [(12, 2), pytest.param(600, 10, marks=pytest.mark.slow)])

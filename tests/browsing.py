@@ -1,0 +1,145 @@
+"""Headless Chromium and somebody in front of it: what the tests and the scripts that play in a browser share."""
+
+import base64
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playing import Hosted, painted
+
+from minwm.play.game import Game
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="the browser tests need Chromium")
+WATCH = """() => {
+    minwm.client.addEventListener("state", ({ detail }) => (window.state = detail));
+    const show = minwm.player.show;
+    minwm.player.show = (view, picture, frame) => {
+        show(view, picture, frame);
+        if (!view) window.last = frame;
+        if (!view && frame.flush) window.begun = (window.begun ?? 0) + 1;
+    };
+}"""
+"""Keeps what the server has said last, and the frame that is on the screen."""
+PICTURE = "() => document.querySelector('[data-testid=canvas]').toDataURL('image/png')"
+
+
+def launched() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def hosting() -> Iterator[Callable[..., Hosted]]:
+    """Start servers, and end them."""
+    servers: list[Hosted] = []
+
+    def start(game: Game | None = None, **how: Any) -> Hosted:
+        servers.append(Hosted(game or painted(), **how))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+class Server:
+    """`minwm play` in a process of its own."""
+
+    def __init__(self, *words: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "minwm", "play", *words, "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout
+        said = ""
+        while not (found := re.findall(r"http\S+", said)):  # a model says before that it warms up
+            said = self.process.stdout.readline()
+            assert said, "the server ended"
+        self.url = found[0]
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+
+def visit(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
+    """A visitor who sees the first picture; at the end nothing may have gone wrong on the page."""
+    page, problems = chromium.new_page(**options), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    try:
+        page.goto(url)
+        page.evaluate(WATCH)
+        wait_for(page, "live")
+        until(page, "window.last")
+        yield page
+    finally:
+        page.close()
+    assert not problems
+
+
+def wait_for(page: Any, state: str) -> None:
+    page.wait_for_selector(f"[data-testid=status][data-state={state}]", timeout=15_000)
+
+
+def hold(page: Any, seconds: float, *keys: str) -> None:
+    for key in keys:
+        page.keyboard.down(key)
+    page.wait_for_timeout(1000 * seconds)
+    for key in keys:
+        page.keyboard.up(key)
+
+
+def pause(page: Any) -> None:
+    """Stop, and wait until all that was made is seen."""
+    if page.get_attribute("[data-testid=status]", "data-state") == "live":
+        page.click("[data-testid=pause]")
+    settle(page)
+
+
+def settle(page: Any) -> None:
+    """Wait until the walk is paused, and the end of its newest chunk on the screen."""
+    until(page, "window.state?.paused && window.last?.frame === window.state.chunk * minwm.player.most / 2")
+
+
+def until(page: Any, true: str) -> None:
+    page.wait_for_function(f"() => {true}", timeout=20_000)
+
+
+def resting(page: Any) -> np.ndarray:
+    """The camera, once it stands still for two chunks."""
+    for _ in range(40):
+        before = camera(page)
+        until(page, f"window.last.frame > {page.evaluate('() => window.last.frame')} + minwm.player.most")
+        if np.array_equal(camera(page), before):
+            return before
+    raise AssertionError("the camera does not come to rest")
+
+
+def picture(page: Any) -> np.ndarray:
+    data = page.evaluate(PICTURE).partition(",")[2]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def camera(page: Any) -> np.ndarray:
+    rows = page.evaluate("() => Array.from(window.last.camera)")
+    return np.concatenate([np.reshape(rows, (3, 4)), [[0, 0, 0, 1]]])
+
+
+def ahead(page: Any) -> float:
+    return float(resting(page)[2, 3])
+
+
+def to_the_right(page: Any) -> float:
+    """Radians."""
+    pose = resting(page)
+    return float(np.arctan2(pose[0, 2], pose[2, 2]))

@@ -1,0 +1,127 @@
+"""Conversations with the player's server, over memory, WebSockets and WebRTC, and what a test says in them."""
+
+import asyncio
+import contextlib
+import gc
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from playing import painted, served
+
+from minwm.play.client import Client, Shot
+from minwm.play.game import Game
+from minwm.play.rtc import Peer
+from minwm.play.server import House, Transport
+from minwm.play.transport import WebSocket, connect, connect_rtc
+
+
+class Pipe(Transport):
+    """One end of a connection inside this process; it holds few messages, as a slow network does."""
+
+    def __init__(self) -> None:
+        self.inbox: asyncio.Queue[Any] = asyncio.Queue(8)
+        self.other: Pipe
+        self.open = True
+
+    async def send(self, message: str | bytes) -> None:
+        if not self.open:
+            raise ConnectionError
+        await self.other.inbox.put(message)
+
+    async def receive(self) -> str | bytes | None:
+        return await self.inbox.get() if self.open or not self.inbox.empty() else None
+
+    async def close(self) -> None:
+        self.open = self.other.open = False
+        while not self.inbox.empty():  # whoever waits to send to us goes on, and finds us gone
+            self.inbox.get_nowait()
+        for end in (self, self.other):
+            if end.inbox.empty():
+                end.inbox.put_nowait(None)
+
+
+Dial = Callable[[], Awaitable[Transport]]
+
+
+@contextlib.asynccontextmanager
+async def in_memory(house: House) -> AsyncIterator[Dial]:
+    talks, clock = [], asyncio.create_task(house.keep_time())
+
+    async def dial() -> Transport:
+        while talks and talks[0].done():
+            talks.pop(0).result()
+        ours, theirs = Pipe(), Pipe()
+        ours.other, theirs.other = theirs, ours
+        talks.append(asyncio.create_task(house.attend(theirs)))
+        return ours
+
+    try:
+        yield dial
+    finally:
+        clock.cancel()
+        await house.close()
+    await asyncio.wait_for(asyncio.gather(*talks), 5)
+
+
+@contextlib.asynccontextmanager
+async def over_sockets(house: House) -> AsyncIterator[Dial]:
+    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+
+        async def dial() -> WebSocket:
+            return await stack.enter_async_context(connect(f"{address}/?token=secret"))
+
+        yield dial
+
+
+@contextlib.asynccontextmanager
+async def over_rtc(house: House) -> AsyncIterator[Dial]:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    house.rtc = True
+    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+
+        async def dial() -> Peer:
+            return await stack.enter_async_context(connect_rtc(f"{address}/?token=secret"))
+
+        yield dial
+    gc.collect()  # what is left of a connection must not be collected at a bad moment
+
+
+WIRES = {"memory": in_memory, "websocket": over_sockets, "webrtc": over_rtc}
+wires = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+
+
+def talk(
+    scene: Callable[[House, Dial], Awaitable[None]], wire: Any, game: Game | None = None, **how: Any
+) -> Callable[[], None]:
+    async def main() -> None:
+        house = House(game or painted(), **how)
+        async with wire(house) as dial:
+            await scene(house, dial)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    return lambda: None
+
+
+async def until(client: Client, found: Callable[[Any], bool]) -> Any:
+    """The next message of which that is true."""
+    while (message := await client.receive()) is not None:
+        if found(message):
+            return message
+    raise AssertionError("the server closed the connection")
+
+
+def frame_with(seq: int) -> Callable[[Any], bool]:
+    return lambda message: isinstance(message, Shot) and message.header.seq >= seq
+
+
+def quiet_threads() -> Iterator[None]:
+    """Whatever a test starts, it ends."""
+    before = threading.active_count()
+    yield
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before, [thread.name for thread in threading.enumerate()]

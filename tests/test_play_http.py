@@ -1,0 +1,286 @@
+"""The player's server over HTTP: who may come in, what is sent and fetched; and the command that starts it."""
+
+import asyncio
+import contextlib
+import io
+import socket
+import zipfile
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from playing import SMALL, painted, served, tiny_model
+from talking import frame_with, quiet_threads, until
+
+from minwm.checkpoint import save_model
+from minwm.cli import main
+from minwm.cli.play import WORLD
+from minwm.core.config import UserError
+from minwm.core.media import png_bytes, read_video, write_image
+from minwm.core.trajectory import Action
+from minwm.play.client import Client, Shot
+from minwm.play.game import Game, enter, world_game
+from minwm.play.protocol import State
+from minwm.play.rtc import offered
+from minwm.play.server import House
+from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
+
+quiet = pytest.fixture(quiet_threads, autouse=True)
+
+
+def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]], game: Game | None = None) -> None:
+    async def main() -> None:
+        house = House(game or painted())
+        async with served(house) as address, aiohttp.ClientSession() as session:
+            await scene(house, address, session)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.mark.parametrize(
+    ("host", "has"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("192.0.2.1", True), ("box", True)],
+)
+def test_webrtc_is_offered_only_where_the_whole_machine_listens(host: str, has: bool) -> None:
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    assert offered(host) == has
+
+
+def test_a_call_that_is_none_is_refused() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async def call(offer: bytes, status: int, reason: str, token: str = "secret") -> None:
+            async with session.post(f"{address}/rtc?token={token}", data=offer) as answer:
+                assert answer.status == status and reason in await answer.text()
+
+        await call(b"v=0", 400, "no WebRTC")
+        house.rtc = True
+        await call(b"v=0", 403, "token", token="wrong")
+        await call(b"\xff\x00", 400, "no offer")
+        await call(b"v=0\r\nm=audio 9 UDP/TLS/RTP/SAVPF 0\r\nm=application 9 DTLS/SCTP 5000\r\n", 400, "no offer")
+        await call(b"v=0\r\n" * 9000, 400, "at most 16384")
+        with pytest.raises(UserError, match="the token is wrong"):
+            async with connect_rtc(f"{address}/?token=wrong"):
+                pass
+
+    pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
+    visit(scene)
+
+
+def test_without_the_token_there_is_nothing() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        for path in ("/", "/ws", "/recording", "/clip"):
+            for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82", "?token=%ff"):
+                async with session.get(address + path + query) as answer:
+                    assert answer.status == 403 and "token" in await answer.text()
+        for path in ("image", "rtc"):
+            async with session.post(f"{address}/{path}?token=wrong", data=b"x") as answer:
+                assert answer.status == 403
+        with pytest.raises(UserError, match="403"):
+            async with connect(f"{address}/?token=wrong"):
+                pass
+        async with session.get(f"{address}/?token=secret") as answer:
+            assert answer.status == 200 and answer.headers["Referrer-Policy"] == "no-referrer"
+        for path in ("/static/../transport.py", "/static/%2e%2e/transport.py", "/static/..%2ftransport.py"):
+            async with session.get(address + path) as answer:
+                assert answer.status in (403, 404)
+        assert house.player is None
+
+    visit(scene)
+
+
+def test_pages_of_other_sites_are_refused() -> None:
+    async def scene(_: House, address: str, session: aiohttp.ClientSession) -> None:
+        for origin in ("http://evil.example", "null", address.replace("http:", "http:").rsplit(":", 1)[0]):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await session.ws_connect(f"{address}/ws?token=secret", origin=origin)
+            assert caught.value.status == 403
+        async with session.ws_connect(f"{address}/ws?token=secret", origin=address) as ws:
+            assert not ws.closed
+
+    visit(scene)
+
+
+def test_it_can_be_played_through_a_tunnel() -> None:
+    """As with `ssh -L`: another port on this side, and the browser says where it believes to be."""
+
+    async def scene(_: House, address: str, session: aiohttp.ClientSession) -> None:
+        there = int(address.rpartition(":")[2])
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+            writer.close()
+
+        async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", there)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.gather(carry(reader, ours), carry(theirs, writer))
+
+        async with await asyncio.start_server(tunnel, "127.0.0.1", 0) as here:
+            near = f"http://127.0.0.1:{here.sockets[0].getsockname()[1]}"
+            async with session.ws_connect(f"{near}/ws?token=secret", origin=near) as ws:
+                client = await Client.join(WebSocket(ws))
+                await client.hold(Action.of("w"))
+                await until(client, frame_with(1))
+
+    visit(scene)
+
+
+def test_start_pictures_are_checked_before_they_are_used() -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async with connect(f"{address}/?token=secret") as wire:
+            client = await Client.join(wire)
+            image = f"{address}/image?token=secret&session={client.welcome.session}"
+            picture = png_bytes(np.zeros((40, 60, 3), np.uint8))
+            gif = b"GIF89a" + bytes(100)
+            huge = picture[:16] + (100_000).to_bytes(4, "big") * 2 + picture[24:]  # says that it is 100000 x 100000
+            for data, status in ((gif, 400), (b"", 400), (picture[:60], 400), (huge, 400)):
+                async with session.post(image, data=data) as answer:
+                    assert answer.status == status and "no picture" in (await answer.json())["error"]
+            async with session.post(image, data=bytes(UPLOAD_LIMIT + 1)) as answer:
+                assert answer.status == 413 and "8 MiB" in (await answer.json())["error"]
+            async with session.post(f"{address}/image?token=secret&session=other", data=picture) as answer:
+                assert answer.status == 400 and "no such session" in (await answer.json())["error"]
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 2)
+            async with session.post(image, data=picture) as answer:
+                assert answer.status == 200 and await answer.json() == {}
+            begun = await until(client, lambda m: isinstance(m, Shot) and m.header.first)
+            assert begun.header.chunk == 0 and house.player
+            assert house.player.begin.image is not None and house.player.begin.image.shape == (16, 16, 3)
+
+    visit(scene)
+
+
+def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
+    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+        async with connect(f"{address}/?token=secret") as wire:
+            client = await Client.join(wire)
+            query = f"?token=secret&session={client.welcome.session}"
+            async with session.get(f"{address}/recording{query}") as answer:
+                assert answer.status == 404 and "nothing is recorded" in (await answer.json())["error"]
+            await client.command("record")
+            await until(client, lambda m: isinstance(m, State) and m.recording)
+            here = len(house.player.played) if house.player else 0
+            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > here + 3)
+            await client.command("stop")
+            await until(client, lambda m: isinstance(m, State) and not m.recording)
+            async with session.get(f"{address}/recording{query}") as answer:
+                assert answer.content_type == "video/mp4"
+                (tmp_path / "x.mp4").write_bytes(await answer.read())
+            async with session.get(f"{address}/clip{query}") as answer:
+                assert "actions.json" in zipfile.ZipFile(io.BytesIO(await answer.read())).namelist()
+        assert len(read_video(tmp_path / "x.mp4")[0]) % 4 == 1
+
+    visit(scene)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("", "no model yet: make one with minwm pipeline demo"),
+        ("--world 7 --compare truth", "rendered world"),
+        ("--world 7 --steps 2", "rendered world"),
+        ("--model {pipeline} --steps 0", "steps=0: at least 1"),
+        ("--world -1", "numbered from 0"),
+        ("--world 7 --size 4", "at least 16"),
+        ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
+        ("--model {pipeline} --world 1 --image x.png", "not both"),
+        ("--model {pipeline} --image {picture} --compare truth --prompt room", "procedural world"),
+        ("--model {pipeline} --image {picture}", "give --prompt"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_play(
+    words: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    save_model(tmp_path / "dmd", model.config, model.net, model.codec)
+    write_image(tmp_path / "picture.png", np.zeros((9, 9, 3), np.uint8))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"pipeline": tmp_path, "picture": tmp_path / "picture.png", "taken": server.getsockname()[1]}
+        threads = torch.get_num_threads()
+        assert main(["play", *words.format(**names).split()]) == 2
+        torch.set_num_threads(threads)
+    assert reason in capsys.readouterr().err
+
+
+def test_the_command_serves_the_last_stage_of_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its address to a moving picture, with the true world beside the model, until the interrupt."""
+    model = tiny_model()
+    save_model(tmp_path / "dmd", model.config, model.net, model.codec)
+
+    async def visit(game: Game, host: str, port: int, rewind: int, say: Callable[[str], Any]) -> None:
+        said = asyncio.Event()
+
+        def heard(line: str) -> None:
+            say(line)
+            said.set()
+
+        server = asyncio.create_task(serve(game, host, port, rewind, heard))
+        await said.wait()
+        async with connect(capsys.readouterr().out.split()[-1]) as wire:
+            client = await Client.join(wire)
+            assert client.welcome.views == ["model", "world"] and client.welcome.can.rewind == 5
+            await client.hold(Action.of("w"))
+            await until(client, lambda m: isinstance(m, Shot) and m.header.view == 1 and m.header.seq == 1)
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minwm.play.transport.serve", visit)
+    words = ["play", "--model", str(tmp_path), "--compare", "truth", "--rewind", "5", "--port", "0"]
+    assert main(words) == 0
+
+
+def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[Game] = []
+
+    async def serve(game: Game, *_: Any) -> None:
+        played.append(game)
+
+    monkeypatch.setattr("minwm.play.transport.serve", serve)
+    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    model, threads = tiny_model(), torch.get_num_threads()
+    for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "world" / "dmd"):
+        save_model(folder, model.config, model.net, model.codec)
+        assert main(["play"]) == 0
+    assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth", "--steps", "3"]) == 0
+    assert [game.config.sampler.steps for game in played] == [model.config.sampler.steps] * 2 + [3]
+    torch.set_num_threads(threads)
+    assert [game.title for game in played] == ["demo/dmd", "world/dmd", "runs/demo"]
+    assert played[0].begin.prompt == enter(WORLD, model.config).world.caption and played[1].takes_image
+
+
+def test_a_world_on_the_wire_is_the_world_itself() -> None:
+    """A key held over a real socket: every frame is what the renderer shows from the pose that it claims."""
+    game = world_game(7, replace(SMALL, height=48, width=64, focal=(0.6, 0.8)))
+
+    async def scene(_: House, address: str, __: aiohttp.ClientSession) -> None:
+        async with connect(f"{address}/?token=secret") as wire:
+            client = await Client.join(wire)
+            await client.hold(Action.of("wl"))
+            shots = []
+            async for shot in client.frames():
+                shots.append(shot)
+                if shot.header.chunk > 4:
+                    break
+        truth = enter(7, game.config).advance(np.stack([shot.header.c2w for shot in shots]))
+        seen = np.stack([shot.pixels for shot in shots])
+        error = seen.astype(float) - truth
+        assert np.sqrt((error**2).mean((1, 2, 3))).max() < 6, "but for JPEG"
+        moved = [shot for shot in shots if shot.header.seq == 1]
+        assert len(moved) > 8 and moved[-1].header.c2w[2, 3] > 0.1
+        assert np.abs(truth[0].astype(int) - truth[-1]).max() > 40
+
+    visit(scene, game)
