@@ -127,7 +127,7 @@ def camera(out: Path) -> Ablation:
     ways: dict[str, Mode] = {"dual PRoPE": "dual", "single PRoPE": "single", "Plücker": "plucker"}
 
     def arm(x: int, name: str, mode: Mode) -> Arm:
-        run = camera_run(out, mode, steps=1500, student=str(shipped("foundation")))
+        run = camera_run(out, mode, steps=3000, student=str(shipped("foundation")))
         network = replace(run.model.network, camera=mode)
         return Arm(name=name, x=x, runs=(replace(run, model=replace(run.model, network=network)),))
 
@@ -135,7 +135,7 @@ def camera(out: Path) -> Ablation:
         name="camera",
         question="How should cameras enter the network?",
         varies="camera input",
-        small="1,500 steps of 8 clips from the shipped foundation, which knows no cameras",
+        small="3,000 steps of 8 clips from the shipped foundation, which knows no cameras",
         arms=tuple(arm(i, name, mode) for i, (name, mode) in enumerate(ways.items())),
     )
 

@@ -70,7 +70,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def truth(c2w: np.ndarray) -> np.ndarray:
-    return enter(WORLD, _world_config(SIZE)).advance(c2w[None])[0]
+    return next(enter(WORLD, _world_config(SIZE)).advance(c2w[None]))[0]
 
 
 def test_keys_move_the_camera_and_the_picture_is_what_it_sees(page: Any) -> None:

@@ -231,7 +231,8 @@ def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
                 await visit()
             counts.append(await asyncio.to_thread(count))
         assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
-        assert counts[1] == counts[0] and counts[0]["KVArena"] == 0, counts
+        assert all(counts[1][kind] <= count for kind, count in counts[0].items()), counts
+        assert counts[0]["KVArena"] == 0, counts
 
     talk(scene, in_memory, game, clock=clock)
 
