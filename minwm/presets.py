@@ -162,19 +162,19 @@ def world(out: Path) -> Pipeline:
 def world_64(out: Path) -> Pipeline:
     """The same at 64x64 pixels on two CPU cores: longer clips and noised context, from the demo's checkpoints."""
     steps = {
-        "codec": 150,
+        "codec": 9000,
         "foundation": 500,
-        "camera": 5800,
+        "camera": 5000,
         "ar": 3500,
         "ode": 600,
         "consistency": 600,
-        "dmd": 2850,
+        "dmd": 5000,
     }
     base = world_model(tiny_model().network, 64)
     pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
     codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
     stages = [_from_shipped(run, "student", 0.6) for run in pipeline.stages]
-    large = {"camera": 8}  # cameras are learnt from large batches (docs/ablations.md)
+    large = {"camera": 16}  # cameras are learnt from large batches (docs/ablations.md)
     return replace(
         pipeline, codec=codec, stages=tuple(replace(run, batch=large.get(run.name, run.batch)) for run in stages)
     )
@@ -264,7 +264,7 @@ def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
     consistency = ConsistencyConfig(
         grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, own_past=own_past
     )
-    still, late = (0.2, 0.5) if base.roll else (0.0, 0.0)  # who walks for long stands for long, and must not drift
+    still, late = (0.2, 0.3) if base.roll else (0.0, 0.0)  # who walks for long stands for long, and must not drift
     dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, still=still, late=late)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())
