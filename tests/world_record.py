@@ -35,7 +35,7 @@ def record(folder: Path) -> dict[str, Any]:
         "steps": state["step"],
         **{key: run[key] for key in ("batch", "seed", "ema", "optim", "recipe", "init", "precision")},
         **{key: about[key] for key in ("commit", "versions", "started")},
-        "clips": about["data"]["counts"],
+        "clips": about["data"].get("counts") or about["data"]["clips"],
         "hours": state["seconds"] / 3600,
         "loss": {"name": name, "points": [[step, round(value, 5)] for step, value in curve]},
         "held_out": [[line["step"], round(line["val"], 5)] for line in lines if "val" in line][-POINTS:],
