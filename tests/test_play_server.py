@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -219,8 +220,10 @@ def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
             assert house.player is None and not house.seats
 
         def count() -> dict[str, int]:
-            house.pool.submit(int).result(5)  # the last walk has ended
-            gc.collect()
+            deadline = time.monotonic() + 5
+            while gc.collect() >= 0 and any(type(thing) is KVArena for thing in gc.get_objects()):
+                assert time.monotonic() < deadline, "the last walk does not end"
+                time.sleep(0.01)
             things = gc.get_objects()
             tensors = [thing for thing in things if issubclass(type(thing), torch.Tensor)]
             kinds = {kind.__name__: sum(type(t) is kind for t in things) for kind in (KVArena, Outlet, Session, Player)}
@@ -234,7 +237,6 @@ def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
             counts.append(await asyncio.to_thread(count))
         assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
         assert all(counts[1][kind] <= count for kind, count in counts[0].items()), counts
-        assert counts[0]["KVArena"] == 0, counts
 
     talk(scene, in_memory, game, clock=clock)
 
