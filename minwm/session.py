@@ -210,7 +210,7 @@ class ModelEngine:
                 latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
         self.laps.lap("diffuse")
         self.uncommitted = bound, latents, hidden
-        yield from self._frames(latents)
+        return self._frames(latents)
 
     def _frames(self, latents: Latents) -> Iterator[Frames]:
         """Frames of each of the next latents, on the host."""

@@ -33,6 +33,7 @@ def network(cfg: WanConfig) -> Wan:
 def reference(cfg: WanConfig) -> nn.Module:
     """diffusers' class of the same size."""
     return diffusers.WanTransformer3DModel(
+        patch_size=(1, cfg.patch, cfg.patch),
         num_attention_heads=cfg.heads,
         attention_head_dim=cfg.dim // cfg.heads,
         in_channels=cfg.channels,
@@ -41,6 +42,7 @@ def reference(cfg: WanConfig) -> nn.Module:
         freq_dim=cfg.freq_dim,
         ffn_dim=cfg.ffn,
         num_layers=cfg.layers,
+        rope_max_seq_len=64,
     )
 
 

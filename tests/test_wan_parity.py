@@ -2,32 +2,15 @@
 
 import pytest
 import torch
+from releases import reference
 from torch import nn
 
 from minwm.core.types import Condition
 from minwm.formats import diffusers_names
 from minwm.nets.wan import Wan, WanConfig
 
-diffusers = pytest.importorskip("diffusers")
-
 SMALL = WanConfig(dim=64, heads=2, layers=2, ffn=96, channels=4, text_dim=16, text_length=8, freq_dim=32)
 RELEASE = {theirs: ours for ours, theirs in diffusers_names(30).items()}
-
-
-def reference(cfg: WanConfig) -> nn.Module:
-    """diffusers' class of the same size."""
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, cfg.patch, cfg.patch),
-        num_attention_heads=cfg.heads,
-        attention_head_dim=cfg.dim // cfg.heads,
-        in_channels=cfg.channels,
-        out_channels=cfg.channels,
-        text_dim=cfg.text_dim,
-        freq_dim=cfg.freq_dim,
-        ffn_dim=cfg.ffn,
-        num_layers=cfg.layers,
-        rope_max_seq_len=64,
-    )
 
 
 @pytest.fixture(scope="module")

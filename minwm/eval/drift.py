@@ -3,12 +3,13 @@
 Three routes from one place of every world: standing still, turning around, and a walk. Everything is told per second,
 at the latent rate. Two numbers say whether a picture still shows such a world: `strangeness` looks at the whole frame,
 `foreignness` at its patches. A clip collapses in the first second from which on, for two seconds, one of them is above
-its limit: so many times the worst second of the true pictures through the codec. So the truth never collapses, and a
-picture that has turned into one colour, into noise, or into shapes that no world has, does.
+its limit, which follows from the worst second of the true pictures, as they are and through the codec. So the truth
+never collapses, and a picture that has turned into one colour, into noise, or into shapes that no world has, does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ from minwm.session import stream_clips
 Array = np.ndarray
 Frames = UInt8[Array, "c n h w 3"]
 ROUTES = ("stand still", "turn around", "random walk")
-LIMIT, FOREIGN = 1.5, 1.1
-"""Of strangeness and foreignness: a clip has collapsed above so many times the worst second of the coded truth."""
+LIMIT = 1.5
+"""A clip has collapsed that is so many times as strange as the worst second of the truth, or more foreign than that."""
 REFERENCES = 96
 """Views that say what pictures of such worlds look like."""
 PATCH, STEP, KNOWN = 4, 2, 8000
@@ -172,26 +173,31 @@ class LongRun:
         wrong = {route: self.truth[other] for route, other in zip(ROUTES, (*ROUTES[1:], ROUTES[0]), strict=True)}
         return dict(zip(ANCHORS, (self.truth, still, wrong, self.coded), strict=True))
 
-    def measure(self, videos: Mapping[str, Frames]) -> dict[str, Curve]:
-        coded = [self._unlike(frames) for frames in self.coded.values()]
-        limits = LIMIT * max(float(x.max()) for x, _ in coded), FOREIGN * max(float(x.max()) for _, x in coded)
-        return {route: self._curve(videos[route], self.truth[route], limits) for route in ROUTES}
+    @cached_property
+    def limits(self) -> tuple[float, float]:
+        """Strangeness and foreignness above which a clip has collapsed."""
+        known = [self._unlike(frames) for kind in (self.truth, self.coded) for frames in kind.values()]
+        return LIMIT * max(float(x.max()) for x, _ in known), max(float(x.max()) for _, x in known)
 
-    def _curve(self, frames: Frames, truth: Frames, limits: tuple[float, float]) -> Curve:
+    def measure(self, videos: Mapping[str, Frames]) -> dict[str, Curve]:
+        return {route: self._curve(videos[route], self.truth[route]) for route in ROUTES}
+
+    def _curve(self, frames: Frames, truth: Frames) -> Curve:
         bootstrap, likeness = Bootstrap(len(frames)), self._per_second(psnr(frames, truth))
         sharp, true_sharp = (self._per_second(sharpness(x)).mean((0, 2)) for x in (frames, truth))
         strange, foreign = self._unlike(frames)
         intervals = [bootstrap.mean(likeness[:, second]) for second in range(self.seconds)]
-        worse = np.maximum(strange / limits[0], foreign / limits[1])
+        limit, foreign_limit = self.limits
+        worse = np.maximum(strange / limit, foreign / foreign_limit)
         return Curve(
             psnr=[interval for interval in intervals if interval],
             sharpness=(sharp / np.maximum(true_sharp, 1e-6)).tolist(),
             colour=self._per_second(colour_distance(frames, truth)).mean((0, 2)).tolist(),
             strangeness=strange.mean(0).tolist(),
-            limit=limits[0],
+            limit=limit,
             collapsed=[collapse(row, 1.0) for row in worse],
             foreignness=foreign.mean(0).tolist(),
-            foreign_limit=limits[1],
+            foreign_limit=foreign_limit,
         )
 
     def _unlike(self, frames: Frames) -> tuple[Float[Array, "c s"], Float[Array, "c s"]]:

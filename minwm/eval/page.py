@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minwm.core.trajectory import parse
 from minwm.eval.charts import Series, line_chart, number
-from minwm.eval.drift import FOREIGN, LIMIT, ROUTES
+from minwm.eval.drift import LIMIT, ROUTES
 from minwm.eval.evaluation import Evaluated, Evaluation, Target
 from minwm.eval.intervals import Interval
 from minwm.eval.memory import Revisit
@@ -235,9 +235,9 @@ def _drift(rows: Rows) -> str:
     body = [(name, [_collapse(curves[route].collapsed) for route in ROUTES]) for name, curves in known.items()]
     return (
         "<p>Streams of one model, never restarted. A clip has <b>collapsed</b> in the first second from which on, for "
-        f"two seconds, its pictures are {LIMIT:g} times as strange, or {FOREIGN:g} times as foreign, as the worst "
-        "second of the truth through the codec. Strange is a picture whose brightness, colours or detail are unlike "
-        "those of true views, foreign is one whose small patches are.</p>"
+        f"two seconds, its pictures are {LIMIT:g} times as strange as the worst second of the truth, or more foreign "
+        "than that (as it is, or through the codec). Strange is a picture whose brightness, colours or detail are "
+        "unlike those of true views, foreign is one whose small patches are.</p>"
         + table(["video", *ROUTES], body)
         + "".join(parts)
     )

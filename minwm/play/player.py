@@ -200,13 +200,12 @@ class Player:
             self._publish(parts, poses[done : done + len(parts[0])], 1000 * queued)
             made.append(parts)
             lead = max(lead, self.clock() - began - done / (self.motion.fps * self.pacer.speed))
-        views = [np.concatenate(parts) for parts in zip(*made, strict=True)]
-        self.trail.append([frames[-1:].copy() for frames in views])
+        self.trail.append([frames[-1:].copy() for frames in made[-1]])
         with self.lock:
             self.pacer.made(first, self.frames, self.clock() - began, lead)
         self._settle()
         if self.recording:
-            self.recording.parts.append((poses, views))
+            self.recording.parts.append((poses, [np.concatenate(parts) for parts in zip(*made, strict=True)]))
             if self.recording.nbytes > RECORDING_BYTES:
                 self._stop()
                 self.report(f"the recording has reached {RECORDING_BYTES >> 20} MiB, and was stopped")

@@ -118,8 +118,8 @@ class Dmd(Recipe):
     def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Clip, Latents]:
         """The student's own clip, with its cameras; and the latents to be scored.
 
-        A late clip begins with the last latent before the first chunk that carries gradient: scores take the first
-        latent of a clip for a single frame, which that one is not.
+        A late clip begins in a chunk without gradient: scores take the first latent of a clip for a single frame,
+        which that one is not.
         """
         b, frames, *shape = clip.latents.shape
         late = 1 + pick(self.cfg.depth, generator) if self.cfg.late and _by(self.cfg.late, generator) else 0

@@ -146,7 +146,19 @@ def test_scores_of_a_late_clip_are_given_nothing(late: float) -> None:
     assert [v.shape[1] for _, v in graded] == [2, 2]
 
 
-def test_a_late_clip_is_seen_along_the_path_walked_back() -> None:
+def test_a_late_clip_is_the_end_of_a_longer_stream() -> None:
+    """Of a student that knows what is to be seen: latents, scored latents and cameras are those of the same times."""
+    given, recipe, whole = clip(), make("dmd", late=1.0, depth=1), latents(FRAMES + 2, seed=7)
+    recipe.networks["student"] = Exact(torch.cat([given.latents[:, :1], whole[:, 1:]], 1))
+    assert isinstance(recipe, Dmd)
+    own, x0 = recipe._rollout(given, 0, seeded())
+    torch.testing.assert_close((own.latents, x0), (whole[:, 2:], whole[:, 2:]))
+    walked = to_and_fro(given.cond, FRAMES + 2)
+    assert own.cond.w2c is not None and walked.w2c is not None and own.cond.first is None
+    assert torch.equal(own.cond.w2c, walked.w2c[:, 2:])
+
+
+def test_a_stream_longer_than_its_clip_walks_to_and_fro() -> None:
     given = condition(5)
     assert given.w2c is not None
     walked = to_and_fro(given, 12).w2c
