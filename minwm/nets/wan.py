@@ -19,7 +19,7 @@ from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import Branches, Cached, Heads, Scope, attend
+from minwm.nets.attention import Branches, Cached, Heads, Scope, attend, softmax_attention
 from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
 from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
@@ -173,7 +173,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b f p d"], k: Tensor, v: Tensor) -> Float[Tensor, "b f p d"]:
         q = self.norm_q(self.q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out = softmax_attention(q, k, v).transpose(1, 2)
         return self.o(out.flatten(2)).view_as(x)
 
 

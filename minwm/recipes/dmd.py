@@ -70,14 +70,28 @@ def standing_still(clip: Clip, chance: float, generator: torch.Generator) -> Cli
     return replace(clip, cond=replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c)))
 
 
-def to_and_fro(cond: Condition, frames: int) -> Condition:
-    """The cameras of a clip for a stream of `frames` latents: to the end of the path, back again, and so on."""
+def prolonged(cond: Condition, frames: int, onward: bool) -> Condition:
+    """The cameras of a clip for a stream of `frames` latents: along its path to and fro; or, as who turns goes on
+    turning, along the path again and again, each time from where it led (paths that end tilted go to and fro)."""
     if cond.w2c is None or cond.K is None:
         return cond
     end = cond.w2c.shape[1] - 1
-    way = torch.arange(frames, device=cond.w2c.device) % max(2 * end, 1)
+    number = torch.arange(frames, device=cond.w2c.device)
+    way = number % max(2 * end, 1)
     at = torch.minimum(way, 2 * end - way)
-    return replace(cond, w2c=cond.w2c[:, at], K=cond.K[:, at])
+    w2c = cond.w2c[:, at]
+    if onward and end:
+        start = torch.linalg.inv(cond.w2c[:, :1])
+        led = cond.w2c[:, -1:] @ start
+        times = torch.stack([torch.linalg.matrix_power(led, n) for n in range((frames - 1) // end + 1)], dim=1)[:, :, 0]
+        again = cond.w2c[:, number % end] @ start @ times[:, number // end] @ cond.w2c[:, :1]
+        level = led[..., 1, 1, None, None] > LEVEL
+        w2c = torch.where(level, again, w2c)
+    return replace(cond, w2c=w2c, K=cond.K[:, at])
+
+
+LEVEL = 0.97
+"""Cosine of the tilt up to which a path may be repeated from its end: a stream that tilts on looks at the sky."""
 
 
 class Dmd(Recipe):
@@ -124,7 +138,7 @@ class Dmd(Recipe):
         b, frames, *shape = clip.latents.shape
         late = 1 + pick(self.cfg.depth, generator) if self.cfg.late and _by(self.cfg.late, generator) else 0
         before = late * self.geometry.chunk
-        cond = to_and_fro(clip.cond, before + frames)
+        cond = prolonged(clip.cond, before + frames, onward=bool(late) and _by(0.5, generator))
         draws = draws_of(FewStep(steps=self.cfg.steps), self.geometry)
         noise = draw((b, before + frames, *shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
