@@ -1,5 +1,6 @@
 """Camera following, quality and the report: they must read known deviations from known videos."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,17 @@ def test_a_correct_but_degraded_video_scores_nearly_one(suite: Suite) -> None:
     result = evaluate(suite, degraded(suite.candidates[:, 0]), FAST)
     assert result.retrieval.value == 1
     assert result.rot_err_deg.value < 0.8 and result.score.value > 0.88
+
+
+def test_smooth_errors_of_colour_that_do_not_move_are_no_motion(suite: Suite) -> None:
+    """They would be, if colours were compared instead of details."""
+    stain = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    stain = blurred(stain, 8.0)[0].movedim(0, -1)
+    stained = suite.candidates[:, 0] + 45 * (stain / stain.std()).numpy()
+    stained[:, 0] = suite.candidates[:, 0, 0]
+    stained = stained.clip(0, 255).astype(np.uint8)
+    details, colours = (evaluate(suite, stained, replace(FAST, detail=detail)) for detail in (FAST.detail, 0.0))
+    assert details.score.value > 0.9 and details.trans_err_u.value < 0.5 * colours.trans_err_u.value
 
 
 @pytest.mark.parametrize(("speed", "score"), [(0.0, 0.0), (0.5, 0.5), (-1.0, -1.0)])

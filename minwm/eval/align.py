@@ -1,9 +1,10 @@
 """Where was the camera? Photometric alignment of frames to a scene whose image and depth are known.
 
 No network and no features: at the current estimate the true scene is rendered, each of its pixels is moved by
-a small rigid motion into the frame, and the motion that makes the colours agree is found by Gauss-Newton on
-SE(3) (coarse to fine, Huber, gain and bias per frame, render blurred as much as the frame is). The tracker
-never sees the commanded camera: each frame starts from the estimate of the one before, so a video that stands
+a small rigid motion into the frame, and the motion that makes the details agree is found by Gauss-Newton on
+SE(3) (coarse to fine, Huber, gain and bias per frame, render blurred as much as the frame is). Details: a generator's
+colours may be off over whole regions, and such errors, which need not move as surfaces do, would pass for motion. The
+tracker never sees the commanded camera: each frame starts from the estimate of the one before, so a video that stands
 still reads as still. Only surfaces that the first frame shows take part: what was hidden, a generator may
 invent.
 """
@@ -47,6 +48,8 @@ class AlignConfig:
     """Extra starting points that are turned this much left, right, up and down."""
     blurs: tuple[float, ...] = (0.0, 0.7, 1.1, 1.6, 2.4, 3.4)
     """Candidate blurs of the render in pixels; the one whose sharpness fits the frame is used."""
+    detail: float = 0.1
+    """Of frame and render, what a Gaussian blur of this share of the height takes away is compared; 0 is all."""
     min_valid: float = 0.08
     """Share of the pixels that must show surfaces seen in frame 0; with less the frame counts as lost."""
     min_correlation: float = 0.35
@@ -162,8 +165,9 @@ class Aligner:
     """Finds the motion D (pose = reference @ D) at which the scene looks like one frame per clip."""
 
     def __init__(self, image: Float[Tensor, "c 3 h w"], K: Float[Tensor, "c 4"], config: AlignConfig) -> None:
-        self.image, self.K, self.config = image, K, config
+        self.K, self.config = K, config
         self.full = (image.shape[-2], image.shape[-1])
+        self.image, self.sharpness = self._detail(image), gradient_energy(image).clamp_min(1e-9)
 
     def search(self, view: View, starts: Float[Array, "c k 4 4"]) -> Float[Array, "c 4 4"]:
         """From several starting points, coarse to fine; the best one of each clip."""
@@ -198,12 +202,15 @@ class Aligner:
         return (joint / energy.clamp_min(1e-6)).numpy(), view.seen.mean((1, 2)).numpy()
 
     def _as_blurred(self, view: View) -> View:
-        """The view with the candidate blur whose gradient energy is nearest to that of the frame."""
+        """Details of the view with the candidate blur whose gradient energy is nearest to that of the frame."""
         options = torch.stack([blurred(view.rgb, sigma) for sigma in self.config.blurs])
         have = gradient_energy(options.flatten(0, 1)).view(len(options), -1).clamp_min(1e-9)
-        want = gradient_energy(self.image).clamp_min(1e-9)
-        pick = (have / want).log().abs().argmin(0)
-        return View(options[pick, torch.arange(len(pick))], view.inverse, view.seen)
+        pick = (have / self.sharpness).log().abs().argmin(0)
+        return View(self._detail(options[pick, torch.arange(len(pick))]), view.inverse, view.seen)
+
+    def _detail(self, image: Float[Tensor, "c 3 h w"]) -> Float[Tensor, "c 3 h w"]:
+        share = self.config.detail
+        return image - blurred(image, share * image.shape[-2]) if share else image
 
     def _solve(
         self, view: View, motion: Tensor, anchor: Tensor, divisor: int, iterations: int, *, times: int
