@@ -181,7 +181,13 @@ def test_the_page_on_performance_shows_the_committed_results() -> None:
     assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page
 
 
-WAYS = {"camera": "bidirectional", "ar": "autoregressive", "consistency": "few steps", "dmd": "few steps"}
+WAYS = {
+    "camera": "bidirectional",
+    "ar": "autoregressive",
+    "ode": "few steps",
+    "consistency": "few steps",
+    "dmd": "few steps",
+}
 
 
 def collapsed(routes: dict[str, dict]) -> str:

@@ -29,7 +29,7 @@ class DmdConfig:
     """Chance, per batch, that the cameras stand still: players do so often, training clips hardly ever."""
     late: float = 0.0
     """Chance, per batch, that the scored clip comes from deep in a stream, with nothing given: a student drifts where
-    scores never look."""
+    scores never look. The stream follows the clip's path to and fro, or on and on."""
     depth: int = 32
     """Chunks, at most, before such a clip."""
     critic_updates: int = 4
@@ -138,7 +138,7 @@ class Dmd(Recipe):
         b, frames, *shape = clip.latents.shape
         late = 1 + pick(self.cfg.depth, generator) if self.cfg.late and _by(self.cfg.late, generator) else 0
         before = late * self.geometry.chunk
-        cond = prolonged(clip.cond, before + frames, onward=bool(late) and _by(0.5, generator))
+        cond = prolonged(clip.cond, before + frames, onward=late > 0 and _by(0.5, generator))
         draws = draws_of(FewStep(steps=self.cfg.steps), self.geometry)
         noise = draw((b, before + frames, *shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
