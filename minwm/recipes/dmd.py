@@ -29,7 +29,7 @@ class DmdConfig:
     """Chance, per batch, that the cameras stand still: players do so often, training clips hardly ever."""
     late: float = 0.0
     """Chance, per batch, that the scored clip comes from deep in a stream, with nothing given: a student drifts where
-    scores never look. The stream follows the clip's path to and fro, or on and on."""
+    scores never look."""
     depth: int = 32
     """Chunks, at most, before such a clip."""
     critic_updates: int = 4
@@ -70,28 +70,14 @@ def standing_still(clip: Clip, chance: float, generator: torch.Generator) -> Cli
     return replace(clip, cond=replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c)))
 
 
-def prolonged(cond: Condition, frames: int, onward: bool) -> Condition:
-    """The cameras of a clip for a stream of `frames` latents: along its path to and fro; or, as who turns goes on
-    turning, along the path again and again, each time from where it led (paths that end tilted go to and fro)."""
+def to_and_fro(cond: Condition, frames: int) -> Condition:
+    """The cameras of a clip for a stream of `frames` latents: to the end of the path, back again, and so on."""
     if cond.w2c is None or cond.K is None:
         return cond
     end = cond.w2c.shape[1] - 1
-    number = torch.arange(frames, device=cond.w2c.device)
-    way = number % max(2 * end, 1)
+    way = torch.arange(frames, device=cond.w2c.device) % max(2 * end, 1)
     at = torch.minimum(way, 2 * end - way)
-    w2c = cond.w2c[:, at]
-    if onward and end:
-        start = torch.linalg.inv(cond.w2c[:, :1])
-        led = cond.w2c[:, -1:] @ start
-        times = torch.stack([torch.linalg.matrix_power(led, n) for n in range((frames - 1) // end + 1)], dim=1)[:, :, 0]
-        again = cond.w2c[:, number % end] @ start @ times[:, number // end] @ cond.w2c[:, :1]
-        level = led[..., 1, 1, None, None] > LEVEL
-        w2c = torch.where(level, again, w2c)
-    return replace(cond, w2c=w2c, K=cond.K[:, at])
-
-
-LEVEL = 0.97
-"""Cosine of the tilt up to which a path may be repeated from its end: a stream that tilts on looks at the sky."""
+    return replace(cond, w2c=cond.w2c[:, at], K=cond.K[:, at])
 
 
 class Dmd(Recipe):
@@ -138,7 +124,7 @@ class Dmd(Recipe):
         b, frames, *shape = clip.latents.shape
         late = 1 + pick(self.cfg.depth, generator) if self.cfg.late and _by(self.cfg.late, generator) else 0
         before = late * self.geometry.chunk
-        cond = prolonged(clip.cond, before + frames, onward=late > 0 and _by(0.5, generator))
+        cond = to_and_fro(clip.cond, before + frames)
         draws = draws_of(FewStep(steps=self.cfg.steps), self.geometry)
         noise = draw((b, before + frames, *shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
