@@ -258,3 +258,18 @@ def test_the_page_on_the_world_shows_the_committed_results() -> None:
     assert collapsed(truth["drift"]).startswith("0 of "), "or the criterion is wrong"
     training = json.loads((ROOT / "results" / "world-64-training.json").read_text())
     assert draw_training(training) == (ROOT / "docs" / "world-training.svg").read_text()
+
+
+def test_what_the_pages_say_of_the_tracker_is_as_committed() -> None:
+    rows = json.loads((ROOT / "results" / "tracker.json").read_text())["rows"]
+    page = " ".join((ROOT / "docs" / "evaluation.md").read_text().split())
+    for name, kind in (
+        ("softened", "details"),
+        ("softened and stained", "details"),
+        ("softened and stained", "colours"),
+    ):
+        row = rows[name][kind]
+        assert f"{row['direction_deg']:.0f} degrees and {100 * row['turn_error']:.0f} %" in page
+    model = rows["model"]
+    said = f"reads {model['details']['direction_deg']:.0f}° instead of {model['colours']['direction_deg']:.0f}°"
+    assert said in " ".join((ROOT / "docs" / "world.md").read_text().split())
