@@ -270,6 +270,3 @@ def test_what_the_pages_say_of_the_tracker_is_as_committed() -> None:
     ):
         row = rows[name][kind]
         assert f"{row['direction_deg']:.0f} degrees and {100 * row['turn_error']:.0f} %" in page
-    model = rows["model"]
-    said = f"reads {model['details']['direction_deg']:.0f}° instead of {model['colours']['direction_deg']:.0f}°"
-    assert said in " ".join((ROOT / "docs" / "world.md").read_text().split())
