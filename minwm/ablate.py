@@ -104,13 +104,12 @@ def _prepare(out: Path, say: Say) -> None:
     """Training clips, and what arms start from, as far as `out` lacks them."""
     _start(out / "start")
     _teacher(out / "ar")
-    if (out / "latents" / "manifest.json").exists():
-        return
     render = presets.demo(out).render
     assert render is not None
-    say(f"{CLIPS} training clips -> {out}")
-    render_worlds(out / "raw", replace(render, seed=WORLDS), clips=CLIPS, workers=2)
-    encode_clips(out / "raw", out / "latents", load_codec(shipped("codec")), presets.tiny_model().text)
+    raw, latents, codec = out / "raw", out / "latents", load_codec(shipped("codec"))
+    part = Part(out, say)
+    part("render", lambda: render_worlds(raw, replace(render, seed=WORLDS), clips=CLIPS, workers=2))
+    part("encode", lambda: encode_clips(raw, latents, codec, presets.tiny_model().text))
 
 
 def _start(folder: Path) -> None:

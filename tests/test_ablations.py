@@ -104,4 +104,4 @@ def test_every_ablation_runs_and_resumes(name: str, tmp_path: Path, monkeypatch:
     assert ablate.draw(plan, results).count("<circle") >= 2 * len(results)
     again: list[str] = []
     *_, kept = ablate.run_ablation(plan, tmp_path, again.append)
-    assert kept == results and not again
+    assert kept == results and all(line.endswith("done before") for line in again)

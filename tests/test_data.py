@@ -389,6 +389,12 @@ def test_a_broken_shard_is_never_read_silently(shards: Path, harm: Callable[[Pat
     assert shard.name in problem
 
 
+def test_half_a_dataset_is_not_trained_on(shards: Path) -> None:
+    edit(shards / "manifest.json", complete=False)
+    with pytest.raises(DataError, match="unfinished"):
+        ShardDataset(shards, "train")
+
+
 def test_a_wrong_folder_is_named(tmp_path: Path, made: Path) -> None:
     for path in (tmp_path, made / "raw"):
         with pytest.raises(UserError, match="minwm data encode"):

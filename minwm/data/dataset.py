@@ -64,6 +64,8 @@ class ShardDataset:
         if self.manifest.get("kind") != "latent shards":
             kind = self.manifest.get("kind")
             raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
+        if self.manifest.get("complete") is False:
+            raise DataError(f"{path} is unfinished; run what makes it again, it goes on where it was")
         self.entries: list[tuple[Path, Entry]] = []
         for shard in list_shards(path):
             if shard.name.startswith(split):
