@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from minwm.core.config import ConfigError
-from minwm.nets.attention import Cached, Geometry, KVArena, Masked, chunk_causal, teacher_forcing
+from minwm.nets import attention
+from minwm.nets.attention import Cached, Geometry, KVArena, Masked, chunk_causal, softmax_attention, teacher_forcing
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
@@ -71,3 +72,15 @@ def test_groups_are_as_few_as_can_be() -> None:
     masked = Masked(teacher_forcing(geometry, 5), 10)
     assert masked.groups == [1, 2, 2, 1, 2, 2] and masked.pieces == [1, 2, 2, 1, 2, 2]
     assert masked.seen == [[0], [0, 1], [0, 1, 2], [3], [0, 4], [0, 1, 5]]
+
+
+def test_plain_products_of_bfloat16_are_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, weight = torch.randn(4, 2, 3, 10, 8, dtype=torch.bfloat16)
+    found: list[torch.Tensor] = []
+    for fast in (False, True):
+        monkeypatch.setattr(attention, "FAST_BFLOAT16", fast)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = softmax_attention(*leaves)
+        found.append(torch.stack([out, *torch.autograd.grad((out * weight).sum(), leaves)]).detach())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+    assert not torch.equal(*found), "two ways"

@@ -132,13 +132,17 @@ def teacher_forcing(geometry: Geometry, frames: int) -> Rule:
     return visible
 
 
+FAST_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
+"""Elsewhere bfloat16 products take many times as long as float32's."""
+
+
 def softmax_attention(q: Heads, k: Float[Tensor, "b a t e"], v: Float[Tensor, "b a t e"]) -> Heads:
     """softmax(q k^T / sqrt(e)) v.
 
-    In bfloat16 on a CPU by plain products, which processors with bfloat16 multiply fast: with gradients in half the
-    time of torch's fused kernel. Tensors without data, which stand for those of a GPU (plan.py), are left to that.
+    In bfloat16 on a CPU that multiplies it fast, by plain products: with gradients in half the time of torch's fused
+    kernel. Tensors without data, which stand for those of a GPU (plan.py), are left to that.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or type(q) is not Tensor:
+    if not FAST_BFLOAT16 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or type(q) is not Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
 
