@@ -389,13 +389,10 @@ def test_a_broken_shard_is_never_read_silently(shards: Path, harm: Callable[[Pat
     assert shard.name in problem
 
 
-def test_half_a_dataset_is_not_trained_on(shards: Path) -> None:
-    edit(shards / "manifest.json", complete=False)
-    with pytest.raises(DataError, match="unfinished"):
+def test_a_wrong_or_unfinished_folder_is_named(tmp_path: Path, made: Path, shards: Path) -> None:
+    edit(shards / "manifest.json", complete=False, command="minwm data encode it")
+    with pytest.raises(DataError, match="what makes it: minwm data encode it"):
         ShardDataset(shards, "train")
-
-
-def test_a_wrong_folder_is_named(tmp_path: Path, made: Path) -> None:
     for path in (tmp_path, made / "raw"):
         with pytest.raises(UserError, match="minwm data encode"):
             ShardDataset(path, "train")

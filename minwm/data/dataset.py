@@ -64,8 +64,8 @@ class ShardDataset:
         if self.manifest.get("kind") != "latent shards":
             kind = self.manifest.get("kind")
             raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
-        if self.manifest.get("complete") is False:
-            raise DataError(f"{path} is unfinished; run what makes it again, it goes on where it was")
+        if not self.manifest.get("complete"):
+            raise DataError(f"{path} is unfinished; to go on, run again what makes it: {self.manifest['command']}")
         self.entries: list[tuple[Path, Entry]] = []
         for shard in list_shards(path):
             if shard.name.startswith(split):
