@@ -24,13 +24,13 @@ test-all: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 lint: .venv/installed
-	$(BIN)/ruff check minwm tests
-	$(BIN)/ruff format --check minwm tests
+	$(BIN)/ruff check minwm tests benchmarks
+	$(BIN)/ruff format --check minwm tests benchmarks
 	$(BIN)/pyright
 
 format: .venv/installed
-	$(BIN)/ruff check --fix minwm tests
-	$(BIN)/ruff format minwm tests
+	$(BIN)/ruff check --fix minwm tests benchmarks
+	$(BIN)/ruff format minwm tests benchmarks
 
 # The stamp is older than its sources exactly when something has to be installed again.
 .venv/installed: pyproject.toml constraints.txt

@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minwm.core.camera import CameraTrack
-    from minwm.core.trajectory import Action
+    from minwm.cameras.track import CameraTrack
+    from minwm.cameras.trajectory import Action
     from minwm.core.types import Clip
-    from minwm.hub import from_pretrained, load, push_to_hub, save_pretrained
-    from minwm.session import Session, walk
+    from minwm.session.session import Session, walk
+    from minwm.store.hub import from_pretrained, load, push_to_hub, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,15 +24,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Action": ("minwm.core.trajectory", "Action"),
-    "CameraTrack": ("minwm.core.camera", "CameraTrack"),
+    "Action": ("minwm.cameras.trajectory", "Action"),
+    "CameraTrack": ("minwm.cameras.track", "CameraTrack"),
     "Clip": ("minwm.core.types", "Clip"),
-    "Session": ("minwm.session", "Session"),
-    "from_pretrained": ("minwm.hub", "from_pretrained"),
-    "load": ("minwm.hub", "load"),
-    "push_to_hub": ("minwm.hub", "push_to_hub"),
-    "save_pretrained": ("minwm.hub", "save_pretrained"),
-    "walk": ("minwm.session", "walk"),
+    "Session": ("minwm.session.session", "Session"),
+    "from_pretrained": ("minwm.store.hub", "from_pretrained"),
+    "load": ("minwm.store.hub", "load"),
+    "push_to_hub": ("minwm.store.hub", "push_to_hub"),
+    "save_pretrained": ("minwm.store.hub", "save_pretrained"),
+    "walk": ("minwm.session.session", "walk"),
 }
 
 

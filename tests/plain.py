@@ -15,9 +15,9 @@ from torch import Tensor
 
 from minwm.core.flow import interpolate
 from minwm.core.types import Condition
+from minwm.families.wan.transformer import Wan
 from minwm.nets.attention import Geometry
-from minwm.nets.wan import Wan
-from minwm.sampling import FewStep
+from minwm.stream.solvers import FewStep
 
 
 def angles(frames: list[int], height: int, width: int, head_width: int) -> Tensor:

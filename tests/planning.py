@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from minwm.checkpoint import ModelConfig
-from minwm.core.trajectory import Motion
+from minwm.bench.memory import Plan
+from minwm.cameras.trajectory import Motion
 from minwm.core.types import Clip, Condition
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import Codec, CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.wan import WanConfig
-from minwm.plan import Plan
 from minwm.recipes.codec import CodecRecipe, CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
-from minwm.sampling import FewStep
-from minwm.train import RECIPES, Init, Run
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import FewStep
+from minwm.train.build import RECIPES
+from minwm.train.config import Init, Run
 
 MODEL = ModelConfig(
     network=WanConfig(

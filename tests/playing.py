@@ -13,17 +13,17 @@ import torch
 from aiohttp import web
 from torch import nn
 
-from minwm.checkpoint import Model, ModelConfig
+from minwm.cameras.trajectory import Motion
 from minwm.core.runtime import Laps
-from minwm.core.trajectory import Motion
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.wan import WanConfig
 from minwm.play.game import Begin, Game, model_game
 from minwm.play.protocol import Input
 from minwm.play.server import House
 from minwm.play.transport import Site
-from minwm.sampling import FewStep
+from minwm.store.model import Model, ModelConfig
+from minwm.stream.solvers import FewStep
 
 MOTION = Motion(move=1.0, turn=40.0, fps=64.0)
 SMALL = ModelConfig(

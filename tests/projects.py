@@ -10,23 +10,24 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-import minwm
-from minwm import formats
-from minwm.checkpoint import ModelConfig, adopt
-from minwm.core.trajectory import Motion
+from minwm.cameras.trajectory import Motion
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
-from minwm.formats import open_published
+from minwm.families.wan import convert as formats
+from minwm.families.wan.convert import open_published
+from minwm.families.wan.text import Umt5Text
+from minwm.families.wan.transformer import WanConfig
+from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.umt5 import Umt5Text
-from minwm.nets.wan import WanConfig
-from minwm.nets.wan_vae import WanVaeConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
-from minwm.sampling import Bidirectional, FewStep
-from minwm.train import Init, OptimConfig, Run, train
+from minwm.store.folder import adopt, load_codec
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import Bidirectional, FewStep
+from minwm.train.build import train
+from minwm.train.config import Init, OptimConfig, Run
 
 hub = pytest.importorskip("huggingface_hub")
 
@@ -60,7 +61,7 @@ def trained(out: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "huggingface_hub", None)
         run("codec", MODEL, CodecTraining(fit_clips=2), "raw", Init())
-        encode_clips(out / "raw", out / "latents", minwm.checkpoint.load_codec(out / "codec"), MODEL.text)
+        encode_clips(out / "raw", out / "latents", load_codec(out / "codec"), MODEL.text)
         folders = {name: str(out / name) for name in ("codec", "camera")}
         whole = replace(MODEL, sampler=Bidirectional(steps=3))
         run("camera", whole, BidirectionalConfig(), "latents", Init(codec=folders["codec"]))

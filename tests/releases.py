@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minwm.core.types import Condition
-from minwm.formats import diffusers_names
-from minwm.nets.wan import Wan, WanConfig
+from minwm.families.wan.convert import diffusers_names
+from minwm.families.wan.transformer import Wan, WanConfig
 
 diffusers = pytest.importorskip("diffusers")
 

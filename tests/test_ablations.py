@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from minwm import ablate
-from minwm.ablations import ABLATIONS, Ablation, ablation
-from minwm.core.camera import intrinsics, pose_errors
+from minwm.cameras.track import intrinsics, pose_errors
+from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError
-from minwm.core.trajectory import Motion, parse
 from minwm.data.noise import PoseNoise
-from minwm.eval.figure import Dot, Panel, figure
+from minwm.eval.report.figure import Dot, Panel, figure
+from minwm.experiments import ablate
+from minwm.experiments.ablations import ABLATIONS, Ablation, ablation
 
 TRACK = parse("w+l*100").track(Motion(move=0.5, turn=16.0, fps=16.0), intrinsics(70.0, 64, 64))
 

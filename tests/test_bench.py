@@ -12,19 +12,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwm.checkpoint import ModelConfig
+from minwm.bench.latency import BenchResult, bench_model, random_model
+from minwm.bench.stream import SpeedResult, compare, measure_speed, plot
+from minwm.cameras.trajectory import Motion
 from minwm.cli import main
 from minwm.control.prope import Mode
 from minwm.core.config import UserError, dumps, loads, to_dict
-from minwm.core.trajectory import Motion
 from minwm.core.types import Condition
-from minwm.engine import EngineConfig
-from minwm.eval.bench import BenchResult, bench_model, random_model
-from minwm.eval.speed import SpeedResult, compare, measure_speed, plot
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.wan import WanConfig
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, Stream
+from minwm.store.model import ModelConfig
+from minwm.stream.accelerate import EngineConfig
+from minwm.stream.rollout import Stream
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
 
 CONFIG = ModelConfig(
     network=WanConfig(

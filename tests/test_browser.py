@@ -28,11 +28,11 @@ from browsing import (
 from playing import painted
 from torch import nn
 
-from minwm.checkpoint import save_model
 from minwm.cli.play import _world_config
 from minwm.core.media import write_image
+from minwm.experiments.presets.demo import smoke
 from minwm.play.game import enter
-from minwm.presets import smoke
+from minwm.store.folder import save_model
 
 pytestmark = needs_chromium
 WORLD, SIZE = 7, 64

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minwm.core.camera import (
+from minwm.cameras.track import (
     CameraError,
     CameraTrack,
     from_quaternion,

@@ -9,25 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minwm.checkpoint import (
-    CheckpointError,
-    Model,
-    ModelConfig,
-    States,
-    load_codec,
-    load_model,
-    load_weights,
-    save_codec,
-    save_model,
-)
+from minwm.cameras.trajectory import Motion
 from minwm.core.config import ConfigError
-from minwm.core.trajectory import Motion
 from minwm.core.types import Condition
-from minwm.formats import CAMERA
+from minwm.core.weights import CheckpointError
+from minwm.families.wan.convert import CAMERA
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import Codec, CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.wan import WanConfig
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.store.folder import load_codec, load_model, load_weights, save_codec, save_model
+from minwm.store.model import Model, ModelConfig
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.train.state import States
 
 CONFIG = ModelConfig(
     network=WanConfig(
@@ -111,7 +104,7 @@ def test_an_interrupted_save_is_no_model(model: Model, tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("minwm.checkpoint._write_text", stopped)
+        patch.setattr("minwm.store.folder._write_text", stopped)
         save_model(tmp_path, CONFIG, model.net, model.codec)
     with pytest.raises(CheckpointError, match="holds no model"):
         load_model(tmp_path)

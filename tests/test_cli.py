@@ -18,13 +18,13 @@ import torch
 
 import minwm.core.media
 import minwm.core.weights
-from minwm.checkpoint import save_codec, save_model
+from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
 from minwm.cli.base import parse as parse_command
 from minwm.core.config import dumps
 from minwm.core.media import read_video, write_image
-from minwm.core.trajectory import Motion, parse
-from minwm.presets import smoke
+from minwm.experiments.presets.demo import smoke
+from minwm.store.folder import save_codec, save_model
 
 ROOT = Path(minwm.__file__).parents[1]
 MODELS = ("foundation", "camera", "dmd")

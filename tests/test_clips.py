@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from minwm.core.camera import intrinsics
-from minwm.core.trajectory import Motion, parse
+from minwm.cameras.track import intrinsics
+from minwm.cameras.trajectory import Motion, parse
 from minwm.data.clips import actions, split_of
 
 MOTION = Motion(move=0.5, turn=24.0, fps=16.0)

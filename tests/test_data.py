@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from minwm.core.camera import intrinsics, views
+from minwm.cameras.track import intrinsics, views
+from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import pixels
-from minwm.core.trajectory import Motion, parse
 from minwm.core.types import Clip
 from minwm.data import clips as clips_module
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet

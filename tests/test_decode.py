@@ -17,21 +17,23 @@ from safetensors.torch import save_file
 from test_wan_vae import TINY, randomise
 from torch import Tensor, nn
 
-from minwm.checkpoint import Model, tiny_decoder
+from minwm.cameras.trajectory import Action
 from minwm.cli import main
 from minwm.cli.base import EngineFlags
 from minwm.cli.models import _preset
 from minwm.cli.play import _model_game, _warm_up
 from minwm.core.config import ConfigError, UserError
-from minwm.core.trajectory import Action
-from minwm.engine import EngineConfig, SideStream, attention, decoder, ready
+from minwm.experiments.presets.demo import model_to_play
+from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.codec import CodecConfig, TinyDecoder, VideoCodec, channels_last
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
-from minwm.nets.wan_vae import WanVaeConfig
 from minwm.play.game import Begin, model_game
-from minwm.presets import model_to_play
-from minwm.sampling import Stream
-from minwm.session import ModelEngine, Session
+from minwm.session.engines import ModelEngine
+from minwm.session.session import Session
+from minwm.store.folder import tiny_decoder
+from minwm.store.model import Model
+from minwm.stream.accelerate import EngineConfig, SideStream, attention, decoder, ready
+from minwm.stream.rollout import Stream
 
 CODECS = {**TINY, "taehv": TaehvConfig(channels=4, width=8), "small": CodecConfig(channels=4, width=8, fine=8)}
 KEYS = [Action.of([key]) for key in "wjdsl"]
@@ -365,7 +367,8 @@ def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.Capture
 def test_engines_with_graphs_serve_every_walk_and_a_refused_one_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("minwm.session.open_stream", lambda _, *args: Stream(*args))  # as if they could be recorded
+    # as if they could be recorded
+    monkeypatch.setattr("minwm.session.engines.open_stream", lambda _, *args: Stream(*args))
     model, begin = tiny_model(), Begin(prompt="a room", image=start_image())
     fresh = model_game(model, "tiny", begin)
     assert fresh.engines(begin)[0] is not fresh.engines(begin)[0]

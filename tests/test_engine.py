@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minwm.core.config import ConfigError
 from minwm.core.memory import Meter
 from minwm.core.types import Condition
-from minwm.engine import EngineConfig, GraphedStream, Race, attention, open_stream, race, warm_up
+from minwm.families.wan.transformer import Wan
 from minwm.nets.attention import Cached, Geometry
-from minwm.nets.wan import Wan
-from minwm.sampling import Autoregressive, FewStep, Stream
+from minwm.stream.accelerate import EngineConfig, GraphedStream, Race, attention, open_stream, race, warm_up
+from minwm.stream.rollout import Stream
+from minwm.stream.solvers import Autoregressive, FewStep
 
 RING = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1)
 GUIDED = Autoregressive(steps=2, guidance=3.0, solver="euler")

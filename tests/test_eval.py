@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from minwm.core.camera import CameraTrack, intrinsics, se3_exp, se3_inverse, se3_log
-from minwm.core.trajectory import Motion, parse
-from minwm.eval import charts, report
-from minwm.eval.align import AlignConfig, blurred
-from minwm.eval.follow import Case, FollowError, FollowResult, Suite, confusion, evaluate, prepare
-from minwm.eval.quality import QualityError, chunk_spans, psnr, quality, ssim
+from minwm.cameras.track import CameraTrack, intrinsics, se3_exp, se3_inverse, se3_log
+from minwm.cameras.trajectory import Motion, parse
+from minwm.eval.camera.align import AlignConfig, blurred
+from minwm.eval.camera.follow import Case, FollowError, FollowResult, Suite, confusion, evaluate, prepare
+from minwm.eval.image import QualityError, chunk_spans, psnr, quality, ssim
+from minwm.eval.report import charts
+from minwm.eval.report import pipeline as report
 from minwm.render.worlds import World
 
 MOTION = Motion(move=0.5, turn=24.0, fps=16.0)

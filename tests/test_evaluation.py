@@ -7,27 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minwm import presets
-from minwm.checkpoint import load_codec
+from minwm.bench.latency import random_model
+from minwm.cameras.track import intrinsics, se3_exp, se3_inverse, se3_log
+from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
-from minwm.core.camera import intrinsics, se3_exp, se3_inverse, se3_log
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import pixels, read_image
-from minwm.core.trajectory import Motion, parse
-from minwm.eval.bench import random_model
+from minwm.eval.camera.motion import Following, Motions, motions
+from minwm.eval.cases import ANCHORS, Clips, through
+from minwm.eval.diversity import diversity
 from minwm.eval.drift import LongRun, collapse
-from minwm.eval.evaluation import EvalConfig, check_alike
-from minwm.eval.intervals import Bootstrap
-from minwm.eval.memory import diversity, revisit, revisits, routes
-from minwm.eval.motion import Following, Motions, motions
-from minwm.eval.quality import chunk_spans, colour_distance, quality
-from minwm.eval.suite import ANCHORS, Clips, through
-from minwm.sampling import FewStep
+from minwm.eval.image import chunk_spans, colour_distance, quality
+from minwm.eval.revisit import revisit, revisits, routes
+from minwm.eval.run import EvalConfig, check_alike
+from minwm.eval.stats import Bootstrap
+from minwm.experiments import presets
+from minwm.store.folder import load_codec
+from minwm.stream.solvers import FewStep
 
 MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
 K = intrinsics(70.0, 64, 64)
 COMMANDS = ("w*8", "l*8", "w*4,l*4", "w+j*8")
-CONFIG = replace(presets.tiny_model(), sampler=FewStep(steps=2))
+CONFIG = replace(presets.demo.tiny_model(), sampler=FewStep(steps=2))
 
 
 def moved(change: float, lost: tuple[int, int] | None = None) -> Motions:
@@ -117,7 +118,7 @@ def test_collapse_is_a_second_that_is_followed_by_another() -> None:
 
 
 def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.random.Generator) -> None:
-    codec = load_codec(Path(str(presets.starting_checkpoint("codec"))))
+    codec = load_codec(Path(str(presets.demo.starting_checkpoint("codec"))))
     run = LongRun.make(CONFIG, codec, worlds=1, seconds=3)
 
     def tiled(x: np.ndarray) -> np.ndarray:
@@ -145,7 +146,7 @@ def test_a_long_stream_collapses_exactly_when_it_is_no_world_any_more(rng: np.ra
 
 
 def test_the_codec_streams_in_pieces_as_in_one() -> None:
-    codec = load_codec(Path(str(presets.starting_checkpoint("codec"))))
+    codec = load_codec(Path(str(presets.demo.starting_checkpoint("codec"))))
     frames = np.random.default_rng(0).integers(0, 256, (1, 33, 64, 64, 3), dtype=np.uint8)
     whole, pieces = through(codec, frames), through(codec, frames, latents=3)
     assert np.abs(whole.astype(int) - pieces).max() <= 1
@@ -185,7 +186,7 @@ def test_models_that_see_other_things_are_not_compared() -> None:
 
 @pytest.mark.slow
 def test_one_command_measures_and_writes_a_page(tmp_path: Path) -> None:
-    from minwm.checkpoint import save_model
+    from minwm.store.folder import save_model
 
     for name in ("one", "two"):
         model = random_model(CONFIG)

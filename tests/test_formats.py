@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minwm.core.weights import CheckpointError, read_weights, write_shards
-from minwm.formats import PROPE, diffusers_names, export, open_published
-from minwm.nets.wan import WanConfig
+from minwm.families.wan.convert import PROPE, diffusers_names, export, open_published
+from minwm.families.wan.transformer import WanConfig
 
 state = pytest.fixture(plain_state, scope="module")
 seeing = pytest.fixture(seeing_state, scope="module")

@@ -26,14 +26,15 @@ from releases import (
 )
 from safetensors.torch import load_file, save_file
 
-from minwm.checkpoint import ModelConfig, save_model
+from minwm.cameras.trajectory import Motion
 from minwm.cli import main
-from minwm.core.trajectory import Motion
 from minwm.core.weights import CheckpointError
-from minwm.formats import SIZES, diffusers_names, export, identify, open_published, size_name
+from minwm.families.wan.convert import SIZES, diffusers_names, export, identify, open_published, size_name
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import CodecConfig
-from minwm.nets.wan import WanConfig
-from minwm.sampling import FewStep
+from minwm.store.folder import save_model
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import FewStep
 
 state = pytest.fixture(plain_state, scope="module")
 seeing = pytest.fixture(seeing_state, scope="module")
@@ -89,7 +90,7 @@ def test_an_interrupted_export_leaves_nothing(state: State, tmp_path: Path, monk
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minwm.formats.write_json", stopped)
+    monkeypatch.setattr("minwm.families.wan.convert.write_json", stopped)
     with pytest.raises(KeyboardInterrupt):
         export(state, PLAIN, tmp_path / "x", "original")
     assert not list(tmp_path.iterdir())

@@ -14,15 +14,17 @@ from contracts.backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, small
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import minwm
-from minwm.checkpoint import Model, load_model
+from minwm.bench.stream import trial
 from minwm.core.config import ConfigError
-from minwm.engine import EngineConfig, Fp8, GraphedStream, Trial, judge, ready
-from minwm.eval.speed import trial
 from minwm.nets import fp8
 from minwm.nets.attention import Cached, Geometry, KVArena, Peek
 from minwm.nets.backbone import Backbone
 from minwm.nets.fp8 import Fp8Arena, Linear, scaled
-from minwm.sampling import FewStep, Stream
+from minwm.store.folder import load_model
+from minwm.store.model import Model
+from minwm.stream.accelerate import EngineConfig, Fp8, GraphedStream, Trial, judge, ready
+from minwm.stream.rollout import Stream
+from minwm.stream.solvers import FewStep
 
 RING = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1)
 SHIPPED = Path(minwm.__file__).parent / "assets" / "world" / "dmd"

@@ -12,12 +12,15 @@ import torch
 from projects import MODEL, NETWORK, adopting, copied, hub, metadata, trained_once
 
 import minwm
-from minwm.checkpoint import CheckpointError, load_config
 from minwm.cli import main
 from minwm.core.config import dumps
+from minwm.core.hub import HubError
 from minwm.core.runtime import MissingExtraError
-from minwm.hub import CARD, FILES, HubError, load, push, resolve
-from minwm.nets.umt5 import Umt5Text
+from minwm.core.weights import CheckpointError
+from minwm.families.wan.text import Umt5Text
+from minwm.store.card import CARD
+from minwm.store.folder import load_config
+from minwm.store.hub import FILES, load, push, resolve
 
 known = pytest.importorskip("huggingface_hub.errors")
 

@@ -14,13 +14,15 @@ import torch
 from projects import MODEL, NETWORK, adopting, copied, metadata, row, trained_once
 from torch import nn
 
-from minwm import formats
-from minwm.checkpoint import load_model, save_model
 from minwm.cli import main
 from minwm.cli.base import parse
+from minwm.core.hub import HubError
 from minwm.core.media import write_image
-from minwm.hub import BASES, CARD, FILES, HubError, card, write_card
-from minwm.nets.wan import WanConfig
+from minwm.families.wan import convert as formats
+from minwm.families.wan.transformer import WanConfig
+from minwm.store.card import BASES, CARD, card, write_card
+from minwm.store.folder import load_model, save_model
+from minwm.store.hub import FILES
 
 project = pytest.fixture(trained_once, scope="module")
 copy = pytest.fixture(copied)

@@ -9,12 +9,13 @@ from planning import MODEL, RECIPE, allocated, item, micro_batch, real_recipe, s
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from minwm.checkpoint import ModelConfig
+from minwm.bench.memory import plan_inference, plan_training
 from minwm.core.memory import Meter
 from minwm.core.types import Condition
-from minwm.plan import plan_inference, plan_training
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Stream, draws_of
-from minwm.train import Ema
+from minwm.store.model import ModelConfig
+from minwm.stream.rollout import Stream, draws_of
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep
+from minwm.train.loop import Ema
 
 
 def bytes_of(net: nn.Module) -> int:

@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 from planning import MODEL, allocated, item, micro_batch, real_recipe, stage
 
-from minwm import presets
-from minwm.checkpoint import ModelConfig
-from minwm.cli import main
-from minwm.nets.wan_vae import WanVaeConfig
-from minwm.plan import (
+from minwm.bench.memory import (
     CONTEXT,
     FRAGMENTATION,
     GIB,
@@ -26,8 +22,12 @@ from minwm.plan import (
     reserve,
     size,
 )
-from minwm.sampling import Autoregressive, Bidirectional
-from minwm.train import Run
+from minwm.cli import main
+from minwm.experiments import presets
+from minwm.families.wan.vae import WanVaeConfig
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import Autoregressive, Bidirectional
+from minwm.train.config import Run
 
 WIDE = replace(MODEL.network, channels=16)
 
@@ -146,7 +146,7 @@ def run_plan(*words: object) -> int:
 def test_a_pipeline_has_a_line_for_each_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = presets.smoke(tmp_path), tmp_path / "plan.json"
+    whole, out = presets.demo.smoke(tmp_path), tmp_path / "plan.json"
     short = replace(whole, stages=(whole.stage("camera"), whole.stage("ode")))
     monkeypatch.setitem(presets.PIPELINES, "short", lambda _: short)
     assert run_plan("--preset", "short", "--gpu-memory", 8, "--json", out) == 0

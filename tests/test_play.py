@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from playing import MOTION, SMALL, Clock, learned, painted, said, start_image, tiny_model
 
-from minwm.checkpoint import Model
+from minwm.cameras.trajectory import Action
 from minwm.core.config import UserError
 from minwm.core.media import read_video
-from minwm.core.trajectory import Action
 from minwm.data.clips import ClipFolder, check
 from minwm.data.rerender import check_renders
 from minwm.play.game import Begin, Game, model_game, world_game
@@ -37,7 +36,9 @@ from minwm.play.protocol import (
     unpack,
 )
 from minwm.play.video import WAITING_CHUNKS, Outlet, Packet
-from minwm.session import ModelEngine, Session
+from minwm.session.engines import ModelEngine
+from minwm.session.session import Session
+from minwm.store.model import Model
 
 
 @pytest.fixture

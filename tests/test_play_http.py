@@ -17,18 +17,18 @@ import torch
 from playing import SMALL, painted, served, tiny_model
 from talking import frame_with, quiet_threads, until
 
-from minwm.checkpoint import save_model
+from minwm.cameras.trajectory import Action
 from minwm.cli import main
 from minwm.cli.play import WORLD
 from minwm.core.config import UserError
 from minwm.core.media import png_bytes, read_video, write_image
-from minwm.core.trajectory import Action
 from minwm.play.client import Client, Shot
 from minwm.play.game import Game, enter, world_game
 from minwm.play.protocol import State
 from minwm.play.rtc import offered
 from minwm.play.server import House
 from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
+from minwm.store.folder import save_model
 
 quiet = pytest.fixture(quiet_threads, autouse=True)
 
@@ -197,7 +197,7 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
 def test_the_command_refuses_what_it_cannot_play(
     words: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("minwm.experiments.presets.demo.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
     save_model(tmp_path / "dmd", model.config, model.net, model.codec)
@@ -249,7 +249,7 @@ def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
         played.append(game)
 
     monkeypatch.setattr("minwm.play.transport.serve", serve)
-    monkeypatch.setattr("minwm.presets.ASSETS", tmp_path / "assets")
+    monkeypatch.setattr("minwm.experiments.presets.demo.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     model, threads = tiny_model(), torch.get_num_threads()
     for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "world" / "dmd"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from playing import MOTION, said
 
-from minwm.core.trajectory import Action
+from minwm.cameras.trajectory import Action
 from minwm.play.intent import LOOK, Intent
 from minwm.play.protocol import (
     H264_KEY,

@@ -13,14 +13,14 @@ import torch
 from playing import Clock, learned, painted, tiny_model
 from talking import Dial, frame_with, in_memory, over_sockets, quiet_threads, talk, until, wires
 
-from minwm.core.trajectory import Action
+from minwm.cameras.trajectory import Action
 from minwm.nets.attention import KVArena
 from minwm.play.client import Client, Shot
 from minwm.play.player import Player
 from minwm.play.protocol import Command, Error, Hello, ProtocolError, Rewind, Shown, State, parse_reply, text_of
 from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House
 from minwm.play.video import Outlet
-from minwm.session import Session
+from minwm.session.session import Session
 
 quiet = pytest.fixture(quiet_threads, autouse=True)
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from minwm.cameras.track import look_at, se3_inverse
 from minwm.control.plucker import Rays
-from minwm.core.camera import look_at, se3_inverse
 
 
 def test_rays_of_a_camera_at_the_origin_have_no_moment() -> None:

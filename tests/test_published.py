@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minwm.checkpoint import load_model
+from minwm.cameras.trajectory import Action
 from minwm.cli import main
 from minwm.core.media import read_video, write_image
-from minwm.core.trajectory import Action
-from minwm.formats import diffusers_names as transformer_names
-from minwm.nets.wan import WanConfig
-from minwm.nets.wan_vae import WanVaeConfig, diffusers_names
-from minwm.presets import RELEASE_FOCAL, WAN_FOCAL
-from minwm.session import walk
+from minwm.experiments.presets.wan import RELEASE_FOCAL, WAN_FOCAL
+from minwm.families.wan.convert import diffusers_names as transformer_names
+from minwm.families.wan.transformer import WanConfig
+from minwm.families.wan.vae import WanVaeConfig, diffusers_names
+from minwm.session.session import walk
+from minwm.store.folder import load_model
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from world_record import draw as draw_training
 
-from minwm.ablate import ArmResult, draw
-from minwm.ablations import ablation
 from minwm.core.config import from_dict
+from minwm.experiments.ablate import ArmResult, draw
+from minwm.experiments.ablations import ablation
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"camera": "bidirectional, 50 steps", "ar": "autoregressive, 50 steps", "dmd": "autoregressive, 4 steps"}

@@ -9,27 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minwm.core.camera import se3_exp
+from minwm.cameras.track import se3_exp
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, interpolate, schedule
 from minwm.core.types import Condition
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Past, teacher_forced
-from minwm.nets.wan import WanConfig
-from minwm.sampling import (
-    Autoregressive,
-    Bidirectional,
-    FewStep,
-    Multistep,
-    Velocity,
-    draw,
-    draws_of,
-    generate,
-    self_rollout,
-    solve_euler,
-    stream,
-    unipc,
-)
+from minwm.stream.rollout import draw, draws_of, generate, self_rollout, stream
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Multistep, Velocity, solve_euler, unipc
 
 GEOMETRY = Geometry(tokens=4, chunk=2, first=1, window=8, sink=1)
 FRAMES = 5

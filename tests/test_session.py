@@ -11,20 +11,24 @@ import torch
 from torch import nn
 
 import minwm
-from minwm.checkpoint import Model, ModelConfig, save_model
-from minwm.core.camera import CameraTrack, views
+from minwm.cameras.track import CameraTrack, views
+from minwm.cameras.trajectory import Action, Motion, parse
 from minwm.core.config import UserError
 from minwm.core.media import frames as to_frames
 from minwm.core.media import pixels, write_image
 from minwm.core.runtime import generator
-from minwm.core.trajectory import Action, Motion, parse
 from minwm.core.types import Condition
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.wan import WanConfig
 from minwm.render.worlds import World
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, draws_of, generate
-from minwm.session import Engine, ModelEngine, RendererEngine, Session, generate_clips
+from minwm.session.engines import Engine, ModelEngine, RendererEngine
+from minwm.session.generate import generate_clips
+from minwm.session.session import Session
+from minwm.store.folder import save_model
+from minwm.store.model import Model, ModelConfig
+from minwm.stream.rollout import draws_of, generate
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
 
 CONFIG = ModelConfig(
     network=WanConfig(

@@ -16,17 +16,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwm import presets
+from minwm.bench.memory import random_batch
+from minwm.bench.training import StepTime, counted, headline, measure_steps, pass_flops, random_network
 from minwm.cli import main
 from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
 from minwm.core.types import Clip
 from minwm.data.dataset import loader
+from minwm.experiments import presets
 from minwm.nets.attention import Cached, Full, Masked, Peek, teacher_forcing
-from minwm.plan import random_batch
 from minwm.recipes.base import Recipe
 from minwm.recipes.dmd import DmdConfig
-from minwm.steptime import StepTime, counted, headline, measure_steps, pass_flops, random_network
-from minwm.train import Run, Trainer, build_recipe, loop
+from minwm.train.build import build_recipe
+from minwm.train.config import Run
+from minwm.train.loop import Trainer, loop
 
 NAMES = ("camera", "ar", "ode", "consistency", "dmd")
 
@@ -125,7 +127,7 @@ def test_the_benchmark_makes_the_steps_of_the_loop(tmp_path: Path, monkeypatch: 
         trainers.append(self)
 
     monkeypatch.setattr(Trainer, "__init__", remember)
-    monkeypatch.setattr("minwm.steptime.random_batch", lambda _: batch)
+    monkeypatch.setattr("minwm.bench.training.random_batch", lambda _: batch)
     measure_steps(run, steps=3, warmup=1)
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run))
@@ -192,7 +194,7 @@ def test_checkpointing_is_written_as_before() -> None:
         changed = replace(run, checkpointing=how)
         assert to_dict(changed)["checkpointing"] is how or how == "attention"
         assert from_dict(Run, json.loads(dumps(changed))) == changed
-    codec = presets.demo(Path()).codec
+    codec = presets.demo.demo(Path()).codec
     assert codec
     for field in ("checkpointing", "compile"):
         with pytest.raises(ConfigError, match="a codec has none"):

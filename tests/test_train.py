@@ -12,25 +12,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minwm import checkpoint
-from minwm.checkpoint import ModelConfig, States, load_codec, load_model, save_codec, save_model
+from minwm.cameras.trajectory import Motion
 from minwm.core.config import ConfigError
-from minwm.core.trajectory import Motion
+from minwm.core.metrics import read_metrics
 from minwm.data.dataset import Loader, ShardDataset, loader
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.data.trajectories import collect_trajectories
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.nets.wan import WanConfig
 from minwm.recipes.base import Loss
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig, collect
-from minwm.sampling import FewStep
-from minwm.train import DivergedError, Init, OptimConfig, Run, loop, read_metrics, train
+from minwm.store import folder as checkpoint
+from minwm.store.folder import load_codec, load_model, save_codec, save_model
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import FewStep
+from minwm.train.build import train
+from minwm.train.config import Init, OptimConfig, Run
+from minwm.train.loop import DivergedError, loop
+from minwm.train.state import States
 
 MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
 MODEL = ModelConfig(

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minwm.core.camera import CameraTrack, intrinsics, se3_inverse
-from minwm.core.config import ConfigError
-from minwm.core.trajectory import (
+from minwm.cameras.track import CameraTrack, intrinsics, se3_inverse
+from minwm.cameras.trajectory import (
     KEYS,
     Action,
     Motion,
@@ -19,6 +18,7 @@ from minwm.core.trajectory import (
     random_trajectory,
     smooth_track,
 )
+from minwm.core.config import ConfigError
 
 K = intrinsics(60.0, 64, 64)
 DEMO = Motion(move=0.5, turn=24.0, fps=16.0)

@@ -17,9 +17,9 @@ from minwm.cli import main
 from minwm.core.config import ConfigError, UserError, dumps, loads
 from minwm.core.runtime import MissingExtraError
 from minwm.core.weights import read_weights
+from minwm.experiments.presets.demo import tiny_model
+from minwm.families.wan.text import LAYOUTS, Umt5Text, build_encoder, clean, read_states, rename
 from minwm.nets.text import TextEncoder
-from minwm.nets.umt5 import LAYOUTS, Umt5Text, build_encoder, clean, read_states, rename
-from minwm.presets import tiny_model
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -195,7 +195,7 @@ def test_the_encoder_is_loaded_once_and_let_go(source: str, monkeypatch: pytest.
         built.append(weakref.ref(encoder))
         return encoder
 
-    monkeypatch.setattr("minwm.nets.umt5.build_encoder", watched)
+    monkeypatch.setattr("minwm.families.wan.text.build_encoder", watched)
     gc.disable()
     try:
         text.encode(CAPTIONS)

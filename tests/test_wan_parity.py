@@ -6,8 +6,8 @@ from releases import reference
 from torch import nn
 
 from minwm.core.types import Condition
-from minwm.formats import diffusers_names
-from minwm.nets.wan import Wan, WanConfig
+from minwm.families.wan.convert import diffusers_names
+from minwm.families.wan.transformer import Wan, WanConfig
 
 SMALL = WanConfig(dim=64, heads=2, layers=2, ffn=96, channels=4, text_dim=16, text_length=8, freq_dim=32)
 RELEASE = {theirs: ours for ours, theirs in diffusers_names(30).items()}

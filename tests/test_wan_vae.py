@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError, UserError, dumps, loads
+from minwm.families.wan.vae import WAN22, WanVae, WanVaeConfig, diffusers_names
 from minwm.nets.codec import State
-from minwm.nets.wan_vae import WAN22, WanVae, WanVaeConfig, diffusers_names
 
 FRAMES, LATENTS = 17, 5
 WAN21 = WanVaeConfig()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minwm.core.camera import CameraTrack
+from minwm.cameras.track import CameraTrack
 from minwm.render.solids import Grid, hit
 from minwm.render.worlds import CLEARANCE, World
 

@@ -23,10 +23,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from minwm.core.config import UserError, from_dict
 
 if TYPE_CHECKING:
-    from minwm.checkpoint import ModelConfig
-    from minwm.core.camera import CameraTrack
-    from minwm.core.trajectory import Trajectory
-    from minwm.engine import EngineConfig
+    from minwm.cameras.track import CameraTrack
+    from minwm.cameras.trajectory import Trajectory
+    from minwm.store.model import ModelConfig
+    from minwm.stream.accelerate import EngineConfig
 
 DESCRIPTION = """Camera-controlled, streaming video world models: data, training, generation, measurement.
 
@@ -66,7 +66,7 @@ class EngineFlags:
     fp8_limit: Annotated[float, arg(metavar="ERROR", help="of the trial's latents, beyond which FP8 is refused")] = 0.1
 
     def config(self) -> "EngineConfig":
-        from minwm.engine import EngineConfig
+        from minwm.stream.accelerate import EngineConfig
 
         return from_dict(EngineConfig, asdict(self))
 
@@ -149,8 +149,8 @@ def changes(fields: tuple[str, ...]) -> dict[str, str]:
 
 def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory | None]":
     """A pixel-rate track that starts at the identity, from keys or a pose file; and the keys, if any."""
-    from minwm.core.camera import CameraTrack
-    from minwm.core.trajectory import parse
+    from minwm.cameras.track import CameraTrack
+    from minwm.cameras.trajectory import parse
 
     if not text.endswith(".json"):
         route = parse(text, stride=cfg.motion.stride)

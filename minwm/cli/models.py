@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import UInt8
 
-    from minwm.checkpoint import Model, ModelConfig
+    from minwm.store.model import Model, ModelConfig
 
 
 @command(app, "pipeline")
@@ -46,9 +46,9 @@ def pipeline(
     json: Json = None,
 ) -> None:
     """Run all stages, each from the one before; then measure, and write the report."""
-    from minwm import presets
-    from minwm.pipeline import load_rows, run_pipeline
-    from minwm.summary import report
+    from minwm.experiments import presets
+    from minwm.experiments.pipeline import load_rows, run_pipeline
+    from minwm.experiments.summary import report
 
     out = out or Path("runs") / name
     plan = presets.pipeline(name, out)
@@ -75,8 +75,8 @@ def train(
     fields: Fields = (),
 ) -> None:
     """Train one stage, such as demo/camera; an interrupted run is continued."""
-    from minwm import presets
-    from minwm.train import train as run_training
+    from minwm.experiments import presets
+    from minwm.train.build import train as run_training
 
     root = root or Path("runs") / stage.partition("/")[0]
     run = override(presets.stage(stage, root), changes(fields))
@@ -105,7 +105,8 @@ def generate(
     import numpy as np
 
     from minwm.core.media import overlay_keys, write_video
-    from minwm.session import RendererEngine, generate_clips
+    from minwm.session.engines import RendererEngine
+    from minwm.session.generate import generate_clips
 
     refuse_existing(out, ".mp4")
     loaded = _load(model)
@@ -156,10 +157,10 @@ def evaluate(
     """
     from minwm.core.media import write_image
     from minwm.core.runtime import git_commit, versions
-    from minwm.eval.evaluation import QUICK, EvalConfig, best_and_worst, targets
-    from minwm.eval.evaluation import evaluate as evaluate_models
-    from minwm.eval.page import write_page
-    from minwm.eval.suite import HELD_OUT
+    from minwm.eval.cases import HELD_OUT
+    from minwm.eval.report.page import write_page
+    from minwm.eval.run import QUICK, EvalConfig, best_and_worst, targets
+    from minwm.eval.run import evaluate as evaluate_models
 
     cfg = override(QUICK if quick else EvalConfig(), changes(fields))
     names = _names(model)
@@ -202,9 +203,9 @@ def ablate(
     svg: Annotated[Path | None, arg(metavar="FILE.svg", help="the drawing")] = None,
 ) -> None:
     """Run one of the paper's ablations, small enough for a CPU, and draw it; an interrupted one is continued."""
-    from minwm.ablate import draw, run_ablation
-    from minwm.ablations import ablation
     from minwm.core.media import atomic
+    from minwm.experiments.ablate import draw, run_ablation
+    from minwm.experiments.ablations import ablation
 
     plan = ablation(name, out)
     about = {"question": plan.question, "varies": plan.varies, "small": plan.small, "planned": len(plan.arms)}
@@ -232,12 +233,12 @@ def bench(
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
     """Measure latency and frames per second, and how near they are to what the machine can do."""
-    from minwm.checkpoint import tiny_decoder
+    from minwm.bench import stream as speed
+    from minwm.bench.latency import bench_model, random_model
     from minwm.core.media import atomic
     from minwm.core.weights import read_json
-    from minwm.eval import speed
-    from minwm.eval.bench import bench_model, random_model
-    from minwm.sampling import Bidirectional
+    from minwm.store.folder import tiny_decoder
+    from minwm.stream.solvers import Bidirectional
 
     if compare:
         return say("\n".join(speed.compare(*(read_json(path) for path in compare))))
@@ -285,8 +286,8 @@ def bench_train(
 
     Any field of the run can be set: --batch 2 --checkpointing attention --compile true --precision bfloat16.
     """
-    from minwm import presets
-    from minwm.steptime import headline, measure_steps
+    from minwm.bench.training import headline, measure_steps
+    from minwm.experiments import presets
 
     pipeline, slash, _ = preset.partition("/")
     runs = [presets.stage(preset, Path())] if slash else presets.pipeline(pipeline, Path()).stages
@@ -299,7 +300,7 @@ def bench_train(
 
 def _preset(name: str) -> "ModelConfig":
     """The model of a stage, or of the last stage of a pipeline; or one that is only measured."""
-    from minwm import presets
+    from minwm.experiments import presets
 
     if name in presets.MODELS:
         return presets.MODELS[name]()
@@ -309,14 +310,14 @@ def _preset(name: str) -> "ModelConfig":
 
 
 def _load(model: Path) -> "Model":
-    from minwm.hub import load
+    from minwm.store.hub import load
 
     return load(model).ready()
 
 
 def inspect_model(folder: Path, json: Path | None) -> None:
     """Say what is in a model folder: sizes, sampler, geometry, speeds of its keys."""
-    from minwm.checkpoint import load_model
+    from minwm.store.folder import load_model
 
     model = load_model(folder)
     cfg, geometry = model.config, model.config.geometry

@@ -12,8 +12,8 @@ from minwm.cli.base import Json, app, command, write_numbers
 from minwm.core.config import UserError, to_dict
 
 if TYPE_CHECKING:
-    from minwm.plan import Plan
-    from minwm.train import Run
+    from minwm.bench.memory import Plan
+    from minwm.train.config import Run
 
 Preset = Annotated[str, arg(metavar="PIPELINE[/STAGE]", help="demo: a line for each stage; demo/dmd: all about one")]
 
@@ -25,8 +25,8 @@ def plan(
     json: Json = None,
 ) -> None:
     """Say by arithmetic what training and playing need of a GPU, whether it fits, and what would help."""
-    from minwm import presets
-    from minwm.plan import GIB, reserve, size
+    from minwm.bench.memory import GIB, reserve, size
+    from minwm.experiments import presets
 
     if not 0 < gpu_memory < math.inf:
         raise UserError(f"--gpu-memory {gpu_memory:g}: give the GiB of a GPU, such as 24")
@@ -55,15 +55,15 @@ def _kinds(run: "Run") -> tuple[str, ...]:
 
 def _question(kind: str, run: "Run") -> tuple[Any, tuple[Any, ...], Any]:
     """How to plan a stage, on what, and what could be changed."""
-    from minwm.plan import PLAYING, TRAINING, plan_inference, plan_training
+    from minwm.bench.memory import PLAYING, TRAINING, plan_inference, plan_training
 
     return (plan_training, (run,), TRAINING) if kind == "training" else (plan_inference, (run.model,), PLAYING)
 
 
 def _overview(console: Console, preset: str, runs: list["Run"], budget: int) -> dict[str, dict[str, Any]]:
     """A line for each stage."""
+    from minwm.bench.memory import size
     from minwm.core.runtime import progress
-    from minwm.plan import size
 
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     for title in ("stage", "recipe", "training", "", "playing", ""):
@@ -85,8 +85,8 @@ def _overview(console: Console, preset: str, runs: list["Run"], budget: int) -> 
 
 def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) -> dict[str, Any]:
     """A plan line by line; and what would help, if it does not fit."""
+    from minwm.bench.memory import advise, size
     from minwm.core.runtime import progress
-    from minwm.plan import advise, size
 
     make, subject, options = _question(kind, run)
     made = make(*subject)
@@ -107,7 +107,7 @@ def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) 
 
 
 def _lines(made: "Plan") -> Table:
-    from minwm.plan import size
+    from minwm.bench.memory import size
 
     table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
@@ -121,7 +121,7 @@ def _lines(made: "Plan") -> Table:
 
 
 def _verdict(made: "Plan", budget: int) -> str:
-    from minwm.plan import size
+    from minwm.bench.memory import size
 
     spare = made.spare(budget)
     return f"[green]fits, {size(spare)} to spare[/]" if spare >= 0 else f"[red]{size(-spare)} too much[/]"

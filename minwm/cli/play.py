@@ -14,8 +14,8 @@ from minwm.cli.models import first_frame, with_steps
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
-    from minwm.checkpoint import Model, ModelConfig
     from minwm.play.game import Game
+    from minwm.store.model import Model, ModelConfig
 
 WORLD = 7
 """Where a model begins that is given neither a picture nor a world."""
@@ -46,9 +46,9 @@ def play(
     """Walk through a model or a world in the browser; prints the address to open."""
     import torch
 
+    from minwm.experiments.presets.demo import model_to_play
     from minwm.play.game import world_game
     from minwm.play.transport import serve
-    from minwm.presets import model_to_play
 
     # a core is left to the server: threads of torch that must share theirs wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
@@ -74,7 +74,7 @@ def _model_game(
     engine: EngineFlags,
     decoder: str | None,
 ) -> "Game":
-    from minwm.eval.speed import make_ready
+    from minwm.bench.stream import make_ready
     from minwm.play.game import Begin, enter, model_game
 
     model = with_steps(_load(name, decoder), steps)
@@ -108,7 +108,7 @@ def _model_game(
 
 def _warm_up(game: "Game") -> None:
     """Compile, record and choose now what a walk would otherwise stop for."""
-    from minwm.session import ModelEngine
+    from minwm.session.engines import ModelEngine
 
     for one in game.engines(game.begin):
         if isinstance(one, ModelEngine):
@@ -118,8 +118,8 @@ def _warm_up(game: "Game") -> None:
 
 def _load(name: str, decoder: str | None) -> "Model":
     """A model; of a pipeline's folder its last stage."""
-    from minwm.checkpoint import tiny_decoder
-    from minwm.hub import load
+    from minwm.store.folder import tiny_decoder
+    from minwm.store.hub import load
 
     folder = Path(name)
     last = folder / LAST_STAGE
@@ -129,8 +129,8 @@ def _load(name: str, decoder: str | None) -> "Model":
 
 def _world_config(size: int) -> "ModelConfig":
     """Brisk, and in the shortest chunks: a world is rendered faster than any screen shows it."""
-    from minwm.core.trajectory import Motion
-    from minwm.presets import tiny_model
+    from minwm.cameras.trajectory import Motion
+    from minwm.experiments.presets.demo import tiny_model
 
     if size < 16:
         raise UserError(f"--size {size}: give at least 16 pixels")

@@ -47,10 +47,10 @@ def data_encode(
     fields: Fields = (),
 ) -> None:
     """Turn raw clips into latent shards."""
-    from minwm.checkpoint import load_codec, load_config
     from minwm.core.runtime import pick_device
     from minwm.data.encode import EncodeConfig, encode_clips
     from minwm.nets.text import WordText
+    from minwm.store.folder import load_codec, load_config
 
     cfg, device = override(EncodeConfig(), changes(fields)), pick_device()
     if show:
@@ -69,8 +69,8 @@ def data_prompts(
     model: Annotated[Path, arg(metavar="DIR", help="model folder, which says what encodes them")],
 ) -> None:
     """Encode prompts ahead, or take encoded ones: training and play then never load the text encoder for them."""
-    from minwm.checkpoint import load_config
-    from minwm.nets.umt5 import Umt5Text, read_states
+    from minwm.families.wan.text import Umt5Text, read_states
+    from minwm.store.folder import load_config
 
     text, lines = load_config(model).text, list[str]()
     if not isinstance(text, Umt5Text):
@@ -127,7 +127,7 @@ def camera_check(file: File, json: Json = None) -> None:
     """Check a pose file, and say in words what its camera does."""
     import numpy as np
 
-    from minwm.core.camera import CameraTrack, so3_log
+    from minwm.cameras.track import CameraTrack, so3_log
     from minwm.data.clips import actions
 
     track = CameraTrack.load(file)
@@ -163,8 +163,8 @@ def camera_show(
     """Print where a trajectory leads, latent by latent."""
     import numpy as np
 
-    from minwm.checkpoint import load_config
-    from minwm.presets import tiny_model
+    from minwm.experiments.presets.demo import tiny_model
+    from minwm.store.folder import load_config
 
     if out:
         refuse_existing(out, ".json")

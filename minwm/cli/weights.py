@@ -11,7 +11,7 @@ from minwm.cli.models import inspect_model
 from minwm.core.config import UserError, override, to_dict
 
 if TYPE_CHECKING:
-    from minwm.formats import Published
+    from minwm.families.wan.convert import Published
 
 Source = Annotated[Positional[Path], arg(metavar="SRC", help="checkpoint: a file or folder in any published layout")]
 Role = Annotated[str | None, arg(metavar="NAME", help="the network to read, if a file holds several")]
@@ -26,7 +26,7 @@ VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae")
 def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json: Json = None) -> None:
     """Say what is in a checkpoint or a model folder, without loading it."""
     from minwm.core.weights import read_weights
-    from minwm.formats import identify, layout_of, understand
+    from minwm.families.wan.convert import identify, layout_of, understand
 
     if (source / "model.json").exists():
         return inspect_model(source, json)
@@ -53,7 +53,7 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
 
 
 def _architecture(published: "Published") -> dict[str, Any]:
-    from minwm.formats import CAMERA, size_name
+    from minwm.families.wan.convert import CAMERA, size_name
 
     return {
         "layout": published.layout,
@@ -92,8 +92,8 @@ def convert_weights(
     """Write a checkpoint or a model folder in another layout; with --to minwm, any field of the model can be set."""
     import torch
 
-    from minwm.checkpoint import load_model
-    from minwm.formats import export, open_published
+    from minwm.families.wan.convert import export, open_published
+    from minwm.store.folder import load_model
 
     if to == "minwm":
         published = open_published(source, role, heads, drop_action)
@@ -116,15 +116,15 @@ def _adopt(
     published: "Published", preset: str | None, codec: Path | None, target: Path, fields: tuple[str, ...]
 ) -> None:
     """A model folder from a published transformer, its VAE, and what a preset says of the rest."""
-    from minwm import presets
-    from minwm.checkpoint import adopt
-    from minwm.formats import size_name
-    from minwm.nets.umt5 import has_encoder
+    from minwm.experiments import presets
+    from minwm.families.wan.convert import size_name
+    from minwm.families.wan.text import has_encoder
+    from minwm.store.folder import adopt
 
     preset = preset or size_name(published.config)
     if preset is None:
         raise UserError(f"{published.weights.path} is of no published size: give --preset, such as wan2.1-1.3b/dmd")
-    config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.wan_model(preset)
+    config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.wan.wan_model(preset)
     beside = published.weights.path.parent
     for folder in (beside, beside.parent):
         if has_encoder(folder):
@@ -147,6 +147,6 @@ def push_model(
     licence: Annotated[str | None, arg(metavar="ID", help="of the weights, such as apache-2.0")] = None,
 ) -> None:
     """Put a model on the Hub, with a card that says what it is; log in first: hf auth login, or HF_TOKEN."""
-    from minwm.hub import push
+    from minwm.store.hub import push
 
     say(push(model, repo, private=private, licence=licence))

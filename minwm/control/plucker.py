@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.core.camera import se3_inverse
+from minwm.cameras.track import se3_inverse
 
 NUMBERS = 6
 """Per ray."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.core.camera import se3_inverse
+from minwm.cameras.track import se3_inverse
 
 Mode = Literal["none", "dual", "single", "plucker"]
 """none: no camera · dual: a zero-initialised second attention branch, every channel projective (the released

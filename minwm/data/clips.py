@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minwm.core.camera import CameraTrack, so3_log
+from minwm.cameras.track import CameraTrack, so3_log
 from minwm.core.config import UserError
 from minwm.core.media import atomic, contact_sheet, read_video, write_video
 from minwm.core.runtime import git_commit, versions

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.core.camera import views
+from minwm.cameras.track import views
 from minwm.core.config import UserError
 from minwm.core.media import pixels
 from minwm.core.runtime import generator

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from minwm.core.camera import CameraTrack, se3_exp
+from minwm.cameras.track import CameraTrack, se3_exp
 from minwm.core.config import ConfigError
 
 WAVES = 3

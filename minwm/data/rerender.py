@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from minwm.core.camera import CameraTrack, intrinsics
+from minwm.cameras.track import CameraTrack, intrinsics
+from minwm.cameras.trajectory import Motion, Trajectory, parse, random_track
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.runtime import git_commit, progress, rank, world_size
-from minwm.core.trajectory import Motion, Trajectory, parse, random_track
 from minwm.data.clips import ClipFolder, ClipRecord, DataError
 from minwm.render.worlds import Rendered, World
 

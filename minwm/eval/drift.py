@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
-from minwm.checkpoint import Model, ModelConfig
-from minwm.core.camera import CameraTrack
-from minwm.core.trajectory import Action, drive, parse
-from minwm.eval.intervals import Bootstrap, Interval
-from minwm.eval.quality import colour_distance, psnr, sharpness
-from minwm.eval.suite import ANCHORS, HELD_OUT, through
+from minwm.cameras.track import CameraTrack
+from minwm.cameras.trajectory import Action, drive, parse
+from minwm.eval.cases import ANCHORS, HELD_OUT, through
+from minwm.eval.image import colour_distance, psnr, sharpness
+from minwm.eval.stats import Bootstrap, Interval
 from minwm.nets.codec import VideoCodec
 from minwm.render.worlds import World
-from minwm.session import stream_clips
+from minwm.session.generate import stream_clips
+from minwm.store.model import Model, ModelConfig
 
 Array = np.ndarray
 Frames = UInt8[Array, "c n h w 3"]

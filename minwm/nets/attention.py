@@ -140,7 +140,7 @@ def softmax_attention(q: Heads, k: Float[Tensor, "b a t e"], v: Float[Tensor, "b
     """softmax(q k^T / sqrt(e)) v.
 
     In bfloat16 on a CPU that multiplies it fast, by plain products: with gradients in half the time of torch's fused
-    kernel. Tensors without data, which stand for those of a GPU (plan.py), are left to that.
+    kernel. Tensors without data, which stand for those of a GPU (bench/memory.py), are left to that.
     """
     if not FAST_BFLOAT16 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or type(q) is not Tensor:
         return F.scaled_dot_product_attention(q, k, v)

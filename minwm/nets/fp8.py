@@ -1,6 +1,6 @@
 """Numbers of 8 bits (e4m3) with a float32 scale per row: products of a block, and the cache of a stream.
 
-Both are a choice (engine.py), for every number is rounded to 3 bits of mantissa.
+Both are a choice (stream/accelerate.py), for every number is rounded to 3 bits of mantissa.
 """
 
 from collections.abc import Callable

@@ -16,8 +16,8 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import UInt8
 
+from minwm.cameras.trajectory import Action
 from minwm.core.media import read_image
-from minwm.core.trajectory import Action
 from minwm.play.protocol import (
     JPEG,
     VERSION,

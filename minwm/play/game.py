@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import UInt8
 
-from minwm.checkpoint import Model, ModelConfig
+from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
-from minwm.core.trajectory import parse
-from minwm.engine import PLAIN, EngineConfig
-from minwm.session import Engine, ModelEngine, RendererEngine
+from minwm.session.engines import Engine, ModelEngine, RendererEngine
+from minwm.store.model import Model, ModelConfig
+from minwm.stream.accelerate import PLAIN, EngineConfig
 
 ROOM = "w*8"
 """The way that is free in front of who enters a world."""

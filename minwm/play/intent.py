@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minwm.core.trajectory import Action, Motion
+from minwm.cameras.trajectory import Action, Motion
 from minwm.play.protocol import Input
 
 UNTOUCHED = Input()

@@ -15,15 +15,16 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from minwm.cameras.trajectory import drive
 from minwm.core.config import UserError
-from minwm.core.trajectory import drive
 from minwm.play.game import Begin, Game, reworded
 from minwm.play.intent import Intent
 from minwm.play.pacer import Pacer
 from minwm.play.protocol import Can, Command, Header, Input, Order, Prompt, Rewind, Seed, Speed, State, Times
 from minwm.play.recording import Played, Recording
 from minwm.play.video import Codec, Encoder, Outlet, Packet
-from minwm.session import ModelEngine, Session
+from minwm.session.engines import ModelEngine
+from minwm.session.session import Session
 
 REWIND_BYTES = 4 << 30
 """Memory for the snapshots of one view; beyond it the oldest go, whatever number was asked for."""

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from minwm.core.camera import CameraTrack
+from minwm.cameras.track import CameraTrack
+from minwm.cameras.trajectory import Action
 from minwm.core.config import to_dict
 from minwm.core.media import mp4_bytes, write_image
 from minwm.core.runtime import git_commit
-from minwm.core.trajectory import Action
 from minwm.data.clips import ClipFolder, ClipRecord
 from minwm.data.rerender import split_key
 from minwm.play.game import Begin, Game
-from minwm.session import Engine, RendererEngine
+from minwm.session.engines import Engine, RendererEngine
 
 WATCHED = 512
 """Videos are enlarged to about this many pixels of width."""

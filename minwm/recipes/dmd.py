@@ -12,7 +12,8 @@ from minwm.core.flow import Latents, Times, guide, interpolate, schedule, veloci
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone
 from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, hold_first, noise_like, pick, uniform_times
-from minwm.sampling import FewStep, draw, draws_of, self_rollout
+from minwm.stream.rollout import draw, draws_of, self_rollout
+from minwm.stream.solvers import FewStep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from minwm.core.types import Clip
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Bound, teacher_forced
 from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, past_of, pick
-from minwm.sampling import Stream
+from minwm.stream.rollout import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

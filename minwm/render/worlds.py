@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minwm.core.camera import CameraTrack
+from minwm.cameras.track import CameraTrack
 from minwm.render import raycast
 from minwm.render.raycast import Ground, Light, Scene
 from minwm.render.scenery import GROUNDS, HOURS, SKYLINES, haze_colour, paint_shadow, paint_sky

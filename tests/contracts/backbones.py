@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from minwm.core.camera import se3_exp
+from minwm.cameras.track import se3_exp
 from minwm.core.types import Condition
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.backbone import Backbone
-from minwm.nets.wan import WanConfig
 
 SMALL = {
     f"wan-{camera}": WanConfig(

@@ -8,13 +8,14 @@ import torch
 from backbones import CAMERA, PROPE, SMALL, condition, latents, small
 from torch import nn
 
+from minwm.cameras.track import se3_exp
 from minwm.control.prope import Projection
-from minwm.core.camera import se3_exp
 from minwm.core.config import ConfigError
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Geometry, Masked, Peek, chunk_causal
 from minwm.nets.backbone import Backbone, Bound, Past, teacher_forced
-from minwm.sampling import Autoregressive, Bidirectional, FewStep, Sampler, Stream, draw, draws_of, generate
+from minwm.stream.rollout import Stream, draw, draws_of, generate
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
 
 TOLERANCE = 2e-6  # cameras and modulation are float32 inside a float64 network
 GEOMETRIES = {

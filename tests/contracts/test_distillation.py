@@ -16,7 +16,7 @@ from minwm.recipes.base import noise_like, past_of
 from minwm.recipes.consistency import guided_teacher
 from minwm.recipes.dmd import Dmd, DmdConfig, direction, surrogate, to_and_fro
 from minwm.recipes.ode import OdeConfig, collect
-from minwm.sampling import draw, self_rollout
+from minwm.stream.rollout import draw, self_rollout
 
 
 @torch.no_grad()

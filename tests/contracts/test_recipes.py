@@ -29,12 +29,13 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.memory import Meter
 from minwm.core.types import Condition
+from minwm.experiments.presets.demo import tiny_model
 from minwm.nets.backbone import Checkpointing, Past, policy
-from minwm.presets import tiny_model
 from minwm.recipes.base import Loss, Recipe, own_past
 from minwm.recipes.diffusion import TimeLaw
 from minwm.recipes.ode import collect
-from minwm.train import Run, autocast
+from minwm.train.config import Run
+from minwm.train.loop import autocast
 
 # Every recipe
 

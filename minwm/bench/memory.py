@@ -1,0 +1,388 @@
+"""What playing a model and training a stage need in GPU memory: by arithmetic, before anything is loaded.
+
+Fake tensors have shapes and no data. What is held all the time is counted on them; for what comes and goes, the
+very code of playing and training runs on them while the bytes alive are watched:
+
+playing    held      weights    parameters x bytes of the dtype
+                     cache      layers x 2 (keys, values) x branches x heads x rows x head width x bytes
+                     prompt     layers x 2 x branches x text rows x width x bytes
+           in turn   the network making a chunk (a whole clip, if bidirectional) · decoding it
+training   held      weights    4 bytes a parameter of every role, and of the average (EMA)
+                     optimiser  8 bytes a trained parameter: the two moments of AdamW
+           in turn   forward and backward of every trained role · its update, with all gradients
+
+A plan needs what is held plus the largest of what comes in turn. Branches are 2 with guidance, else 1. The text
+encoder is not there: prompts are encoded before, and their states kept in files. What kernels use inside is not seen
+and is left to `reserve`.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from minwm.core.memory import Meter, NoData
+from minwm.core.types import Clip, Condition
+from minwm.families.wan.vae import WanVaeConfig
+from minwm.nets import layers
+from minwm.nets.codec import Codec, State
+from minwm.nets.taehv import TAEHV
+from minwm.recipes.base import Recipe
+from minwm.recipes.codec import CodecRecipe, CodecTraining
+from minwm.recipes.consistency import ConsistencyConfig
+from minwm.recipes.diffusion import AutoregressiveConfig
+from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
+from minwm.store.model import ModelConfig
+from minwm.stream.rollout import Stream, sample_bidirectional
+from minwm.stream.solvers import Bidirectional as WholeClip
+from minwm.stream.solvers import FewStep
+from minwm.train.build import build_recipe
+from minwm.train.config import Run
+from minwm.train.loop import Trainable, autocast
+
+GIB = 2**30
+"""A card sold with "24 GB" has 24 of these."""
+CONTEXT = GIB
+"""What CUDA and its libraries take before the first tensor: code, handles, workspaces."""
+FRAGMENTATION = 0.08
+"""Share of a GPU that is lost in gaps between tensors, and inside kernels."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a plan."""
+
+    name: str
+    bytes: int
+    why: str
+    """The arithmetic, or what was watched."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of one GPU: what is held all the time, and what comes one at a time, of which the largest counts."""
+
+    held: tuple[Item, ...]
+    turns: tuple[Item, ...]
+
+    @property
+    def turn(self) -> Item:
+        """The largest of what comes in turn."""
+        return max(self.turns, key=lambda item: item.bytes)
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.held) + self.turn.bytes
+
+    def spare(self, budget: int) -> int:
+        """Bytes left on a GPU of `budget` bytes besides `reserve`; negative if the plan does not fit."""
+        return budget - reserve(budget) - self.total
+
+    def fits(self, budget: int) -> bool:
+        return self.spare(budget) >= 0
+
+    def shards(self, budget: int) -> int | None:
+        """GPUs that would do if they shared evenly what is held; None if that is not what is too much."""
+        room = budget - reserve(budget) - self.turn.bytes
+        return math.ceil((self.total - self.turn.bytes) / room) if room > 0 else None
+
+
+def reserve(budget: int) -> int:
+    """Bytes of a GPU that no plan may count on."""
+    return CONTEXT + math.ceil(FRAGMENTATION * budget)
+
+
+def size(count: int) -> str:
+    """Bytes for people, three digits: 7.61 GiB, 12.3 MiB."""
+    scale, unit = (GIB, "GiB") if count >= GIB else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
+    value = count / scale
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+# ------------------------------------------------------------------------------------------------ playing
+
+
+@cache
+def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Plan:
+    """Playing a model: one stream whose cache is full; or, for a bidirectional model, making one clip.
+
+    `dtype` is that of network, cache and codec: `Model.ready` makes it bfloat16 on a GPU.
+    """
+    with no_data(), torch.no_grad():
+        net, codec = cfg.network.build(), cfg.codec.build()
+        for x in (*net.parameters(), *codec.parameters(), *codec.buffers()):
+            x.data = x.data.to(dtype)  # nn.Module.to would swap tensors, which those without data cannot
+        held = [_weights("network", net), _weights("codec", codec)]
+        if isinstance(cfg.sampler, WholeClip):
+            clip, state = _clip(cfg, 1, cfg.latents), None
+            once = replace(cfg.sampler, steps=1, solver="euler")  # steps are alike, and UniPC computes with times
+            with Meter() as passing:
+                sample_bidirectional(net, once, clip.latents, clip.cond)
+        else:
+            clip = _clip(cfg, 1, cfg.chunk)
+            stream = Stream(net, clip.cond, cfg.geometry, cfg.sampler.guidance)
+            stream.chunk = cfg.geometry.slots  # the ring is full: nothing grows from here on
+            _, state = codec.decode_next(clip.latents[:, :1])
+            held += _held_by(stream, state, cfg.sampler.steps + 1)
+            with Meter() as passing:
+                stream.commit(stream.look(clip.cond), clip.latents)  # a pass like all others
+        with Meter() as decoding:
+            codec.decode_next(clip.latents, state)
+    frames, twice = clip.latents.shape[1], ", with and without the prompt" if cfg.sampler.guidance != 1 else ""
+    tokens = f"one pass of {frames} latents x {cfg.geometry.tokens:,} tokens{twice}"
+    turns = (
+        Item("activations: network", passing.peak, tokens),
+        Item("activations: decoder", decoding.peak, f"{frames} latents to frames of {cfg.width}x{cfg.height}"),
+    )
+    return Plan(tuple(held), turns)
+
+
+def _held_by(stream: Stream, decoder: State, times: int) -> Iterator[Item]:
+    """What a session holds besides weights; `times` are those at which its network is asked."""
+    kv, text = stream.arena.kv, [x for pair in stream.text for x in pair]
+    depth, _, branches, heads, rows, width = kv.shape
+    each = f"{depth} layers x 2 x {branches} branch{'es' * (branches > 1)}"
+    yield Item("cache", kv.nbytes, f"{each} x {heads} heads x {rows:,} rows x {width} x {kv.itemsize} bytes")
+    _, heads, rows, width = text[0].shape
+    prompt = f"{each} x {heads} heads x {rows} rows x {width} x {text[0].itemsize} bytes"
+    yield Item("prompt", sum(x.nbytes for x in text), prompt)
+    with Meter() as table:
+        stream.pace(0.0)
+    yield Item("times", times * table.live, f"modulation at {times} times: {depth} layers, each in float32")
+    yield Item("decoder state", sum(x.nbytes for x in decoder), "what decoding keeps of the frames before")
+    lost = sum(x.nbytes for x in stream.arena.about_to_lose(stream.chunk))
+    yield Item("undo", lost, "cache rows that one step overwrites; a session keeps as much for every step")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@cache
+def plan_training(run: Run) -> Plan:
+    """A stage as the loop of train/loop.py runs it on one GPU. No folder that the run names has to exist."""
+    held, turns = [], []
+    with no_data():
+        recipe = _recipe(run)
+        nets: dict[str, nn.Module] = {**(recipe.networks if isinstance(recipe, Recipe) else recipe.stateful)}
+        held += [_weights(role, net) for role, net in nets.items()]
+        held.append(_weights("averaged student", nets["student"]))
+        for step, role in enumerate(recipe.trained):  # DMD: step 0 is the student's, step 1 the critic's
+            trained = [p for p in nets[role].parameters() if p.requires_grad]
+            count = sum(p.numel() for p in trained)
+            twice = f"2 x {count:,} trained parameters x 4 bytes"
+            held.append(Item(f"{role} optimiser", 8 * count, f"moments of AdamW: {twice}"))
+            turns.append(_activations(run, recipe, role, step, trained))
+            turns.append(Item(f"update: {role}", 8 * count, f"gradients and roots: {twice}"))
+    return Plan(tuple(held), tuple(turns))
+
+
+def _activations(run: Run, recipe: Trainable, role: str, step: int, trained: list[nn.Parameter]) -> Item:
+    """A micro-batch forward and backward; unless it is the only one, gradients of others are there before."""
+    if run.accumulate > 1:
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+    before = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    with Meter() as memory:
+        with autocast(run, torch.device("cpu")):
+            loss = recipe.loss(random_batch(run), step, torch.Generator())
+        graph = memory.live
+        loss.total.backward()
+    for p in trained:
+        p.grad = None
+    why = f"{_sequence(run)}; {size(graph)} kept for the backward pass"
+    return Item(f"activations: {role}", before + memory.peak, why + (", gradients come on top" if before else ""))
+
+
+def _recipe(run: Run) -> Recipe | CodecRecipe:
+    """The recipe of a run, its roles filled with networks that nothing was loaded into."""
+    cfg = run.recipe
+    if isinstance(cfg, CodecTraining):
+        codec = run.model.codec.build()
+        assert isinstance(codec, Codec)  # train/loop.py refuses all others
+        return CodecRecipe(codec)
+    if isinstance(cfg, DmdConfig):
+        cfg = replace(cfg, steps=1)  # the graded one; the others are like the pass that commits a chunk
+    uncompiled = replace(run, recipe=cfg, compile=False)  # fused kernels keep less: this is an upper bound
+    return build_recipe(uncompiled, lambda _: run.model.network.build())
+
+
+def random_batch(run: Run) -> Any:
+    """What the loop hands to the recipe in one micro-batch, but of noise."""
+    cfg = run.model
+    if isinstance(run.recipe, CodecTraining):
+        return torch.rand(run.batch, _frames(cfg), 3, cfg.height, cfg.width)
+    clip = _clip(cfg, run.batch, cfg.latents)
+    if isinstance(run.recipe, OdeConfig):
+        return replace(clip, trajectory=torch.randn(run.recipe.steps + 1, *clip.latents.shape))
+    return clip
+
+
+def _frames(cfg: ModelConfig) -> int:
+    return cfg.motion.stride * (cfg.latents - 1) + 1
+
+
+def _sequence(run: Run) -> str:
+    cfg, clips = run.model, f"{run.batch} clip{'s' * (run.batch > 1)}"
+    if isinstance(run.recipe, CodecTraining):
+        return f"{clips} x {_frames(cfg)} frames of {cfg.width}x{cfg.height}"
+    forced = isinstance(run.recipe, AutoregressiveConfig | OdeConfig | ConsistencyConfig)
+    twice = ", clean and noisy" if forced else ""
+    return f"{clips} x {cfg.latents} latents x {cfg.geometry.tokens:,} tokens{twice}"
+
+
+# ------------------------------------------------------------------------------------------------ what would help
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something to do, and the bytes that it saves if nothing else is done: the difference of two plans."""
+
+    what: str
+    saves: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would help, most first; and, with all of it done, the subject of the plan and the plan."""
+
+    changes: tuple[Change, ...]
+    subject: tuple[Any, ...]
+    plan: Plan
+
+
+Option = Callable[..., tuple[str, tuple[Any, ...]] | None]
+"""option(*subject): what to do, and the subject with it done; None where there is nothing to do."""
+
+
+def advise(
+    plan: Callable[..., Plan],
+    subject: tuple[Any, ...],
+    options: Sequence[Option],
+    tried: Callable[[], None] = lambda: None,
+) -> Advice:
+    """Try options on `plan(*subject)`, each by itself, and keep those that save something; `tried` hears of each."""
+    now, together, changes = plan(*subject).total, subject, []
+    for option in options:
+        if (alone := option(*subject)) and (saves := now - plan(*alone[1]).total) > 0:
+            changes.append(Change(alone[0], saves))
+            after = option(*together)
+            together = after[1] if after else together
+        tried()
+    return Advice(tuple(sorted(changes, key=lambda change: -change.saves)), together, plan(*together))
+
+
+def _unguided(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
+    if cfg.sampler.guidance == 1 or isinstance(cfg.sampler, FewStep):
+        return None
+    return "no guidance (sampler.guidance 1)", (replace(cfg, sampler=replace(cfg.sampler, guidance=1.0)),)
+
+
+def _smaller_window(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
+    if cfg.window == 1 or isinstance(cfg.sampler, WholeClip):
+        return None
+    window = cfg.window // 2
+    what = f"a window of {window} instead of {cfg.window} chunks (window in model.json): it forgets sooner"
+    return what, (replace(cfg, window=window),)
+
+
+def _shorter_clip(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
+    latents = _half(cfg)
+    if latents == cfg.latents or not isinstance(cfg.sampler, WholeClip):
+        return None
+    return f"clips of {latents} latents instead of {cfg.latents}", (replace(cfg, latents=latents),)
+
+
+def _tiny_codec(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
+    fits = [
+        (name, tiny) for name, tiny in TAEHV.items() if (tiny.channels, tiny.scale) == (cfg.codec.channels, cfg.scale)
+    ]
+    if not fits or not isinstance(cfg.codec, WanVaeConfig):
+        return None
+    (name, tiny), *_ = fits
+    return f"the tiny codec {name}: pictures less sharp", (replace(cfg, codec=tiny),)
+
+
+def _half(cfg: ModelConfig) -> int:
+    """Latents of half as many chunks, but at least one after the first."""
+    lead, chunk = cfg.geometry.lead, cfg.chunk
+    return min(cfg.latents, lead + max(1, (cfg.latents - lead) // chunk // 2) * chunk)
+
+
+def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
+    codec, rollout = isinstance(run.recipe, CodecTraining), isinstance(run.recipe, DmdConfig)
+    if run.checkpointing is True or codec or (rollout and _chunks(run) > run.model.geometry.slots):
+        return None
+    what = "--checkpointing true: everything is computed twice, attention too"
+    return what, (replace(run, checkpointing=True),)
+
+
+def _bfloat16(run: Run) -> tuple[str, tuple[Run]] | None:
+    changed = replace(run, precision="bfloat16")
+    return None if run.precision == "bfloat16" else ("--precision bfloat16", (changed,))
+
+
+def _one_clip(run: Run) -> tuple[str, tuple[Run]] | None:
+    accumulate = run.batch * run.accumulate
+    what = f"--batch 1 --accumulate {accumulate}: one clip at a time, the same step"
+    return None if run.batch == 1 else (what, (replace(run, batch=1, accumulate=accumulate),))
+
+
+def _shorter_clips(run: Run) -> tuple[str, tuple[Run]] | None:
+    latents = _half(run.model)
+    what = f"clips of {latents} latents instead of {run.model.latents} (in the data, and --model.latents {latents})"
+    changed = replace(run, model=replace(run.model, latents=latents))
+    return None if latents == run.model.latents else (what, (changed,))
+
+
+def _smaller_ring(run: Run) -> tuple[str, tuple[Run]] | None:
+    """Only the self-rollout of DMD has a cache, which needs no more slots than the clip has chunks."""
+    if not isinstance(run.recipe, DmdConfig):
+        return None
+    window = max(1, _chunks(run) - run.model.sink)
+    if window >= run.model.window:
+        return None
+    changed = replace(run, model=replace(run.model, window=window))
+    return f"--model.window {window}: all that a clip fills (play with more)", (changed,)
+
+
+def _chunks(run: Run) -> int:
+    return len(run.model.geometry.chunks(run.model.latents))
+
+
+PLAYING: tuple[Option, ...] = (_unguided, _smaller_window, _shorter_clip, _tiny_codec)
+TRAINING: tuple[Option, ...] = (_checkpointing, _bfloat16, _one_clip, _shorter_clips, _smaller_ring)
+
+# ------------------------------------------------------------------------------------------------ without data
+
+
+def _weights(name: str, net: nn.Module) -> Item:
+    weights, buffers = list(net.parameters()), list(net.buffers())
+    count = f"{sum(x.numel() for x in weights):,} parameters x {weights[0].itemsize} bytes"
+    total = sum(x.nbytes for x in (*weights, *buffers))
+    return Item(f"{name} weights", total, count + (", and buffers" if buffers else ""))
+
+
+def _clip(cfg: ModelConfig, batch: int, latents: int) -> Clip:
+    x = torch.randn(cfg.latent_shape(batch, latents))
+    text = torch.randn(batch, cfg.text.length, cfg.text.dim)
+    w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
+    return Clip(x, Condition(text=text, w2c=w2c, K=K, first=x[:, :1] if cfg.geometry.lead == 1 else None))
+
+
+@contextmanager
+def no_data() -> Iterator[None]:
+    """Networks and batches that are made inside take no memory."""
+    layers._rope_table.cache_clear()  # no table may cross this border, either way
+    try:
+        with NoData(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy does it
+            yield
+    finally:
+        layers._rope_table.cache_clear()

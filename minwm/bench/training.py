@@ -1,0 +1,239 @@
+"""How long a training step takes, and how much of what the machine could do is useful work in it (MFU).
+
+A stage is built as its config says, with random weights and one random batch, and makes steps with the loop's own
+`Trainer`: passes, backward, clipping, AdamW, average. Loading clips, logs, validation and saving are not in the time.
+
+Useful FLOPs are those of the passes that the recipe makes, each by the closed form `Backbone.flops`: three times for a
+pass under gradient, since going backward takes two forward, and once for all others: teachers, scores, rollouts. What
+is computed again for the backward pass, by checkpointing or inside a kernel of attention, is not useful (MFU, not HFU).
+Prompts and times, which are read once per pass, and the optimiser are left out: little, and on the safe side.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import numpy as np
+import torch
+from torch import nn
+
+from minwm.bench.machine import Machine, measure_machine
+from minwm.bench.memory import random_batch
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, Times
+from minwm.core.runtime import Laps, pick_device
+from minwm.nets.attention import Cached, Full, Masked, Peek, Scope
+from minwm.nets.backbone import Backbone, Bound, Pace
+from minwm.recipes.codec import CodecTraining
+from minwm.recipes.dmd import DmdConfig
+from minwm.train.build import build_recipe
+from minwm.train.config import Init, Run
+from minwm.train.loop import DivergedError, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Timed steps that train one network."""
+
+    count: int
+    median_ms: float
+    p90_ms: float
+    update_ms: float
+    """Median of AdamW and average alone."""
+    gflop: float
+    """Useful, of the mean step: some recipes make passes by chance."""
+    tflops: float
+    """Useful FLOPs of all steps per second of all steps, in 1e12."""
+    mfu: float
+    """The same in percent of the rate of one large product, measured before and after the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """A stage on this machine; `roles` by the network that the steps train (DMD: student and critic in turn)."""
+
+    run: Run
+    parameters: int
+    """Of the student."""
+    threads: int
+    """CPU threads that torch uses."""
+    machine: Machine
+    roles: dict[str, Steps]
+    clips_per_s: float
+    tokens_per_s: float
+    """Of the clips, each counted once: a clean copy beside a noisy clip is work, and no result."""
+    tflops: float
+    mfu: float
+    mfu_of_peak: float | None
+    """Percent of a peak that was given, such as that of a data sheet; None if none was."""
+    allocated_gb: float | None
+    """Peak of the timed steps; None without a GPU."""
+    reserved_gb: float | None
+    graphs: int
+    """Compiled during the timed steps: more than 0 means that they hold compile time."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    role: str
+    seconds: float
+    update: float
+    flops: int
+
+
+def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None = None) -> StepTime:
+    """Time at least `steps` steps after at least `warmup` others, in whole turns of the recipe's roles.
+
+    `peak`: TFLOP/s of a data sheet, for `mfu_of_peak`. Raises ConfigError for a codec, whose FLOPs have no closed form.
+    """
+    if isinstance(run.recipe, CodecTraining):
+        raise ConfigError(f"{run.name} trains a codec, whose FLOPs have no closed form; name a stage of the network")
+    if min(steps, warmup) < 1:
+        raise ConfigError(f"steps={steps}, warmup={warmup}: at least one of each is needed")
+    device, turn = pick_device(), 1 + run.recipe.critic_updates if isinstance(run.recipe, DmdConfig) else 1
+    warmup, steps = (turn * math.ceil(count / turn) for count in (warmup, steps))
+    run = replace(run, init=Init(), data="")  # nothing is read from the folders that it names
+    like = torch.empty((), dtype=torch.bfloat16 if run.precision == "bfloat16" else torch.float32, device=device)
+    before = measure_machine(like)
+    gc.collect()  # compiled blocks refer to themselves, so what another stage left may still be there
+    torch.cuda.empty_cache()
+    torch.manual_seed(run.seed)
+    recipe = build_recipe(run, lambda _: random_network(run).to(device))
+    trainer = Trainer(run, recipe, device)
+    with counted(recipe.networks.values()) as passes:
+        _steps(trainer, range(warmup), passes)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        graphs, timed = _compiled(), _steps(trainer, range(warmup, warmup + steps), passes)
+        graphs, memory = _compiled() - graphs, _peak_memory(device)
+    machine = max(before, measure_machine(like), key=lambda machine: machine.tflops)
+    roles = {role: [step for step in timed if step.role == role] for role in recipe.trained}
+    clips, tflops = run.batch * run.accumulate * steps / sum(step.seconds for step in timed), _tflops(timed)
+    return StepTime(
+        run=run,
+        parameters=sum(p.numel() for p in trainer.networks["student"].parameters()),
+        threads=torch.get_num_threads(),
+        machine=machine,
+        roles={role: _row(some, machine) for role, some in roles.items()},
+        clips_per_s=clips,
+        tokens_per_s=clips * run.model.latents * run.model.geometry.tokens,
+        tflops=tflops,
+        mfu=100 * tflops / machine.tflops,
+        mfu_of_peak=peak and 100 * tflops / peak,
+        allocated_gb=memory[0],
+        reserved_gb=memory[1],
+        graphs=graphs,
+    )
+
+
+def random_network(run: Run) -> Backbone:
+    """A fresh network whose silent parts are no longer zero: products of zeros can be faster than others."""
+    net = run.model.network.build()
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return net
+
+
+def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
+    """Make steps on one random batch; `passes` fills up with their FLOPs."""
+    laps, clips, made = Laps(trainer.device), repeat(random_batch(trainer.run).to(trainer.device)), list[_Step]()
+    for step in numbers:
+        passes.clear()
+        laps.restart()
+        parts, norm = trainer.gradients(step, clips)
+        laps.lap("gradients")
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"{trainer.run.name}: step {step} on random clips: gradient norm {norm}; lower optim.lr"
+            )
+        trainer.update(step, parts[-1].trains)
+        update = laps.lap("update")
+        made.append(_Step(parts[-1].trains, sum(laps.seconds.values()), update, sum(passes)))
+    return made
+
+
+@contextmanager
+def counted(networks: Iterable[Backbone]) -> Iterator[list[int]]:
+    """Useful FLOPs of every pass that the networks make meanwhile, the backward pass included if there is one."""
+    flops, networks = list[int](), list(networks)
+
+    def counting(net: Backbone, plain: Callable[..., Latents]) -> Callable[..., Latents]:
+        def velocity(x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+            flops.append((3 if torch.is_grad_enabled() else 1) * pass_flops(net, x.shape, scope))
+            return plain(x, t, bound, scope)
+
+        return velocity
+
+    for net in networks:
+        net.velocity = counting(net, net.velocity)
+    try:
+        yield flops
+    finally:
+        for net in networks:
+            del net.velocity  # the one of its class is there again
+
+
+def pass_flops(net: Backbone, shape: Sequence[int], scope: Scope) -> int:
+    """Forward FLOPs of a pass over latents of `shape`, b f c h w, by the network's closed form."""
+    batch, frames, _, height, width = shape
+    tokens = net.tokens(height, width)
+    match scope:
+        case Full():
+            seen = [(frames, frames * tokens)]
+        case Masked():
+            groups = zip(scope.groups, scope.seen, strict=True)
+            seen = [(size, tokens * sum(scope.pieces[i] for i in pieces)) for size, pieces in groups]
+        case Cached() | Peek():
+            seen = [(frames, scope.arena.geometry.filled(scope.chunk))]
+        case _:
+            raise ConfigError(f"what a pass under {type(scope).__name__} sees is not known here")
+    return batch * sum(net.flops(size, tokens, rows) for size, rows in seen)
+
+
+def _row(steps: list[_Step], machine: Machine) -> Steps:
+    median, p90 = (1000 * float(x) for x in np.percentile([step.seconds for step in steps], (50, 90)))
+    tflops = _tflops(steps)
+    return Steps(
+        count=len(steps),
+        median_ms=median,
+        p90_ms=p90,
+        update_ms=1000 * float(np.median([step.update for step in steps])),
+        gflop=float(np.mean([step.flops for step in steps])) / 1e9,
+        tflops=tflops,
+        mfu=100 * tflops / machine.tflops,
+    )
+
+
+def _tflops(steps: list[_Step]) -> float:
+    return sum(step.flops for step in steps) / sum(step.seconds for step in steps) / 1e12
+
+
+def _peak_memory(device: torch.device) -> tuple[float | None, float | None]:
+    """Gigabytes allocated and reserved."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
+
+
+def _compiled() -> int:
+    from torch._dynamo.utils import counters  # it takes a second to import
+
+    return counters["stats"]["unique_graphs"]
+
+
+def headline(name: str, time: StepTime) -> list[str]:
+    """Lines that say it in short."""
+    lines = [
+        f"{name}: {role} step {row.median_ms:.4g} ms (p90 {row.p90_ms:.4g}, {row.count} steps), "
+        f"{row.gflop:.4g} GFLOP, MFU {row.mfu:.3g}%"
+        for role, row in time.roles.items()
+    ]
+    memory = "" if time.allocated_gb is None else f", peak {time.allocated_gb:.3g} GB"
+    peak = "" if time.mfu_of_peak is None else f", {time.mfu_of_peak:.3g}% of the given peak"
+    rates = f"{time.clips_per_s:.3g} clips/s, {time.tokens_per_s:.4g} tokens/s"
+    machine = f"{time.tflops:.3g} of {time.machine.tflops:.3g} TFLOP/s measured: MFU {time.mfu:.3g}%"
+    return [*lines, f"{name}: {rates}, {machine}{peak}{memory}"]

@@ -1,0 +1,212 @@
+"""Training and measuring the arms of an ablation. Finished arms are kept, so an interrupted ablation goes on."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minwm.bench.latency import BenchResult, bench_model
+from minwm.core.config import dumps, loads
+from minwm.core.media import atomic
+from minwm.core.runtime import generator, pick_device
+from minwm.core.weights import read_weights, write_safetensors
+from minwm.data.dataset import ShardDataset
+from minwm.data.encode import encode_clips
+from minwm.data.rerender import render_worlds
+from minwm.eval.camera.follow import FollowResult
+from minwm.eval.cases import HeldOut, measure
+from minwm.eval.drift import Curve, LongRun
+from minwm.eval.image import Quality
+from minwm.eval.report.figure import Dot, Panel, figure
+from minwm.eval.run import Say
+from minwm.experiments.ablations import Ablation, Arm, shipped
+from minwm.experiments.pipeline import Part, collect_for, part_seconds
+from minwm.experiments.presets.demo import demo, tiny_model
+from minwm.families.wan.convert import CAMERA
+from minwm.recipes.diffusion import BidirectionalConfig
+from minwm.recipes.ode import OdeConfig
+from minwm.store.folder import load_codec, load_model, load_weights, save_model
+from minwm.store.model import Model
+from minwm.stream.solvers import Bidirectional
+from minwm.train.build import build_recipe, load_role, train
+from minwm.train.config import Run
+
+CLIPS = 1600
+"""Training clips of 33 frames at 64x64."""
+WORLDS = 5
+"""Seed of their worlds."""
+MEASURED = 12
+"""Held-out clips on which an arm is measured."""
+TRAJECTORIES = 64
+STREAMS, SECONDS = 2, 20
+"""Worlds and length of the long streams."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """What an arm came to."""
+
+    name: str
+    x: float
+    seed: int
+    steps: int
+    """Of the last stage."""
+    batch: int
+    seconds: float
+    """Of all its stages, on the machine that the results name; trajectories included."""
+    loss: float | None
+    """On held-out clips with true cameras; None where the recipe's loss is no distance to them."""
+    reliance: float | None
+    """1 - that loss over the loss with the cameras of other clips: 0 does not listen to cameras."""
+    follow: FollowResult
+    quality: Quality
+    stored_mb: float = 0.0
+    """Trajectories that had to be stored first."""
+    drift: dict[str, Curve] | None = None
+    bench: BenchResult | None = None
+    """Of few-step models."""
+
+
+def run_ablation(plan: Ablation, out: Path, say: Say) -> Iterator[list[ArmResult]]:
+    """Train and measure the arms that `out` lacks; yields the results so far after every arm."""
+    _prepare(out, say)
+    measurer, results = _Measurer(plan, out), []
+    for arm in plan.arms:
+        folder = out / plan.name
+        done = folder / "results" / f"{arm.name.replace(':', '').replace(', ', '-').replace(' ', '-')}.json"
+        if not done.exists():
+            began = time.monotonic()
+            seconds = sum(_train(run, folder / run.name, out, say) for run in arm.runs)
+            result = measurer(arm, folder / arm.runs[-1].name, seconds)
+            with atomic(done) as temporary:
+                temporary.write_text(dumps(result))
+            say(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")
+        results.append(loads(ArmResult, done.read_text()))
+        yield results
+
+
+def _headline(result: ArmResult) -> str:
+    listens = "" if result.reliance is None else f", reliance on cameras {result.reliance:.2f}"
+    return f"camera score {result.follow.score.value:.2f}{listens}"
+
+
+def _train(run: Run, folder: Path, out: Path, say: Say) -> float:
+    """Seconds that the run takes, or took."""
+    extra = 0.0
+    if isinstance(cfg := run.recipe, OdeConfig):
+        Part(out, say)("collect", lambda: collect_for(run, cfg, out, TRAJECTORIES))
+        extra = part_seconds(out, "collect")
+    return extra + train(run, folder).seconds
+
+
+def _prepare(out: Path, say: Say) -> None:
+    """Training clips, and what arms start from, as far as `out` lacks them."""
+    _start(out / "start")
+    _teacher(out / "ar")
+    render = demo(out).render
+    assert render is not None
+    raw, latents, codec = out / "raw", out / "latents", load_codec(shipped("codec"))
+    part = Part(out, say)
+    part("render", lambda: render_worlds(raw, replace(render, seed=WORLDS), clips=CLIPS, workers=2))
+    part("encode", lambda: encode_clips(raw, latents, codec, tiny_model().text))
+
+
+def _start(folder: Path) -> None:
+    """The shipped camera model without its camera branch. With the branch at zero again, what follows relearns control.
+
+    Learning it from the foundation takes thousands of steps, which is more than a CPU has for every arm.
+    """
+    if not folder.exists():
+        tensors = read_weights(shipped("camera") / "model.safetensors").tensors
+        kept = {name: value for name, value in tensors.items() if not name.endswith(CAMERA)}
+        write_safetensors(folder / "model.safetensors", kept)
+
+
+def _teacher(folder: Path) -> None:
+    """The shipped autoregressive model as a whole model folder."""
+    if not (folder / "model.json").exists():
+        config, codec = demo(folder).stage("ar").model, load_codec(shipped("codec"))
+        net = config.network.build()
+        load_weights(net, shipped("ar") / "model.safetensors")
+        save_model(folder, replace(config, codec=codec.cfg), net, codec)
+
+
+class _Measurer:
+    """Measures arms on the same held-out worlds, rendered once."""
+
+    def __init__(self, plan: Ablation, out: Path) -> None:
+        self.plan, self.out = plan, out
+        self.held: HeldOut | None = None
+        self.long: LongRun | None = None
+
+    def __call__(self, arm: Arm, folder: Path, seconds: float) -> ArmResult:
+        model, run = _quick(load_model(folder).ready(), arm), arm.runs[-1]
+        self.held = held = self.held or HeldOut.of(model.config, MEASURED)
+        measured = measure(model.config, held, held.generate(model, seed=1))
+        losses = _losses(run, folder) if isinstance(run.recipe, BidirectionalConfig) else None
+        whole = isinstance(model.config.sampler, Bidirectional)
+        stores = isinstance(run.recipe, OdeConfig)
+        return ArmResult(
+            name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
+            loss=losses and losses[0], reliance=losses and 1 - losses[0] / losses[1],
+            follow=measured.follow, quality=measured.quality,
+            stored_mb=sum(p.stat().st_size for p in (self.out / "trajectories").glob("*")) / 1e6 if stores else 0.0,
+            drift=self.stream(model) if self.plan.drift else None,
+            bench=None if whole else bench_model(model, repeats=3),
+        )  # fmt: skip
+
+    def stream(self, model: Model) -> dict[str, Curve]:
+        self.long = long = self.long or LongRun.make(model.config, model.codec, STREAMS, SECONDS)
+        return long.measure(long.generate(model, seed=1))
+
+
+def _quick(model: Model, arm: Arm) -> Model:
+    """With the arm's sampler; for a bidirectional model 12 solver steps and no guidance where there would be 50 and
+    some: eight times as fast, hardly worse."""
+    sampler = model.config.sampler
+    if isinstance(sampler, Bidirectional):
+        sampler = replace(sampler, steps=12, guidance=1.0)
+    return replace(model, config=replace(model.config, sampler=arm.sampler or sampler))
+
+
+@torch.no_grad()
+def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[float, float]:
+    """The recipe's loss on held-out clips with their own cameras, and with those of the clip before in the batch."""
+    device = pick_device()
+    run = replace(run, init=replace(run.init, student=str(folder)))
+    recipe = build_recipe(run, partial(load_role, run, device))
+    data, totals = ShardDataset(Path(run.data), "val", null=run.model.null()), [0.0, 0.0]
+    for i in range(batches):
+        clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
+        assert clip.cond.w2c is not None
+        wrong = replace(clip, cond=replace(clip.cond, w2c=clip.cond.w2c.roll(1, 0)))
+        for j, given in enumerate((clip, wrong)):
+            totals[j] += float(recipe.loss(given.to(device), 0, generator(0, "reliance", i)).total) / batches
+    return totals[0], totals[1]
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def draw(plan: Ablation, results: list[ArmResult]) -> str:
+    """The results as a figure (SVG), a dot per arm."""
+
+    def panel(title: str, values: list[tuple[float, float, float] | None]) -> Panel:
+        dots = [Dot(r.x, *v, r.name) for r, v in zip(results, values, strict=True) if v]
+        return Panel(title, dots)
+
+    scores = [(r.follow.score.value, r.follow.score.low, r.follow.score.high) for r in results]
+    direction = [d and (d.value, d.low, d.high) for d in (r.follow.motion.overall.direction_deg for r in results)]
+    panels = [panel("camera score", [*scores])]
+    if all(r.reliance is not None for r in results):
+        reliance = [r.reliance for r in results if r.reliance is not None]
+        panels.append(panel("reliance on cameras", [(x, x, x) for x in reliance]))
+    panels.append(panel("direction missed, degrees", direction))
+    if plan.drift:
+        worst = [max(c.strangeness[-1] for c in r.drift.values()) if r.drift else 0.0 for r in results]
+        panels.append(panel(f"strangeness after {SECONDS} s", [(x, x, x) for x in worst]))
+    names = {} if plan.numeric else {arm.x: arm.name for arm in plan.arms}
+    return figure(panels, plan.varies, names)

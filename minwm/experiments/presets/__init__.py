@@ -1,0 +1,38 @@
+"""Named runs, as functions; paths follow from `out`."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from minwm.core.config import ConfigError, choose
+from minwm.experiments.presets import demo, wan
+from minwm.experiments.presets.base import Pipeline
+from minwm.families.wan.convert import SIZES
+from minwm.store.model import ModelConfig
+from minwm.train.config import Run
+
+MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": wan.self_forcing}
+"""Models that no pipeline makes: to be measured with random weights."""
+
+
+PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
+    "demo": demo.demo,
+    "demo-scratch": demo.demo_scratch,
+    "world": demo.world,
+    "world-64": demo.world_64,
+    "smoke": demo.smoke,
+    **{size: partial(wan.wan, size) for size in SIZES},
+}
+
+
+def pipeline(name: str, out: Path) -> Pipeline:
+    return PIPELINES[choose(name, PIPELINES, "pipeline")](out)
+
+
+def stage(name: str, out: Path) -> Run:
+    """A single run: `demo/camera` is the stage `camera` of the pipeline `demo`, in its folder `out`."""
+    head, slash, tail = name.partition("/")
+    if not slash:
+        options = ", ".join(f"{p}/{r.name}" for p in PIPELINES for r in pipeline(p, out).stages[:2])
+        raise ConfigError(f"{name!r} names no stage; give PIPELINE/STAGE, such as {options}")
+    return pipeline(head, out).stage(tail)

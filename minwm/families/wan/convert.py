@@ -1,0 +1,331 @@
+"""Published checkpoints of Wan transformers: in from any file, wrapping and naming, out in two layouts.
+
+`core/weights.py` finds the file, the network in it and its own parameter names. Here the layout is told (whose names
+they are), and the architecture from shapes, and from a config.json if there is one. Canonical names are those of the
+original release, which `families/wan/transformer.py` has too; HunyuanVideo's layouts will join in the same form.
+
+Facts: Wan2.1 `wan/modules/model.py`, diffusers `scripts/convert_wan_to_diffusers.py`, minWM `wan_inference.py`,
+HY-WorldPlay `wan/generate.py`.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minwm.core.config import from_dict
+from minwm.core.weights import (
+    CheckpointError,
+    Weights,
+    describe,
+    fill,
+    mismatches,
+    new_folder,
+    read_json,
+    read_weights,
+    write_json,
+    write_safetensors,
+    write_shards,
+)
+from minwm.families.wan.transformer import Wan, WanConfig
+
+Layout = Literal["original", "diffusers"]
+MARKS: dict[Layout, str] = {"original": "blocks.{}.self_attn.q.weight", "diffusers": "blocks.{}.attn1.to_q.weight"}
+"""A parameter of every block, by which a layout is told and blocks are counted."""
+OTHERS = {
+    r"double_blocks\.0\.img_attn_q\.": "a HunyuanVideo-1.5 transformer (original names)",
+    r"transformer_blocks\.0\.attn\.add_q_proj\.": "a HunyuanVideo-1.5 transformer (diffusers names)",
+    r"encoder\.downsamples\.0\.residual\.": "a Wan2.1 VAE (original names)",
+    r"encoder\.downsamples\.0\.downsamples\.": "a Wan2.2 VAE (original names)",
+    r"encoder\.down_blocks\.0\.norm1\.gamma": "a Wan2.1 VAE (diffusers names)",
+    r"encoder\.down_blocks\.0\.downsampler\.resample\.": "a Wan2.2 VAE (diffusers names)",
+    r"blocks\.0\.pos_embedding\.embedding\.": "a UMT5 text encoder (original names)",
+    r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention": "a UMT5 text encoder (transformers names)",
+    r"(en|de)coder\.\d+\.": "a TAEHV tiny autoencoder",
+}
+"""What else is published beside transformers, by how a parameter's name begins."""
+SIZES = {
+    "wan2.1-1.3b": WanConfig(),
+    "wan2.1-14b": WanConfig(dim=5120, heads=40, layers=40, ffn=13824),
+    "wan2.2-ti2v-5b": WanConfig(dim=3072, heads=24, layers=30, ffn=14336, channels=48),
+}
+PROPE = ("prope_o.weight", "prope_o.bias")
+CAMERA = (*PROPE, "plucker.weight", "plucker.bias")
+"""Ends of the names of camera parameters."""
+ACTION = (
+    "action_embedding.0.weight",
+    "action_embedding.0.bias",
+    "action_embedding.2.weight",
+    "action_embedding.2.bias",
+)
+"""HY-WorldPlay's embedding of discrete actions."""
+IMAGE = ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj.")
+"""Parts of the names of variants that attend to an image, in either layout."""
+HEAD_WIDTH = 128
+"""Of every release."""
+SHARD = 10 * 10**9
+"""Bytes of a file above which a folder gets several."""
+
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_BLOCK = {
+    "modulation": "scale_shift_table",
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
+    "self_attn.prope_o": "attn1.to_out_prope.0",  # this and actions: HY-WorldPlay's names, in the manner of diffusers
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
+    "norm3": "norm2",  # the one norm with parameters is the third in the release and the second in diffusers
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+_AROUND = {
+    "plucker": "plucker",
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "action_embedding.0": "condition_embedder.action_embedder.linear_1",
+    "action_embedding.2": "condition_embedder.action_embedder.linear_2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+
+
+def diffusers_names(layers: int) -> dict[str, str]:
+    """Every parameter name of the release with its name in diffusers, one to one; cameras and actions included."""
+    modules = _AROUND | {f"blocks.{i}.{ours}": f"blocks.{i}.{_BLOCK[ours]}" for i in range(layers) for ours in _BLOCK}
+    return {ours + leaf: theirs + leaf for ours, theirs in modules.items() for leaf in _leaves(ours)}
+
+
+def _leaves(module: str) -> tuple[str, ...]:
+    if module.endswith("modulation"):
+        return ("",)
+    return (".weight",) if module.endswith(("norm_q", "norm_k")) else (".weight", ".bias")
+
+
+def _names(layout: Layout, layers: int) -> dict[str, str]:
+    """Canonical names with those of a layout."""
+    names = diffusers_names(layers)
+    return names if layout == "diffusers" else {name: name for name in names}
+
+
+def layout_of(names: Collection[str]) -> Layout | None:
+    """The layout of a Wan transformer with such parameter names; None if they are of something else."""
+    return next((layout for layout, mark in MARKS.items() if mark.format(0) in names), None)
+
+
+def identify(names: Collection[str]) -> str:
+    """What has such parameter names, in words."""
+    if layout := layout_of(names):
+        return f"a Wan transformer ({layout} names)"
+    known = (what for start, what in OTHERS.items() if any(re.match(start, name) for name in names))
+    return next(known, f"something unknown ({', '.join(sorted(names)[:3])})")
+
+
+def size_name(cfg: WanConfig) -> str | None:
+    """The release that has these sizes."""
+    return next((name for name, size in SIZES.items() if replace(cfg, camera="none") == size), None)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published Wan transformer, understood."""
+
+    weights: Weights
+    """As saved."""
+    layout: Layout
+    config: WanConfig
+    tensors: dict[str, Tensor]
+    """By canonical name, memory-mapped; what no Wan transformer has goes by its own name."""
+    ignored: tuple[str, ...]
+    """Entries of the file that are left out."""
+    notes: tuple[str, ...]
+    """Sentences about what was chosen, assumed or left out."""
+
+    @property
+    def action(self) -> list[str]:
+        """Parameters of discrete actions."""
+        return [name for name in self.tensors if name in ACTION]
+
+    def mismatches(self) -> dict[str, list[str]]:
+        """What keeps the file from being a whole network: parameters missing, unexpected or of another shape."""
+        return mismatches(_skeleton(self.config), _without_actions(self.tensors))
+
+    def load_into(self, net: Wan) -> list[str]:
+        """Load strictly; returns the names of parameters that keep their initialisation.
+
+        Those are the camera branches of a network that has some, if the checkpoint has none at all. Any other
+        difference raises CheckpointError, also one that shapes do not show.
+        """
+        path, mine, its = self.weights.path, self.config, net.config
+        if mine.heads != its.heads:
+            raise CheckpointError(f"{path} is read as {mine.heads} heads, and the network has {its.heads}")
+        if mine.camera == "single" and its.camera != "single":
+            raise CheckpointError(f"{path} has camera=single, and the network camera={its.camera}")
+        if self.action:
+            raise CheckpointError(
+                f"{path} has {len(self.action)} trained parameters of discrete actions ({self.action[0]}, ...), for "
+                "which the network has no place; drop_action=True leaves them out, and changes what it does"
+            )
+        return fill(net, self.tensors, path, may_be_new=CAMERA if mine.camera == "none" else ())
+
+
+def open_published(
+    path: Path, role: str | None = None, heads: int | None = None, drop_action: bool = False
+) -> Published:
+    """Understand the published checkpoint of a Wan transformer in a file or folder; its tensors are not read yet.
+
+    `role` chooses among the networks in a file. `heads` serves a checkpoint without config.json whose heads are not
+    128 wide. `drop_action` leaves out HY-WorldPlay's embedding of discrete actions. Raises CheckpointError.
+    """
+    return understand(read_weights(path, role), heads, drop_action)
+
+
+def understand(weights: Weights, heads: int | None = None, drop_action: bool = False) -> Published:
+    """The second half of `open_published`."""
+    layout = layout_of(weights.tensors)
+    if layout is None:
+        raise CheckpointError(f"{weights.path} is no Wan transformer but {identify(weights.tensors)}")
+    if image := [name for name in weights.tensors if any(part in name for part in IMAGE)]:
+        raise CheckpointError(f"{weights.path} attends to an image ({image[0]}, ...): such variants are not supported")
+    layers = 1
+    while MARKS[layout].format(layers) in weights.tensors:
+        layers += 1
+    canonical = {theirs: ours for ours, theirs in _names(layout, layers).items()}
+    tensors = {canonical.get(name, name): tensor for name, tensor in weights.tensors.items()}
+    if len(tensors) < len(weights.tensors):
+        raise CheckpointError(f"{weights.path} mixes original and diffusers names")
+    ignored, notes = weights.ignored, []
+    if len(weights.roles) > 1:
+        others = [name for name in weights.roles if name != weights.role]
+        notes.append(f"{weights.role} was read; {', '.join(others)} can be had with --role")
+    if action := tuple(name for name in tensors if name in ACTION):
+        notes.append(f"{len(action)} trained parameters of discrete actions, for which no network here has a place")
+        if drop_action:
+            tensors, ignored = _without_actions(tensors), (*ignored, *action)
+            notes[-1] += ", are left out: the network will do something else than the checkpoint"
+    config, assumed = _infer(tensors, layers, layout, weights.path, heads)
+    return Published(weights, layout, config, tensors, ignored, (*notes, *assumed))
+
+
+def _without_actions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in ACTION}
+
+
+def _skeleton(cfg: WanConfig) -> Wan:
+    """The network without its memory."""
+    with torch.device("meta"):
+        return cfg.build()
+
+
+def _infer(
+    tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Path, heads: int | None
+) -> tuple[WanConfig, list[str]]:
+    """The architecture, from shapes and what config.json adds to them; and what was assumed."""
+    file = path.with_name("config.json")
+    given = read_json(file) if file.is_file() else {}
+    dim, channels, *patch = _shape(tensors, "patch_embedding.weight", 5, path)
+    out = _shape(tensors, "head.head.weight", 2, path)[0] // patch[1] ** 2
+    if patch != [1, patch[1], patch[1]] or channels != out:
+        raise CheckpointError(
+            f"{path} takes {channels} channels in patches of {patch} and gives {out}: only variants with as many "
+            "channels out as in, and square patches of one frame, are supported"
+        )
+    notes = []
+    if heads is None:
+        heads = given.get("num_heads" if layout == "original" else "num_attention_heads")
+    if heads is None:
+        if dim % HEAD_WIDTH:
+            raise CheckpointError(f"{path}: no config.json says into how many heads {dim} channels part; give --heads")
+        heads = dim // HEAD_WIDTH
+        notes.append(f"heads={heads} is assumed, {HEAD_WIDTH} channels each as in all releases; no config.json says so")
+    dual = any(name.endswith(PROPE) for name in tensors)
+    inside = "dual" if dual else "plucker" if "plucker.weight" in tensors else "none"
+    sizes = {
+        "dim": dim,
+        "heads": heads,
+        "layers": layers,
+        "ffn": _shape(tensors, "blocks.0.ffn.0.weight", 2, path)[0],
+        "channels": channels,
+        "text_dim": _shape(tensors, "text_embedding.0.weight", 2, path)[1],
+        "text_length": given.get("text_len", WanConfig.text_length),
+        "freq_dim": _shape(tensors, "time_embedding.0.weight", 2, path)[1],
+        "patch": patch[1],
+        "camera": "single" if inside == "none" and given.get("camera") == "single" else inside,
+    }
+    config = from_dict(WanConfig, sizes)
+    expected = {"camera": config.camera, **_config_json(config, layout)}
+    wrong = [f"{key}={given[key]}, not {value}" for key, value in expected.items() if given.get(key, value) != value]
+    if wrong:
+        raise CheckpointError(f"{file} contradicts {path.name} beside it: it has {', '.join(wrong)}")
+    return config, notes
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, axes: int, path: Path) -> tuple[int, ...]:
+    if name not in tensors or tensors[name].ndim != axes:
+        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        raise CheckpointError(f"{path} does not tell the sizes of a network: {name} {found}")
+    return tuple(tensors[name].shape)
+
+
+def _config_json(cfg: WanConfig, layout: Layout) -> dict[str, Any]:
+    """What config.json says of the architecture; `camera`, and `text_len` in diffusers, are ours, where they matter."""
+    ours = {} if cfg.camera == "none" else {"camera": cfg.camera}
+    both = {"ffn_dim": cfg.ffn, "freq_dim": cfg.freq_dim, "num_layers": cfg.layers, "eps": 1e-6, **ours}
+    if layout == "original":
+        ends = {"in_dim": cfg.channels, "out_dim": cfg.channels, "text_len": cfg.text_length}
+        return {"dim": cfg.dim, "num_heads": cfg.heads, **ends, **both}
+    heads = {"num_attention_heads": cfg.heads, "attention_head_dim": cfg.dim // cfg.heads}
+    ends = {"in_channels": cfg.channels, "out_channels": cfg.channels, "patch_size": [1, cfg.patch, cfg.patch]}
+    norms = {"qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}
+    image = {"image_dim": None, "added_kv_proj_dim": None}
+    if cfg.text_length != WanConfig.text_length:
+        both |= {"text_len": cfg.text_length}
+    return {**heads, **ends, "text_dim": cfg.text_dim, **norms, **image, **both}
+
+
+def export(
+    tensors: Mapping[str, Tensor],
+    cfg: WanConfig,
+    target: Path,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    shard: int = SHARD,
+) -> list[str]:
+    """Write a Wan transformer by canonical names to a new folder with config.json, or to one .safetensors file.
+
+    A folder in the layout of diffusers is what `WanTransformer3DModel.from_pretrained` takes. Its files are written
+    one by one, so that memory-mapped tensors take `shard` bytes of memory at most; `dtype` converts them. Returns
+    sentences about what other readers will miss. Raises CheckpointError if the tensors are not exactly those of such
+    a network, or if the target exists.
+    """
+    if problems := mismatches(_skeleton(cfg), _without_actions(tensors)):
+        raise CheckpointError(f"{target} is not written, as this is no whole network: {describe(problems)}")
+    names = _names(layout, cfg.layers)
+    renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    if target.suffix == ".safetensors":
+        if target.exists():
+            raise CheckpointError(f"{target} exists; delete it, or give another name")
+        write_safetensors(target, renamed, dtype)
+        return [*_missed(tensors, cfg, layout), f"a file has no config.json: readers must know of {cfg.heads} heads"]
+    name = {"_class_name": "WanModel", "model_type": "ti2v" if cfg.channels == 48 else "t2v"}
+    if layout == "diffusers":
+        name = {"_class_name": "WanTransformer3DModel"}
+    with new_folder(target) as folder:
+        write_shards(folder, "diffusion_pytorch_model", renamed, dtype, shard)
+        write_json(folder / "config.json", {**name, **_config_json(cfg, layout)})
+    return _missed(tensors, cfg, layout)
+
+
+def _missed(tensors: Mapping[str, Tensor], cfg: WanConfig, layout: Layout) -> list[str]:
+    reader = "diffusers" if layout == "diffusers" else "the original code"
+    notes = []
+    if cfg.camera != "none":
+        notes.append(f"{reader} does not know of the cameras (camera={cfg.camera}) and runs without them")
+    if action := [name for name in tensors if name in ACTION]:
+        notes.append(f"{reader} does not know of {len(action)} parameters of discrete actions and runs without them")
+    return notes

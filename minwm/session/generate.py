@@ -1,0 +1,84 @@
+"""Whole videos along camera tracks."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from minwm.cameras.track import CameraTrack, views
+from minwm.core.config import UserError
+from minwm.core.media import frames as to_frames
+from minwm.core.media import pixels
+from minwm.core.runtime import generator
+from minwm.core.types import Condition
+from minwm.store.model import Model, ModelConfig, Prompts
+from minwm.stream.rollout import draw, draws_of, generate, stream
+from minwm.stream.solvers import Bidirectional, Noise
+
+
+@torch.no_grad()
+def generate_clips(
+    model: Model, images: UInt8[np.ndarray, "b h w 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
+) -> UInt8[np.ndarray, "b n h w 3"]:
+    """Videos along camera tracks (pixel rate), with whatever sampler the model has, on its device.
+
+    They begin with the images; without any, with what the prompts say.
+    Raises UserError for images of another size, or a length that the model cannot make.
+    """
+    noise, cond = given(model, images, prompts, tracks, seed)
+    return to_frames(model.codec.decode(generate(model.net, model.config.sampler, noise, cond, model.config.geometry)))
+
+
+@torch.no_grad()
+def stream_clips(
+    model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: Prompts, tracks: list[CameraTrack], seed: int
+) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
+    """The same of a causal model, as frames chunk by chunk, the images first: pixels of long videos fill no memory."""
+    sampler, decoding = model.config.sampler, None
+    if isinstance(sampler, Bidirectional):
+        raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
+    noise, cond = given(model, images, prompts, tracks, seed)
+    for latents in stream(model.net, sampler, noise, cond, model.config.geometry):
+        decoded, decoding = model.codec.decode_next(latents, decoding)
+        yield to_frames(decoded)
+
+
+def given(
+    model: Model, images: UInt8[np.ndarray, "b H W 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
+) -> tuple[Noise, Condition]:
+    """What a sampler starts from, on the model's device."""
+    cfg, device = model.config, next(model.net.parameters()).device
+    w2c, K = views(tracks, cfg.motion.stride)
+    check_length(cfg, w2c.shape[1])
+    first = None
+    if images is not None:
+        check_image(cfg, images[0])
+        first = model.codec.encode(pixels(images)[:, None].to(device))
+    cond = Condition(**cfg.read(prompts), w2c=w2c, K=K, first=first).to(device)
+    shape = cfg.latent_shape(len(prompts), w2c.shape[1])
+    noise = draw(shape, draws_of(cfg.sampler, cfg.geometry), torch.empty(0, device=device), generator(seed, "generate"))
+    return noise, cond
+
+
+def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    if image.shape[:2] != (cfg.height, cfg.width):
+        size, want = (f"{w}x{h}" for h, w in (image.shape[:2], (cfg.height, cfg.width)))
+        raise UserError(f"the first image is {size} pixels, this model sees {want}; crop and resize it")
+
+
+def check_length(cfg: ModelConfig, latents: int) -> None:
+    """Raise UserError, naming lengths that fit, unless the model can make a clip of that many latents."""
+    stride, lead, chunk = cfg.motion.stride, cfg.geometry.lead, cfg.chunk
+    if isinstance(cfg.sampler, Bidirectional):
+        kind, fit = "makes whole clips only", [cfg.latents]
+    else:
+        below = lead + max(0, (latents - lead) // chunk) * chunk
+        kind = f"goes on by {chunk} latents"
+        fit = [latents] if below == latents > lead else [n for n in (below, below + chunk) if n > lead]
+    if latents not in fit:
+        ways = " or ".join(f"{n - 1} latents ({stride * (n - 1) + 1} frames)" for n in fit)
+        raise UserError(
+            f"a trajectory of {latents - 1} latents ({stride * (latents - 1) + 1} frames) does not fit: "
+            f"this model {kind}; give {ways}"
+        )

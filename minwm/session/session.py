@@ -1,0 +1,83 @@
+"""A walk: an engine and where its camera is."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from minwm.cameras.trajectory import Action, drive
+from minwm.core.config import UserError
+from minwm.core.media import fit, read_image
+from minwm.session.engines import Engine, Frames, ModelEngine, Pose
+from minwm.store.model import Model
+
+
+@dataclass
+class Session:
+    """An engine and where its camera is. `step` blocks for one chunk; `rewind` goes back to any earlier one."""
+
+    engine: Engine
+    pose: Pose = field(default_factory=lambda: np.eye(4))
+    """Camera-to-world relative to the first frame, float64."""
+    history: int | None = None
+    """Steps that can be undone; None: all of them, whatever memory their snapshots take."""
+    past: deque[tuple[Pose, Any]] = field(default_factory=deque, init=False)
+    """Pose and engine snapshot before each of those steps."""
+
+    def start(self) -> Frames:
+        """The first frame; a session that has walked begins anew."""
+        self.pose, self.past = np.eye(4), deque(maxlen=self.history)
+        return self.engine.start()
+
+    def step(self, action: Action) -> Frames:
+        """Hold an action for one chunk: chunk * stride frames."""
+        return np.concatenate(list(self.parts(action)))
+
+    def parts(self, action: Action) -> Iterator[Frames]:
+        """The same, latent by latent: the first frames can be shown before the last are drawn. Take all."""
+        self.past.append((self.pose, self.engine.snapshot()))
+        frames = self.engine.chunk * self.engine.motion.stride
+        c2w = drive(self.pose, [action] * frames, self.engine.motion)
+        self.pose = c2w[-1]
+        yield from self.engine.advance(c2w)
+
+    def play(self, actions: list[Action]) -> Iterator[Frames]:
+        """The first frame, then the frames of every action."""
+        yield self.start()
+        for action in actions:
+            yield self.step(action)
+
+    def rewind(self, steps: int = 1) -> None:
+        """Undo steps; what follows may take another way."""
+        if not 1 <= steps <= len(self.past):
+            kept = "were made" if self.history is None else f"are kept (history={self.history})"
+            raise UserError(f"cannot rewind {steps} steps: {len(self.past)} {kept}")
+        for _ in range(steps):
+            self.pose, snapshot = self.past.pop()
+            self.engine.restore(snapshot)
+
+
+def walk(
+    model: Model,
+    prompt: str,
+    image: UInt8[np.ndarray, "h w 3"] | Path | str | None = None,
+    seed: int = 0,
+    history: int | None = None,
+) -> Session:
+    """A walk through what a model makes of a picture (an array or a file, cropped to its size) and a prompt.
+
+    >>> model = minwm.load("runs/demo/dmd")
+    >>> session = minwm.walk(model, "a red tower and a blue dome on a stone plaza", "start.png")
+    >>> first = session.start()                          # 1 64 64 3 uint8
+    >>> frames = session.step(minwm.Action.of("wl"))     # 8 64 64 3: ahead and to the right for half a second
+    >>> session.rewind()                                 # and another way from there
+    """
+    if isinstance(image, str | Path):
+        image = read_image(image)
+    cfg = model.config
+    fitted = image if image is None else fit(image, cfg.height, cfg.width)
+    return Session(ModelEngine(model, fitted, prompt, seed), history=history)

@@ -1,0 +1,149 @@
+"""Models on disk. Everything is JSON and safetensors, and appears whole or not at all.
+
+DIR/model.json, model.safetensors      what sampling needs (DIR may be a run directory)
+DIR/state/000400/                      what resuming needs: networks, optimisers, EMA, RNG, place in the data
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minwm.core.config import choose, dumps, loads
+from minwm.core.media import atomic
+from minwm.core.weights import (
+    CheckpointError,
+    describe,
+    fill,
+    mismatches,
+    new_folder,
+    read_weights,
+    write_safetensors,
+)
+from minwm.families.wan.convert import Published
+from minwm.families.wan.vae import WanVaeConfig, diffusers_names
+from minwm.nets.codec import TinyDecoder
+from minwm.nets.taehv import TAEHV
+from minwm.store.model import AnyCodec, AnyCodecConfig, Model, ModelConfig
+
+FILES = ("model.json", "model.safetensors", "codec.safetensors")
+"""What a model folder is made of; a run directory holds more, which stays at home."""
+
+
+def save_model(folder: Path, config: ModelConfig, net: nn.Module, codec: nn.Module) -> None:
+    """Write a folder that `load_model` reads. The config is written last: without it the folder is no model."""
+    write_safetensors(folder / "codec.safetensors", codec.state_dict())
+    write_safetensors(folder / "model.safetensors", net.state_dict())
+    _write_text(folder / "model.json", dumps(config))
+
+
+def load_model(folder: Path) -> Model:
+    config = load_config(folder)
+    net, codec = config.network.build(), config.codec.build()
+    load_weights(net, folder / "model.safetensors")
+    load_weights(codec, folder / "codec.safetensors")
+    return Model(config, net.eval().requires_grad_(False), codec.eval().requires_grad_(False))
+
+
+def load_config(folder: Path) -> ModelConfig:
+    path = folder / "model.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} holds no model (no model.json); name a folder that training or the pipeline made"
+        )
+    return loads(ModelConfig, path.read_text())
+
+
+def adopt(source: Published, config: ModelConfig, codec: Path, target: Path) -> list[str]:
+    """Make a model folder of a published transformer and codec; returns sentences about what was chosen.
+
+    `config` says all but the network, which is the file's own; its codec may be another than what `codec` holds
+    (`read_codec`). Raises CheckpointError if anything does not fit; then nothing is written.
+    """
+    if problems := source.mismatches():
+        raise CheckpointError(f"{source.weights.path} is no whole network: {describe(problems)}")
+    if source.action:
+        raise CheckpointError(
+            f"{source.weights.path} has {len(source.action)} trained parameters of discrete actions, for which no "
+            "network here has a place; --drop-action leaves them out, and changes what it does"
+        )
+    network = replace(source.config, rounded=config.network.rounded)  # the file does not know how it was run
+    codec_config, tensors = read_codec(codec, config.codec)
+    if codec_config.channels != source.config.channels:
+        raise CheckpointError(
+            f"{codec} has latents of {codec_config.channels} channels, {source.weights.path} of "
+            f"{source.config.channels}: they do not belong together"
+        )
+    with new_folder(target) as folder:
+        write_safetensors(folder / "codec.safetensors", tensors)
+        write_safetensors(folder / "model.safetensors", source.tensors)
+        _write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
+    return list(source.notes)
+
+
+def read_codec(path: Path, expected: AnyCodecConfig) -> tuple[AnyCodecConfig, dict[str, Tensor]]:
+    """Config and tensors, by our names, of a published codec: a Wan VAE in either naming, or a tiny TAEHV."""
+    tensors = read_weights(path).tensors
+    config = TAEHV.get(path.stem, expected)
+    if isinstance(config, WanVaeConfig) and "quant_conv.weight" in tensors:
+        names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
+        tensors = {names.get(name, name): value for name, value in tensors.items()}
+    with torch.device("meta"):
+        skeleton = config.build()
+    if problems := mismatches(skeleton, tensors):
+        raise CheckpointError(f"{path} does not fit {type(skeleton).__name__}: {describe(problems)}")
+    return config, tensors
+
+
+def tiny_decoder(model: Model, name: str, random: bool = False) -> Model:
+    """The model with the decoder of a tiny codec: a published file, or of random weights by its name, as `taew2_1`."""
+    if random:
+        tiny = TAEHV[choose(name, TAEHV, "tiny codec")].build()
+    else:
+        config, tensors = read_codec(Path(name), model.config.codec)
+        tiny = config.build()
+        fill(tiny, tensors, Path(name))
+    return replace(model, codec=TinyDecoder(model.codec, tiny.eval().requires_grad_(False)))
+
+
+def save_codec(folder: Path, codec: AnyCodec) -> None:
+    write_safetensors(folder / "codec.safetensors", codec.state_dict())
+    _write_text(folder / "codec.json", dumps(codec.cfg))
+
+
+def load_codec(folder: Path) -> AnyCodec:
+    """The codec of a codec folder or of a model folder."""
+    path = folder / "codec.json"
+    if path.exists():
+        codec = loads(AnyCodecConfig, path.read_text()).build()
+    elif (folder / "model.json").exists():
+        codec = load_config(folder).codec.build()
+    else:
+        raise CheckpointError(f"{folder} holds no codec (neither codec.json nor model.json)")
+    load_weights(codec, folder / "codec.safetensors")
+    return codec.eval().requires_grad_(False)
+
+
+def load_weights(net: nn.Module, path: Path, may_be_new: tuple[str, ...] = ()) -> list[str]:
+    """Load strictly; parameters whose name ends in one of `may_be_new` may be missing, and are listed.
+
+    Those keep their initialisation: this is how a zero-initialised camera branch joins a model without one.
+    """
+    return fill(net, _load(path), path, may_be_new)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it, or make it again") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text)

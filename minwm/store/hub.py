@@ -1,0 +1,69 @@
+"""Models on the Hugging Face Hub: a folder or USER/NAME in, model files and their card out."""
+
+import tempfile
+from pathlib import Path
+
+import minwm
+from minwm.core.hub import REPO, HubError, fetch, upload
+from minwm.families.wan.text import HUB, Umt5Text
+from minwm.store.card import BASES, CARD, write_card
+from minwm.store.folder import FILES, load_config, load_model, save_model
+from minwm.store.model import Model
+
+
+def load(name: str | Path) -> Model:
+    """The model in a folder, or on the Hub; on the CPU, in float32; `.ready()` puts it where it runs.
+
+    Raises HubError if there is none of that name, CheckpointError if its files do not belong together.
+    """
+    return load_model(resolve(name))
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of that name, else the local copy of the Hub's USER/NAME or USER/NAME@REVISION, fetched if need be.
+
+    Of a Hub repository only what a model folder holds is fetched. Raises HubError.
+    """
+    folder = Path(name)
+    if folder.exists():
+        return folder
+    repo, _, revision = str(name).partition("@")
+    if not REPO.fullmatch(repo):
+        raise HubError(f"{name} is no folder, and no model of the Hub by its form (USER/NAME or USER/NAME@REVISION)")
+    return fetch(repo, FILES, revision or None, first=FILES[0])  # others keep gigabytes by our names
+
+
+from_pretrained = load
+
+
+def save_pretrained(model: Model, folder: Path, licence: str | None = None) -> None:
+    """Write a model folder and its card; `load` and `push` read it."""
+    save_model(folder, model.config, model.net, model.codec)
+    write_card(folder, licence=licence)
+
+
+def push_to_hub(model: Model, repo: str, *, private: bool = False, licence: str | None = None) -> str:
+    """`push` of a model that is in memory; what its training left beside its weights is not known then."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder), licence)
+        return push(Path(folder), repo, private=private, licence=licence)
+
+
+def push(folder: Path, repo: str, *, private: bool = False, licence: str | None = None) -> str:
+    """Write the card of a model folder, and put both into a repository of the Hub; returns its address.
+
+    A new repository is private if asked, else what the account has as its default. `licence` is an identifier of the
+    Hub, such as apache-2.0; without one, that of the card before stays. Who pushes, HF_TOKEN or `hf auth login` says.
+    Raises CheckpointError if the folder is no whole model; HubError if the Hub refuses, or shows to all what was to be
+    private, or if the model reads its prompts with an encoder that only this machine has: then nothing is uploaded.
+    """
+    if not REPO.fullmatch(repo):
+        raise HubError(f"{repo} is no name of a repository; give USER/NAME")
+    text = load_config(folder).text
+    if isinstance(text, Umt5Text) and not text.source.startswith(HUB):
+        raise HubError(
+            f"{folder}/model.json names {text.source} as text.source, which nobody else has; write there the "
+            f"repository of the Hub that it came from, such as {HUB}{BASES['wan2.1-1.3b']}"
+        )
+    write_card(folder, repo, licence)
+    return upload(folder, repo, [*FILES, CARD], f"Model and card, by minwm {minwm.__version__}", private)

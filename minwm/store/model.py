@@ -1,0 +1,114 @@
+"""What a model is: a network, a codec, and the config that says how they make video."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.cameras.trajectory import Motion
+from minwm.core.runtime import pick_device
+from minwm.families.wan.text import Umt5Text
+from minwm.families.wan.transformer import WanConfig
+from minwm.families.wan.vae import WanVae, WanVaeConfig
+from minwm.nets.attention import Geometry
+from minwm.nets.backbone import Backbone
+from minwm.nets.codec import Codec, CodecConfig, TinyDecoder
+from minwm.nets.taehv import Taehv, TaehvConfig
+from minwm.nets.text import WordText
+from minwm.stream.solvers import Sampler
+
+Prompts = list[str] | Float[Tensor, "b l d"]
+"""As text, or encoded already."""
+AnyCodecConfig = CodecConfig | WanVaeConfig | TaehvConfig
+AnyCodec = Codec | WanVae | Taehv
+SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
+"""Focal lengths of square pictures, 70 degrees wide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """All that turns noise, a prompt and a trajectory into video, except the weights."""
+
+    network: WanConfig
+    sampler: Sampler
+    codec: AnyCodecConfig
+    motion: Motion
+    """Speeds and frame rate: a key means the same motion for every model trained on them."""
+    text: WordText | Umt5Text = field(default_factory=WordText)
+    negative: str | None = None
+    """Prompt of the unconditional branch of guidance; None: states of zeros."""
+    latents: int = 9
+    """Latent frames per training clip."""
+    height: int = 64
+    width: int = 64
+    focal: tuple[float, float] = SQUARE_70
+    """fx / width and fy / height of the training cameras."""
+    chunk: int = 2
+    first: int = 1
+    sink: int = 1
+    window: int = 8
+    roll: bool = False
+    """Sinks follow the window in time (`Geometry.roll`): for streams much longer than training clips."""
+    context_noise: float = 0.0
+    """Time at which a stream keeps finished chunks (`Geometry.context_noise`)."""
+    merged_refresh: bool = False
+    """Finished chunks get no pass of their own (`Geometry.merged_refresh`)."""
+
+    @property
+    def geometry(self) -> Geometry:
+        tokens = (self.height // self.scale // self.network.patch) * (self.width // self.scale // self.network.patch)
+        return Geometry(
+            tokens=tokens,
+            chunk=self.chunk,
+            first=self.first,
+            sink=self.sink,
+            window=self.window,
+            roll=self.roll,
+            context_noise=self.context_noise,
+            merged_refresh=self.merged_refresh,
+        )
+
+    @property
+    def intrinsics(self) -> Float[np.ndarray, "4"]:
+        return np.array([*self.focal, 0.5, 0.5])
+
+    @property
+    def scale(self) -> int:
+        return self.codec.scale
+
+    def read(self, prompts: Prompts) -> dict[str, Tensor]:
+        """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
+        if not isinstance(prompts, Tensor):
+            known = [*prompts] if self.negative is None else [*prompts, self.negative]
+            prompts = self.text.encode(known)[: len(prompts)]  # all at once: a large encoder is loaded once
+        return (
+            {"text": prompts} if (null := self.null()) is None else {"text": prompts, "null": null.expand_as(prompts)}
+        )
+
+    def null(self) -> Float[Tensor, "l d"] | None:
+        """Text states of the negative prompt."""
+        return None if self.negative is None else self.text.encode([self.negative])[0]
+
+    def latent_shape(self, batch: int, latents: int | None = None) -> tuple[int, int, int, int, int]:
+        frames = latents or self.latents
+        return batch, frames, self.network.channels, self.height // self.scale, self.width // self.scale
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with what it needs around it."""
+
+    config: ModelConfig
+    net: Backbone
+    codec: AnyCodec | TinyDecoder
+
+    def ready(self) -> "Model":
+        """The model on this machine's device, in place; on a GPU in bfloat16, which is what its kernels are for."""
+        device = pick_device()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for part in (self.net, self.codec):
+            part.to(device, dtype)
+        return self

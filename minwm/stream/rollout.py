@@ -1,0 +1,265 @@
+"""From noise to video: ODE solvers, the bidirectional sampler, and the chunk-by-chunk rollout.
+
+One rollout serves generation, live play and the self-rollout of DMD; only who asks for gradients differs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.cameras.track import se3_inverse
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, guide, interpolate
+from minwm.core.types import Condition
+from minwm.nets.attention import Cached, Full, Geometry, Peek, Scope
+from minwm.nets.backbone import Backbone, Bound, Pace
+from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Multistep, Noise, Sampler
+
+
+def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond: Condition) -> Latents:
+    """All frames at once; an image start is held clean at t = 0."""
+    guided = sampler.guidance != 1
+    bound = net.bind(Condition.stack(cond, cond.without_text()) if guided else cond)
+    held = 0 if cond.first is None else 1
+
+    def velocity(x: Latents, t: float) -> Latents:
+        times = x.new_full(x.shape[:2], t)
+        times[:, :held] = 0
+        v = guided_velocity(net, x, times, bound, Full(), sampler.guidance)
+        v[:, :held] = 0
+        return v
+
+    start = noise if cond.first is None else torch.cat([cond.first.to(noise), noise[:, 1:]], dim=1)
+    x = sampler.solve(velocity, start)
+    return x if cond.first is None else torch.cat([cond.first.to(x), x[:, 1:]], dim=1)
+
+
+def guided_velocity(net: Backbone, x: Latents, t: Tensor | Pace, bound: Bound, scope: Scope, scale: float) -> Latents:
+    """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
+    if scale == 1:
+        return net(x, t, bound, scope)
+    both = t if isinstance(t, Pace) else t.expand(len(x), -1).repeat(2, 1)
+    cond, uncond = net(x.repeat(2, 1, 1, 1, 1), both, bound, scope).chunk(2)
+    return guide(cond, uncond, scale)
+
+
+REACH = 8.0
+"""World units that a camera may be from the origin of its stream's cache before the cache is moved to it.
+
+Projective keys and queries grow with that distance while their products do not; bfloat16 would lose the difference.
+"""
+
+
+class Stream:
+    """A network unrolled chunk by chunk: its arena, its prompt, and the index of the next chunk.
+
+    The chunk functions are pure in (noise, cameras, chunk index, arena). `commit` moves the stream on, and `look`
+    brings the cache to where the next chunk is: attention knows only differences of positions and relative poses,
+    so this changes no result, but it keeps numbers small however far and long one walks.
+    """
+
+    def __init__(
+        self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0, reach: float | None = REACH
+    ) -> None:
+        self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
+        self.text = net.read(self._branches(cond).text)
+        self.arena = net.arena(geometry, len(self._branches(cond).text))
+        self.paces: dict[float, Tensor | Pace] = {}
+        self._begin(len(cond.text))
+
+    def _begin(self, batch: int) -> None:
+        self.chunk = 0
+        self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
+        """Pose of the cache's world frame in the caller's."""
+        self.rolled = 0
+        """Latent frames by which the sinks have moved in time."""
+
+    def restart(self, cond: Condition) -> None:
+        """From the first chunk again, with the prompt of `cond` and the same memory."""
+        self._begin(len(cond.text))
+        self.reword(cond)
+
+    @torch.no_grad()
+    def pace(self, t: float) -> Tensor | Pace:
+        """What time t does to the network; worked out once."""
+        if t not in self.paces:
+            self.paces[t] = self.net.pace(torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device))
+        return self.paces[t]
+
+    def _branches(self, cond: Condition) -> Condition:
+        return cond if self.guidance == 1 else Condition.stack(cond, cond.without_text())
+
+    @torch.no_grad()
+    def reword(self, cond: Condition) -> None:
+        """Follow the prompt of `cond` from the next chunk on; what the cache holds has read the old one."""
+        self.text = self.net.read(self._branches(cond).text)
+
+    def look(self, cond: Condition) -> Bound:
+        """Cameras of the current chunk, with the stream's prompt."""
+        origin = self.origin
+        if cond.w2c is not None:
+            w2c = cond.w2c.double().cpu()
+            reach = None if self.net.anchored else self.reach
+            if reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > reach:
+                origin = se3_inverse(w2c[:, 0].detach())
+            cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
+        self._settle(origin, self.geometry.rolled(self.chunk))
+        return Bound(self.text, self.net.watch(self._branches(cond)))
+
+    @torch.no_grad()
+    def _settle(self, origin: Float[Tensor, "b 4 4"], rolled: int) -> None:
+        """Express the cache in another world frame, and move its sinks in time."""
+        geometry = self.geometry
+        text, sinks = geometry.text, geometry.text + geometry.start(geometry.sink) * geometry.tokens
+        if origin is not self.origin:
+            frame = (se3_inverse(self.origin) @ origin).repeat(1 if self.guidance == 1 else 2, 1, 1)
+            self.arena.rewrite(lambda kv: self.net.rebased(kv, frame), slice(text, None), values=True)
+        if moved := rolled - self.rolled:
+            self.arena.rewrite(lambda keys: self.net.later(keys, moved), slice(text, sinks), values=False)
+        self.origin, self.rolled = origin, rolled
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten.
+
+        Undoing is exact where the cache is not moved for that chunk, and exact up to rounding where it is.
+        """
+        return self.arena.about_to_lose(self.chunk), self.chunk, self.origin, self.rolled
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        lost, self.chunk, origin, rolled = snapshot
+        self._settle(origin, rolled)
+        self.arena.put_back(self.chunk, lost)
+
+    def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
+        """The current chunk, denoised but not yet committed. noise: as many draws as `draws_of` says."""
+        if isinstance(sampler, FewStep):
+            return self.few_step(bound, noise, sampler.times)[0]
+        return self.multistep(bound, noise[0], sampler)
+
+    def velocity(self, bound: Bound, x: Latents, t: float) -> Latents:
+        """Of the current chunk at x_t, under guidance."""
+        return guided_velocity(self.net, x, self.pace(t), bound, Cached(self.arena, self.chunk), self.guidance)
+
+    def multistep(self, bound: Bound, noise: Latents, sampler: Multistep) -> Latents:
+        return sampler.solve(partial(self.velocity, bound), noise)
+
+    def few_step(
+        self, bound: Bound, noise: Noise, times: list[float], exit_step: int | None = None
+    ) -> tuple[Latents, Latents | None]:
+        """The denoised chunk, and x_0 as predicted, with gradient, at `exit_step` (self-rollout)."""
+        x, scored = noise[0], None
+        for step, t in enumerate(times):
+            graded = step == exit_step
+            scope = Peek(self.arena, self.chunk) if graded else Cached(self.arena, self.chunk)
+            with torch.set_grad_enabled(graded):
+                time = x.new_full(x.shape[:2], t) if graded else self.pace(t)
+                x0 = x - t * self.net(x, time, bound, scope)
+            if graded:
+                scored, x0 = x0, x0.detach()
+            if step + 1 < len(times):
+                x = interpolate(x0, noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
+        if self.geometry.merged_refresh and exit_step == len(times) - 1:
+            with torch.no_grad():  # the graded pass wrote nothing into the cache
+                self.keep(bound, x, times[-1])
+        return x0, scored
+
+    @torch.no_grad()
+    def commit(self, bound: Bound, x: Latents, noise: Latents | None = None) -> None:
+        """Write the finished chunk's keys and values, and move on.
+
+        They are those of the clean chunk at t = 0; with `noise`, which a generated chunk has, of the chunk at the
+        geometry's `context_noise`, or with its `merged_refresh` of the last denoising pass, which are there already.
+        """
+        if noise is None or not self.geometry.merged_refresh:
+            level = 0.0 if noise is None else self.geometry.context_noise
+            kept = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
+            self.keep(bound, kept, level)
+        self.chunk += 1
+
+    def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
+        """The pass of `commit`, without moving on."""
+        x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
+        self.net(x, self.pace(t), bound, Cached(self.arena, self.chunk))
+
+
+def draw(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:
+    """Noise for every pass of a rollout, drawn on the generator's device so that a seed means one video."""
+    return torch.randn((draws, *shape), generator=generator, device=generator.device).to(like)
+
+
+@torch.no_grad()
+def stream(
+    net: Backbone, sampler: Autoregressive | FewStep, noise: Noise, cond: Condition, geometry: Geometry
+) -> Iterator[Latents]:
+    """Chunks of latents as they are finished. With an image start the first chunk is the image itself."""
+    state = Stream(net, cond, geometry, sampler.guidance)
+    for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
+        bound = state.look(cond.frames(a, b))
+        if index == 0 and cond.first is not None:
+            x, hidden = image_chunk(cond.first, geometry), None
+        else:
+            x, hidden = state.next_chunk(bound, noise[:, :, a:b], sampler), noise[-1, :, a:b]
+        yield x
+        state.commit(bound, x, hidden)
+
+
+@torch.no_grad()
+def generate(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
+    """A whole clip with any sampler. noise: as many draws as `draws_of` says."""
+    if isinstance(sampler, Bidirectional):
+        return sample_bidirectional(net, sampler, noise[0], cond)
+    return torch.cat(list(stream(net, sampler, noise, cond, geometry)), dim=1)
+
+
+def draws_of(sampler: Sampler, geometry: Geometry) -> int:
+    draws = sampler.steps if isinstance(sampler, FewStep) else 1
+    committed = not (isinstance(sampler, Bidirectional) or geometry.merged_refresh)
+    return draws + (committed and geometry.context_noise > 0)
+
+
+def self_rollout(
+    net: Backbone,
+    noise: Noise,
+    cond: Condition,
+    geometry: Geometry,
+    times: list[float],
+    exit_step: int | None,
+    ungraded: int = 0,
+) -> tuple[Latents, Latents]:
+    """(clip, scored clip): the network's own video, and its prediction at `exit_step` with gradient.
+
+    Every chunk is denoised in full and that result, not the scored one, becomes the context of later chunks;
+    context carries no gradient, nor do the first `ungraded` chunks.
+    """
+    if net.checkpointing and exit_step is not None and len(geometry.chunks(noise.shape[2])) > geometry.slots:
+        raise ConfigError(
+            f"a self-rollout of {noise.shape[2]} latents overwrites its cache of {geometry.slots} chunks, which "
+            "checkpointing reads again in the backward pass; raise window, or switch checkpointing off"
+        )
+    state = Stream(net, cond, geometry, reach=None)
+    clip, scored = [], []
+    for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
+        bound = state.look(cond.frames(a, b))
+        if index == 0 and cond.first is not None:
+            x, graded, hidden = image_chunk(cond.first, geometry), None, None
+        else:
+            x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step if index >= ungraded else None)
+            hidden = noise[-1, :, a:b]
+        clip.append(x)
+        scored.append(x if graded is None else graded)
+        state.commit(Bound([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x, hidden)
+    return torch.cat(clip, 1), torch.cat(scored, 1)
+
+
+def image_chunk(first: Latents, geometry: Geometry) -> Latents:
+    """The image as the first chunk of a stream; ConfigError if that has another length."""
+    if geometry.lead != 1:
+        raise ConfigError(
+            f"an image start is one latent frame, but the first chunk has {geometry.lead}; set geometry.first=1"
+        )
+    return first

@@ -1,0 +1,112 @@
+"""The config of a training run."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from minwm.core.config import ConfigError
+from minwm.data.noise import PoseNoise
+from minwm.nets.backbone import Checkpointing
+from minwm.recipes.codec import CodecTraining
+from minwm.recipes.consistency import ConsistencyConfig
+from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
+from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
+from minwm.store.model import ModelConfig
+
+RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW on float32 weights."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest gradient norm."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    final: float = 1.0
+    """Learning rate at the last step, as a share of lr; cosine in between."""
+
+    def build(self, net: nn.Module) -> torch.optim.AdamW:
+        trained = [p for p in net.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step; a function of the step alone, so resuming needs no scheduler state."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1)))
+        return self.lr * warm * (self.final + (1 - self.final) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Model folders that fill the roles of a recipe; a role left out starts fresh, or is not needed."""
+
+    student: str | None = None
+    teacher: str | None = None
+    critic: str | None = None
+    real: str | None = None
+    codec: str | None = None
+    """Codec folder: what a codec stage continues from, and what goes with the trained model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training stage, complete: with the data it says all that the result depends on."""
+
+    name: str
+    model: ModelConfig
+    recipe: RecipeConfig
+    data: str
+    """Latent shards; raw clips for a codec."""
+    init: Init = Init()
+    steps: int = 1000
+    batch: int = 16
+    """Clips per step and rank, before accumulation."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are averaged into one step."""
+    optim: OptimConfig = OptimConfig()
+    critic: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser of the critic (DMD)."""
+    ema: float = 0.99
+    """Decay of the averaged weights that are saved as the model; 0 saves the raw weights."""
+    seed: int = 0
+    save_every: int = 100
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
+    checkpointing: Checkpointing = False
+    """Compute activations again in the backward pass: those of whole blocks (true), a third more FLOPs in all, or of
+    all but `attention`, which in long clips is most of the work and little of the memory."""
+    compile: bool = False
+    """Compile what is before and after attention in the blocks of all networks (`Backbone.compile_blocks`)."""
+    tensorboard: bool = True
+    pose_noise: PoseNoise | None = None
+    """Errors on the cameras of the training clips (ablations)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"run.ema={self.ema}: a decay lies in [0, 1)")
+        if isinstance(self.recipe, CodecTraining) and (self.checkpointing or self.compile):
+            raise ConfigError(f"run {self.name}: checkpointing and compile are of transformer blocks; a codec has none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished run reports; also written to its folder."""
+
+    steps: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    parameters: int
