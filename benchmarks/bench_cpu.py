@@ -28,7 +28,7 @@ from minwm.experiments import presets
 from minwm.families.wan.transformer import Wan
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 
 Step = Callable[[Condition, Tensor], Tensor]
 
@@ -36,7 +36,7 @@ Step = Callable[[Condition, Tensor], Tensor]
 def tiny() -> ModelConfig:
     """The demo's model in its last form: cameras, 4 passes and a commit per chunk."""
     base = presets.demo.tiny_model()
-    return replace(base, network=replace(base.network, camera="dual"), sampler=FewStep(steps=4, shift=3.0))
+    return replace(base, network=replace(base.network, camera="dual"), sampler=FewStepSampler(steps=4, shift=3.0))
 
 
 @dataclass
@@ -68,16 +68,16 @@ class Walk:
         w2c[0, :, 2, 3] = 0.05 * torch.arange(a, b)
         K = torch.tensor(self.cfg.intrinsics, dtype=torch.float32).expand(1, b - a, 4)
         noise = torch.randn(4, *self.cfg.latent_shape(1, b - a), generator=generator)
-        return Condition(**self.cfg.read(["a room"]), w2c=w2c, K=K), noise
+        return Condition(**self.cfg.encode_prompts(["a room"]), w2c=w2c, K=K), noise
 
 
 def engine(walk: Walk, cond: Condition) -> Step:
     stream, sampler = Stream(walk.net, cond, walk.cfg.geometry), walk.cfg.sampler
 
     def step(cond: Condition, noise: Tensor) -> Tensor:
-        bound = stream.look(cond)
+        bound = stream.prepare_chunk(cond)
         x = stream.next_chunk(bound, noise, sampler)  # pyright: ignore[reportArgumentType]
-        stream.commit(bound, x)
+        stream.update_cache(bound, x)
         return x
 
     return step

@@ -24,7 +24,7 @@ from minwm.eval.image import psnr
 from minwm.eval.stats import Bootstrap
 from minwm.store.folder import load_model
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.accelerate import EngineConfig, Fp8, ready
+from minwm.stream.accelerate import EngineConfig, Fp8, prepare_network
 
 FOLDER = Path(minwm.__file__).parent / "assets" / "world" / "dmd"
 
@@ -32,7 +32,7 @@ FOLDER = Path(minwm.__file__).parent / "assets" / "world" / "dmd"
 def model(change: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg, fp8: Fp8 = "none") -> Model:
     loaded = load_model(FOLDER)
     loaded = replace(loaded, config=change(loaded.config))
-    ready(EngineConfig(fp8=fp8), loaded.net, loaded.config.geometry, trial(loaded))
+    prepare_network(EngineConfig(fp8=fp8), loaded.net, loaded.config.geometry, trial(loaded))
     return loaded
 
 
@@ -45,7 +45,7 @@ OPTIONS: dict[str, Callable[[], Model]] = {
     "FP8 cache": lambda: model(fp8="cache"),
     "FP8 linears": lambda: model(fp8="linears"),
     "FP8 both": lambda: model(fp8="all"),
-    "merged refresh": lambda: model(lambda cfg: replace(cfg, merged_refresh=True)),
+    "merged refresh": lambda: model(lambda cfg: replace(cfg, stream=replace(cfg.stream, merged_refresh=True))),
     "2 steps": lambda: steps(2),
     "1 step": lambda: steps(1),
 }
@@ -59,7 +59,7 @@ def measure(clips: int, seed: int) -> dict[str, Any]:
         held = held or Clips.make(tried.config, patterns(tried.config, clips))
         videos = held.generate(tried, seed)
         usual = videos if usual is None else usual
-        passes = tried.config.sampler.passes + (not tried.config.merged_refresh)
+        passes = tried.config.sampler.passes + (not tried.config.stream.merged_refresh)
         scores = {"true view": psnr(videos, held.truth)}
         if name != "usual":
             scores["usual stream"] = psnr(videos, usual)

@@ -17,7 +17,7 @@ from minwm.core.flow import interpolate
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import Wan
 from minwm.nets.attention import Geometry
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 
 
 def angles(frames: list[int], height: int, width: int, head_width: int) -> Tensor:
@@ -57,9 +57,9 @@ class PlainStream:
     """Committed keys and values, one tensor per (layer, name)."""
 
     def __post_init__(self) -> None:
-        self.text = self.net.read(self.cond.text)
+        self.text = self.net.project_text_kv(self.cond.text)
 
-    def step(self, cond: Condition, noise: Tensor, sampler: FewStep) -> Tensor:
+    def step(self, cond: Condition, noise: Tensor, sampler: FewStepSampler) -> Tensor:
         """Make a chunk and commit it."""
         x, times = noise[0], sampler.times
         for i, t in enumerate(times):

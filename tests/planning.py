@@ -12,6 +12,7 @@ from minwm.bench.memory import Plan
 from minwm.cameras.trajectory import Motion
 from minwm.core.types import Clip, Condition
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import Codec, CodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecRecipe, CodecTraining
@@ -20,7 +21,7 @@ from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import RECIPES
 from minwm.train.config import Init, Run
 
@@ -28,14 +29,14 @@ MODEL = ModelConfig(
     network=WanConfig(
         dim=32, heads=2, layers=1, ffn=64, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
-    sampler=FewStep(steps=2),
+    sampler=FewStepSampler(steps=2),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=5,
     height=32,
     width=32,
-    window=3,
+    stream=StreamConfig(chunk=2, first_chunk=1, window=3),
 )
 """Three chunks; its ring is larger."""
 RECIPE = {
@@ -65,7 +66,7 @@ def batch(run: Run, generator: torch.Generator) -> Any:
     x = torch.randn(config.latent_shape(run.batch), generator=generator)
     w2c = torch.eye(4).repeat(run.batch, config.latents, 1, 1)
     K = torch.tensor([0.7, 0.7, 0.5, 0.5]).repeat(run.batch, config.latents, 1)
-    cond = Condition(text=config.text.encode(["a room"] * run.batch), w2c=w2c, K=K, first=x[:, :1].clone())
+    cond = Condition(text=config.text.encode(["a room"] * run.batch), w2c=w2c, K=K, first_latent=x[:, :1].clone())
     return Clip(x, cond, x.repeat(5, 1, 1, 1, 1, 1) if isinstance(run.recipe, OdeConfig) else None)
 
 

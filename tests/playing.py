@@ -14,8 +14,9 @@ from aiohttp import web
 from torch import nn
 
 from minwm.cameras.trajectory import Motion
-from minwm.core.runtime import Laps
+from minwm.core.runtime import StageTimer
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.play.game import Begin, Game, model_game
@@ -23,21 +24,20 @@ from minwm.play.protocol import Input
 from minwm.play.server import House
 from minwm.play.transport import Site
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 
 MOTION = Motion(move=1.0, turn=40.0, fps=64.0)
 SMALL = ModelConfig(
     network=WanConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
-    sampler=FewStep(steps=2),
+    sampler=FewStepSampler(steps=2),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
     motion=MOTION,
     text=WordText(dim=8),
     height=32,
     width=32,
-    chunk=1,
-    window=2,
+    stream=StreamConfig(chunk=1, window=2),
 )
 
 
@@ -66,22 +66,22 @@ class Painted:
     motion, chunk = MOTION, 1
 
     def __init__(self, slow: float = 0.0, fails_at: int = 10**9) -> None:
-        self.laps, self.slow, self.fails_at, self.made = Laps(), slow, fails_at, 0
+        self.timer, self.slow, self.fails_at, self.made = StageTimer(), slow, fails_at, 0
 
     def start(self) -> np.ndarray:
         return next(self.advance(np.eye(4)[None]))
 
     def advance(self, c2w: np.ndarray) -> Iterator[np.ndarray]:
-        self.laps.restart()
+        self.timer.restart()
         self.made += 1
         if self.made > self.fails_at:
             raise RuntimeError("out of memory")
         time.sleep(self.slow)
         levels = 128 + 40 * c2w[:, [0, 2, 1], 3]
-        self.laps.lap("diffuse")
+        self.timer.record("diffuse")
         yield np.broadcast_to(levels.clip(0, 255).astype(np.uint8)[:, None, None], (len(c2w), 16, 16, 3)).copy()
 
-    def settle(self) -> None: ...
+    def update_cache(self) -> None: ...
 
     def snapshot(self) -> None: ...
 

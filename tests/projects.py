@@ -18,6 +18,7 @@ from minwm.families.wan.convert import open_published
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVaeConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
@@ -25,7 +26,7 @@ from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.store.folder import adopt, load_codec
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import Bidirectional, FewStep
+from minwm.stream.solvers import BidirectionalSampler, FewStepSampler
 from minwm.train.build import train
 from minwm.train.config import Init, OptimConfig, Run
 
@@ -36,11 +37,12 @@ NETWORK = WanConfig(
 )
 MODEL = ModelConfig(
     network=NETWORK,
-    sampler=FewStep(steps=2),
+    sampler=FewStepSampler(steps=2),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=5,
+    stream=StreamConfig(chunk=2, first_chunk=1),
     height=32,
     width=32,
 )
@@ -63,7 +65,7 @@ def trained(out: Path) -> Path:
         run("codec", MODEL, CodecTraining(fit_clips=2), "raw", Init())
         encode_clips(out / "raw", out / "latents", load_codec(out / "codec"), MODEL.text)
         folders = {name: str(out / name) for name in ("codec", "camera")}
-        whole = replace(MODEL, sampler=Bidirectional(steps=3))
+        whole = replace(MODEL, sampler=BidirectionalSampler(steps=3))
         run("camera", whole, BidirectionalConfig(), "latents", Init(codec=folders["codec"]))
         init = Init(student=folders["camera"], critic=folders["camera"], real=folders["camera"], codec=folders["codec"])
         run("dmd", MODEL, DmdConfig(steps=2), "latents", init)
@@ -88,7 +90,14 @@ def adopting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, config in files.items():
         save_file(config.build().state_dict(), tmp_path / f"{name}.safetensors")
     text = Umt5Text(source="weights/Wan", dim=8)
-    config = replace(MODEL, codec=VAE, text=text, sampler=Bidirectional(steps=5, guidance=8.0), first=0, latents=8)
+    config = replace(
+        MODEL,
+        codec=VAE,
+        text=text,
+        sampler=BidirectionalSampler(steps=5, guidance=8.0),
+        stream=StreamConfig(chunk=2),
+        latents=8,
+    )
     published = open_published(tmp_path / "transformer.safetensors", heads=2)
     adopt(published, config, tmp_path / "vae.safetensors", tmp_path / "model")
     return tmp_path / "model"

@@ -11,12 +11,12 @@ from minwm.nets.attention import Cached, Geometry, KVArena, Masked, chunk_causal
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
 def test_ring_with_text_prefix_equals_attention_over_the_visible_rows(window: int) -> None:
-    geometry = Geometry(tokens=2, chunk=2, first=1, sink=1, window=window, text=3)
+    geometry = Geometry(tokens=2, chunk=2, first_chunk=1, sink=1, window=window, text_rows=3)
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 2 * 13, 4, generator=generator, dtype=torch.float64)
     text_k, text_v = torch.randn(2, 1, 2, 3, 4, generator=generator, dtype=torch.float64)
     arena = KVArena(geometry, 1, 1, 2, 4, dtype=torch.float64)
-    arena.keep_text(0, text_k, text_v)
+    arena.write_text_kv(0, text_k, text_v)
     rule, frame = chunk_causal(geometry), torch.arange(13)
     visible = rule(frame[:, None], frame[None]).repeat_interleave(2, 0).repeat_interleave(2, 1)
     visible = torch.cat([torch.ones(26, 3, dtype=torch.bool), visible], 1)
@@ -28,7 +28,7 @@ def test_ring_with_text_prefix_equals_attention_over_the_visible_rows(window: in
 
 
 def test_rules_by_hand() -> None:
-    geometry = Geometry(tokens=1, chunk=2, first=1, sink=1, window=1)
+    geometry = Geometry(tokens=1, chunk=2, first_chunk=1, sink=1, window=1)
     causal = chunk_causal(geometry)(torch.arange(5)[:, None], torch.arange(5)[None]).int().tolist()
     assert causal == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 1], [1, 0, 0, 1, 1]]
     geometry = Geometry(tokens=1, chunk=1, window=9)
@@ -46,7 +46,7 @@ def test_rules_by_hand() -> None:
 @pytest.mark.parametrize("window", [1, 9])
 def test_groups_of_frames_attend_as_under_a_dense_mask(window: int) -> None:
     """Values and gradients, of teacher forcing on 3 chunks and of a rule that is no prefix."""
-    geometry, tokens = Geometry(tokens=2, chunk=2, first=1, sink=1, window=window), 2
+    geometry, tokens = Geometry(tokens=2, chunk=2, first_chunk=1, sink=1, window=window), 2
     generator = torch.Generator().manual_seed(0)
     for rule, frames in ((teacher_forcing(geometry, 5), 10), (lambda q, k: (q - k) % 3 == 0, 7)):
         q, k, v = torch.randn(3, 2, 3, tokens * frames, 4, generator=generator, dtype=torch.float64)
@@ -63,15 +63,15 @@ def test_groups_of_frames_attend_as_under_a_dense_mask(window: int) -> None:
 
 def test_a_short_first_chunk_must_be_a_sink() -> None:
     with pytest.raises(ConfigError, match="sink >= 1"):
-        Geometry(tokens=1, chunk=2, first=1, sink=0)
+        Geometry(tokens=1, chunk=2, first_chunk=1, sink=0)
 
 
 def test_groups_are_as_few_as_can_be() -> None:
     """Every chunk of 2: clean ones see 1, 3, 5 frames of [clean], noisy ones the past and themselves."""
-    geometry = Geometry(tokens=1, chunk=2, first=1, sink=1, window=9)
+    geometry = Geometry(tokens=1, chunk=2, first_chunk=1, sink=1, window=9)
     masked = Masked(teacher_forcing(geometry, 5), 10)
-    assert masked.groups == [1, 2, 2, 1, 2, 2] and masked.pieces == [1, 2, 2, 1, 2, 2]
-    assert masked.seen == [[0], [0, 1], [0, 1, 2], [3], [0, 4], [0, 1, 5]]
+    assert masked.query_groups == [1, 2, 2, 1, 2, 2] and masked.key_groups == [1, 2, 2, 1, 2, 2]
+    assert masked.visible_groups == [[0], [0, 1], [0, 1, 2], [3], [0, 4], [0, 1, 5]]
 
 
 def test_plain_products_of_bfloat16_are_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,26 +20,28 @@ from minwm.control.prope import Mode
 from minwm.core.config import UserError, dumps, loads, to_dict
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.store.model import ModelConfig
 from minwm.stream.accelerate import EngineConfig
 from minwm.stream.rollout import Stream
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 
 CONFIG = ModelConfig(
     network=WanConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
-    sampler=FewStep(),
+    sampler=FewStepSampler(),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=7,
+    stream=StreamConfig(chunk=2, first_chunk=1),
     height=32,
     width=32,
 )
-SAMPLERS = [Bidirectional(steps=3), Autoregressive(steps=3), FewStep(steps=2)]
+SAMPLERS = [BidirectionalSampler(steps=3), AutoregressiveSampler(steps=3), FewStepSampler(steps=2)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.kind)
@@ -62,7 +64,8 @@ def test_clocks_fit_together(sampler: Sampler) -> None:
 @torch.no_grad()
 def test_flops_are_those_of_the_closed_form_and_of_the_operators(camera: Mode, image: bool) -> None:
     """Linears 2 N (4 d^2 + 2 d^2 + 2 d ffn [+ d^2]), attention 4 N L d [twice], and the prompt 4 N l d; per layer."""
-    config = replace(CONFIG, first=1 if image else 2, latents=7 if image else 8, sampler=FewStep(steps=1))
+    stream = StreamConfig(chunk=2, first_chunk=1 if image else 2)
+    config = replace(CONFIG, stream=stream, latents=7 if image else 8, sampler=FewStepSampler(steps=1))
     config = replace(config, network=replace(config.network, camera=camera))
     cfg, geometry = config.network, config.geometry
     d, query, seen = cfg.dim, 2 * geometry.tokens, config.latents * geometry.tokens
@@ -74,13 +77,13 @@ def test_flops_are_those_of_the_closed_form_and_of_the_operators(camera: Mode, i
     model = random_model(config)
     assert 1e9 * bench_model(model, repeats=1).pass_gflop == want
     K = torch.tensor(config.intrinsics, dtype=torch.float32).expand(1, 2, 4)
-    cond = Condition(**config.read(["a room"]), w2c=torch.eye(4).expand(1, 2, 4, 4), K=K)
+    cond = Condition(**config.encode_prompts(["a room"]), w2c=torch.eye(4).expand(1, 2, 4, 4), K=K)
     stream = Stream(model.net, cond, geometry)
     stream.chunk = len(geometry.chunks(config.latents)) - 1
-    bound, x = stream.look(cond), torch.zeros(config.latent_shape(1, 2))
-    stream.pace(0.0)
+    bound, x = stream.prepare_chunk(cond), torch.zeros(config.latent_shape(1, 2))
+    stream.modulation(0.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stream.keep(bound, x)
+        stream.cache_update_pass(bound, x)
     assert counter.get_total_flops() == want
 
 
@@ -115,16 +118,19 @@ def test_speed_has_every_stage_and_compares() -> None:
         "measured on different machines or versions: ratios say nothing about the code alone",
     ]
     with pytest.raises(UserError, match="no stream to measure"):
-        measure_speed(random_model(replace(CONFIG, sampler=Bidirectional(steps=1))), EngineConfig())
+        measure_speed(random_model(replace(CONFIG, sampler=BidirectionalSampler(steps=1))), EngineConfig())
 
 
 def test_fp8_and_a_merged_refresh_are_measured_beside_what_they_cost() -> None:
-    config = replace(CONFIG, merged_refresh=True, sampler=FewStep(steps=2))
+    config = replace(CONFIG, stream=replace(CONFIG.stream, merged_refresh=True), sampler=FewStepSampler(steps=2))
     result = measure_speed(random_model(config), EngineConfig(fp8="all", fp8_limit=0.05), chunks=2)
     assert result.passes == 2 and result.rows["finalize"].gflop == 0
     assert result.fp8 and result.fp8.limit == 0.05 and result.engine.fp8 == "all"
     assert loads(SpeedResult, dumps(result)) == result
-    assert measure_speed(random_model(replace(CONFIG, sampler=FewStep(steps=1))), EngineConfig(), chunks=1).passes == 2
+    assert (
+        measure_speed(random_model(replace(CONFIG, sampler=FewStepSampler(steps=1))), EngineConfig(), chunks=1).passes
+        == 2
+    )
 
 
 def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,20 +15,22 @@ from minwm.core.types import Condition
 from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import CAMERA
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import Codec, CodecConfig
 from minwm.nets.text import WordText
 from minwm.store.folder import load_codec, load_model, load_weights, save_codec, save_model
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 from minwm.train.state import States
 
 CONFIG = ModelConfig(
     network=WanConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
-    sampler=FewStep(steps=2),
+    sampler=FewStepSampler(steps=2),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
+    stream=StreamConfig(chunk=2, first_chunk=1),
     text=WordText(dim=8),
     height=32,
     width=32,
@@ -71,10 +73,18 @@ def test_round_trip(model: Model, saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler", [Bidirectional(guidance=1.5), Autoregressive(steps=7), FewStep(steps=3)], ids=lambda s: s.kind
+    "sampler",
+    [BidirectionalSampler(guidance=1.5), AutoregressiveSampler(steps=7), FewStepSampler(steps=3)],
+    ids=lambda s: s.kind,
 )
 def test_the_config_says_everything(model: Model, tmp_path: Path, sampler: Sampler) -> None:
-    config = replace(CONFIG, sampler=sampler, motion=Motion(move=0.1, turn=9.0, fps=8.0), window=3, focal=(0.6, 0.7))
+    config = replace(
+        CONFIG,
+        sampler=sampler,
+        motion=Motion(move=0.1, turn=9.0, fps=8.0),
+        stream=StreamConfig(window=3),
+        focal=(0.6, 0.7),
+    )
     save_model(tmp_path, config, model.net, model.codec)
     assert load_model(tmp_path).config == config
 

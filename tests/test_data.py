@@ -15,7 +15,7 @@ import torch
 from minwm.cameras.track import intrinsics, views
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError, UserError
-from minwm.core.media import pixels
+from minwm.core.media import to_pixels
 from minwm.core.types import Clip
 from minwm.data import clips as clips_module
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet
@@ -258,13 +258,13 @@ def test_a_batch_is_what_the_codec_and_the_text_encoder_gave(made: Path, codec: 
     records = [folder.record(c) for c in chosen]
     frames = torch.from_numpy(np.stack([folder.frames(c) for c in chosen]))
     with torch.no_grad():
-        torch.testing.assert_close(clip.latents, codec.encode(pixels(frames)))
+        torch.testing.assert_close(clip.latents, codec.encode(to_pixels(frames)))
     assert torch.equal(clip.cond.text, TEXT.encode([r.caption for r in records]))
     w2c, K = views([r.track for r in records], 4)
-    assert clip.cond.w2c is not None and clip.cond.K is not None and clip.cond.first is not None
+    assert clip.cond.w2c is not None and clip.cond.K is not None and clip.cond.first_latent is not None
     assert torch.equal(clip.cond.w2c, w2c) and torch.equal(clip.cond.K, K)
-    assert torch.equal(clip.cond.first, clip.latents[:, :1])
-    assert ShardDataset(made / "shards", "train", image_start=False).batch([0]).cond.first is None
+    assert torch.equal(clip.cond.first_latent, clip.latents[:, :1])
+    assert ShardDataset(made / "shards", "train", image_start=False).batch([0]).cond.first_latent is None
 
 
 def test_every_clip_is_in_one_split_and_scenes_stay_together(made: Path) -> None:

@@ -25,6 +25,7 @@ from minwm.cli.play import _model_game, _warm_up
 from minwm.core.config import ConfigError, UserError
 from minwm.experiments.presets.demo import model_to_play
 from minwm.families.wan.vae import WanVaeConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig, TinyDecoder, VideoCodec, channels_last
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 from minwm.play.game import Begin, model_game
@@ -32,7 +33,7 @@ from minwm.session.engines import ModelEngine
 from minwm.session.session import Session
 from minwm.store.folder import tiny_decoder
 from minwm.store.model import Model
-from minwm.stream.accelerate import EngineConfig, SideStream, attention, decoder, ready
+from minwm.stream.accelerate import CudaSideStream, EngineConfig, attention_kernel, decoder, prepare_network
 from minwm.stream.rollout import Stream
 
 CODECS = {**TINY, "taehv": TaehvConfig(channels=4, width=8), "small": CodecConfig(channels=4, width=8, fine=8)}
@@ -130,7 +131,8 @@ def test_a_compiled_stream_is_two_graphs_however_long_and_in_whatever_thread() -
     for name, cfg in codecs.items():
         torch.manual_seed(0)
         codec = cfg.build().eval().requires_grad_(False)
-        model = replace(plain_model, codec=codec, config=replace(plain_model.config, codec=cfg, chunk=2))
+        config = replace(plain_model.config, codec=cfg, stream=StreamConfig(chunk=2, window=2))
+        model = replace(plain_model, codec=codec, config=config)
         want = list(Session(ModelEngine(model, image, "a room")).play([Action.of("l")] * 20))
         graphs.clear()
         torch._dynamo.reset()
@@ -181,7 +183,7 @@ def logged(engine: ModelEngine, log: list[str]) -> ModelEngine:
     """Notes the network's chunks and commits, and the decoder."""
     engine.start()
     stream, decode = engine.stream, engine.decode
-    make, commit = stream.next_chunk, stream.commit
+    make, commit = stream.next_chunk, stream.update_cache
 
     def noting(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -190,9 +192,9 @@ def logged(engine: ModelEngine, log: list[str]) -> ModelEngine:
 
         return run
 
-    stream.next_chunk, stream.commit = noting("diffused", make), noting("committed", commit)  # type: ignore[method-assign]
+    stream.next_chunk, stream.update_cache = noting("diffused", make), noting("committed", commit)  # type: ignore[method-assign]
     engine.decode = noting("decoded", decode)
-    engine.settle()
+    engine.update_cache()
     log.clear()
     return engine
 
@@ -203,13 +205,13 @@ def test_frames_are_handed_out_before_the_commit_or_beside_it() -> None:
     c2w = np.eye(4)[None].repeat(4, 0)
     list(engine.advance(c2w))
     assert log == ["diffused", "decoded"]
-    engine.settle()
-    assert log[2:] == ["committed"] and {"decode", "copy", "finalize"} <= engine.laps.seconds.keys()
+    engine.update_cache()
+    assert log[2:] == ["committed"] and {"decode", "copy", "finalize"} <= engine.timer.seconds.keys()
     log.clear()
-    engine.beside = Quick(log)
+    engine.side_task = Quick(log)
     list(engine.advance(c2w))
     assert log == ["diffused", "decoded", "decoder begun", "committed", "waited for frames"]
-    engine.settle()
+    engine.update_cache()
     assert log.count("committed") == 1
 
 
@@ -217,16 +219,23 @@ def test_the_first_frames_wait_for_no_other_latent() -> None:
     """Beside the commit, all are begun before it, and yet handed out one by one."""
     log: list[str] = []
     engine = logged(
-        ModelEngine(replace(tiny_model(), config=replace(tiny_model().config, chunk=2)), start_image(), "a room"), log
+        ModelEngine(
+            replace(
+                tiny_model(), config=replace(tiny_model().config, stream=StreamConfig(chunk=2, first_chunk=1, window=2))
+            ),
+            start_image(),
+            "a room",
+        ),
+        log,
     )
     c2w = np.eye(4)[None].repeat(8, 0)
     shown = engine.advance(c2w)
     assert len(next(shown)) == 4 and log == ["diffused", "decoded"]
     assert len(next(shown)) == 4 and log == ["diffused", "decoded", "decoded"]
     assert list(shown) == []
-    engine.settle()
+    engine.update_cache()
     log.clear()
-    engine.beside = Late(log)
+    engine.side_task = Late(log)
     log.extend("shown" for _ in engine.advance(c2w))
     pair = ["waited for frames", "decoded", "shown"]
     assert log == ["diffused", "decoder begun", "decoder begun", "committed", *pair, *pair]
@@ -237,9 +246,11 @@ def test_the_first_frames_wait_for_no_other_latent() -> None:
 def test_overlapped_frames_are_the_same_and_can_be_undone(beside: type[Late], image: bool) -> None:
     """However late the decoder is: it reads nothing that the commit, the next chunk or a rewind writes."""
     model = tiny_model()
-    model = replace(model, config=replace(model.config, chunk=2, first=1 if image else 2))
+    model = replace(
+        model, config=replace(model.config, stream=StreamConfig(chunk=2, first_chunk=1 if image else 2, window=2))
+    )
     plain, overlapped = (ModelEngine(model, start_image() if image else None, "a room", 3) for _ in range(2))
-    overlapped.beside = beside([])
+    overlapped.side_task = beside([])
     walk = Session(overlapped)
     want, made = list(Session(plain).play(KEYS)), list(walk.play(KEYS))
     assert all(np.array_equal(a, b) for a, b in zip(want, made, strict=True))
@@ -259,7 +270,7 @@ def test_the_second_stream_waits_for_the_first_and_the_host_for_its_copy(monkeyp
     cuda.attach_mock(latents.record_stream, "record_stream")
     cuda.attach_mock(drawn.to, "copy")
     cuda.work.return_value = drawn
-    begun = SideStream(torch.device("cuda"))(cuda.work, latents)
+    begun = CudaSideStream(torch.device("cuda"))(cuda.work, latents)
     names = [name for name, _, _ in cuda.mock_calls]
     side = "Stream()"
     assert [name for name in names if "__" not in name or "within" in name] == [
@@ -300,7 +311,7 @@ def test_a_kernel_of_attention_is_chosen_for_the_network_alone(monkeypatch: pyte
     list(Session(engine).play(KEYS[:2]))
     assert seen == {"network": {False}, "codec": {True}}
     with pytest.raises(ConfigError, match="the race has not been run"):
-        attention(EngineConfig(attention="race"))
+        attention_kernel(EngineConfig(attention="race"))
 
 
 # ------------------------------------------------------------------------------------------------ tiny decoders
@@ -343,7 +354,7 @@ def test_the_setting_of_self_forcing_has_its_published_numbers() -> None:
     cfg = _preset("self-forcing")
     geometry = cfg.geometry
     assert (geometry.tokens, geometry.chunk, cfg.network.camera, cfg.sampler.passes) == (1560, 3, "none", 4)
-    assert [geometry.filled(chunk) for chunk in (4, 5, 6, 50)] == [23_400, 28_080, 28_080, 28_080]
+    assert [geometry.valid_rows(chunk) for chunk in (4, 5, 6, 50)] == [23_400, 28_080, 28_080, 28_080]
     assert geometry.chunks(cfg.latents)[-1] == (18, 21), "a published clip is 21 latents"
 
 
@@ -395,6 +406,6 @@ def test_a_rendered_world_takes_no_engine_flags(capsys: pytest.CaptureFixture[st
 
 def test_ready_puts_the_winner_in_place_of_the_race() -> None:
     model: Model = tiny_model()
-    chosen, raced, _ = ready(EngineConfig(attention="race"), model.net, SMALL.geometry)
+    chosen, raced, _ = prepare_network(EngineConfig(attention="race"), model.net, SMALL.geometry)
     assert raced and chosen == EngineConfig(attention=raced.winner)  # type: ignore[arg-type]
-    assert ready(EngineConfig(), model.net, SMALL.geometry) == (EngineConfig(), None, None)
+    assert prepare_network(EngineConfig(), model.net, SMALL.geometry) == (EngineConfig(), None, None)

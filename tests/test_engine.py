@@ -16,16 +16,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minwm.core.config import ConfigError
-from minwm.core.memory import Meter
+from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import Wan
 from minwm.nets.attention import Cached, Geometry
-from minwm.stream.accelerate import EngineConfig, GraphedStream, Race, attention, open_stream, race, warm_up
+from minwm.stream.accelerate import (
+    EngineConfig,
+    GraphedStream,
+    KernelTimes,
+    attention_kernel,
+    open_stream,
+    time_attention_kernels,
+    warm_up,
+)
 from minwm.stream.rollout import Stream
-from minwm.stream.solvers import Autoregressive, FewStep
+from minwm.stream.solvers import AutoregressiveSampler, FewStepSampler
 
-RING = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1)
-GUIDED = Autoregressive(steps=2, guidance=3.0, solver="euler")
+RING = Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1)
+GUIDED = AutoregressiveSampler(steps=2, guidance=3.0, solver="euler")
 
 
 def noise_of(frames: int, seed: int, draws: int = 2) -> torch.Tensor:
@@ -37,10 +45,10 @@ def walk(stream: Stream, cond: Condition, chunks: int, sampler: Any) -> list[tor
     made = []
     for i in range(chunks):
         a, b = stream.geometry.start(i), stream.geometry.start(i + 1)
-        bound = stream.look(cond.frames(a, b))
+        bound = stream.prepare_chunk(cond.frames(a, b))
         noise = noise_of(b - a, i)
         made.append(stream.next_chunk(bound, noise, sampler))
-        stream.commit(bound, made[-1], noise[-1])
+        stream.update_cache(bound, made[-1], noise[-1])
     return made
 
 
@@ -61,13 +69,13 @@ class Names(TorchDispatchMode):
 def test_a_chunk_joins_clones_and_reads_nothing(name: str) -> None:
     """Nor does it run more operators than it has to: a budget per layer and per pass."""
     net, cond, noise = small(name).float(), condition(9, batch=1), noise_of(2, 0).float()
-    stream, sampler = Stream(net, cond, RING), FewStep(steps=2)
+    stream, sampler = Stream(net, cond, RING), FewStepSampler(steps=2)
     walk(stream, cond, 4, sampler)
-    bound = stream.look(cond.frames(7, 9))
-    bound = replace(bound, rope=net.places(noise[0], Cached(stream.arena, stream.chunk)))
+    bound = stream.prepare_chunk(cond.frames(7, 9))
+    bound = replace(bound, rope=net.rope_table(noise[0], Cached(stream.arena, stream.chunk)))
     with Names() as ran:
         x = stream.next_chunk(bound, noise, sampler)
-        stream.commit(bound, x)
+        stream.update_cache(bound, x)
     assert not {"cat", "clone", "_local_scalar_dense", "stack", "index_select"} & ran.counts.keys()
     passes, layers = 3, 2
     views = {"view", "transpose", "t", "select", "unsqueeze", "slice", "split", "expand", "permute", "alias", "detach"}
@@ -79,12 +87,12 @@ def test_a_chunk_joins_clones_and_reads_nothing(name: str) -> None:
 @torch.no_grad()
 def test_memory_stays_where_it_is_over_fifty_chunks() -> None:
     cond = condition(2, batch=1)
-    stream, sampler = Stream(small("wan-dual"), cond, replace(RING, first=0)), FewStep(steps=2)
+    stream, sampler = Stream(small("wan-dual"), cond, replace(RING, first_chunk=None)), FewStepSampler(steps=2)
     pointer, live = stream.arena.kv.data_ptr(), []
-    with Meter() as memory:
+    with MemoryMeter() as memory:
         for i in range(50):
-            bound = stream.look(cond)
-            stream.commit(bound, stream.next_chunk(bound, noise_of(2, i), sampler))
+            bound = stream.prepare_chunk(cond)
+            stream.update_cache(bound, stream.next_chunk(bound, noise_of(2, i), sampler))
             live.append(memory.live)
     assert stream.arena.kv.data_ptr() == pointer
     assert len(set(live[25:])) == 1, live
@@ -94,7 +102,7 @@ def test_memory_stays_where_it_is_over_fifty_chunks() -> None:
 def test_chunk_500_takes_no_longer_than_chunk_10() -> None:
     """Fifty chunks from each, interleaved, so that a busy machine slows both; the medians may differ by a quarter."""
     cond = condition(2, batch=1)
-    geometry = replace(RING, first=0, roll=True)
+    geometry = replace(RING, first_chunk=None, rolling_sink=True)
     early, late = (Stream(small("wan-dual"), cond, geometry) for _ in range(2))
     times: dict[int, list[float]] = {0: [], 1: []}
     for i in range(550):
@@ -102,8 +110,8 @@ def test_chunk_500_takes_no_longer_than_chunk_10() -> None:
             if which == 0 and i < 500:
                 continue
             start = time.perf_counter()
-            bound = stream.look(cond)
-            stream.commit(bound, stream.next_chunk(bound, noise_of(2, i), FewStep(steps=1)))
+            bound = stream.prepare_chunk(cond)
+            stream.update_cache(bound, stream.next_chunk(bound, noise_of(2, i), FewStepSampler(steps=1)))
             if i >= 500 and early.chunk > 10:
                 times[which].append(time.perf_counter() - start)
     young, old = (sorted(x)[len(x) // 2] for x in times.values())
@@ -118,34 +126,38 @@ def traced(function: Any, inputs: list[torch.Tensor]) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "sampler", "level"),
-    [("wan-dual", FewStep(steps=2), 0.3), ("wan-single", FewStep(steps=1), 0.0), ("wan-none", GUIDED, 0.0)],
+    [
+        ("wan-dual", FewStepSampler(steps=2), 0.3),
+        ("wan-single", FewStepSampler(steps=1), 0.0),
+        ("wan-none", GUIDED, 0.0),
+    ],
 )
 def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(
     name: str, sampler: Any, level: float
 ) -> None:
-    chunks = RING.regimes + 3
+    chunks = RING.distinct_graph_shapes + 3
     cond = condition(RING.start(chunks), batch=1)
     net, geometry = small(name), replace(RING, context_noise=level)
     plain = Stream(net, cond, geometry, sampler.guidance)
     graphed = GraphedStream(net, cond, geometry, sampler.guidance, capture=traced)
     for a, b in zip(*(walk(s, cond, chunks, sampler) for s in (plain, graphed)), strict=True):
         torch.testing.assert_close(a, b)
-    assert len(graphed.recorded) == 2 * RING.regimes  # making a chunk, and committing it
+    assert len(graphed.recorded) == 2 * RING.distinct_graph_shapes  # making a chunk, and committing it
     graphed.restart(replace(cond, text=cond.text.flip(1)))
     plain = Stream(net, replace(cond, text=cond.text.flip(1)), geometry, sampler.guidance)
     for a, b in zip(*(walk(s, cond, 6, sampler) for s in (plain, graphed)), strict=True):
         torch.testing.assert_close(a, b)
-    assert len(graphed.recorded) == 2 * RING.regimes
+    assert len(graphed.recorded) == 2 * RING.distinct_graph_shapes
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("level", [0.0, 0.3])
 def test_warm_up_visits_every_regime(level: float) -> None:
-    cond, sampler = condition(2, batch=1), FewStep(steps=2)
+    cond, sampler = condition(2, batch=1), FewStepSampler(steps=2)
     geometry = replace(RING, context_noise=level)
     stream = GraphedStream(small("wan-dual"), cond, geometry, capture=lambda function, _: function)
     seconds = warm_up(stream, cond, noise_of(2, 0), sampler)
-    assert len(seconds) == RING.regimes and all(s > 0 for s in seconds)
+    assert len(seconds) == RING.distinct_graph_shapes and all(s > 0 for s in seconds)
     before = set(stream.recorded)
     walk(stream, condition(RING.start(12), batch=1), 12, sampler)
     assert set(stream.recorded) == before
@@ -188,14 +200,14 @@ def test_blocks_compile_to_one_graph_for_all_layers_and_regimes() -> None:
 
 
 def test_kernels_race_and_choices_are_never_silent() -> None:
-    result = race(small("wan-dual"), RING, repeats=2)
+    result = time_attention_kernels(small("wan-dual"), RING, repeats=2)
     assert result.shape == (4, 12, RING.rows, 24)
     assert result.ms["math"] and result.ms["cudnn"] is None
     assert result.winner in {"math", "flash"}
-    assert Race(shape=(1, 1, 1, 1), ms={"math": 2.0, "flash": 1.0, "cudnn": None}).winner == "flash"
+    assert KernelTimes(shape=(1, 1, 1, 1), ms={"math": 2.0, "flash": 1.0, "cudnn": None}).winner == "flash"
     q, k, v = torch.randn(3, 1, 2, 4, 8)
     for name in ("torch", "math", "flash"):
-        with attention(EngineConfig(attention=name)):
+        with attention_kernel(EngineConfig(attention=name)):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             torch.testing.assert_close(out, ((q @ k.mT) / 8**0.5).softmax(-1) @ v)
     if not torch.cuda.is_available():
@@ -207,7 +219,7 @@ def test_kernels_race_and_choices_are_never_silent() -> None:
 def test_the_engine_equals_the_straightforward_form() -> None:
     """Which is written anew, without scopes, arena, tables or stacked branches; the ring is full half of the way."""
     net, cond = small("wan-dual"), condition(RING.start(8), batch=1)
-    sampler, noise = FewStep(steps=2), [noise_of(1 if i == 0 else 2, i) for i in range(8)]
+    sampler, noise = FewStepSampler(steps=2), [noise_of(1 if i == 0 else 2, i) for i in range(8)]
     engine = walk(Stream(net, cond, RING), cond, 8, sampler)
     plain = PlainStream(cast(Wan, net), cond, RING)
     for i, made in enumerate(engine):

@@ -12,7 +12,7 @@ from minwm.cameras.track import intrinsics, se3_exp, se3_inverse, se3_log
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
 from minwm.core.config import ConfigError, UserError
-from minwm.core.media import pixels, read_image
+from minwm.core.media import read_image, to_pixels
 from minwm.eval.camera.motion import Following, Motions, motions
 from minwm.eval.cases import ANCHORS, Clips, through
 from minwm.eval.diversity import diversity
@@ -23,12 +23,12 @@ from minwm.eval.run import EvalConfig, check_alike
 from minwm.eval.stats import Bootstrap
 from minwm.experiments import presets
 from minwm.store.folder import load_codec
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 
 MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
 K = intrinsics(70.0, 64, 64)
 COMMANDS = ("w*8", "l*8", "w*4,l*4", "w+j*8")
-CONFIG = replace(presets.demo.tiny_model(), sampler=FewStep(steps=2))
+CONFIG = replace(presets.demo.tiny_model(), sampler=FewStepSampler(steps=2))
 
 
 def moved(change: float, lost: tuple[int, int] | None = None) -> Motions:
@@ -150,7 +150,7 @@ def test_the_codec_streams_in_pieces_as_in_one() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (1, 33, 64, 64, 3), dtype=np.uint8)
     whole, pieces = through(codec, frames), through(codec, frames, latents=3)
     assert np.abs(whole.astype(int) - pieces).max() <= 1
-    assert pixels(whole).isfinite().all()
+    assert to_pixels(whole).isfinite().all()
 
 
 def test_only_what_went_away_and_came_back_counts_as_remembered(rng: np.random.Generator) -> None:

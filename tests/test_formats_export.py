@@ -31,10 +31,11 @@ from minwm.cli import main
 from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import SIZES, diffusers_names, export, identify, open_published, size_name
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.store.folder import save_model
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 
 state = pytest.fixture(plain_state, scope="module")
 seeing = pytest.fixture(seeing_state, scope="module")
@@ -181,7 +182,13 @@ def test_convert(seeing: State, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_trained_model_is_converted(seeing: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codec = CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1)
-    config = ModelConfig(network=SEEING, sampler=FewStep(), codec=codec, motion=Motion(move=1, turn=9, fps=16))
+    config = ModelConfig(
+        network=SEEING,
+        sampler=FewStepSampler(),
+        codec=codec,
+        motion=Motion(move=1, turn=9, fps=16),
+        stream=StreamConfig(chunk=2, first_chunk=1),
+    )
     net = SEEING.build()
     net.load_state_dict(seeing)
     save_model(tmp_path / "model", config, net, codec.build())

@@ -17,18 +17,18 @@ import minwm
 from minwm.bench.stream import trial
 from minwm.core.config import ConfigError
 from minwm.nets import fp8
-from minwm.nets.attention import Cached, Geometry, KVArena, Peek
+from minwm.nets.attention import Cached, Geometry, KVArena, ReadOnlyCache
 from minwm.nets.backbone import Backbone
 from minwm.nets.fp8 import Fp8Arena, Linear, scaled
 from minwm.store.folder import load_model
 from minwm.store.model import Model
-from minwm.stream.accelerate import EngineConfig, Fp8, GraphedStream, Trial, judge, ready
+from minwm.stream.accelerate import EngineConfig, Fp8, Fp8Trial, GraphedStream, check_fp8, prepare_network
 from minwm.stream.rollout import Stream
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 
-RING = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1)
+RING = Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1)
 SHIPPED = Path(minwm.__file__).parent / "assets" / "world" / "dmd"
-TWO = FewStep(steps=2)
+TWO = FewStepSampler(steps=2)
 
 
 def noise_of(frames: int, seed: int, draws: int = 2) -> torch.Tensor:
@@ -45,9 +45,9 @@ def walk(stream: Stream, chunks: int, cond: Any = None) -> Iterator[torch.Tensor
     cond = cond or condition(RING.start(chunks), batch=1)
     for i in range(stream.chunk, chunks):
         a, b = stream.geometry.start(i), stream.geometry.start(i + 1)
-        bound, noise = stream.look(cond.frames(a, b)), noise_of(b - a, i)
+        bound, noise = stream.prepare_chunk(cond.frames(a, b)), noise_of(b - a, i)
         yield (x := stream.next_chunk(bound, noise, TWO))
-        stream.commit(bound, x, noise[-1])
+        stream.update_cache(bound, x, noise[-1])
 
 
 def change(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -112,7 +112,7 @@ def test_blocks_go_to_fp8_and_back_and_what_is_sensitive_never_does() -> None:
 @pytest.mark.parametrize("what", ["linears", "cache"])
 def test_replayed_chunks_in_fp8_equal_plain_ones(what: Fp8) -> None:
     net, cond = network(), condition(RING.start(6), batch=1)
-    net.cache = Fp8Arena if what == "cache" else KVArena
+    net.arena_type = Fp8Arena if what == "cache" else KVArena
     net.use_fp8(what == "linears")
     graphed = GraphedStream(net, cond, RING, capture=lambda function, inputs: cast(Any, make_fx(function)(*inputs)))
     for a, b in zip(walk(Stream(net, cond, RING), 6), walk(graphed, 6), strict=True):
@@ -158,7 +158,7 @@ def test_blocks_in_fp8_compile_to_one_graph() -> None:
 
 def stream_with(kind: type[KVArena], geometry: Geometry = RING, name: str = "wan-dual", **kwargs: Any) -> Stream:
     net = network(name)
-    net.cache = kind
+    net.arena_type = kind
     return Stream(net, condition(1, batch=1), geometry, **kwargs)
 
 
@@ -179,10 +179,10 @@ def test_a_cache_in_fp8_takes_half_of_the_memory_of_bfloat16() -> None:
 
 
 def test_sinks_that_are_turned_in_every_chunk_are_not_rounded_again_and_again() -> None:
-    plain, rounded = (stream_with(kind, replace(RING, roll=True)) for kind in (KVArena, Fp8Arena))
+    plain, rounded = (stream_with(kind, replace(RING, rolling_sink=True)) for kind in (KVArena, Fp8Arena))
     for stream in (plain, rounded):
         list(walk(stream, 40))
-    assert plain.rolled > 60
+    assert plain.sink_shift > 60
     torch.testing.assert_close(rounded.arena.kv, plain.arena.kv[..., : RING.tokens, :], atol=1e-5, rtol=1e-5)
 
 
@@ -207,7 +207,7 @@ def test_a_peek_sees_what_the_stream_sees() -> None:
     stream = stream_with(Fp8Arena)
     list(walk(stream, 5))
     q, k, v = torch.randn(3, 1, 4, 12, 24, generator=torch.Generator().manual_seed(0))
-    seen = Peek(stream.arena, 5)(1, q, k, v)
+    seen = ReadOnlyCache(stream.arena, 5)(1, q, k, v)
     torch.testing.assert_close(Cached(stream.arena, 5)(1, q, k, v), seen)
 
 
@@ -221,10 +221,10 @@ def shipped() -> Model:
 
 @pytest.mark.parametrize("what", ["linears", "cache", "all"])
 def test_the_shipped_model_passes_the_gate(shipped: Model, what: Fp8) -> None:
-    _, raced, kept = ready(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
+    _, raced, kept = prepare_network(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
     assert raced is None and kept and kept.psnr and 0.001 < kept.error < kept.limit and kept.psnr > 35
     in_fp8 = any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
-    assert (in_fp8, shipped.net.cache is Fp8Arena) == (what != "cache", what != "linears")
+    assert (in_fp8, shipped.net.arena_type is Fp8Arena) == (what != "cache", what != "linears")
 
 
 @pytest.mark.parametrize("factor", [1.2, float("nan")])
@@ -238,14 +238,14 @@ def test_a_broken_scale_does_not_pass_and_leaves_the_network_plain(
 
     monkeypatch.setattr(fp8, "scaled", broken)
     with pytest.raises(ConfigError, match=rf"engine\.fp8={what} changes .* and the limit is engine\.fp8_limit=0\.1"):
-        judge(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
+        check_fp8(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
     assert not any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
-    assert shipped.net.cache is KVArena
+    assert shipped.net.arena_type is KVArena
 
 
 def test_fp8_is_never_used_without_a_trial() -> None:
     with pytest.raises(ConfigError, match="judged by a trial, and none was given"):
-        ready(EngineConfig(fp8="cache"), network(), RING)
-    short = Trial(condition(5, batch=1), noise_of(5, 0), TWO)
+        prepare_network(EngineConfig(fp8="cache"), network(), RING)
+    short = Fp8Trial(condition(5, batch=1), noise_of(5, 0), TWO)
     with pytest.raises(ConfigError, match="limit is"):
-        ready(EngineConfig(fp8="linears", fp8_limit=1e-4), network(), RING, short)
+        prepare_network(EngineConfig(fp8="linears", fp8_limit=1e-4), network(), RING, short)

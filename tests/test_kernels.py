@@ -19,7 +19,7 @@ from minwm.engine import EngineConfig, ready
 from minwm.nets.attention import Geometry
 from minwm.sampling import Autoregressive, Stream
 
-geometry = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1)
+geometry = Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 @torch.no_grad()

@@ -123,11 +123,11 @@ def test_images(tmp_path: Path) -> None:
 
 def test_pixels_and_frames_are_inverse() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3)
-    x = media.pixels(levels)
+    x = media.to_pixels(levels)
     assert x.shape == (2, 3, 16, 16) and x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
-    np.testing.assert_array_equal(media.frames(x), levels.numpy())
-    np.testing.assert_array_equal(media.frames(x[None] * 5)[0] > 127, levels.numpy() > 127)
-    assert media.pixels(levels[None].numpy()).shape == (1, 2, 3, 16, 16)
+    np.testing.assert_array_equal(media.to_frames(x), levels.numpy())
+    np.testing.assert_array_equal(media.to_frames(x[None] * 5)[0] > 127, levels.numpy() > 127)
+    assert media.to_pixels(levels[None].numpy()).shape == (1, 2, 3, 16, 16)
 
 
 def test_contact_sheet_places_every_frame() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from minwm.bench.memory import plan_inference, plan_training
-from minwm.core.memory import Meter
+from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.store.model import ModelConfig
-from minwm.stream.rollout import Stream, draws_of
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep
+from minwm.stream.rollout import Stream, num_noise_samples
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
 from minwm.train.loop import Ema
 
 
@@ -26,7 +26,7 @@ def bytes_of(net: nn.Module) -> int:
 
 
 def real_stream(config: ModelConfig, net: Any) -> tuple[Stream, Condition]:
-    f = config.chunk
+    f = config.stream.chunk
     w2c, K = torch.eye(4).expand(1, f, 4, 4), torch.tensor([0.7, 0.7, 0.5, 0.5]).expand(1, f, 4)
     cond = Condition(text=config.text.encode(["a room"]), w2c=w2c, K=K)
     stream = Stream(net, cond, config.geometry, config.sampler.guidance)
@@ -36,7 +36,7 @@ def real_stream(config: ModelConfig, net: Any) -> tuple[Stream, Condition]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sampler", [FewStep(steps=2), Autoregressive(steps=3)], ids=lambda s: s.kind)
+@pytest.mark.parametrize("sampler", [FewStepSampler(steps=2), AutoregressiveSampler(steps=3)], ids=lambda s: s.kind)
 def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch.dtype) -> None:
     config = replace(MODEL, sampler=sampler)
     plan = plan_inference(config, dtype)
@@ -46,27 +46,27 @@ def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch
     assert item(plan, "codec weights") == bytes_of(codec)
     assert item(plan, "cache") == stream.arena.kv.nbytes
     assert item(plan, "prompt") == sum(x.nbytes for pair in stream.text for x in pair)
-    lost = stream.arena.about_to_lose(stream.chunk)
+    lost = stream.arena.save_slot(stream.chunk)
     assert item(plan, "undo") == sum(x.nbytes for x in lost) > 0
     _, state = codec.decode_next(torch.zeros(config.latent_shape(1, 3)))
     assert item(plan, "decoder state") == sum(x.nbytes for x in state)
-    noise = torch.zeros(draws_of(sampler, MODEL.geometry), *config.latent_shape(1, config.chunk))
-    bound = stream.look(cond)
-    with Meter() as first:
+    noise = torch.zeros(num_noise_samples(sampler, MODEL.geometry), *config.latent_shape(1, config.stream.chunk))
+    bound = stream.prepare_chunk(cond)
+    with MemoryMeter() as first:
         latents = stream.next_chunk(bound, noise, sampler)
-        stream.keep(bound, latents)
+        stream.cache_update_pass(bound, latents)
     assert item(plan, "times") == pytest.approx(first.live - latents.nbytes, rel=0.15)  # and a table of places
-    with Meter() as passing:
+    with MemoryMeter() as passing:
         latents = stream.next_chunk(bound, noise, sampler)
     assert item(plan, "activations: network") == pytest.approx(passing.peak, rel=0.15)
-    with Meter() as decoding:
+    with MemoryMeter() as decoding:
         codec.decode_next(latents, state)
     assert item(plan, "activations: decoder") == pytest.approx(decoding.peak, rel=0.02)
 
 
 def test_guidance_doubles_the_cache_and_bfloat16_halves_it() -> None:
     few = plan_inference(MODEL, torch.float32)
-    guided = plan_inference(replace(MODEL, sampler=Autoregressive()), torch.float32)
+    guided = plan_inference(replace(MODEL, sampler=AutoregressiveSampler()), torch.float32)
     half = plan_inference(MODEL)
     for name in ("cache", "prompt", "undo"):
         assert item(guided, name) == 2 * item(few, name) == 4 * item(half, name)
@@ -75,7 +75,7 @@ def test_guidance_doubles_the_cache_and_bfloat16_halves_it() -> None:
 
 
 def test_a_bidirectional_model_has_no_cache_and_makes_the_clip_at_once() -> None:
-    config = replace(MODEL, sampler=Bidirectional())
+    config = replace(MODEL, sampler=BidirectionalSampler())
     plan, longer = plan_inference(config), plan_inference(replace(config, latents=9))
     assert [one.name for one in plan.held] == ["network weights", "codec weights"]
     for name in ("activations: network", "activations: decoder"):
@@ -125,7 +125,7 @@ def test_what_training_holds_is_what_its_objects_hold(name: str) -> None:
         moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim)
         assert item(plan, f"{role} optimiser") == moments
         total += moments
-        with Meter() as update:
+        with MemoryMeter() as update:
             optimizer.step()
         real = sum(x.nbytes for x in gradients) + update.peak
         assert item(plan, f"update: {role}") == pytest.approx(real, rel=0.02)
@@ -162,5 +162,7 @@ def test_planning_leaves_nothing_behind() -> None:
     plan_inference(MODEL)
     assert torch.equal(torch.rand(()), first)
     stream, cond = real_stream(MODEL, net)
-    stream.commit(stream.look(cond), torch.zeros(MODEL.latent_shape(1, MODEL.chunk)))  # no table without data is used
+    stream.update_cache(
+        stream.prepare_chunk(cond), torch.zeros(MODEL.latent_shape(1, MODEL.stream.chunk))
+    )  # no table without data is used
     assert type(stream.arena.kv) is Tensor and bool(stream.arena.kv.isfinite().all())

@@ -26,7 +26,7 @@ from minwm.cli import main
 from minwm.experiments import presets
 from minwm.families.wan.vae import WanVaeConfig
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import Autoregressive, Bidirectional
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler
 from minwm.train.config import Run
 
 WIDE = replace(MODEL.network, channels=16)
@@ -52,10 +52,13 @@ def test_shards_share_what_is_held_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (replace(MODEL, sampler=Autoregressive()), {"no guidance", "a window of 1 instead of 3 chunks"}),
-        (replace(MODEL, sampler=Bidirectional()), {"clips of 3 latents instead of 5"}),
+        (replace(MODEL, sampler=AutoregressiveSampler()), {"no guidance", "a window of 1 instead of 3 chunks"}),
+        (replace(MODEL, sampler=BidirectionalSampler()), {"clips of 3 latents instead of 5"}),
         (MODEL, {"a window of 1 instead of 3 chunks"}),
-        (replace(MODEL, codec=WanVaeConfig(), network=WIDE, window=1), {"tiny codec taew2_1"}),
+        (
+            replace(MODEL, codec=WanVaeConfig(), network=WIDE, stream=replace(MODEL.stream, window=1)),
+            {"tiny codec taew2_1"},
+        ),
     ],
     ids=["autoregressive", "bidirectional", "few_step", "vae"],
 )
@@ -106,11 +109,11 @@ def check_savings(plan: Callable[..., Plan], subject: tuple[Any, ...], advice: A
 
 
 def test_a_self_rollout_needs_no_more_slots_than_it_fills() -> None:
-    wide = stage("dmd", model=replace(MODEL, window=9, latents=3))
+    wide = stage("dmd", model=replace(MODEL, stream=replace(MODEL.stream, window=9), latents=3))
     offered = dict(done_by(wide))
-    (what,) = [what for what in offered if what.startswith("--model.window 1")]
+    (what,) = [what for what in offered if what.startswith("--model.stream.window 1")]
     assert plan_training(*offered[what]).total < plan_training(wide).total
-    ring = replace(wide.model, window=1, sink=1)
+    ring = replace(wide.model, stream=replace(wide.model.stream, window=1, sink=1))
     assert not any("checkpoint" in what for what, _ in done_by(stage("dmd", model=replace(ring, latents=5))))
 
 

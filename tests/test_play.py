@@ -17,6 +17,7 @@ from minwm.core.config import UserError
 from minwm.core.media import read_video
 from minwm.data.clips import ClipFolder, check
 from minwm.data.rerender import check_renders
+from minwm.nets.attention import StreamConfig
 from minwm.play.game import Begin, Game, model_game, world_game
 from minwm.play.pacer import Pacer
 from minwm.play.player import Look, Player, nbytes
@@ -211,7 +212,10 @@ def test_the_newest_input_wins_and_every_frame_says_which() -> None:
 def test_the_first_frames_of_a_chunk_are_shown_before_the_last_are_drawn(model: Model) -> None:
     """And the next chunk is begun as late as they allow, and those after them: a latent here takes 0.1 s to draw."""
     clock = Clock()
-    player, _ = started(learned(replace(model, config=replace(model.config, chunk=2, first=1))), clock=clock)
+    player, _ = started(
+        learned(replace(model, config=replace(model.config, stream=StreamConfig(chunk=2, first_chunk=1, window=2)))),
+        clock=clock,
+    )
     (session,), left = player.sessions, []
     decode, screen = session.engine.decode, Screen(player)  # type: ignore[attr-defined]
     slow = lambda *args: (setattr(clock, "now", clock.now + 0.1), decode(*args))[1]  # noqa: E731
@@ -255,7 +259,7 @@ def test_replaying_shows_the_same_frames_whatever_was_edited(model: Model) -> No
     session.start()
     frames = []
     for played in player.played:
-        session.engine.reword(played.prompt)  # type: ignore[attr-defined]
+        session.engine.set_prompt(played.prompt)  # type: ignore[attr-defined]
         frames.append(session.step(played.action)[-1])
     assert all(np.array_equal(a[0], b) for a, b in zip(first, frames, strict=True))
 

@@ -7,7 +7,7 @@ from minwm.control.plucker import Rays
 
 
 def test_rays_of_a_camera_at_the_origin_have_no_moment() -> None:
-    rays = Rays.bind(torch.eye(4)[None, None], torch.tensor([0.5, 0.5, 0.5, 0.5])[None, None]).plucker(3, 5)
+    rays = Rays.from_cameras(torch.eye(4)[None, None], torch.tensor([0.5, 0.5, 0.5, 0.5])[None, None]).plucker(3, 5)
     d, moment = rays[0, 0].split(3)
     assert moment.abs().max() == 0
     torch.testing.assert_close(d[:, 1, 2], torch.tensor([0.0, 0.0, 1.0]))
@@ -21,7 +21,7 @@ def test_the_same_line_seen_from_two_places_is_the_same_ray() -> None:
     K = torch.tensor([0.7, 0.9, 0.5, 0.5])
     eyes, target = ((1.0, -0.5, 0.0), (1.4, -0.8, 1.0)), (1.8, -1.1, 2.0)
     poses = torch.stack([torch.from_numpy(se3_inverse(look_at(eye, target))) for eye in eyes])[None]
-    rays = Rays.bind(poses, K.expand(1, 2, 4)).plucker(5, 5)
+    rays = Rays.from_cameras(poses, K.expand(1, 2, 4)).plucker(5, 5)
     middle = rays[0, :, :, 2, 2]
     torch.testing.assert_close(middle[0], middle[1])
     assert (rays[0, 0, :, 0, 0] - rays[0, 1, :, 0, 0]).abs().max() > 0.01
@@ -30,7 +30,7 @@ def test_the_same_line_seen_from_two_places_is_the_same_ray() -> None:
 
 
 def test_patches_hold_the_rays_of_their_pixels() -> None:
-    rays = Rays.bind(torch.eye(4)[None, None], torch.tensor([0.5, 0.5, 0.5, 0.5])[None, None])
+    rays = Rays.from_cameras(torch.eye(4)[None, None], torch.tensor([0.5, 0.5, 0.5, 0.5])[None, None])
     patches, whole = rays.patches(2, 3, 2), rays.plucker(4, 6)
     assert patches.shape == (1, 1, 6, 24)
     torch.testing.assert_close(patches[0, 0, 4].view(6, 2, 2), whole[0, 0, :, 2:4, 2:4])

@@ -15,11 +15,19 @@ from minwm.core.flow import Latents, interpolate, schedule
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, Past, teacher_forced
-from minwm.stream.rollout import draw, draws_of, generate, self_rollout, stream
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Multistep, Velocity, solve_euler, unipc
+from minwm.nets.backbone import Backbone, Context, teacher_forced
+from minwm.stream.rollout import generate_latents, num_noise_samples, sample_noise, self_rollout, stream_latents
+from minwm.stream.solvers import (
+    AutoregressiveSampler,
+    BidirectionalSampler,
+    FewStepSampler,
+    Multistep,
+    Velocity,
+    solve_euler,
+    unipc,
+)
 
-GEOMETRY = Geometry(tokens=4, chunk=2, first=1, window=8, sink=1)
+GEOMETRY = Geometry(tokens=4, chunk=2, first_chunk=1, window=8, sink=1)
 FRAMES = 5
 SIZE = (1, FRAMES, 4, 4, 4)
 TIMES = schedule(3, 5.0)[:-1]
@@ -47,12 +55,12 @@ def condition(image: bool = True) -> Condition:
         text=torch.randn(1, 5, 6, generator=seeded(2), dtype=torch.float64),
         w2c=torch.from_numpy(se3_exp(poses.numpy())).float()[None],
         K=torch.tensor([0.5, 0.5, 0.5, 0.5]).expand(1, FRAMES, 4),
-        first=torch.randn(1, 1, *SIZE[2:], generator=seeded(3), dtype=torch.float64) if image else None,
+        first_latent=torch.randn(1, 1, *SIZE[2:], generator=seeded(3), dtype=torch.float64) if image else None,
     )
 
 
 def noise(draws: int, seed: int = 5) -> Tensor:
-    return draw(SIZE, draws, torch.empty(0, dtype=torch.float64), seeded(seed))
+    return sample_noise(SIZE, draws, torch.empty(0, dtype=torch.float64), seeded(seed))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,26 +113,26 @@ def test_order_of_convergence(solver: Solver, order: int) -> None:
 
 
 def test_passes_count_both_branches() -> None:
-    assert Bidirectional(steps=50, guidance=3.0).passes == 100
-    assert Autoregressive(steps=50, guidance=1.0).passes == 50
-    assert FewStep().passes == 4
-    assert FewStep().times == pytest.approx([1, 0.9375, 0.833333, 0.625], abs=1e-6)
+    assert BidirectionalSampler(steps=50, guidance=3.0).passes == 100
+    assert AutoregressiveSampler(steps=50, guidance=1.0).passes == 50
+    assert FewStepSampler().passes == 4
+    assert FewStepSampler().times == pytest.approx([1, 0.9375, 0.833333, 0.625], abs=1e-6)
     with pytest.raises(ConfigError, match=r"sampler\.steps=0"):
         Multistep(steps=0)
 
 
-@pytest.mark.parametrize("kind", [Bidirectional, Autoregressive])
+@pytest.mark.parametrize("kind", [BidirectionalSampler, AutoregressiveSampler])
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
 @torch.no_grad()
 def test_guidance_without_a_prompt_is_no_guidance(net: Backbone, kind: type, image: bool) -> None:
     """The two branches are then equal; and with a prompt, guidance does something."""
-    geometry = GEOMETRY if image else replace(GEOMETRY, first=1)
+    geometry = GEOMETRY if image else replace(GEOMETRY, first_chunk=1)
     cond = condition(image)
-    null = cond.without_text()
+    null = cond.unconditional()
     one, three = (kind(steps=3, guidance=g, solver="euler") for g in (1.0, 3.0))
-    a, b = (generate(net, sampler, noise(1), null, geometry) for sampler in (one, three))
+    a, b = (generate_latents(net, sampler, noise(1), null, geometry) for sampler in (one, three))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    c, d = (generate(net, sampler, noise(1), cond, geometry) for sampler in (one, three))
+    c, d = (generate_latents(net, sampler, noise(1), cond, geometry) for sampler in (one, three))
     assert (c - d).abs().max() > 0.01
 
 
@@ -132,9 +140,11 @@ def test_noise_is_the_same_for_a_seed() -> None:
     assert torch.equal(noise(2, seed=1), noise(2, seed=1))
     assert not torch.equal(noise(2, seed=1)[0], noise(2, seed=1)[1])
     assert noise(2).dtype == torch.float64
-    assert [draws_of(s, GEOMETRY) for s in (FewStep(steps=3), Bidirectional())] == [3, 1]
+    assert [num_noise_samples(s, GEOMETRY) for s in (FewStepSampler(steps=3), BidirectionalSampler())] == [3, 1]
     noisy = replace(GEOMETRY, context_noise=0.1)
-    assert [draws_of(s, noisy) for s in (FewStep(steps=3), Autoregressive(), Bidirectional())] == [4, 2, 1]
+    assert [
+        num_noise_samples(s, noisy) for s in (FewStepSampler(steps=3), AutoregressiveSampler(), BidirectionalSampler())
+    ] == [4, 2, 1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,13 +161,13 @@ def by_hand(
     """
     clip, last = torch.zeros_like(draws[0]), torch.zeros_like(draws[0])
     t_past = torch.full(clip.shape[:2], times[-1] if merged else level, dtype=clip.dtype)
-    t_past[:, :1] *= cond.first is None
+    t_past[:, :1] *= cond.first_latent is None
     for a, b in GEOMETRY.chunks(FRAMES):
-        if a == 0 and cond.first is not None:
-            clip[:, :1] = last[:, :1] = cond.first
+        if a == 0 and cond.first_latent is not None:
+            clip[:, :1] = last[:, :1] = cond.first_latent
             continue
         x = draws[0].clone()
-        past = Past(last if merged else interpolate(clip, draws[-1], t_past), t_past)
+        past = Context(last if merged else interpolate(clip, draws[-1], t_past), t_past)
         for step, t in enumerate(times):
             x0 = x - t * teacher_forced(net, past, x, torch.full_like(t_past, t), cond, GEOMETRY)
             if step + 1 < len(times):
@@ -169,10 +179,10 @@ def by_hand(
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
 @pytest.mark.parametrize("level", [0.0, 0.3])
 def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool, level: float) -> None:
-    sampler, cond, geometry = FewStep(steps=3), condition(image), replace(GEOMETRY, context_noise=level)
-    draws = noise(draws_of(sampler, geometry))
+    sampler, cond, geometry = FewStepSampler(steps=3), condition(image), replace(GEOMETRY, context_noise=level)
+    draws = noise(num_noise_samples(sampler, geometry))
     want = by_hand(net, draws, cond, sampler.times, level)
-    torch.testing.assert_close(generate(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(generate_latents(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
     rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, None)
     torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
 
@@ -181,16 +191,16 @@ def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool, level:
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(net: Backbone, image: bool, steps: int) -> None:
     """In streams and in the self-rollouts of training, whichever pass is scored; an image still needs its own."""
-    sampler, cond, level = FewStep(steps=steps), condition(image), 0.3
+    sampler, cond, level = FewStepSampler(steps=steps), condition(image), 0.3
     geometry = replace(GEOMETRY, merged_refresh=True, context_noise=level)
-    draws, passes = noise(draws_of(sampler, geometry)), []
+    draws, passes = noise(num_noise_samples(sampler, geometry)), []
     counting = net.register_forward_hook(lambda *_: passes.append(1))
     with counting:
-        made = generate(net, sampler, draws, cond, geometry)
+        made = generate_latents(net, sampler, draws, cond, geometry)
         generated = len(GEOMETRY.chunks(FRAMES)) - image
         assert (len(passes), len(draws)) == (steps * generated + image, steps)
         passes.clear()
-        usual = generate(net, sampler, draws, cond, GEOMETRY)
+        usual = generate_latents(net, sampler, draws, cond, GEOMETRY)
         assert len(passes) == (steps + 1) * generated + image
     want = by_hand(net, draws, cond, sampler.times, merged=True)
     torch.testing.assert_close(made, want, atol=1e-5, rtol=1e-5)
@@ -203,35 +213,35 @@ def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(net: Backb
 
 def test_fewer_steps_ask_at_times_that_more_steps_know() -> None:
     """Of 1000, 937.5, 833.3, 625 (warped from 1000, 750, 500, 250): those of 1000 and 500, and of 1000."""
-    times = {steps: [round(1000 * t, 1) for t in FewStep(steps=steps).times] for steps in (1, 2, 4)}
+    times = {steps: [round(1000 * t, 1) for t in FewStepSampler(steps=steps).times] for steps in (1, 2, 4)}
     assert times == {1: [1000.0], 2: [1000.0, 833.3], 4: [1000.0, 937.5, 833.3, 625.0]}
     with pytest.raises(ConfigError, match=r"steps=0: at least 1"):
-        FewStep(steps=0)
+        FewStepSampler(steps=0)
 
 
 @torch.no_grad()
 def test_autoregressive_rollout_is_the_teachers_ode(net: Backbone) -> None:
     cond, clip, start = condition(), torch.zeros(SIZE, dtype=torch.float64), noise(1)[0]
-    assert cond.first is not None
-    sampler = Autoregressive(steps=3, guidance=1.0, solver="euler")
+    assert cond.first_latent is not None
+    sampler = AutoregressiveSampler(steps=3, guidance=1.0, solver="euler")
     for a, b in GEOMETRY.chunks(FRAMES):
 
         def velocity(x: Latents, t: float) -> Latents:
             t_past = x.new_zeros(x.shape[:2])
-            return teacher_forced(net, Past(clip, t_past), x, t_past + t, cond, GEOMETRY)
+            return teacher_forced(net, Context(clip, t_past), x, t_past + t, cond, GEOMETRY)
 
         solved = solve_euler(velocity, start, 3, sampler.shift)
-        clip[:, a:b] = (solved if a else cond.first)[:, a:b]
-    got = generate(net, sampler, noise(1), cond, GEOMETRY)
+        clip[:, a:b] = (solved if a else cond.first_latent)[:, a:b]
+    got = generate_latents(net, sampler, noise(1), cond, GEOMETRY)
     torch.testing.assert_close(got, clip, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_a_stream_can_be_left_and_makes_what_it_made_before(net: Backbone) -> None:
     """A chunk depends on nothing that comes later."""
-    sampler, cond = FewStep(steps=3), condition()
-    whole = generate(net, sampler, noise(3), cond, GEOMETRY)
-    chunks = stream(net, sampler, noise(3), cond, GEOMETRY)
+    sampler, cond = FewStepSampler(steps=3), condition()
+    whole = generate_latents(net, sampler, noise(3), cond, GEOMETRY)
+    chunks = stream_latents(net, sampler, noise(3), cond, GEOMETRY)
     torch.testing.assert_close(torch.cat([next(chunks), next(chunks)], 1), whole[:, :3], atol=0, rtol=0)
 
 
@@ -239,12 +249,12 @@ def test_a_stream_can_be_left_and_makes_what_it_made_before(net: Backbone) -> No
 def test_self_rollout_is_the_stream_whatever_is_scored(net: Backbone, exit_step: int) -> None:
     """Context is the fully denoised chunk, not the scored prediction; the last step scores the clip itself."""
     cond = condition()
-    assert cond.first is not None
-    want = generate(net, FewStep(steps=3), noise(3), cond, GEOMETRY)
+    assert cond.first_latent is not None
+    want = generate_latents(net, FewStepSampler(steps=3), noise(3), cond, GEOMETRY)
     clip, scored = self_rollout(net, noise(3), cond, GEOMETRY, TIMES, exit_step)
     torch.testing.assert_close(clip, want, atol=1e-5, rtol=1e-5)
     assert not clip.requires_grad and scored.requires_grad
-    assert torch.equal(scored[:, :1], cond.first)
+    assert torch.equal(scored[:, :1], cond.first_latent)
     torch.testing.assert_close(bool(torch.allclose(scored, clip, atol=1e-5)), exit_step == 2)
 
 
@@ -269,5 +279,7 @@ def test_gradient_flows_through_the_scored_pass_alone(net: Backbone, exit_step: 
 
 
 def test_an_image_needs_a_first_chunk_of_one(net: Backbone) -> None:
-    with pytest.raises(ConfigError, match=r"set geometry\.first=1"):
-        generate(net, FewStep(steps=1), noise(1)[:, :, :4], condition(), replace(GEOMETRY, first=0))
+    with pytest.raises(ConfigError, match=r"set stream\.first_chunk=1"):
+        generate_latents(
+            net, FewStepSampler(steps=1), noise(1)[:, :, :4], condition(), replace(GEOMETRY, first_chunk=None)
+        )

@@ -14,11 +14,12 @@ import minwm
 from minwm.cameras.track import CameraTrack, views
 from minwm.cameras.trajectory import Action, Motion, parse
 from minwm.core.config import UserError
-from minwm.core.media import frames as to_frames
-from minwm.core.media import pixels, write_image
+from minwm.core.media import to_frames as to_frames
+from minwm.core.media import to_pixels, write_image
 from minwm.core.runtime import generator
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.render.worlds import World
@@ -27,23 +28,27 @@ from minwm.session.generate import generate_clips
 from minwm.session.session import Session
 from minwm.store.folder import save_model
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.rollout import draws_of, generate
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.stream.rollout import generate_latents, num_noise_samples
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 
 CONFIG = ModelConfig(
     network=WanConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
-    sampler=FewStep(steps=2),
+    sampler=FewStepSampler(steps=2),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=7,
     height=32,
     width=32,
-    window=2,
+    stream=StreamConfig(chunk=2, first_chunk=1, window=2),
 )
-STREAMING = [FewStep(steps=2), Autoregressive(steps=2, guidance=2.0), Autoregressive(steps=2, guidance=1.0)]
+STREAMING = [
+    FewStepSampler(steps=2),
+    AutoregressiveSampler(steps=2, guidance=2.0),
+    AutoregressiveSampler(steps=2, guidance=1.0),
+]
 ALONG = "w*2,j*2,d+l*2"
 ACTIONS = [Action.of(keys) for keys in (["w"], ["j"], ["d", "l"])]
 """The same way: a chunk is two latents."""
@@ -81,20 +86,20 @@ def test_session_makes_what_generation_makes(
 ) -> None:
     """Codec, cache and cameras stream: frame for frame the whole clip decoded at once, from the same noise."""
     model = with_sampler(model, sampler)
-    model = replace(model, config=replace(model.config, context_noise=context_noise))
+    model = replace(model, config=replace(model.config, stream=replace(CONFIG.stream, context_noise=context_noise)))
     session = Session(ModelEngine(model, image, "a red room", seed=3))
     streamed = list(session.play(ACTIONS))
     assert [len(part) for part in streamed] == [1, 8, 8, 8]
 
     draws = generator(3, "session")  # as the engine draws it: chunk by chunk
     geometry = model.config.geometry
-    shape = (draws_of(sampler, geometry), *CONFIG.latent_shape(1, 2))
+    shape = (num_noise_samples(sampler, geometry), *CONFIG.latent_shape(1, 2))
     noise = torch.cat([torch.randn(shape, generator=draws) for _ in ACTIONS], dim=2)
     noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
     w2c, K = views([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
-    first = model.codec.encode(pixels(image)[None, None])
-    cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first=first)
-    latents = generate(model.net, sampler, noise, cond, geometry)
+    first = model.codec.encode(to_pixels(image)[None, None])
+    cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first)
+    latents = generate_latents(model.net, sampler, noise, cond, geometry)
     whole = to_frames(model.codec.decode(latents)[0])
     assert different(np.concatenate(streamed), whole) <= 1
     assert different(whole[1:9], whole[9:17]) > 1
@@ -148,9 +153,9 @@ def test_a_bounded_history_forgets_the_oldest_steps(model: Model, image: np.ndar
 def test_settling_early_or_late_changes_nothing(model: Model, image: np.ndarray, sampler: Sampler) -> None:
     lazy, eager = (Session(ModelEngine(with_sampler(model, sampler), image, "a room")) for _ in range(2))
     for one, two in zip(lazy.play(ACTIONS), eager.play(ACTIONS), strict=True):
-        eager.engine.settle()
+        eager.engine.update_cache()
         assert np.array_equal(one, two)
-        assert {"decode", "copy", "finalize"} <= set(eager.engine.laps.seconds)
+        assert {"decode", "copy", "finalize"} <= set(eager.engine.timer.seconds)
 
 
 @pytest.mark.parametrize("sampler", STREAMING, ids=str)
@@ -159,7 +164,7 @@ def test_another_prompt_acts_from_the_next_chunk_on(model: Model, image: np.ndar
         engine = ModelEngine(with_sampler(model, sampler), image, first)
         session = Session(engine)
         frames = [session.start(), session.step(ACTIONS[0])]
-        engine.reword(then)
+        engine.set_prompt(then)
         return [*frames, session.step(ACTIONS[1])]
 
     same, edited = walk("a room", "a room"), walk("a room", "a blue sphere")
@@ -208,7 +213,7 @@ def test_two_sessions_of_one_model_do_not_disturb_each_other(model: Model, image
 
 def test_a_bidirectional_model_cannot_be_steered(model: Model, image: np.ndarray) -> None:
     with pytest.raises(UserError, match="bidirectional model makes whole clips"):
-        ModelEngine(with_sampler(model, Bidirectional()), image, "a room")
+        ModelEngine(with_sampler(model, BidirectionalSampler()), image, "a room")
 
 
 def test_an_image_of_another_size_is_refused(model: Model) -> None:
@@ -216,13 +221,13 @@ def test_an_image_of_another_size_is_refused(model: Model) -> None:
         ModelEngine(model, np.zeros((48, 64, 3), np.uint8), "a room")
 
 
-@pytest.mark.parametrize("sampler", [Bidirectional(steps=2), *STREAMING], ids=str)
+@pytest.mark.parametrize("sampler", [BidirectionalSampler(steps=2), *STREAMING], ids=str)
 def test_generated_clips_start_with_their_image(model: Model, image: np.ndarray, sampler: Sampler) -> None:
     model = with_sampler(model, sampler)
     tracks = [parse(way).track(CONFIG.motion, CONFIG.intrinsics) for way in (ALONG, "l*6")]
     videos = generate_clips(model, np.stack([image, 255 - image]), ["a room", "a hall"], tracks, seed=0)
     assert videos.shape == (2, 25, 32, 32, 3)
-    seen = to_frames(model.codec.decode(model.codec.encode(pixels(image)[None, None]))[0])
+    seen = to_frames(model.codec.decode(model.codec.encode(to_pixels(image)[None, None]))[0])
     assert different(videos[0, :1], seen) <= 1
     with pytest.raises(UserError, match="latents"):
         generate_clips(model, image[None], ["a room"], [parse("w*5").track(CONFIG.motion, CONFIG.intrinsics)], 0)

@@ -17,13 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.bench.memory import random_batch
-from minwm.bench.training import StepTime, counted, headline, measure_steps, pass_flops, random_network
+from minwm.bench.training import StepTime, count_flops, headline, measure_steps, pass_flops, random_network
 from minwm.cli import main
 from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
 from minwm.core.types import Clip
 from minwm.data.dataset import loader
 from minwm.experiments import presets
-from minwm.nets.attention import Cached, Full, Masked, Peek, teacher_forcing
+from minwm.nets.attention import Cached, Full, Masked, ReadOnlyCache, teacher_forcing
 from minwm.recipes.base import Recipe
 from minwm.recipes.dmd import DmdConfig
 from minwm.train.build import build_recipe
@@ -53,7 +53,7 @@ def test_useful_flops_are_those_of_the_operators(name: str) -> None:
     run = stage(name)
     (trainer, recipe), clips = made(run), repeat(random_batch(run))
     for step in range(len(recipe.trained)):  # DMD: the student's, then the critic's
-        counting = counted(recipe.networks.values())
+        counting = count_flops(recipe.networks.values())
         with counting as passes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operators:
             trainer.gradients(step, clips)
         assert sum(passes) == pytest.approx(operators.get_total_flops(), rel=0.03)
@@ -65,7 +65,7 @@ def test_what_is_computed_again_is_not_useful() -> None:
     for how in (False, True, "attention"):
         run = stage("ar", checkpointing=how)
         trainer, recipe = made(run)
-        with counted(recipe.networks.values()) as passes, FlopCounterMode(display=False) as operators:
+        with count_flops(recipe.networks.values()) as passes, FlopCounterMode(display=False) as operators:
             trainer.gradients(0, repeat(random_batch(run)))
         work[how], done[how] = sum(passes), operators.get_total_flops()
     assert work[False] == work[True] == work["attention"]
@@ -81,7 +81,7 @@ def test_a_pass_costs_what_its_scope_lets_it_see() -> None:
     clean = sum(net.flops(b - a, p, p * b) for a, b in chunks)
     assert pass_flops(net, run.model.latent_shape(2, 10), forced) == 2 * 2 * clean
     assert pass_flops(net, run.model.latent_shape(2, 5), Full()) == 2 * net.flops(5, p, 5 * p)
-    for scope in (Cached, Peek):
+    for scope in (Cached, ReadOnlyCache):
         seen = scope(net.arena(geometry, 1), 2)
         assert pass_flops(net, run.model.latent_shape(1, 2), seen) == net.flops(2, p, 5 * p)
     with pytest.raises(ConfigError, match="Other sees is not known"):

@@ -20,6 +20,7 @@ from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.data.trajectories import collect_trajectories
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Loss
@@ -31,7 +32,7 @@ from minwm.recipes.ode import OdeConfig, collect
 from minwm.store import folder as checkpoint
 from minwm.store.folder import load_codec, load_model, save_codec, save_model
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import train
 from minwm.train.config import Init, OptimConfig, Run
 from minwm.train.loop import DivergedError, loop
@@ -42,9 +43,10 @@ MODEL = ModelConfig(
     network=WanConfig(
         dim=32, heads=2, layers=1, ffn=32, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
-    sampler=FewStep(),
+    sampler=FewStepSampler(),
     codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=MOTION,
+    stream=StreamConfig(chunk=2, first_chunk=1),
     text=WordText(dim=8),
     latents=5,
     height=32,

@@ -20,7 +20,7 @@ from minwm.sampling import Autoregressive, FewStep, Stream
 meeting, rank = "file://" + os.environ["MEETING"], int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
 torch.set_num_threads(1)
-geometry = Geometry(tokens=6, chunk=2, first=1, window=2, sink=1, roll=True)
+geometry = Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1, rolling_sink=True)
 
 @torch.no_grad()
 def walk(net, sampler):

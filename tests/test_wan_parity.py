@@ -50,7 +50,7 @@ def test_one_time_per_frame(pair: tuple[Wan, nn.Module], size: tuple[int, int, i
     frames, height, width = size
     x, t, text = torch.randn(2, frames, SMALL.channels, height, width), torch.rand(2, frames), prompt(5)
     t[:, 0] = 0
-    per_token = 1000 * t.repeat_interleave(ours.tokens(height, width), dim=1)
+    per_token = 1000 * t.repeat_interleave(ours.tokens_per_frame(height, width), dim=1)
     want = theirs(x.transpose(1, 2), per_token, text).sample.transpose(1, 2)
     got = ours(x, t, Condition(text=text))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -14,15 +14,15 @@ import torch
 from jaxtyping import UInt8
 
 from minwm.core.flow import Latents
-from minwm.core.media import frames as to_frames
-from minwm.core.media import pixels
-from minwm.core.runtime import Laps, generator, git_commit, versions
+from minwm.core.media import to_frames as to_frames
+from minwm.core.media import to_pixels
+from minwm.core.runtime import StageTimer, generator, git_commit, versions
 from minwm.core.types import Condition
 from minwm.nets.text import WordText
 from minwm.session.generate import check_image, check_length
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.rollout import Stream, draw, draws_of, generate, stream
-from minwm.stream.solvers import Bidirectional, Noise
+from minwm.stream.rollout import Stream, generate_latents, num_noise_samples, sample_noise, stream_latents
+from minwm.stream.solvers import BidirectionalSampler, Noise
 
 Image = UInt8[np.ndarray, "h w 3"]
 
@@ -95,8 +95,10 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
     check_length(cfg, count)
     cond = _condition(model, image, count, device)
     like = torch.empty(0, device=device)
-    noise = draw(cfg.latent_shape(1, count), draws_of(cfg.sampler, cfg.geometry), like, generator(0, "bench"))
-    given = 0 if cond.first is None else 1
+    noise = sample_noise(
+        cfg.latent_shape(1, count), num_noise_samples(cfg.sampler, cfg.geometry), like, generator(0, "bench")
+    )
+    given = 0 if cond.first_latent is None else 1
     quick = replace(model, config=replace(cfg, sampler=replace(cfg.sampler, steps=1)))
     _clip(quick, noise, cond)  # warm-up: kernels are chosen, memory is taken
     if device.type == "cuda":
@@ -118,7 +120,7 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
         first_pixel_ms=_ms(pixels_at),
         fps=1000 * frames / _ms(totals),
         frames=frames,
-        chunk_frames=cfg.chunk * cfg.motion.stride,
+        chunk_frames=cfg.stream.chunk * cfg.motion.stride,
         pass_gflop=_pass_flop(replace(model, config=replace(cfg, latents=count))) / 1e9,
         parameters=sum(p.numel() for p in model.net.parameters()),
         memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
@@ -131,7 +133,7 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
 
 
 def _whole(model: Model) -> bool:
-    return isinstance(model.config.sampler, Bidirectional)
+    return isinstance(model.config.sampler, BidirectionalSampler)
 
 
 def _condition(model: Model, image: Image | None, count: int, device: torch.device) -> Condition:
@@ -139,43 +141,45 @@ def _condition(model: Model, image: Image | None, count: int, device: torch.devi
     cfg = model.config
     image = np.zeros((cfg.height, cfg.width, 3), np.uint8) if image is None else image
     check_image(cfg, image)
-    first = model.codec.encode(pixels(image)[None, None].to(device)) if cfg.geometry.lead == 1 else None
+    first = (
+        model.codec.encode(to_pixels(image)[None, None].to(device)) if cfg.geometry.first_chunk_frames == 1 else None
+    )
     w2c = torch.eye(4).expand(1, count, 4, 4)
     K = torch.tensor(cfg.intrinsics, dtype=torch.float32).expand(1, count, 4)
-    return Condition(**cfg.read(["a room"]), w2c=w2c, K=K, first=first).to(device)
+    return Condition(**cfg.encode_prompts(["a room"]), w2c=w2c, K=K, first_latent=first).to(device)
 
 
 def _clip(model: Model, noise: Noise, cond: Condition) -> _Clip:
     """Make and decode a clip, and say when each chunk was there."""
-    clock, decoding = Laps(noise.device), None
+    clock, decoding = StageTimer(noise.device), None
     times = _Clip([], [])
     for latents in _chunks(model, noise, cond):
-        times.network.append(clock.lap("diffuse"))
+        times.network.append(clock.record("diffuse"))
         drawn, decoding = model.codec.decode_next(latents, decoding)
         to_frames(drawn[0])
-        times.decode.append(clock.lap("decode"))
+        times.decode.append(clock.record("decode"))
     return times
 
 
 def _chunks(model: Model, noise: Noise, cond: Condition) -> Iterator[Latents]:
     sampler, geometry = model.config.sampler, model.config.geometry
-    if not isinstance(sampler, Bidirectional):
-        yield from stream(model.net, sampler, noise, cond, geometry)
+    if not isinstance(sampler, BidirectionalSampler):
+        yield from stream_latents(model.net, sampler, noise, cond, geometry)
         return
-    clip = generate(model.net, sampler, noise, cond, geometry)
+    clip = generate_latents(model.net, sampler, noise, cond, geometry)
     yield from (clip[:, a:b] for a, b in geometry.chunks(clip.shape[1]))
 
 
 def _first_chunks(model: Model, noise: Noise, cond: Condition, repeats: int) -> list[float]:
     """Seconds of the first generated chunk alone: the prompt is read and the image is in the cache."""
-    times, clock, sampler = [], Laps(noise.device), model.config.sampler
-    assert not isinstance(sampler, Bidirectional)
+    times, clock, sampler = [], StageTimer(noise.device), model.config.sampler
+    assert not isinstance(sampler, BidirectionalSampler)
     for _ in range(repeats):
         state, (a, b) = _started(model, cond, sampler.guidance)
-        bound = state.look(cond.frames(a, b))
+        bound = state.prepare_chunk(cond.frames(a, b))
         clock.restart()
         state.next_chunk(bound, noise[:, :, a:b], sampler)
-        times.append(clock.lap("diffuse"))
+        times.append(clock.record("diffuse"))
     return times
 
 
@@ -183,8 +187,8 @@ def _started(model: Model, cond: Condition, guidance: float) -> tuple[Stream, tu
     """A stream before its first generated chunk, and the frames of that chunk."""
     geometry = model.config.geometry
     state = Stream(model.net, cond, geometry, guidance)
-    if cond.first is not None:
-        state.commit(state.look(cond.frames(0, 1)), cond.first)
+    if cond.first_latent is not None:
+        state.update_cache(state.prepare_chunk(cond.frames(0, 1)), cond.first_latent)
     return state, (geometry.start(state.chunk), geometry.start(state.chunk + 1))
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minwm.core.memory import Meter, NoData
+from minwm.core.memory import MemoryMeter, ShapeOnlyMode
 from minwm.core.types import Clip, Condition
 from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets import layers
@@ -41,8 +41,8 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
-from minwm.stream.solvers import Bidirectional as WholeClip
-from minwm.stream.solvers import FewStep
+from minwm.stream.solvers import BidirectionalSampler as WholeClip
+from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import build_recipe
 from minwm.train.config import Run
 from minwm.train.loop import Trainable, autocast
@@ -123,17 +123,17 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
         if isinstance(cfg.sampler, WholeClip):
             clip, state = _clip(cfg, 1, cfg.latents), None
             once = replace(cfg.sampler, steps=1, solver="euler")  # steps are alike, and UniPC computes with times
-            with Meter() as passing:
+            with MemoryMeter() as passing:
                 sample_bidirectional(net, once, clip.latents, clip.cond)
         else:
-            clip = _clip(cfg, 1, cfg.chunk)
+            clip = _clip(cfg, 1, cfg.stream.chunk)
             stream = Stream(net, clip.cond, cfg.geometry, cfg.sampler.guidance)
             stream.chunk = cfg.geometry.slots  # the ring is full: nothing grows from here on
             _, state = codec.decode_next(clip.latents[:, :1])
             held += _held_by(stream, state, cfg.sampler.steps + 1)
-            with Meter() as passing:
-                stream.commit(stream.look(clip.cond), clip.latents)  # a pass like all others
-        with Meter() as decoding:
+            with MemoryMeter() as passing:
+                stream.update_cache(stream.prepare_chunk(clip.cond), clip.latents)  # a pass like all others
+        with MemoryMeter() as decoding:
             codec.decode_next(clip.latents, state)
     frames, twice = clip.latents.shape[1], ", with and without the prompt" if cfg.sampler.guidance != 1 else ""
     tokens = f"one pass of {frames} latents x {cfg.geometry.tokens:,} tokens{twice}"
@@ -153,11 +153,11 @@ def _held_by(stream: Stream, decoder: State, times: int) -> Iterator[Item]:
     _, heads, rows, width = text[0].shape
     prompt = f"{each} x {heads} heads x {rows} rows x {width} x {text[0].itemsize} bytes"
     yield Item("prompt", sum(x.nbytes for x in text), prompt)
-    with Meter() as table:
-        stream.pace(0.0)
+    with MemoryMeter() as table:
+        stream.modulation(0.0)
     yield Item("times", times * table.live, f"modulation at {times} times: {depth} layers, each in float32")
     yield Item("decoder state", sum(x.nbytes for x in decoder), "what decoding keeps of the frames before")
-    lost = sum(x.nbytes for x in stream.arena.about_to_lose(stream.chunk))
+    lost = sum(x.nbytes for x in stream.arena.save_slot(stream.chunk))
     yield Item("undo", lost, "cache rows that one step overwrites; a session keeps as much for every step")
 
 
@@ -189,7 +189,7 @@ def _activations(run: Run, recipe: Trainable, role: str, step: int, trained: lis
         for p in trained:
             p.grad = torch.zeros_like(p)
     before = sum(p.grad.nbytes for p in trained if p.grad is not None)
-    with Meter() as memory:
+    with MemoryMeter() as memory:
         with autocast(run, torch.device("cpu")):
             loss = recipe.loss(random_batch(run), step, torch.Generator())
         graph = memory.live
@@ -279,17 +279,19 @@ def advise(
 
 
 def _unguided(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    if cfg.sampler.guidance == 1 or isinstance(cfg.sampler, FewStep):
+    if cfg.sampler.guidance == 1 or isinstance(cfg.sampler, FewStepSampler):
         return None
     return "no guidance (sampler.guidance 1)", (replace(cfg, sampler=replace(cfg.sampler, guidance=1.0)),)
 
 
 def _smaller_window(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    if cfg.window == 1 or isinstance(cfg.sampler, WholeClip):
+    if cfg.stream.window == 1 or isinstance(cfg.sampler, WholeClip):
         return None
-    window = cfg.window // 2
-    what = f"a window of {window} instead of {cfg.window} chunks (window in model.json): it forgets sooner"
-    return what, (replace(cfg, window=window),)
+    window = cfg.stream.window // 2
+    what = (
+        f"a window of {window} instead of {cfg.stream.window} chunks (stream.window in model.json): it forgets sooner"
+    )
+    return what, (replace(cfg, stream=replace(cfg.stream, window=window)),)
 
 
 def _shorter_clip(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
@@ -311,7 +313,7 @@ def _tiny_codec(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
 
 def _half(cfg: ModelConfig) -> int:
     """Latents of half as many chunks, but at least one after the first."""
-    lead, chunk = cfg.geometry.lead, cfg.chunk
+    lead, chunk = cfg.geometry.first_chunk_frames, cfg.stream.chunk
     return min(cfg.latents, lead + max(1, (cfg.latents - lead) // chunk // 2) * chunk)
 
 
@@ -345,11 +347,12 @@ def _smaller_ring(run: Run) -> tuple[str, tuple[Run]] | None:
     """Only the self-rollout of DMD has a cache, which needs no more slots than the clip has chunks."""
     if not isinstance(run.recipe, DmdConfig):
         return None
-    window = max(1, _chunks(run) - run.model.sink)
-    if window >= run.model.window:
+    window = max(1, _chunks(run) - run.model.stream.sink)
+    if window >= run.model.stream.window:
         return None
-    changed = replace(run, model=replace(run.model, window=window))
-    return f"--model.window {window}: all that a clip fills (play with more)", (changed,)
+    model = replace(run.model, stream=replace(run.model.stream, window=window))
+    changed = replace(run, model=model)
+    return f"--model.stream.window {window}: all that a clip fills (play with more)", (changed,)
 
 
 def _chunks(run: Run) -> int:
@@ -373,7 +376,9 @@ def _clip(cfg: ModelConfig, batch: int, latents: int) -> Clip:
     x = torch.randn(cfg.latent_shape(batch, latents))
     text = torch.randn(batch, cfg.text.length, cfg.text.dim)
     w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
-    return Clip(x, Condition(text=text, w2c=w2c, K=K, first=x[:, :1] if cfg.geometry.lead == 1 else None))
+    return Clip(
+        x, Condition(text=text, w2c=w2c, K=K, first_latent=x[:, :1] if cfg.geometry.first_chunk_frames == 1 else None)
+    )
 
 
 @contextmanager
@@ -381,7 +386,7 @@ def no_data() -> Iterator[None]:
     """Networks and batches that are made inside take no memory."""
     layers._rope_table.cache_clear()  # no table may cross this border, either way
     try:
-        with NoData(), warnings.catch_warnings():
+        with ShapeOnlyMode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy does it
             yield
     finally:

@@ -1,7 +1,7 @@
 """How fast a causal model plays, and how near that is to what this machine could do.
 
 A steady chunk is measured with the ring full, so nothing about it changes any more however long one plays; stages are
-those of the player's own clock (`ModelEngine.laps`):
+those of the player's own clock (`ModelEngine.timer`):
 
 encode     prompt and image to what the network reads; once per walk
 diffuse    noise to latents: all network passes of the chunk
@@ -32,12 +32,12 @@ from minwm.bench.machine import Machine, measure_machine
 from minwm.cameras.trajectory import Action, parse
 from minwm.core.config import UserError
 from minwm.session.engines import ModelEngine, RendererEngine
-from minwm.session.generate import given
+from minwm.session.generate import sampling_inputs
 from minwm.session.session import Session
 from minwm.store.model import Model
 from minwm.stream import accelerate as engines
-from minwm.stream.accelerate import EngineConfig, Fidelity, Race, Trial
-from minwm.stream.solvers import Bidirectional
+from minwm.stream.accelerate import EngineConfig, Fp8Fidelity, Fp8Trial, KernelTimes
+from minwm.stream.solvers import BidirectionalSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class SpeedResult:
 
     engine: EngineConfig
     machine: Machine
-    attention: Race | None
-    fp8: Fidelity | None
+    attention: KernelTimes | None
+    fp8: Fp8Fidelity | None
     """What a trial said, before anything was measured; None if nothing is in FP8."""
     passes: int
     """Of the network for a steady chunk: `diffuse` and `finalize`, both branches of guidance counted."""
@@ -93,13 +93,15 @@ class SpeedResult:
 @torch.no_grad()
 def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int = 0) -> SpeedResult:
     """Play a model on its device with its camera turning; `chunks` steady ones are measured."""
-    if isinstance(model.config.sampler, Bidirectional):
+    if isinstance(model.config.sampler, BidirectionalSampler):
         raise UserError("a bidirectional model makes whole clips: there is no stream to measure")
     geometry, device = model.config.geometry, next(model.net.parameters()).device
     like, began = next(model.net.parameters()), time.perf_counter()
     before = measure_machine(like)
     chosen, raced, fp8 = make_ready(model, cfg)
-    image = np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.lead == 1 else None
+    image = (
+        np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.first_chunk_frames == 1 else None
+    )
     engine = ModelEngine(model, image, "a room", seed, chosen)
     session = Session(engine, history=0)
     engine.warm_up()
@@ -109,7 +111,7 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
         torch.cuda.reset_peak_memory_stats(device)
     first, filled = [_first(session, image is not None) for _ in range(5)], _walk(session, 2 * geometry.slots)
     played = [_step(session) for _ in range(chunks)]
-    engine.beside = None  # a stage by itself has a time, stages at once have none
+    engine.side_task = None  # a stage by itself has a time, stages at once have none
     alone = [_step(session) for _ in range(chunks)] if cfg.overlap else played
     spent = {name: [lap[name] for lap, _ in alone] for name in alone[0][0]}
     after = measure_machine(like)
@@ -120,7 +122,7 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
     }
     rows = {"encode": _row([lap["encode"] for lap, _ in first])} | rows
     per_chunk = [a + b for a, b in zip(spent["diffuse"], spent["finalize"], strict=True)]
-    frames, cuda = model.config.chunk * model.config.motion.stride, device.type == "cuda"
+    frames, cuda = model.config.stream.chunk * model.config.motion.stride, device.type == "cuda"
     return SpeedResult(
         engine=cfg,
         machine=machine,
@@ -144,32 +146,32 @@ def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int =
     )
 
 
-def make_ready(model: Model, cfg: EngineConfig) -> tuple[EngineConfig, Race | None, Fidelity | None]:
+def make_ready(model: Model, cfg: EngineConfig) -> tuple[EngineConfig, KernelTimes | None, Fp8Fidelity | None]:
     """`engine.ready`, with a trial if there is anything to judge."""
-    return engines.ready(cfg, model.net, model.config.geometry, trial(model) if cfg.fp8 != "none" else None)
+    return engines.prepare_network(cfg, model.net, model.config.geometry, trial(model) if cfg.fp8 != "none" else None)
 
 
-def trial(model: Model, seed: int = 0) -> Trial:
+def trial(model: Model, seed: int = 0) -> Fp8Trial:
     """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
     cfg, sampler, image, prompt = model.config, model.config.sampler, None, "a room"
-    assert not isinstance(sampler, Bidirectional)
+    assert not isinstance(sampler, BidirectionalSampler)
     latents = cfg.geometry.start(cfg.geometry.sink + 3)
     track, turn = (
         parse(f"{keys}*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
         for keys in ("w+l", "l")
     )
-    if cfg.geometry.lead == 1:
+    if cfg.geometry.first_chunk_frames == 1:
         place = RendererEngine.spawn(seed, turn, cfg)  # whatever is ahead of it: nothing is judged but a difference
         image, prompt = place.start(), place.world.caption
-    noise, cond = given(model, image, [prompt], [track], seed)
-    return Trial(cond, noise, sampler, model.codec.decode)
+    noise, cond = sampling_inputs(model, image, [prompt], [track], seed)
+    return Fp8Trial(cond, noise, sampler, model.codec.decode)
 
 
 def _first(session: Session, image: bool) -> tuple[dict[str, float], float]:
     """Laps of the start and of the first generated chunk, and the seconds until its first frames."""
     start = time.perf_counter()
     session.start()
-    laps, seconds = dict(session.engine.laps.seconds), time.perf_counter() - start
+    laps, seconds = dict(session.engine.timer.seconds), time.perf_counter() - start
     if image:  # which was the start
         more, after = _step(session)
         laps, seconds = laps | more, seconds + after
@@ -180,21 +182,21 @@ def _walk(session: Session, chunks: int) -> float:
     start = time.perf_counter()
     for _ in range(chunks):
         session.step(Action.of("l"))
-    session.engine.settle()
-    session.engine.laps.lap("finalize")  # all of it
+    session.engine.update_cache()
+    session.engine.timer.record("finalize")  # all of it
     return time.perf_counter() - start
 
 
 def _step(session: Session) -> tuple[dict[str, float], float]:
     """Laps of a chunk, and the seconds until its first frames."""
     start = time.perf_counter()
-    parts = session.parts(Action.of("l"))
+    parts = session.step_by_latent(Action.of("l"))
     next(parts)
     seconds = time.perf_counter() - start
     for _ in parts:
         pass
-    session.engine.settle()
-    return dict(session.engine.laps.seconds), seconds
+    session.engine.update_cache()
+    return dict(session.engine.timer.seconds), seconds
 
 
 def _compiled() -> int:
@@ -219,13 +221,13 @@ def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
     weights = sum(p.nbytes for p in net.parameters())
 
     def network(seen: int, passes: int) -> Bound:
-        rows = 2 * net.layers * net.heads * seen * net.head_width * next(net.parameters()).itemsize
+        rows = 2 * net.layers * net.cache_heads * seen * net.head_width * next(net.parameters()).itemsize
         flops = passes * branches * net.flops(geometry.chunk, geometry.tokens, seen)
         read = passes * (weights + branches * rows)
         return flops, max(flops / machine.tflops / 1e12, read / machine.gbytes / 1e9)
 
     decoding = _decoder_flops(model)
-    first = geometry.lead + (geometry.chunk if geometry.lead != geometry.chunk else 0)
+    first = geometry.first_chunk_frames + (geometry.chunk if geometry.first_chunk_frames != geometry.chunk else 0)
     steps = cfg.sampler.steps
     return {
         "diffuse": network(geometry.rows, steps),
@@ -237,7 +239,9 @@ def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
 
 
 def _decoder_flops(model: Model) -> float:
-    latents = torch.zeros(model.config.latent_shape(1, model.config.chunk), device=next(model.net.parameters()).device)
+    latents = torch.zeros(
+        model.config.latent_shape(1, model.config.stream.chunk), device=next(model.net.parameters()).device
+    )
     _, state = model.codec.decode_next(latents)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:

@@ -24,9 +24,9 @@ from minwm.bench.machine import Machine, measure_machine
 from minwm.bench.memory import random_batch
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
-from minwm.core.runtime import Laps, pick_device
-from minwm.nets.attention import Cached, Full, Masked, Peek, Scope
-from minwm.nets.backbone import Backbone, Bound, Pace
+from minwm.core.runtime import StageTimer, pick_device
+from minwm.nets.attention import AttentionScope, Cached, Full, Masked, ReadOnlyCache
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.dmd import DmdConfig
 from minwm.train.build import build_recipe
@@ -103,7 +103,7 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run).to(device))
     trainer = Trainer(run, recipe, device)
-    with counted(recipe.networks.values()) as passes:
+    with count_flops(recipe.networks.values()) as passes:
         _steps(trainer, range(warmup), passes)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -140,29 +140,29 @@ def random_network(run: Run) -> Backbone:
 
 def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
     """Make steps on one random batch; `passes` fills up with their FLOPs."""
-    laps, clips, made = Laps(trainer.device), repeat(random_batch(trainer.run).to(trainer.device)), list[_Step]()
+    laps, clips, made = StageTimer(trainer.device), repeat(random_batch(trainer.run).to(trainer.device)), list[_Step]()
     for step in numbers:
         passes.clear()
         laps.restart()
         parts, norm = trainer.gradients(step, clips)
-        laps.lap("gradients")
+        laps.record("gradients")
         if not math.isfinite(norm):
             raise DivergedError(
                 f"{trainer.run.name}: step {step} on random clips: gradient norm {norm}; lower optim.lr"
             )
         trainer.update(step, parts[-1].trains)
-        update = laps.lap("update")
+        update = laps.record("update")
         made.append(_Step(parts[-1].trains, sum(laps.seconds.values()), update, sum(passes)))
     return made
 
 
 @contextmanager
-def counted(networks: Iterable[Backbone]) -> Iterator[list[int]]:
+def count_flops(networks: Iterable[Backbone]) -> Iterator[list[int]]:
     """Useful FLOPs of every pass that the networks make meanwhile, the backward pass included if there is one."""
     flops, networks = list[int](), list(networks)
 
     def counting(net: Backbone, plain: Callable[..., Latents]) -> Callable[..., Latents]:
-        def velocity(x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+        def velocity(x: Latents, t: Times | Modulation, bound: PreparedCondition, scope: AttentionScope) -> Latents:
             flops.append((3 if torch.is_grad_enabled() else 1) * pass_flops(net, x.shape, scope))
             return plain(x, t, bound, scope)
 
@@ -177,18 +177,18 @@ def counted(networks: Iterable[Backbone]) -> Iterator[list[int]]:
             del net.velocity  # the one of its class is there again
 
 
-def pass_flops(net: Backbone, shape: Sequence[int], scope: Scope) -> int:
+def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> int:
     """Forward FLOPs of a pass over latents of `shape`, b f c h w, by the network's closed form."""
     batch, frames, _, height, width = shape
-    tokens = net.tokens(height, width)
+    tokens = net.tokens_per_frame(height, width)
     match scope:
         case Full():
             seen = [(frames, frames * tokens)]
         case Masked():
-            groups = zip(scope.groups, scope.seen, strict=True)
-            seen = [(size, tokens * sum(scope.pieces[i] for i in pieces)) for size, pieces in groups]
-        case Cached() | Peek():
-            seen = [(frames, scope.arena.geometry.filled(scope.chunk))]
+            groups = zip(scope.query_groups, scope.visible_groups, strict=True)
+            seen = [(size, tokens * sum(scope.key_groups[i] for i in pieces)) for size, pieces in groups]
+        case Cached() | ReadOnlyCache():
+            seen = [(frames, scope.arena.geometry.valid_rows(scope.chunk))]
         case _:
             raise ConfigError(f"what a pass under {type(scope).__name__} sees is not known here")
     return batch * sum(net.flops(size, tokens, rows) for size, rows in seen)

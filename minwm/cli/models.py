@@ -133,13 +133,13 @@ def generate(
 
 
 def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
-    from minwm.core.media import fit, read_image
+    from minwm.core.media import read_image, resize_and_crop
 
     image = read_image(path)
     if image.shape[:2] != (cfg.height, cfg.width):
         h, w = image.shape[:2]
         say(f"{path}: {w}x{h} pixels, cropped in the middle and resized to the model's {cfg.width}x{cfg.height}")
-    return fit(image, cfg.height, cfg.width)[None]
+    return resize_and_crop(image, cfg.height, cfg.width)[None]
 
 
 @command(app, "eval")
@@ -238,7 +238,7 @@ def bench(
     from minwm.core.media import atomic
     from minwm.core.weights import read_json
     from minwm.store.folder import tiny_decoder
-    from minwm.stream.solvers import Bidirectional
+    from minwm.stream.solvers import BidirectionalSampler
 
     if compare:
         return say("\n".join(speed.compare(*(read_json(path) for path in compare))))
@@ -249,13 +249,15 @@ def bench(
     else:
         raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
     cfg = loaded.config
-    cfg = replace(cfg, window=window or cfg.window, merged_refresh=merged_refresh or cfg.merged_refresh)
+    stream = cfg.stream
+    stream = replace(stream, window=window or stream.window, merged_refresh=merged_refresh or stream.merged_refresh)
+    cfg = replace(cfg, stream=stream)
     loaded = with_steps(replace(loaded, config=cfg), steps)
     if decoder:
         loaded = tiny_decoder(loaded, decoder, random_weights)
     loaded.ready()
     found = to_dict(bench_model(loaded, repeats=repeats))
-    if not isinstance(loaded.config.sampler, Bidirectional):
+    if not isinstance(loaded.config.sampler, BidirectionalSampler):
         if random_weights and engine.fp8 != "none":
             say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
         measured = speed.measure_speed(loaded, engine.config(), chunks)

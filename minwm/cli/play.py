@@ -81,10 +81,10 @@ def _model_game(
     cfg = model.config
     if image and world is not None:
         raise UserError("give --image or --world, not both: each says where the model starts")
-    if cfg.geometry.lead != 1 and (image or world is not None):
+    if cfg.geometry.first_chunk_frames != 1 and (image or world is not None):
         raise UserError("this model starts from its prompt alone; leave out --image and --world")
     picture, truth = first_frame(image, cfg)[0] if image else None, None
-    if picture is None and cfg.geometry.lead == 1:
+    if picture is None and cfg.geometry.first_chunk_frames == 1:
         truth = enter(WORLD if world is None else world, cfg)
         picture, prompt = truth.start()[0], prompt or truth.world.caption
     if not prompt:
@@ -134,4 +134,10 @@ def _world_config(size: int) -> "ModelConfig":
 
     if size < 16:
         raise UserError(f"--size {size}: give at least 16 pixels")
-    return replace(tiny_model(), height=size, width=size, chunk=1, motion=Motion(move=1.0, turn=60.0, fps=24.0))
+    return replace(
+        tiny_model(),
+        height=size,
+        width=size,
+        stream=StreamConfig(chunk=1),
+        motion=Motion(move=1.0, turn=60.0, fps=24.0),
+    )

@@ -26,7 +26,7 @@ class Rays:
     K: Float[Tensor, "b f 4"]
 
     @classmethod
-    def bind(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Rays":
+    def from_cameras(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Rays":
         return cls(w2c.float(), K.float())
 
     def twice(self) -> "Rays":

@@ -30,7 +30,7 @@ class Projection:
     """P, P^-T and P^T: what rows of queries, of keys and values, and of outputs are multiplied by."""
 
     @classmethod
-    def bind(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Projection":
+    def from_cameras(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Projection":
         """Only the focal lengths enter; the principal point is dropped, as in every released checkpoint."""
         focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1).float()  # diag(fx, fy, 1, 1)
         w2c = w2c.float()
@@ -74,7 +74,7 @@ def _times(rows: Float[Tensor, "n r 4"], matrix: Float[Tensor, "n 4 4"]) -> Floa
     return (rows @ matrix).to(dtype)
 
 
-def rebased(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:
+def change_world_frame(kv: Float[Tensor, "b a s e"], frame: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b a s e"]:
     """Projective keys or values after the world's frame has moved to the pose `frame` (given in the old frame).
 
     V_g becomes V_g F, so P_g^-1 k becomes F^-1 P_g^-1 k: one rigid motion for all of them.

@@ -74,17 +74,17 @@ def _disk_full(error: BaseException) -> bool:
     return full or "No space left on device" in str(error)
 
 
-def pixels(frames: np.ndarray | Tensor) -> Float[Tensor, "... 3 h w"]:
+def to_pixels(frames: np.ndarray | Tensor) -> Float[Tensor, "... 3 h w"]:
     """uint8 frames `... h w 3` as float32 in [-1, 1] `... 3 h w`, on the device of the frames."""
     return torch.as_tensor(frames).movedim(-1, -3).float() / 127.5 - 1
 
 
-def frames(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3"]:
+def to_frames(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3"]:
     """Floats in [-1, 1] (clamped) as uint8 frames on the host; the inverse of `pixels`."""
-    return levels(pixels).cpu().numpy()
+    return to_uint8(pixels).cpu().numpy()
 
 
-def levels(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[Tensor, "... h w 3"]:
+def to_uint8(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[Tensor, "... h w 3"]:
     """The same on the device of the pixels."""
     rounded = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
     return rounded.to(torch.uint8).movedim(-3, -1).contiguous()
@@ -194,7 +194,7 @@ def read_image(
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
-def fit(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
+def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
     """The largest part in the middle that has the shape of height x width, resized to it."""
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class NoData(FakeTensorMode):
+class ShapeOnlyMode(FakeTensorMode):
     """Tensors made under this mode take no memory, and what computes on them only works out shapes.
 
     Python takes them for CPU tensors. Any number that is read from one is a half: a fine loss, time or chance,
@@ -24,12 +24,12 @@ class NoData(FakeTensorMode):
             return args[0].fake_device
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def __deepcopy__(self, memo: Any) -> "NoData":
+    def __deepcopy__(self, memo: Any) -> "ShapeOnlyMode":
         """A copy of a tensor stays one of this mode."""
         return self
 
 
-class Meter(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):
     """Watches the tensors that are made under it, whether they have data or not.
 
     `live` bytes are alive now, `peak` is the most that were. Views take nothing; nor does what was there before.

@@ -99,7 +99,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-class Laps:
+class StageTimer:
     """Seconds by stage, one stage after the other: the latency stamps of play, and a clock for measurements.
 
     Looking at the clock waits for the GPU, so a lap holds what was done in it.
@@ -113,7 +113,7 @@ class Laps:
         self.seconds: dict[str, float] = {}
         self._last = self._now()
 
-    def lap(self, stage: str, wait: bool = True) -> float:
+    def record(self, stage: str, wait: bool = True) -> float:
         """Seconds since the lap before; they count for `stage`. Without `wait`, the GPU may still be at work."""
         before, self._last = self._last, self._now() if wait else time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._last - before

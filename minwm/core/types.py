@@ -21,7 +21,7 @@ class Condition:
     """World-to-camera per latent frame, float32, OpenCV axes; None for a model without camera control."""
     K: Float[Tensor, "b f 4"] | None = None
     """fx/W, fy/H, cx/W, cy/H per latent frame."""
-    first: Float[Tensor, "b 1 c h w"] | None = None
+    first_latent: Float[Tensor, "b 1 c h w"] | None = None
     """Clean first latent: an image start. None generates the first frame too."""
     null: Float[Tensor, "b l d"] | None = None
     """Text states of the unconditional branch of guidance (a negative prompt); None: the null prompt."""
@@ -42,7 +42,7 @@ class Condition:
             else replace(self, w2c=self.w2c[:, start:stop], K=self.K[:, start:stop])
         )
 
-    def without_text(self) -> "Condition":
+    def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""
         return replace(self, text=torch.zeros_like(self.text) if self.null is None else self.null)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minwm.cameras.track import views
 from minwm.core.config import UserError
-from minwm.core.media import pixels
+from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Clip, Condition
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of
@@ -126,7 +126,7 @@ class ShardDataset:
         states = [e.trajectory for e in examples if e.trajectory is not None]
         trajectory = torch.stack(states, dim=1) if len(states) == len(examples) else None
         null = None if self.null is None else self.null.expand_as(text)
-        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first=first, null=null), trajectory)
+        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first_latent=first, null=null), trajectory)
 
 
 class RawDataset:
@@ -157,7 +157,7 @@ class RawDataset:
         return clip
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "b n 3 H W"]:
-        return pixels(torch.stack([self[i] for i in indices]))
+        return to_pixels(torch.stack([self[i] for i in indices]))
 
 
 @runtime_checkable

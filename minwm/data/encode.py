@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError, to_dict
-from minwm.core.media import pixels
+from minwm.core.media import to_pixels
 from minwm.core.runtime import progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
 from minwm.data.shards import NAME, Item, list_shards, read_index, summarise, write_shard
@@ -100,7 +100,7 @@ class _Encoder:
     def items(self, records: Sequence[ClipRecord]) -> Iterator[Item]:
         """Records of one size."""
         frames = np.stack([self.folder.frames(r.id) for r in records])
-        latents = self.codec.encode(pixels(torch.from_numpy(frames)).to(self.device)).cpu()
+        latents = self.codec.encode(to_pixels(torch.from_numpy(frames)).to(self.device)).cpu()
         states = self.text.encode([r.caption for r in records]).cpu()
         dtype = {"float32": torch.float32, "float16": torch.float16}[self.cfg.dtype]
         for record, latent, state in zip(records, latents, states, strict=True):
@@ -117,7 +117,7 @@ class _Encoder:
     @torch.inference_mode()
     def psnr(self, record: ClipRecord) -> float:
         """dB of a clip after encoding and decoding: the ceiling of anything trained on these latents."""
-        clip = pixels(torch.from_numpy(self.folder.frames(record.id)))[None].to(self.device)
+        clip = to_pixels(torch.from_numpy(self.folder.frames(record.id)))[None].to(self.device)
         error = (self.codec.decode(self.codec.encode(clip)) - clip) / 2
         return float(-10 * error.square().mean().clamp_min(1e-12).log10())
 

@@ -10,8 +10,8 @@ from jaxtyping import UInt8
 
 from minwm.cameras.track import CameraTrack
 from minwm.cameras.trajectory import parse
-from minwm.core.media import frames as to_frames
-from minwm.core.media import pixels
+from minwm.core.media import to_frames as to_frames
+from minwm.core.media import to_pixels
 from minwm.data.rerender import RenderConfig, WorldSource
 from minwm.eval.camera.follow import (
     Case,
@@ -124,8 +124,8 @@ def patterns(config: ModelConfig, clips: int) -> list[str]:
 
 def measure(config: ModelConfig, held: HeldOut, videos: Videos) -> Measured:
     """Videos at the pixel rate."""
-    first, stride = config.first or config.chunk, config.motion.stride
-    spans = chunk_spans(videos.shape[1], first, config.chunk, stride)
+    stream, stride = config.stream, config.motion.stride
+    spans = chunk_spans(videos.shape[1], stream.first_chunk_frames, stream.chunk, stride)
     return Measured(
         evaluate(held.suite, videos), quality(videos, held.truth, spans, fps=config.motion.fps, stride=stride)
     )
@@ -151,7 +151,7 @@ def through(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
     for clip, out in zip(videos, done, strict=True):
         encoding = decoding = None
         for start, stop in pairwise([0, *range(1 + piece, len(clip), piece), len(clip)]):
-            encoded, encoding = codec.encode_next(pixels(clip[None, start:stop]).to(device), encoding)
+            encoded, encoding = codec.encode_next(to_pixels(clip[None, start:stop]).to(device), encoding)
             decoded, decoding = codec.decode_next(encoded, decoding)
             out[start:stop] = to_frames(decoded)[0]
     return done

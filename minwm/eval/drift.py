@@ -228,8 +228,8 @@ def _film(config: ModelConfig, world: World, track: CameraTrack) -> UInt8[Array,
 
 def _latents(config: ModelConfig, seconds: int) -> int:
     """Latents after the first one that fill the seconds, in whole chunks."""
-    least, lead = round(seconds * config.motion.fps / config.motion.stride) + 1, config.geometry.lead
-    return lead - 1 + -(-(least - lead) // config.chunk) * config.chunk
+    least, lead = round(seconds * config.motion.fps / config.motion.stride) + 1, config.geometry.first_chunk_frames
+    return lead - 1 + -(-(least - lead) // config.stream.chunk) * config.stream.chunk
 
 
 def _places(config: ModelConfig, latents: int) -> Iterator[tuple[World, Array, dict[str, CameraTrack]]]:

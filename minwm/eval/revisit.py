@@ -37,7 +37,7 @@ def routes(config: ModelConfig, clips: int, *, away: bool) -> list[str]:
     half = (config.latents - 1) // 2
     if away:
         per_latent = config.motion.turn * config.motion.stride / config.motion.fps
-        half = config.chunk * math.ceil(TURN_AWAY / per_latent / config.chunk)
+        half = config.stream.chunk * math.ceil(TURN_AWAY / per_latent / config.stream.chunk)
     pairs = [THERE_AND_BACK[i % len(THERE_AND_BACK)] for i in range(clips)]
     rest = "" if away or 2 * half == config.latents - 1 else f",static*{config.latents - 1 - 2 * half}"
     return [f"{out}*{half},{back}*{half}{rest}" for out, back in pairs]

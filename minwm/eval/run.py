@@ -16,7 +16,7 @@ from minwm.eval.drift import Curve, LongRun
 from minwm.eval.image import Quality
 from minwm.eval.revisit import Revisit, revisit, revisits
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.solvers import Bidirectional
+from minwm.stream.solvers import BidirectionalSampler
 
 Say = Callable[[str], None]
 
@@ -150,7 +150,7 @@ def headline(row: Evaluated) -> str:
 
 def measure_model(model: Model, truths: Truths, videos: Videos, cfg: EvalConfig) -> Evaluated:
     """A row from a model; `videos` are those of the held-out clips."""
-    config, streams = model.config, not isinstance(model.config.sampler, Bidirectional)
+    config, streams = model.config, not isinstance(model.config.sampler, BidirectionalSampler)
     measured = measure(config, truths.held, videos)
     long = truths.long
     return Evaluated(
@@ -211,7 +211,7 @@ def _target(what: str, value: float, bound: float) -> Target:
 
 def check_alike(configs: Mapping[str, ModelConfig]) -> None:
     """Raise UserError unless all see the same pictures along the same trajectories."""
-    names = ("height", "width", "latents", "focal", "motion", "chunk", "first")
+    names = ("height", "width", "latents", "focal", "motion", "stream")
     (one, first), *others = configs.items()
     for other, config in others:
         for name in names:

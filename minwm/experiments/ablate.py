@@ -23,14 +23,14 @@ from minwm.eval.image import Quality
 from minwm.eval.report.figure import Dot, Panel, figure
 from minwm.eval.run import Say
 from minwm.experiments.ablations import Ablation, Arm, shipped
-from minwm.experiments.pipeline import Part, collect_for, part_seconds
+from minwm.experiments.pipeline import PipelinePart, collect_for, part_seconds
 from minwm.experiments.presets.demo import demo, tiny_model
 from minwm.families.wan.convert import CAMERA
 from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model, load_weights, save_model
 from minwm.store.model import Model
-from minwm.stream.solvers import Bidirectional
+from minwm.stream.solvers import BidirectionalSampler
 from minwm.train.build import build_recipe, load_role, train
 from minwm.train.config import Run
 
@@ -97,7 +97,7 @@ def _train(run: Run, folder: Path, out: Path, say: Say) -> float:
     """Seconds that the run takes, or took."""
     extra = 0.0
     if isinstance(cfg := run.recipe, OdeConfig):
-        Part(out, say)("collect", lambda: collect_for(run, cfg, out, TRAJECTORIES))
+        PipelinePart(out, say)("collect", lambda: collect_for(run, cfg, out, TRAJECTORIES))
         extra = part_seconds(out, "collect")
     return extra + train(run, folder).seconds
 
@@ -109,7 +109,7 @@ def _prepare(out: Path, say: Say) -> None:
     render = demo(out).render
     assert render is not None
     raw, latents, codec = out / "raw", out / "latents", load_codec(shipped("codec"))
-    part = Part(out, say)
+    part = PipelinePart(out, say)
     part("render", lambda: render_worlds(raw, replace(render, seed=WORLDS), clips=CLIPS, workers=2))
     part("encode", lambda: encode_clips(raw, latents, codec, tiny_model().text))
 
@@ -147,7 +147,7 @@ class _Measurer:
         self.held = held = self.held or HeldOut.of(model.config, MEASURED)
         measured = measure(model.config, held, held.generate(model, seed=1))
         losses = _losses(run, folder) if isinstance(run.recipe, BidirectionalConfig) else None
-        whole = isinstance(model.config.sampler, Bidirectional)
+        whole = isinstance(model.config.sampler, BidirectionalSampler)
         stores = isinstance(run.recipe, OdeConfig)
         return ArmResult(
             name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
@@ -167,7 +167,7 @@ def _quick(model: Model, arm: Arm) -> Model:
     """With the arm's sampler; for a bidirectional model 12 solver steps and no guidance where there would be 50 and
     some: eight times as fast, hardly worse."""
     sampler = model.config.sampler
-    if isinstance(sampler, Bidirectional):
+    if isinstance(sampler, BidirectionalSampler):
         sampler = replace(sampler, steps=12, guidance=1.0)
     return replace(model, config=replace(model.config, sampler=arm.sampler or sampler))
 
@@ -178,7 +178,7 @@ def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[
     device = pick_device()
     run = replace(run, init=replace(run.init, student=str(folder)))
     recipe = build_recipe(run, partial(load_role, run, device))
-    data, totals = ShardDataset(Path(run.data), "val", null=run.model.null()), [0.0, 0.0]
+    data, totals = ShardDataset(Path(run.data), "val", null=run.model.negative_text()), [0.0, 0.0]
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
         assert clip.cond.w2c is not None

@@ -12,7 +12,8 @@ from minwm.control.prope import Mode
 from minwm.core.config import ConfigError, choose
 from minwm.data.noise import PoseNoise
 from minwm.experiments.presets.demo import SHIFT, demo, starting_checkpoint
-from minwm.stream.solvers import FewStep, Sampler
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import FewStepSampler, Sampler
 from minwm.train.config import Init, OptimConfig, Run
 
 
@@ -188,16 +189,20 @@ def sampling(out: Path) -> Ablation:
     )
 
 
+def with_chunk(model: ModelConfig, chunk: int) -> ModelConfig:
+    return replace(model, stream=replace(model.stream, chunk=chunk))
+
+
 def _sampling(out: Path) -> Iterator[Arm]:
     student = _few(out, "consistency", "chunk-2", 120)
     for i, count in enumerate((1, 2, 4)):
-        sampler = FewStep(steps=count, shift=SHIFT)
+        sampler = FewStepSampler(steps=count, shift=SHIFT)
         yield Arm(name=f"{count} steps, chunk 2", x=i, runs=(student,), sampler=sampler)
     for i, chunk in enumerate((1, 4), 3):
         folder = out / "sampling" / f"ar-{chunk}"
         causal = _stage(out, "ar", folder, Init(student=str(out / "ar")), steps=120, lr=3e-4)
-        causal = replace(causal, model=replace(causal.model, chunk=chunk))
-        few = replace(student, name=f"chunk-{chunk}", model=replace(student.model, chunk=chunk))
+        causal = replace(causal, model=with_chunk(causal.model, chunk))
+        few = replace(student, name=f"chunk-{chunk}", model=with_chunk(student.model, chunk))
         few = replace(few, init=replace(few.init, student=str(folder), teacher=str(folder)))
         yield Arm(name=f"4 steps, chunk {chunk}", x=i, runs=(causal, few))
 

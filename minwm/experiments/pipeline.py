@@ -42,7 +42,7 @@ class Timing:
 
 def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = None) -> None:
     """Make everything that `out` lacks, to the end or to the stage `until`; `say` gets a line per part."""
-    part = Part(out, say)
+    part = PipelinePart(out, say)
     if (render := pipeline.render) is not None:
         part("render", lambda: render_worlds(out / "raw", render, clips=pipeline.clips, workers=pipeline.workers))
     if pipeline.codec:
@@ -64,7 +64,7 @@ def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = No
     part("evaluate", lambda: evaluate(pipeline, out, say))
 
 
-class Part:
+class PipelinePart:
     """Runs a part unless `out/parts/{name}.json` says that it is done."""
 
     def __init__(self, out: Path, say: Say) -> None:
@@ -107,7 +107,7 @@ def collect_for(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
         with autocast(run, device):
             return collect(net, clip.to(device), cfg, teacher.config.geometry, draws)
 
-    source = ShardDataset(out / "latents", "train", null=run.model.null())
+    source = ShardDataset(out / "latents", "train", null=run.model.negative_text())
     about = {"teacher": run.init.student, "seed": run.seed, **asdict(cfg)}
     with torch.no_grad():
         collect_trajectories(source, out / "trajectories", clips, trajectories, about, batch=run.batch)

@@ -17,7 +17,7 @@ from minwm.eval.run import Evaluated
 from minwm.experiments.pipeline import part_seconds
 from minwm.experiments.presets.base import Pipeline
 from minwm.recipes.ode import OdeConfig
-from minwm.stream.solvers import Bidirectional
+from minwm.stream.solvers import BidirectionalSampler
 from minwm.train.config import Run, Summary
 
 WHAT = {
@@ -89,7 +89,7 @@ def _stage(run: Run, out: Path) -> Stage:
     names = [name for name in ("loss", "dmd", "critic") if any(name in line for line in lines)]
     source = run.init.student if run is not None and run.name != "codec" else run.init.codec
     sampler = run.model.sampler
-    generates = run.name not in ("codec", "foundation") and not isinstance(sampler, Bidirectional)
+    generates = run.name not in ("codec", "foundation") and not isinstance(sampler, BidirectionalSampler)
     return Stage(
         run.name,
         WHAT.get(run.name, run.recipe.kind),

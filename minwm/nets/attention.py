@@ -26,90 +26,110 @@ Rule = Callable[[Frames, Frames], Any]
 """rule(query frame, key frame) -> may the query see the key; made of operators alone."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The constants of a stream: no shape ever depends on a tensor's value."""
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How a video is divided into chunks, and which of them a stream remembers. Counts are latent frames or chunks."""
 
-    tokens: int
-    """Tokens per latent frame."""
     chunk: int = 4
     """Latent frames generated together."""
-    first: int = 0
-    """Latent frames of the first chunk; 1 for an image start, 0 means the same as `chunk`."""
+    first_chunk: int | None = None
+    """Latent frames of the first chunk: 1 for an image start; None: as many as in the others."""
     sink: int = 1
     """First chunks that are never forgotten."""
     window: int = 8
     """Chunks kept besides the sinks, the current one included."""
-    roll: bool = False
+    rolling_sink: bool = False
     """Sinks follow the window in time as if nothing lay between: for streams much longer than training clips."""
-    text: int = 0
-    """Rows at the front for text keys, seen by all (joint-attention backbones)."""
     context_noise: float = 0.0
-    """Time at which finished chunks are kept: a little noise hides their small errors from later ones."""
+    """Time at which finished chunks are cached: a little noise hides their small errors from later ones."""
     merged_refresh: bool = False
-    """Finished chunks get no pass of their own: the keys and values of the last denoising pass stay, and streams have
-    no use for `context_noise`. A network should have been trained so."""
+    """Finished chunks get no cache update of their own: the keys and values of the last denoising pass stay, and
+    streams have no use for `context_noise`. A network should have been trained so."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.context_noise < 1:
-            raise ConfigError(f"geometry: context_noise={self.context_noise} is a time in [0, 1)")
-        if min(self.tokens, self.chunk, self.window) < 1 or min(self.first, self.sink, self.text) < 0:
-            raise ConfigError(f"geometry {self}: tokens, chunk and window must be >= 1, the others >= 0")
-        if self.lead != self.chunk and self.sink < 1:
+            raise ConfigError(f"stream.context_noise={self.context_noise} is a time in [0, 1)")
+        least = {"chunk": 1, "first_chunk": 1, "window": 1, "sink": 0}
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise ConfigError(f"stream.{name}={value}: must be at least {bound}")
+        if self.first_chunk_frames != self.chunk and self.sink < 1:
             raise ConfigError(
-                f"geometry: a first chunk of {self.lead} frames among chunks of {self.chunk} needs sink >= 1"
+                f"stream.first_chunk={self.first_chunk_frames} among chunks of {self.chunk} frames needs sink >= 1"
             )
 
     @property
-    def lead(self) -> int:
-        return self.first or self.chunk
+    def first_chunk_frames(self) -> int:
+        return self.chunk if self.first_chunk is None else self.first_chunk
 
     @property
     def slots(self) -> int:
+        """Chunks that the cache holds."""
         return self.sink + self.window
 
     @property
-    def regimes(self) -> int:
-        """Chunks after which every pair of a slot and the rows in use has occurred."""
+    def distinct_graph_shapes(self) -> int:
+        """Chunks after which every pair of a slot and a number of valid rows has occurred."""
         return self.slots + self.window - 1
-
-    @property
-    def rows(self) -> int:
-        return self.span(self.slots - 1)[1]
 
     def start(self, chunk: int) -> int:
         """First latent frame of a chunk, counted from the start of the stream."""
-        return self.lead + (chunk - 1) * self.chunk if chunk else 0
+        return self.first_chunk_frames + (chunk - 1) * self.chunk if chunk else 0
 
     def chunk_of(self, frame: Frames) -> Frames:
-        return (1 + (frame - self.lead) // self.chunk) * (frame >= self.lead)
+        return (1 + (frame - self.first_chunk_frames) // self.chunk) * (frame >= self.first_chunk_frames)
 
     def chunks(self, frames: int) -> list[tuple[int, int]]:
         """[start, stop) of every chunk of a clip; `frames` must be a whole number of chunks."""
-        if frames < self.lead or (frames - self.lead) % self.chunk:
-            near = self.lead + max(0, round((frames - self.lead) / self.chunk)) * self.chunk
-            raise ConfigError(f"{frames} latent frames are not {self.lead} + k * {self.chunk}; try {near}")
-        count = 1 + (frames - self.lead) // self.chunk
+        first, chunk = self.first_chunk_frames, self.chunk
+        if frames < first or (frames - first) % chunk:
+            near = first + max(0, round((frames - first) / chunk)) * chunk
+            raise ConfigError(f"{frames} latent frames are not {first} + k * {chunk}; try {near}")
+        count = 1 + (frames - first) // chunk
         return [(self.start(i), self.start(i + 1)) for i in range(count)]
 
     def slot(self, chunk: int) -> int:
         """Where a chunk lives: sinks keep their place, the others overwrite the oldest."""
         return chunk if chunk < self.sink else self.sink + (chunk - self.sink) % self.window
 
-    def span(self, slot: int) -> tuple[int, int]:
-        """Rows [start, stop) of a slot in the arena."""
-        return self.text + self.start(slot) * self.tokens, self.text + self.start(slot + 1) * self.tokens
-
-    def rolled(self, chunk: int) -> int:
+    def sink_shift(self, chunk: int) -> int:
         """Latent frames by which the sinks have moved in time when a chunk is generated."""
-        return max(0, chunk + 1 - self.slots) * self.chunk if self.roll else 0
+        return max(0, chunk + 1 - self.slots) * self.chunk if self.rolling_sink else 0
 
-    def filled(self, chunk: int) -> int:
+    def geometry(self, tokens: int) -> "Geometry":
+        """The same for latent frames of so many tokens."""
+        return Geometry(tokens=tokens, **vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry(StreamConfig):
+    """The constants of a stream: no shape ever depends on a tensor's value."""
+
+    tokens: int
+    """Tokens per latent frame."""
+    text_rows: int = 0
+    """Rows at the front for text keys, seen by all (joint-attention backbones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 1 or self.text_rows < 0:
+            raise ConfigError(f"geometry: tokens={self.tokens} must be >= 1 and text_rows={self.text_rows} >= 0")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the cache."""
+        return self.slot_rows(self.slots - 1)[1]
+
+    def slot_rows(self, slot: int) -> tuple[int, int]:
+        """Rows [start, stop) of a slot in the cache."""
+        return self.text_rows + self.start(slot) * self.tokens, self.text_rows + self.start(slot + 1) * self.tokens
+
+    def valid_rows(self, chunk: int) -> int:
         """Rows in use while a chunk is generated; grows until the ring is full, then stays."""
-        return self.span(min(chunk, self.slots - 1))[1]
+        return self.slot_rows(min(chunk, self.slots - 1))[1]
 
 
-def chunk_causal(geometry: Geometry) -> Rule:
+def chunk_causal(geometry: StreamConfig) -> Rule:
     """A frame sees its own chunk, the earlier ones within the window, and the sinks."""
 
     def visible(q: Frames, k: Frames) -> Any:
@@ -119,7 +139,7 @@ def chunk_causal(geometry: Geometry) -> Rule:
     return visible
 
 
-def teacher_forcing(geometry: Geometry, frames: int) -> Rule:
+def teacher_forcing(geometry: StreamConfig, frames: int) -> Rule:
     """Frames are [clean | noisy]. Noisy frames see their own noisy chunk and strictly earlier clean chunks."""
     causal = chunk_causal(geometry)
 
@@ -148,7 +168,7 @@ def softmax_attention(q: Heads, k: Float[Tensor, "b a t e"], v: Float[Tensor, "b
 
 
 @runtime_checkable
-class Scope(Protocol):
+class AttentionScope(Protocol):
     def positions(self, frames: int) -> list[int]:
         """Temporal position (RoPE) of each frame of the sequence; host integers."""
         ...
@@ -178,9 +198,11 @@ class Masked:
         self.frames, self.period = frames, period or frames
         index = np.arange(frames)
         visible = rule(index[:, None], index[None, :])
-        self.groups, self.pieces = _runs(visible), _runs(visible.T)
+        self.query_groups, self.key_groups = _runs(visible), _runs(visible.T)
         """Frames in each run that sees the same, and in each run that is seen by the same."""
-        self.seen = [row.nonzero()[0].tolist() for row in visible[_starts(self.groups)][:, _starts(self.pieces)]]
+        self.visible_groups = [
+            row.nonzero()[0].tolist() for row in visible[_starts(self.query_groups)][:, _starts(self.key_groups)]
+        ]
         """Of each group, the pieces that it sees."""
 
     def positions(self, frames: int) -> list[int]:
@@ -190,13 +212,13 @@ class Masked:
         tokens = q.shape[2] // self.frames
         queries, keys, values = (
             x.split([tokens * n for n in runs], dim=2)
-            for x, runs in ((q, self.groups), (k, self.pieces), (v, self.pieces))
+            for x, runs in ((q, self.query_groups), (k, self.key_groups), (v, self.key_groups))
         )
         out = [
             softmax_attention(
                 query, torch.cat([keys[i] for i in seen], dim=2), torch.cat([values[i] for i in seen], dim=2)
             )
-            for query, seen in zip(queries, self.seen, strict=True)
+            for query, seen in zip(queries, self.visible_groups, strict=True)
         ]
         return torch.cat(out, dim=2)
 
@@ -231,40 +253,40 @@ class KVArena:
         self.geometry = geometry
         self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, head_width, dtype=dtype, device=device)
 
-    def keep_text(self, layer: int, k: Heads, v: Heads) -> None:
+    def write_text_kv(self, layer: int, k: Heads, v: Heads) -> None:
         """Write the text prefix, once per prompt; it must fill `geometry.text` rows."""
-        self.kv[layer, 0, :, :, : self.geometry.text] = k
-        self.kv[layer, 1, :, :, : self.geometry.text] = v
+        self.kv[layer, 0, :, :, : self.geometry.text_rows] = k
+        self.kv[layer, 1, :, :, : self.geometry.text_rows] = v
 
-    def room(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+    def current_slot(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         """The chunk's own rows, to be written before they are `seen`."""
-        start, stop = self.geometry.span(self.geometry.slot(chunk))
+        start, stop = self.geometry.slot_rows(self.geometry.slot(chunk))
         return self.kv[layer, ..., start:stop, :]
 
-    def past(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+    def past_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         """All rows in use; the chunk's own may not have been written yet."""
-        return self.kv[layer, ..., : self.geometry.filled(chunk), :]
+        return self.kv[layer, ..., : self.geometry.valid_rows(chunk), :]
 
-    def seen(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+    def valid_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         """All rows in use, once `room` has been written."""
-        return self.past(layer, chunk)
+        return self.past_kv(layer, chunk)
 
-    def rewrite(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
+    def transform_kv(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
         """Apply a change to cached keys, and to values too if asked, layer by layer and in place."""
         for layer in self.kv:
             for part in layer if values else layer[:1]:
                 part[:, :, rows] = change(part[:, :, rows])
 
-    def about_to_lose(self, chunk: int) -> tuple[Tensor, ...]:
+    def save_slot(self, chunk: int) -> tuple[Tensor, ...]:
         """A copy of what `chunk` will overwrite; nothing while the ring still has room. For undoing a step."""
-        return tuple(part.clone() for part in self._slot(chunk)) if chunk >= self.geometry.slots else ()
+        return tuple(part.clone() for part in self._slot_tensors(chunk)) if chunk >= self.geometry.slots else ()
 
-    def put_back(self, chunk: int, lost: tuple[Tensor, ...]) -> None:
-        for part, was in zip(self._slot(chunk), lost, strict=False):
+    def restore_slot(self, chunk: int, lost: tuple[Tensor, ...]) -> None:
+        for part, was in zip(self._slot_tensors(chunk), lost, strict=False):
             part.copy_(was)
 
-    def _slot(self, chunk: int) -> tuple[Tensor, ...]:
-        start, stop = self.geometry.span(self.geometry.slot(chunk))
+    def _slot_tensors(self, chunk: int) -> tuple[Tensor, ...]:
+        start, stop = self.geometry.slot_rows(self.geometry.slot(chunk))
         return (self.kv[..., start:stop, :],)
 
 
@@ -283,23 +305,23 @@ class Cached:
         start = self.arena.geometry.start(self.chunk)
         return list(range(start, start + frames))
 
-    def room(self, layer: int) -> Float[Tensor, "2 b a s e"]:
+    def current_slot(self, layer: int) -> Float[Tensor, "2 b a s e"]:
         """The chunk's own rows: keys and values are written there before `read`."""
-        return self.arena.room(layer, self.chunk)
+        return self.arena.current_slot(layer, self.chunk)
 
-    def read(self, layer: int, q: Heads) -> Heads:
-        keys, values = self.arena.seen(layer, self.chunk)
+    def attend(self, layer: int, q: Heads) -> Heads:
+        keys, values = self.arena.valid_kv(layer, self.chunk)
         return softmax_attention(q, keys, values)
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
-        keys, values = self.room(layer)
+        keys, values = self.current_slot(layer)
         keys.copy_(k)
         values.copy_(v)
-        return self.read(layer, q)
+        return self.attend(layer, q)
 
 
 @dataclass(frozen=True)
-class Peek:
+class ReadOnlyCache:
     """The same attention with the arena read only: the current chunk is joined to a copy of the past.
 
     Used where gradients flow. Writing graded keys in place would tie later chunks to this graph.
@@ -313,27 +335,29 @@ class Peek:
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
         geometry = self.arena.geometry
-        start, stop = geometry.span(geometry.slot(self.chunk))
-        keys, values = self.arena.past(layer, self.chunk).detach()
+        start, stop = geometry.slot_rows(geometry.slot(self.chunk))
+        keys, values = self.arena.past_kv(layer, self.chunk).detach()
         k = torch.cat([keys[:, :, :start], k, keys[:, :, stop:]], dim=2)
         v = torch.cat([values[:, :, :start], v, values[:, :, stop:]], dim=2)
         return softmax_attention(q, k, v)
 
 
-Parts = tuple[Float[Tensor, "b s a e"], ...]
+Branches = tuple[Float[Tensor, "b s a e"], ...]
 """Branches of attention, to be stacked on heads or on channels."""
-Branches = tuple[Parts, Parts, Parts]
+QKVBranches = tuple[Branches, Branches, Branches]
 """Of queries, keys and values."""
 
 
-def attend(scope: Scope, layer: int, q: Parts, k: Parts, v: Parts, dim: int = 2) -> Float[Tensor, "b s heads width"]:
+def attend_branches(
+    scope: AttentionScope, layer: int, q: Branches, k: Branches, v: Branches, dim: int = 2
+) -> Float[Tensor, "b s heads width"]:
     """One attention over branches stacked along `dim`. A stream joins nothing: each part goes to its place."""
     if isinstance(scope, Cached) and not torch.is_grad_enabled():
-        room = scope.room(layer).transpose(2, 3)  # 2 b s a e
+        room = scope.current_slot(layer).transpose(2, 3)  # 2 b s a e
         queries = q[0].new_empty(room.shape[1:])
         for parts, place in zip((q, k, v), (queries, *room), strict=True):
             for part, to in zip(parts, place.chunk(len(parts), dim), strict=True):
                 to.copy_(part)
-        return scope.read(layer, queries.transpose(1, 2)).transpose(1, 2)
+        return scope.attend(layer, queries.transpose(1, 2)).transpose(1, 2)
     stacked = (parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts in (q, k, v))
     return scope(layer, *(x.transpose(1, 2) for x in stacked)).transpose(1, 2)

@@ -21,14 +21,14 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
-from minwm.nets.attention import Full, Geometry, Heads, KVArena, Masked, Scope, teacher_forcing
+from minwm.nets.attention import AttentionScope, Full, Geometry, Heads, KVArena, Masked, teacher_forcing
 from minwm.nets.fp8 import Linear
 
 TextKV = list[tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]]
 
 
 @dataclass(frozen=True)
-class Bound:
+class PreparedCondition:
     """A condition made ready for the network: text keys and values per layer, cameras as projections or rays."""
 
     text: TextKV
@@ -37,21 +37,21 @@ class Bound:
     """Table of the positions of the frames, as `places` makes it; None: the network asks the scope."""
 
 
-Paced = tuple[Float[Tensor, "#b #f 1 d"], ...]
+ShiftScaleGate = tuple[Float[Tensor, "#b #f 1 d"], ...]
 
 
 @dataclass(frozen=True)
-class Pace:
+class Modulation:
     """What time does to every layer, made ready: samplers ask at the same few times again and again."""
 
-    layers: list[Paced]
-    end: Paced
+    layers: list[ShiftScaleGate]
+    head: ShiftScaleGate
 
 
 Checkpointing = Literal[False, True, "attention"]
 """What of a block is kept for the backward pass: everything; its inputs alone, so that all of it is computed again; or
 its inputs and what attention among the video's tokens found, so that this, most of the work, is not done again."""
-ATTENTION = (
+ATTENTION_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -61,9 +61,9 @@ ATTENTION = (
 """The operators that may be behind `scaled_dot_product_attention`. Not its plain form, which keeps all scores."""
 
 
-def policy(_context: Any, operator: Any, *args: Any, **_options: Any) -> CheckpointPolicy:
+def keep_attention(_context: Any, operator: Any, *args: Any, **_options: Any) -> CheckpointPolicy:
     """Keep what attention found, but for that to a prompt: its few keys (args[1]) are soon asked again."""
-    costly = operator in ATTENTION and args[1].shape[-2] >= args[0].shape[-2]
+    costly = operator in ATTENTION_OPS and args[1].shape[-2] >= args[0].shape[-2]
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -74,23 +74,23 @@ class Backbone(nn.Module, ABC):
     """
 
     layers: int
-    heads: int
+    cache_heads: int
     head_width: int
-    anchored: bool = False
+    needs_first_frame_coordinates: bool = False
     """Wants cameras in the frame of the first one: a stream may not move its cache to another."""
     checkpointing: Checkpointing = False
-    cache: type[KVArena] = KVArena
+    arena_type: type[KVArena] = KVArena
     """What its streams keep keys and values in."""
 
     @abstractmethod
-    def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
+    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
         """Text keys and values of every layer; they depend on the prompt alone."""
 
     @abstractmethod
-    def watch(self, cond: Condition) -> Projection | Rays | None:
+    def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         """Camera matrices of the condition's frames; None for a network without camera control."""
 
-    def pace(self, t: Float[Tensor, "#b #f"]) -> Times | Pace:
+    def adaln_modulation(self, t: Float[Tensor, "#b #f"]) -> Times | Modulation:
         """What to give to `velocity` for times that are asked for often: per frame, or one for all (1 x 1)."""
         return t
 
@@ -110,7 +110,7 @@ class Backbone(nn.Module, ABC):
         for linear in linears:
             linear.use_fp8(on)
 
-    def places(self, x: Latents, scope: Scope) -> Tensor | None:
+    def rope_table(self, x: Latents, scope: AttentionScope) -> Tensor | None:
         """The network's table of the positions of x's frames, if it has any: for `Bound`."""
         return None
 
@@ -126,35 +126,41 @@ class Backbone(nn.Module, ABC):
         raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
 
     @abstractmethod
-    def velocity(self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, bound: Bound, scope: Scope) -> Latents:
+    def velocity(
+        self, x: Latents, t: Float[Tensor, "#b #f"] | Modulation, bound: PreparedCondition, scope: AttentionScope
+    ) -> Latents:
         """v at x_t. The one forward pass, whatever the scope."""
 
     @abstractmethod
-    def tokens(self, height: int, width: int) -> int:
+    def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens per latent frame of height x width latents."""
 
     @abstractmethod
-    def later(self, keys: Heads, frames: int) -> Heads:
+    def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
         """Cached keys, had their frames come `frames` later in time."""
 
     @abstractmethod
-    def rebased(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+    def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
         """Cached keys or values after the world's frame has moved to the pose `frame`."""
 
-    def through(self, block: nn.Module, *args: Any) -> Tensor:
+    def maybe_checkpoint(self, block: nn.Module, *args: Any) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(*args)
-        kept = partial(create_selective_checkpoint_contexts, policy)
+        kept = partial(create_selective_checkpoint_contexts, keep_attention)
         context = kept if self.checkpointing == "attention" else noop_context_fn
         return cast(Tensor, checkpoint(block, *args, use_reentrant=False, context_fn=context))
 
-    def bind(self, cond: Condition) -> Bound:
-        return Bound(self.read(cond.text), self.watch(cond))
+    def prepare(self, cond: Condition) -> PreparedCondition:
+        return PreparedCondition(self.project_text_kv(cond.text), self.camera_matrices(cond))
 
     def forward(
-        self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, cond: Condition | Bound, scope: Scope | None = None
+        self,
+        x: Latents,
+        t: Float[Tensor, "#b #f"] | Modulation,
+        cond: Condition | PreparedCondition,
+        scope: AttentionScope | None = None,
     ) -> Latents:
-        bound = self.bind(cond) if isinstance(cond, Condition) else cond
+        bound = self.prepare(cond) if isinstance(cond, Condition) else cond
         return self.velocity(x, t, bound, scope or Full())
 
     def arena(self, geometry: Geometry, batch: int) -> KVArena:
@@ -162,11 +168,11 @@ class Backbone(nn.Module, ABC):
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return self.cache(
+        return self.arena_type(
             geometry,
             self.layers,
             batch,
-            self.heads,
+            self.cache_heads,
             self.head_width,
             dtype=dtype,
             device=weight.device,
@@ -174,21 +180,23 @@ class Backbone(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class Past:
+class Context:
     """What later chunks are given of earlier ones: the clip at times t, 0 or little more."""
 
     latents: Latents
     t: Times
 
 
-def teacher_forced(net: Backbone, past: Past, noisy: Latents, t: Times, cond: Condition, geometry: Geometry) -> Latents:
+def teacher_forced(
+    net: Backbone, past: Context, noisy: Latents, t: Times, cond: Condition, geometry: Geometry
+) -> Latents:
     """Velocity of every noisy chunk given the true chunks before it, all chunks in one pass (paper, stage 1).
 
     The sequence is [past | noisy at t]; both halves have the same positions and cameras.
     """
     frames = noisy.shape[1]
     scope = Masked(teacher_forcing(geometry, frames), 2 * frames, period=frames)
-    bound = net.bind(cond)
-    bound = Bound(bound.text, bound.camera and bound.camera.twice())
+    bound = net.prepare(cond)
+    bound = PreparedCondition(bound.text, bound.camera and bound.camera.twice())
     both = net.velocity(torch.cat([past.latents, noisy], 1), torch.cat([past.t, t], 1), bound, scope)
     return both[:, frames:]

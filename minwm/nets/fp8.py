@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 class Fp8Arena(KVArena):
     """The same with the window's rows in FP8, one scale per row and head: (1 + 4/e) bytes a number.
 
-    Text and sinks keep the dtype: sinks are turned again and again (`Geometry.roll`), and roundings would add up. One
+    Text and sinks keep the dtype: sinks are turned again and again (`rolling_sink`), and roundings would add up. One
     layer at a time is unpacked into `wide`. The current chunk is written there too, so that it sees itself unrounded.
     """
 
@@ -80,27 +80,27 @@ class Fp8Arena(KVArena):
         device: torch.device | str = "cpu",
     ) -> None:
         self.geometry, shape = geometry, (layers, 2, batch, heads)
-        self.kept = geometry.text + geometry.start(geometry.sink) * geometry.tokens
+        self.kept = geometry.text_rows + geometry.start(geometry.sink) * geometry.tokens
         rows, new = geometry.rows - self.kept, partial(torch.zeros, device=device)
         self.kv = new(*shape, self.kept, head_width, dtype=dtype)
         self.numbers, self.scales = new(*shape, rows, head_width, dtype=FP8), new(*shape, rows, 1)
         self.wide = new(*shape[1:], geometry.rows, head_width, dtype=dtype)
 
-    def room(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
-        start, stop = self.geometry.span(self.geometry.slot(chunk))
+    def current_slot(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+        start, stop = self.geometry.slot_rows(self.geometry.slot(chunk))
         return self.wide[..., start:stop, :]
 
-    def past(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
-        (start, stop), rows = self.geometry.span(self.geometry.slot(chunk)), self.geometry.filled(chunk)
+    def past_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+        (start, stop), rows = self.geometry.slot_rows(self.geometry.slot(chunk)), self.geometry.valid_rows(chunk)
         self._load(layer, 0, start)
         self._load(layer, stop, rows)
         return self.wide[..., :rows, :]
 
-    def seen(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
-        self._store(layer, *self.geometry.span(self.geometry.slot(chunk)))
-        return self.past(layer, chunk)
+    def valid_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
+        self._store(layer, *self.geometry.slot_rows(self.geometry.slot(chunk)))
+        return self.past_kv(layer, chunk)
 
-    def rewrite(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
+    def transform_kv(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
         start, stop, _ = rows.indices(self.geometry.rows)
         for layer in range(len(self.kv)):
             self._load(layer, start, stop)
@@ -123,5 +123,5 @@ class Fp8Arena(KVArena):
         rows = slice(max(start - self.kept, 0), max(stop - self.kept, 0))
         return self.numbers[..., rows, :], self.scales[..., rows, :]
 
-    def _slot(self, chunk: int) -> tuple[Tensor, ...]:
-        return self._packed(*self.geometry.span(self.geometry.slot(chunk)))
+    def _slot_tensors(self, chunk: int) -> tuple[Tensor, ...]:
+        return self._packed(*self.geometry.slot_rows(self.geometry.slot(chunk)))

@@ -99,7 +99,7 @@ def _place(
     _seen(v_to + kv_branch, x0, x1, x2, x3, matrices + per_kind + camera, mask)
 
 
-def place(
+def fused_qkv(
     qkv: Float[Tensor, "3 n d"],
     norms: tuple[Tensor, Tensor],
     rope: Float[Tensor, "s half 2"],

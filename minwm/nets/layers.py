@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-def modulated(
+def modulate(
     x: Float[Tensor, "b f p d"], shift: Float[Tensor, "#b #f 1 d"], scale: Float[Tensor, "#b #f 1 d"], eps: float = 1e-6
 ) -> Float[Tensor, "b f p d"]:
     """scale * layer_norm(x) + shift, in float32: adaptive norm, one shift and scale per frame, or one for all."""
@@ -41,20 +41,20 @@ def modulated(
     return torch.addcmul(shift, F.layer_norm(x.float(), width, eps=eps), scale).to(x.dtype)
 
 
-def gated(
+def gated_residual(
     x: Float[Tensor, "b f p d"], change: Float[Tensor, "b f p d"], gate: Float[Tensor, "#b #f 1 d"]
 ) -> Float[Tensor, "b f p d"]:
     """x + gate * change, in float32."""
     return torch.addcmul(x.float(), change.float(), gate).to(x.dtype)
 
 
-def eager(x: Tensor) -> bool:
+def can_write_in_place(x: Tensor) -> bool:
     """Whether results may be written into buffers: nothing is recorded for gradients, cast or compiled."""
     cast = torch.is_autocast_enabled(x.device.type)
     return not (torch.is_grad_enabled() or cast or torch.compiler.is_compiling())
 
 
-def laid_out(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def contiguous_copy(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """x in the order of its axes, by one copy into new memory."""
     return x.new_empty(x.shape).copy_(x)
 
@@ -123,10 +123,10 @@ def rotate(
 def patchify(x: Float[Tensor, "b f c h w"], patch: int) -> Float[Tensor, "b f p k"]:
     """Latents to tokens of (channel, patch row, patch column) features: what a convolution's weight is laid out for."""
     parts = x.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))  # b f c h i w j
-    return laid_out(parts.permute(0, 1, 3, 5, 2, 4, 6)).flatten(4).flatten(2, 3)
+    return contiguous_copy(parts.permute(0, 1, 3, 5, 2, 4, 6)).flatten(4).flatten(2, 3)
 
 
 def unpatchify(x: Float[Tensor, "b f p k"], height: int, width: int, patch: int) -> Float[Tensor, "b f c h w"]:
     """Tokens of (patch row, patch column, channel) features back to latents (Wan's order: channel last)."""
     parts = x.unflatten(-1, (patch, patch, -1)).unflatten(2, (height, width))  # b f h w i j c
-    return laid_out(parts.permute(0, 1, 6, 2, 4, 3, 5)).flatten(5).flatten(3, 4)
+    return contiguous_copy(parts.permute(0, 1, 6, 2, 4, 3, 5)).flatten(5).flatten(3, 4)

@@ -18,15 +18,15 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, Full, Heads, Scope
-from minwm.nets.backbone import Backbone, Bound, Pace, TextKV
+from minwm.nets.attention import AttentionScope, Cached, Full, Heads
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, TextKV
 
 
 @dataclass(frozen=True)
 class Exchanged:
     """A scope whose attention runs on whole frames and this rank's heads; outside, on all heads and its rows."""
 
-    scope: Scope
+    scope: AttentionScope
     ranks: int
 
     def positions(self, frames: int) -> list[int]:
@@ -53,49 +53,49 @@ class Ulysses(Backbone):
     def __init__(self, net: Backbone) -> None:
         super().__init__()
         self.net, self.rank, self.ranks = net, dist.get_rank(), dist.get_world_size()
-        if net.heads % self.ranks:
-            raise ConfigError(f"{net.heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
-        self.layers, self.heads, self.head_width = net.layers, net.heads // self.ranks, net.head_width
+        if net.cache_heads % self.ranks:
+            raise ConfigError(f"{net.cache_heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
+        self.layers, self.cache_heads, self.head_width = net.layers, net.cache_heads // self.ranks, net.head_width
 
-    def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
-        return self.net.read(text)
+    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
+        return self.net.project_text_kv(text)
 
-    def watch(self, cond: Condition) -> Projection | Rays | None:
-        return self.net.watch(cond)
+    def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
+        return self.net.camera_matrices(cond)
 
-    def tokens(self, height: int, width: int) -> int:
-        return self.net.tokens(height, width)
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return self.net.tokens_per_frame(height, width)
 
-    def pace(self, t: Float[Tensor, "#b #f"]) -> Times | Pace:
-        return self.net.pace(t)
+    def adaln_modulation(self, t: Float[Tensor, "#b #f"]) -> Times | Modulation:
+        return self.net.adaln_modulation(t)
 
-    def places(self, x: Latents, scope: Scope) -> Tensor | None:
+    def rope_table(self, x: Latents, scope: AttentionScope) -> Tensor | None:
         """Of this rank's rows."""
-        whole = self.net.places(x, scope)
+        whole = self.net.rope_table(x, scope)
         if whole is None:
             return None
         rows = whole.unflatten(0, (x.shape[1], self.ranks, -1))[:, self.rank]
         return rows.flatten(0, 1)
 
-    def later(self, keys: Heads, frames: int) -> Heads:
-        return self._mine(keys, lambda whole: self.net.later(whole, frames))
+    def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
+        return self._mine(keys, lambda whole: self.net.rotate_keys_in_time(whole, frames))
 
-    def rebased(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
-        return self._mine(kv, lambda whole: self.net.rebased(whole, frame))
+    def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+        return self._mine(kv, lambda whole: self.net.change_world_frame(whole, frame))
 
     def _mine(self, kv: Heads, change: Callable[[Heads], Heads]) -> Heads:
         """A change that depends on which head it is, of this rank's heads."""
-        first = self.rank * self.heads
-        whole = kv.new_zeros(len(kv), self.net.heads, *kv.shape[2:])
-        whole[:, first : first + self.heads] = kv
-        return change(whole)[:, first : first + self.heads]
+        first = self.rank * self.cache_heads
+        whole = kv.new_zeros(len(kv), self.net.cache_heads, *kv.shape[2:])
+        whole[:, first : first + self.cache_heads] = kv
+        return change(whole)[:, first : first + self.cache_heads]
 
-    def velocity(self, x: Latents, t: Times | Pace, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Times | Modulation, bound: PreparedCondition, scope: AttentionScope) -> Latents:
         if not isinstance(scope, Cached | Full):  # others know where in the sequence a frame is
             raise ConfigError(f"ranks share streams and bidirectional passes, not {type(scope).__name__}")
-        if x.shape[-2] % self.ranks or self.net.tokens(*x.shape[-2:]) % self.ranks:
+        if x.shape[-2] % self.ranks or self.net.tokens_per_frame(*x.shape[-2:]) % self.ranks:
             raise ConfigError(f"{x.shape[-2]} rows of latents cannot be shared by {self.ranks} ranks evenly")
-        rope = self.places(x, scope) if bound.rope is None else bound.rope
+        rope = self.rope_table(x, scope) if bound.rope is None else bound.rope
         rows = x.chunk(self.ranks, dim=-2)[self.rank]
         mine = self.net.velocity(rows, t, replace(bound, rope=rope), Exchanged(scope, self.ranks)).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]

@@ -93,7 +93,7 @@ def model_game(
         begin=begin,
         engines=engines,
         takes_prompt=True,
-        takes_image=cfg.geometry.lead == 1 and truth is None,
+        takes_image=cfg.geometry.first_chunk_frames == 1 and truth is None,
     )
 
 
@@ -101,7 +101,7 @@ def _same_game(ours: ModelConfig, theirs: ModelConfig) -> None:
     for name in ("motion", "chunk", "height", "width"):
         if (a := getattr(ours, name)) != (b := getattr(theirs, name)):
             raise UserError(f"the models cannot be compared on the same inputs: {name} is {a} here and {b} there")
-    if ours.geometry.lead != theirs.geometry.lead:
+    if ours.geometry.first_chunk_frames != theirs.geometry.first_chunk_frames:
         raise UserError("the models cannot be compared: one starts from an image, the other does not")
 
 

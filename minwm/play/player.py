@@ -58,7 +58,7 @@ class Player:
     ) -> None:
         """`report` is called with what an order failed of, and with None when the state has changed."""
         self.game, self.rewind, self.report, self.clock = game, rewind, report, clock
-        self.motion, self.frames = game.config.motion, game.config.chunk * game.config.motion.stride
+        self.motion, self.frames = game.config.motion, game.config.stream.chunk * game.config.motion.stride
         self.seconds = self.frames / self.motion.fps
         self.lock = threading.Condition()
         self.intent, self.arrived = Intent(self.motion), 0.0
@@ -196,7 +196,7 @@ class Player:
         self.played.append(played)
         self.serial += 1
         first, lead, made = self.count, 0.0, []
-        for parts in zip(*(session.parts(played.action) for session in self.sessions), strict=True):
+        for parts in zip(*(session.step_by_latent(played.action) for session in self.sessions), strict=True):
             done = self.count - first
             self._publish(parts, poses[done : done + len(parts[0])], 1000 * queued)
             made.append(parts)
@@ -217,7 +217,7 @@ class Player:
     def _settle(self) -> None:
         """What can be done while the frames are on their way; and forget snapshots that take too much memory."""
         for session in self.sessions:
-            session.engine.settle()
+            session.engine.update_cache()
             while sum(nbytes(snapshot) for _, snapshot in session.past) > REWIND_BYTES:
                 session.past.popleft()
 
@@ -226,7 +226,7 @@ class Player:
     ) -> None:
         """Encode frames of the current chunk for everyone who looks, and hand them over one by one."""
         codecs: set[Codec] = {outlet.codec for outlet in self.outlets}
-        laps = [session.engine.laps.seconds for session in self.sessions]
+        laps = [session.engine.timer.seconds for session in self.sessions]
         stages = [{name: 1000 * lap.get(name, 0.0) for name in ("diffuse", "decode", "copy")} for lap in laps]
         for i, pose in enumerate(poses):
             for view, frames in enumerate(views):
@@ -354,7 +354,7 @@ class Player:
         """Another prompt for the chunks that follow, and for walks that begin later."""
         for session in self.sessions:
             if isinstance(session.engine, ModelEngine):
-                session.engine.reword(prompt)
+                session.engine.set_prompt(prompt)
         self.prompt, self.begin = prompt, replace(self.begin, prompt=prompt)
 
     def _stop(self) -> None:

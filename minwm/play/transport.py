@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from minwm.core.config import UserError
-from minwm.core.media import fit, read_image
+from minwm.core.media import read_image, resize_and_crop
 from minwm.play.game import Game
 from minwm.play.player import Picture
 from minwm.play.protocol import TEXT_LIMIT
@@ -205,7 +205,7 @@ class Site:
 def start_picture(data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
     """An uploaded picture, fitted; UserError if it is no PNG, JPEG or WebP, or would take much memory."""
     try:
-        return fit(read_image(io.BytesIO(data), ("PNG", "JPEG", "WEBP"), UPLOAD_PIXELS), height, width)
+        return resize_and_crop(read_image(io.BytesIO(data), ("PNG", "JPEG", "WEBP"), UPLOAD_PIXELS), height, width)
     except UserError as error:
         raise UserError("this is no picture that can be read; give a PNG, JPEG or WebP") from error
 

@@ -13,7 +13,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, Past, teacher_forced
+from minwm.nets.backbone import Backbone, Context, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -53,38 +53,40 @@ class Recipe(ABC):
 def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condition:
     """Take prompts away, clip by clip, so that guidance has an unconditional branch."""
     keep = (_uniform(len(cond.text), generator) >= rate).to(cond.text.device)
-    return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.without_text().text))
+    return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.unconditional().text))
 
 
-def given_image(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
+def sample_image_start(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
     """The clip with its first frame given, by chance; else that frame is generated too."""
     given = torch.rand((), generator=generator, device=generator.device) < chance
-    return clip if given else replace(clip, cond=replace(clip.cond, first=None))
+    return clip if given else replace(clip, cond=replace(clip.cond, first_latent=None))
 
 
-def held(clip: Clip) -> Float[Tensor, "b f"]:
+def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:
     """1 for frames that are generated, 0 for a first frame that is given."""
     mask = clip.latents.new_ones(clip.latents.shape[:2])
-    if clip.cond.first is not None:
+    if clip.cond.first_latent is not None:
         mask[:, 0] = 0
     return mask
 
 
-def hold_first(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
+def keep_first_clean(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
     """Put the clean first latent, at t = 0, in front of a noisy clip."""
-    if cond.first is None:
+    if cond.first_latent is None:
         return x, t
-    return torch.cat([cond.first.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
+    return torch.cat([cond.first_latent.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
 
 
-def past_of(clip: Clip, level: float | Times, generator: torch.Generator) -> Past:
+def teacher_context(clip: Clip, level: float | Times, generator: torch.Generator) -> Context:
     """The clip as a stream keeps it, at noise `level`; a given first frame is kept as it is."""
-    t = held(clip) * level
-    return Past(interpolate(clip.latents, noise_like(clip.latents, generator), t), t)
+    t = loss_mask(clip) * level
+    return Context(interpolate(clip.latents, noise_like(clip.latents, generator), t), t)
 
 
 @torch.no_grad()
-def own_past(net: Backbone, clip: Clip, past: Past, s: float, geometry: Geometry, generator: torch.Generator) -> Past:
+def self_conditioned_context(
+    net: Backbone, clip: Clip, past: Context, s: float, geometry: Geometry, generator: torch.Generator
+) -> Context:
     """The past as the network tells it: its prediction of every chunk from that chunk at a random time, shifted by s.
 
     A stream lives on what it made itself. A network that has seen such a past beside the true future leads back from
@@ -93,8 +95,8 @@ def own_past(net: Backbone, clip: Clip, past: Past, s: float, geometry: Geometry
     t = uniform_times(len(clip.latents), s, clip.latents, generator)[:, None].expand(clip.latents.shape[:2])
     x = interpolate(clip.latents, noise_like(clip.latents, generator), t)
     told = x0_from_velocity(x, teacher_forced(net, past, x, t, clip.cond, geometry), t)
-    told = torch.where(per_frame(held(clip)) > 0, told, clip.latents)
-    return Past(interpolate(told, noise_like(told, generator), past.t), past.t)
+    told = torch.where(per_frame(loss_mask(clip)) > 0, told, clip.latents)
+    return Context(interpolate(told, noise_like(told, generator), past.t), past.t)
 
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
@@ -115,6 +117,6 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator, device=generator.device)
 
 
-def pick(count: int, generator: torch.Generator) -> int:
+def random_index(count: int, generator: torch.Generator) -> int:
     """A uniform integer below count."""
     return int(torch.randint(count, (), generator=generator, device=generator.device))

@@ -15,12 +15,12 @@ from minwm.recipes.base import (
     Recipe,
     drop_text,
     frame_mse,
-    given_image,
-    held,
-    hold_first,
+    keep_first_clean,
+    loss_mask,
     noise_like,
-    own_past,
-    past_of,
+    sample_image_start,
+    self_conditioned_context,
+    teacher_context,
 )
 
 
@@ -63,7 +63,7 @@ class DiffusionConfig:
     def prepare(self, clip: Clip, generator: torch.Generator) -> Clip:
         """Draw the dropouts of one batch."""
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
-        return given_image(clip, self.image_start, generator)
+        return sample_image_start(clip, self.image_start, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ class BidirectionalConfig(DiffusionConfig):
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig(DiffusionConfig):
     kind: ClassVar[str] = "autoregressive"
-    own_past: float = 0.0
+    self_conditioning: float = 0.0
     """Chance, per batch, that chunks are given the network's own predictions of the earlier ones (`own_past`)."""
 
 
-class Bidirectional(Recipe):
+class BidirectionalDiffusion(Recipe):
     """One time per clip, every frame sees every frame: || v(x_t, t) - (eps - x_0) ||^2 (paper, Sec. 2.1)."""
 
     cfg: BidirectionalConfig
@@ -87,13 +87,13 @@ class Bidirectional(Recipe):
         clip = self.cfg.prepare(clip, generator)
         eps = noise_like(clip.latents, generator)
         level = self.cfg.time.draw((len(eps), 1), generator).to(eps).expand(eps.shape[:2])
-        x, t = hold_first(interpolate(clip.latents, eps, level), level, clip.cond)
+        x, t = keep_first_clean(interpolate(clip.latents, eps, level), level, clip.cond)
         v = self.networks["student"](x, t, clip.cond)
-        total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(level))
+        total = frame_mse(v, velocity(clip.latents, eps), loss_mask(clip) * self.cfg.time.weigh(level))
         return Loss(total, "student", {"loss": float(total.detach())})
 
 
-class Autoregressive(Recipe):
+class AutoregressiveDiffusion(Recipe):
     """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1).
 
     With context noise the past is noised too, at times up to the one at which streams will keep it.
@@ -112,10 +112,10 @@ class Autoregressive(Recipe):
 
         t = per_frame(self.cfg.time.draw((len(eps), len(chunks)), generator))
         level = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
-        past = past_of(clip, self.geometry.context_noise * level, generator)
+        past = teacher_context(clip, self.geometry.context_noise * level, generator)
         student = self.networks["student"]
-        if torch.rand((), generator=generator, device=generator.device) < self.cfg.own_past:
-            past = own_past(student, clip, past, self.cfg.time.shift, self.geometry, generator)
+        if torch.rand((), generator=generator, device=generator.device) < self.cfg.self_conditioning:
+            past = self_conditioned_context(student, clip, past, self.cfg.time.shift, self.geometry, generator)
         v = teacher_forced(student, past, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry)
-        total = frame_mse(v, velocity(clip.latents, eps), held(clip) * self.cfg.time.weigh(t))
+        total = frame_mse(v, velocity(clip.latents, eps), loss_mask(clip) * self.cfg.time.weigh(t))
         return Loss(total, "student", {"loss": float(total.detach())})

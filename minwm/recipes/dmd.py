@@ -11,9 +11,19 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, schedule, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone
-from minwm.recipes.base import Loss, Recipe, frame_mse, given_image, held, hold_first, noise_like, pick, uniform_times
-from minwm.stream.rollout import draw, draws_of, self_rollout
-from minwm.stream.solvers import FewStep
+from minwm.recipes.base import (
+    Loss,
+    Recipe,
+    frame_mse,
+    keep_first_clean,
+    loss_mask,
+    noise_like,
+    random_index,
+    sample_image_start,
+    uniform_times,
+)
+from minwm.stream.rollout import num_noise_samples, sample_noise, self_rollout
+from minwm.stream.solvers import FewStepSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +36,12 @@ class DmdConfig:
     """Guidance of the real score; the critic has none."""
     image_start: float = 1.0
     """Chance, per batch, that the first latent is given."""
-    still: float = 0.0
+    static_cameras: float = 0.0
     """Chance, per batch, that the cameras stand still: players do so often, training clips hardly ever."""
-    late: float = 0.0
+    late_clips: float = 0.0
     """Chance, per batch, that the scored clip comes from deep in a stream, with nothing given: a student drifts where
     scores never look."""
-    depth: int = 32
+    max_late_chunks: int = 32
     """Chunks, at most, before such a clip."""
     critic_updates: int = 4
     """Critic updates after every student update."""
@@ -39,16 +49,16 @@ class DmdConfig:
     t_max: float = 0.98
 
     def __post_init__(self) -> None:
-        for name in ("image_start", "still", "late"):
+        for name in ("image_start", "static_cameras", "late_clips"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: a probability lies between 0 and 1")
-        if self.depth < 1:
-            raise ConfigError(f"dmd.depth={self.depth}: must be at least 1")
+        if self.max_late_chunks < 1:
+            raise ConfigError(f"dmd.max_late_chunks={self.max_late_chunks}: must be at least 1")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
 
 
-def direction(x0: Latents, real: Latents, fake: Latents, frames: Float[Tensor, "b f"]) -> Latents:
+def dmd_gradient(x0: Latents, real: Latents, fake: Latents, frames: Float[Tensor, "b f"]) -> Latents:
     """Descent direction of KL(student || data) at the student's x0, normalised per clip (DMD; paper eq. 3).
 
     `frames` marks those that the student generated; a given frame gets no gradient and no say in the norm.
@@ -58,20 +68,20 @@ def direction(x0: Latents, real: Latents, fake: Latents, frames: Float[Tensor, "
     return (fake - real) * mask / size.clamp_min(1e-6)[:, None, None, None, None]
 
 
-def surrogate(x0: Latents, step: Latents) -> Float[Tensor, ""]:
+def surrogate_loss(x0: Latents, step: Latents) -> Float[Tensor, ""]:
     """A scalar whose gradient with respect to x0 is step / x0.numel()."""
     return 0.5 * (x0 - (x0 - step).detach()).square().mean()
 
 
-def standing_still(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
+def with_static_cameras(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
     """By chance, with all cameras where the first one is: any path will do, for no real video is looked at."""
     cond = clip.cond
-    if not chance or cond.w2c is None or not _by(chance, generator):
+    if not chance or cond.w2c is None or not _chance(chance, generator):
         return clip
     return replace(clip, cond=replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c)))
 
 
-def to_and_fro(cond: Condition, frames: int) -> Condition:
+def back_and_forth(cond: Condition, frames: int) -> Condition:
     """The cameras of a clip for a stream of `frames` latents: to the end of the path, back again, and so on."""
     if cond.w2c is None or cond.K is None:
         return cond
@@ -93,17 +103,17 @@ class Dmd(Recipe):
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         turn = self.student_loss if step % (1 + self.cfg.critic_updates) == 0 else self.critic_loss
-        clip = standing_still(clip, self.cfg.still, generator)
-        return turn(given_image(clip, self.cfg.image_start, generator), generator)
+        clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
+        return turn(sample_image_start(clip, self.cfg.image_start, generator), generator)
 
     def student_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
-        own, x0 = self._rollout(clip, pick(self.cfg.steps, generator), generator)
+        own, x0 = self._rollout(clip, random_index(self.cfg.steps, generator), generator)
         with torch.no_grad():
             x, t = self._noised(x0, own.cond, generator)
             real = self._x0(self.networks["real"], x, t, own.cond, self.cfg.guidance)
             fake = self._x0(self.networks["critic"], x, t, own.cond, 1.0)
-            step = direction(x0, real, fake, held(own))
-        total = surrogate(x0, step)
+            step = dmd_gradient(x0, real, fake, loss_mask(own))
+        total = surrogate_loss(x0, step)
         return Loss(total, "student", {"dmd": float(total.detach()), "gap": float((fake - real).abs().mean())})
 
     def critic_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
@@ -112,8 +122,8 @@ class Dmd(Recipe):
             own, _ = self._rollout(clip, None, generator)
         x0, eps = own.latents, noise_like(own.latents, generator)
         level = self._times(x0, generator)
-        x, t = hold_first(interpolate(x0, eps, level), level, own.cond)
-        total = frame_mse(self.networks["critic"](x, t, own.cond), velocity(x0, eps), held(own))
+        x, t = keep_first_clean(interpolate(x0, eps, level), level, own.cond)
+        total = frame_mse(self.networks["critic"](x, t, own.cond), velocity(x0, eps), loss_mask(own))
         return Loss(total, "critic", {"critic": float(total.detach())})
 
     def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Clip, Latents]:
@@ -123,16 +133,20 @@ class Dmd(Recipe):
         which that one is not.
         """
         b, frames, *shape = clip.latents.shape
-        late = 1 + pick(self.cfg.depth, generator) if self.cfg.late and _by(self.cfg.late, generator) else 0
+        late = (
+            1 + random_index(self.cfg.max_late_chunks, generator)
+            if self.cfg.late_clips and _chance(self.cfg.late_clips, generator)
+            else 0
+        )
         before = late * self.geometry.chunk
-        cond = to_and_fro(clip.cond, before + frames)
-        draws = draws_of(FewStep(steps=self.cfg.steps), self.geometry)
-        noise = draw((b, before + frames, *shape), draws, clip.latents, generator)
+        cond = back_and_forth(clip.cond, before + frames)
+        draws = num_noise_samples(FewStepSampler(steps=self.cfg.steps), self.geometry)
+        noise = sample_noise((b, before + frames, *shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
         student, ungraded = self.networks["student"], late + 1 if late else 0
         x, x0 = self_rollout(student, noise, cond, self.geometry, times, exit_step, ungraded)
         shown = cond.frames(before, before + frames)
-        return Clip(x[:, before:], replace(shown, first=None) if late else shown), x0[:, before:]
+        return Clip(x[:, before:], replace(shown, first_latent=None) if late else shown), x0[:, before:]
 
     def _times(self, x: Latents, generator: torch.Generator) -> Times:
         """One time per clip, for all frames."""
@@ -141,15 +155,15 @@ class Dmd(Recipe):
 
     def _noised(self, x0: Latents, cond: Condition, generator: torch.Generator) -> tuple[Latents, Times]:
         level = self._times(x0, generator)
-        return hold_first(interpolate(x0, noise_like(x0, generator), level), level, cond)
+        return keep_first_clean(interpolate(x0, noise_like(x0, generator), level), level, cond)
 
     @staticmethod
     def _x0(net: Backbone, x: Latents, t: Times, cond: Condition, guidance: float) -> Latents:
         v = net(x, t, cond)
         if guidance != 1:
-            v = guide(v, net(x, t, cond.without_text()), guidance)
+            v = guide(v, net(x, t, cond.unconditional()), guidance)
         return x0_from_velocity(x, v, t)
 
 
-def _by(chance: float, generator: torch.Generator) -> bool:
+def _chance(chance: float, generator: torch.Generator) -> bool:
     return bool(torch.rand((), generator=generator, device=generator.device) < chance)

@@ -12,8 +12,8 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, schedule, x0_from_velocity
 from minwm.core.types import Clip
 from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, Bound, teacher_forced
-from minwm.recipes.base import Loss, Recipe, frame_mse, held, noise_like, past_of, pick
+from minwm.nets.backbone import Backbone, PreparedCondition, teacher_forced
+from minwm.recipes.base import Loss, Recipe, frame_mse, loss_mask, noise_like, random_index, teacher_context
 from minwm.stream.rollout import Stream
 
 
@@ -44,17 +44,19 @@ def collect(
     history is the cache of a stream: half the work of passes that take all chunks at once, each behind its clean copy.
     """
     hidden, x = noise_like(clip.latents, generator), noise_like(clip.latents, generator)
-    true = replace(geometry, roll=False, merged_refresh=False)  # sinks where they were, chunks as the clip has them
+    true = replace(
+        geometry, rolling_sink=False, merged_refresh=False
+    )  # sinks where they were, chunks as the clip has them
     stream, parts = Stream(teacher, clip.cond, true, cfg.guidance, reach=None), []
     for a, b in geometry.chunks(x.shape[1]):
-        bound = stream.look(clip.cond.frames(a, b))
+        bound = stream.prepare_chunk(clip.cond.frames(a, b))
         parts.append(_trajectory(stream, bound, x[:, a:b], cfg))
-        given = a == 0 and clip.cond.first is not None
-        stream.commit(bound, clip.latents[:, a:b], None if given else hidden[:, a:b])
+        given = a == 0 and clip.cond.first_latent is not None
+        stream.update_cache(bound, clip.latents[:, a:b], None if given else hidden[:, a:b])
     return torch.cat(parts, dim=2)
 
 
-def _trajectory(stream: Stream, bound: Bound, x: Latents, cfg: OdeConfig) -> Float[Tensor, "k b f c h w"]:
+def _trajectory(stream: Stream, bound: PreparedCondition, x: Latents, cfg: OdeConfig) -> Float[Tensor, "k b f c h w"]:
     """States of the current chunk, from noise x, at the student's times and at the end."""
     every, states = cfg.ode_steps // cfg.steps, []
     for step, (t, t_next) in enumerate(pairwise(schedule(cfg.ode_steps, cfg.shift))):
@@ -76,9 +78,9 @@ class Ode(Recipe):
             raise ConfigError(
                 f"stage 2a needs clips with {len(times) + 1} trajectory states, these have {found}; collect them"
             )
-        k = pick(len(times), generator)
+        k = random_index(len(times), generator)
         t = states.new_full(states.shape[1:3], times[k])
-        past = past_of(clip, self.geometry.context_noise, generator)
+        past = teacher_context(clip, self.geometry.context_noise, generator)
         v = teacher_forced(self.networks["student"], past, states[k], t, clip.cond, self.geometry)
-        total = frame_mse(x0_from_velocity(states[k], v, t), states[-1], held(clip))
+        total = frame_mse(x0_from_velocity(states[k], v, t), states[-1], loss_mask(clip))
         return Loss(total, "student", {"loss": float(total.detach())})

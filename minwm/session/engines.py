@@ -17,15 +17,24 @@ from minwm.cameras.track import CameraTrack, se3_inverse
 from minwm.cameras.trajectory import Motion
 from minwm.core.config import UserError
 from minwm.core.flow import Latents
-from minwm.core.media import levels, pixels
-from minwm.core.runtime import Laps, generator
+from minwm.core.media import to_pixels, to_uint8
+from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
 from minwm.render.worlds import World
 from minwm.session.generate import check_image
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.accelerate import PLAIN, Beside, EngineConfig, SideStream, attention, decoder, open_stream, warm_up
-from minwm.stream.rollout import Stream, draws_of, image_chunk
-from minwm.stream.solvers import Bidirectional
+from minwm.stream.accelerate import (
+    PLAIN,
+    CudaSideStream,
+    EngineConfig,
+    SideTask,
+    attention_kernel,
+    decoder,
+    open_stream,
+    warm_up,
+)
+from minwm.stream.rollout import Stream, image_chunk, num_noise_samples
+from minwm.stream.solvers import BidirectionalSampler
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
@@ -40,7 +49,7 @@ class Engine(Protocol):
     motion: Motion
     chunk: int
     """Latents per step."""
-    laps: Laps
+    timer: StageTimer
     """Seconds of the newest chunk by stage: encode (at the start), diffuse (or render), decode, copy to the host; then
     finalize."""
 
@@ -53,7 +62,7 @@ class Engine(Protocol):
         none waits for the next. All must be taken before anything else is asked of the engine."""
         ...
 
-    def settle(self) -> None:
+    def update_cache(self) -> None:
         """Do what frames need not wait for. Who shows them calls this afterwards; else the next step does it."""
         ...
 
@@ -74,7 +83,7 @@ class RendererEngine:
     ) -> None:
         self.world, self.origin, self.K = world, origin, K
         self.motion, self.chunk, self.size = motion, chunk, size
-        self.laps = Laps()
+        self.timer = StageTimer()
 
     @classmethod
     def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
@@ -85,25 +94,25 @@ class RendererEngine:
         origin = world.spawn(np.random.default_rng(seed), track)
         if origin is None:
             raise UserError(f"world {seed} has no free path for this trajectory; try another world or a shorter one")
-        return cls(world, origin, track.K[0], cfg.motion, cfg.chunk, (cfg.height, cfg.width))
+        return cls(world, origin, track.K[0], cfg.motion, cfg.stream.chunk, (cfg.height, cfg.width))
 
     def start(self) -> Frames:
-        self.laps.restart()
+        self.timer.restart()
         return self._render(np.eye(4)[None])
 
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
-        self.laps.restart()
+        self.timer.restart()
         for part in np.split(c2w, range(self.motion.stride, len(c2w), self.motion.stride)):
-            self.laps.skip()
+            self.timer.skip()
             yield self._render(part)
 
     def _render(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         track = CameraTrack(c2w, self.K, self.motion.fps).moved(self.origin)
         frames = self.world.render(track, *self.size).frames
-        self.laps.lap("diffuse")
+        self.timer.record("diffuse")
         return frames
 
-    def settle(self) -> None: ...
+    def update_cache(self) -> None: ...
 
     def snapshot(self) -> None:
         """A world has no memory."""
@@ -129,21 +138,21 @@ class ModelEngine:
         engine: EngineConfig = PLAIN,
     ) -> None:
         cfg = model.config
-        if isinstance(cfg.sampler, Bidirectional):
+        if isinstance(cfg.sampler, BidirectionalSampler):
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
-        self.model, self.motion, self.chunk, self.sampler = model, cfg.motion, cfg.chunk, cfg.sampler
+        self.model, self.motion, self.chunk, self.sampler = model, cfg.motion, cfg.stream.chunk, cfg.sampler
         self.device = next(model.net.parameters()).device
         self.engine, self.opened, self.decode = engine, None, decoder(engine, model.codec)
-        self.beside: Beside | None = SideStream(self.device) if engine.overlap else None
+        self.side_task: SideTask | None = CudaSideStream(self.device) if engine.overlap else None
         self.begin(self.read(image, prompt, seed))
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
-        self.laps = Laps(self.device)
+        self.timer = StageTimer(self.device)
 
     def read(self, image: UInt8[np.ndarray, "h w 3"] | None, prompt: str, seed: int) -> Beginning:
         """What `begin` takes. Raises UserError for an image of another size, or a prompt that cannot be read."""
         if image is not None:
             check_image(self.model.config, image)
-        return self.model.config.read([prompt]), image, seed
+        return self.model.config.encode_prompts([prompt]), image, seed
 
     def begin(self, beginning: Beginning) -> None:
         """What the next `start` begins with, in the memory that there is."""
@@ -153,29 +162,31 @@ class ModelEngine:
     def start(self) -> Frames:
         """The image; without one, the first chunk, in which the camera stands still."""
         self.noise, self.decoding, self.uncommitted = generator(self.seed, "session"), None, None
-        self.laps.restart()
+        self.timer.restart()
         geometry, first = self.model.config.geometry, None
-        still = np.eye(4)[None].repeat(geometry.lead, 0)
+        still = np.eye(4)[None].repeat(geometry.first_chunk_frames, 0)
         if self.opened is None:
-            self.opened = open_stream(self.engine, self.model.net, self.look(still), geometry, self.sampler.guidance)
+            self.opened = open_stream(
+                self.engine, self.model.net, self.condition(still), geometry, self.sampler.guidance
+            )
         else:
-            self.opened.restart(self.look(still))
+            self.opened.restart(self.condition(still))
         if self.image is not None:
-            first = self.model.codec.encode(pixels(self.image)[None, None].to(self.device))
+            first = self.model.codec.encode(to_pixels(self.image)[None, None].to(self.device))
             first = image_chunk(first, geometry)
-        self.laps.lap("encode")
+        self.timer.record("encode")
         return np.concatenate(list(self._chunk(still, first)))
 
     @torch.no_grad()
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
-        self.settle()
-        self.laps.restart()
+        self.update_cache()
+        self.timer.restart()
         yield from self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
 
-    def reword(self, prompt: str) -> None:
+    def set_prompt(self, prompt: str) -> None:
         """Another prompt, from the next chunk on."""
-        self.text = self.model.config.read([prompt])
-        self.stream.reword(self.look(np.eye(4)[None]))
+        self.text = self.model.config.encode_prompts([prompt])
+        self.stream.set_prompt(self.condition(np.eye(4)[None]))
 
     @torch.no_grad()
     def warm_up(self) -> list[float]:
@@ -185,12 +196,14 @@ class ModelEngine:
         """
         began, cfg = time.perf_counter(), self.model.config
         self.start()
-        noise = torch.zeros(draws_of(self.sampler, cfg.geometry), *cfg.latent_shape(1, self.chunk), device=self.device)
+        noise = torch.zeros(
+            num_noise_samples(self.sampler, cfg.geometry), *cfg.latent_shape(1, self.chunk), device=self.device
+        )
         list(self._frames(noise[0, :, :1]))  # a later latent than the first
-        self.settle()
-        cond = self.look(np.eye(4)[None].repeat(self.chunk, 0))
-        cond = replace(cond, first=None if self.image is None else noise[0, :, :1])
-        with attention(self.engine):
+        self.update_cache()
+        cond = self.condition(np.eye(4)[None].repeat(self.chunk, 0))
+        cond = replace(cond, first_latent=None if self.image is None else noise[0, :, :1])
+        with attention_kernel(self.engine):
             return [time.perf_counter() - began, *warm_up(self.stream, cond, noise, self.sampler)]
 
     @property
@@ -200,62 +213,62 @@ class ModelEngine:
         return self.opened
 
     def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
-        bound, hidden = self.stream.look(self.look(c2w)), None
+        bound, hidden = self.stream.prepare_chunk(self.condition(c2w)), None
         if latents is None:
-            draws = draws_of(self.sampler, self.stream.geometry)
+            draws = num_noise_samples(self.sampler, self.stream.geometry)
             shape = (draws, *self.model.config.latent_shape(1, len(c2w)))
             noise = torch.randn(shape, generator=self.noise).to(self.device)
-            with attention(self.engine):
+            with attention_kernel(self.engine):
                 latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
-        self.laps.lap("diffuse")
+        self.timer.record("diffuse")
         self.uncommitted = bound, latents, hidden
         return self._frames(latents)
 
     def _frames(self, latents: Latents) -> Iterator[Frames]:
         """Frames of each of the next latents, on the host."""
         alone = latents.split(1, dim=1)
-        if self.beside is None:
+        if self.side_task is None:
             for latent in alone:
-                self.laps.skip()
+                self.timer.skip()
                 drawn = self._draw(latent)
-                self.laps.lap("decode")
+                self.timer.record("decode")
                 frames = drawn.cpu().numpy()
-                self.laps.lap("copy")
+                self.timer.record("copy")
                 yield frames
         else:
-            begun = [self.beside(self._draw, latent) for latent in alone]
+            begun = [self.side_task(self._draw, latent) for latent in alone]
             self._commit()
             for wait in begun:
                 frames = wait().numpy()
-                self.laps.lap("decode", wait=False)  # and copied; the commit may still be under way
+                self.timer.record("decode", wait=False)  # and copied; the commit may still be under way
                 yield frames
-                self.laps.skip()
+                self.timer.skip()
 
     def _draw(self, latent: Latents) -> UInt8[Tensor, "n H W 3"]:
         """Frames of the next latent, on the device."""
         alone = latent.clone(memory_format=torch.contiguous_format)  # a graph is for one layout of memory
         decoded, self.decoding = self.decode(alone, self.decoding)
-        return levels(decoded[0])
+        return to_uint8(decoded[0])
 
     def _commit(self) -> None:
         if self.uncommitted:
-            with attention(self.engine):
-                self.stream.commit(*self.uncommitted)
+            with attention_kernel(self.engine):
+                self.stream.update_cache(*self.uncommitted)
             self.uncommitted = None
 
-    def settle(self) -> None:
+    def update_cache(self) -> None:
         """Write the newest chunk into the cache, if that has not been begun: its frames need not wait for this pass."""
         if self.uncommitted:
             self._commit()
-            self.laps.lap("finalize")
+            self.timer.record("finalize")
 
-    def look(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
+    def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
         """The prompt, and cameras at these poses."""
         w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
         return Condition(**self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
-        self.settle()
+        self.update_cache()
         return self.stream.snapshot(), self.decoding, self.noise.get_state()
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:

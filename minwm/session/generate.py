@@ -8,13 +8,13 @@ from jaxtyping import UInt8
 
 from minwm.cameras.track import CameraTrack, views
 from minwm.core.config import UserError
-from minwm.core.media import frames as to_frames
-from minwm.core.media import pixels
+from minwm.core.media import to_frames as to_frames
+from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Condition
 from minwm.store.model import Model, ModelConfig, Prompts
-from minwm.stream.rollout import draw, draws_of, generate, stream
-from minwm.stream.solvers import Bidirectional, Noise
+from minwm.stream.rollout import generate_latents, num_noise_samples, sample_noise, stream_latents
+from minwm.stream.solvers import BidirectionalSampler, Noise
 
 
 @torch.no_grad()
@@ -26,8 +26,10 @@ def generate_clips(
     They begin with the images; without any, with what the prompts say.
     Raises UserError for images of another size, or a length that the model cannot make.
     """
-    noise, cond = given(model, images, prompts, tracks, seed)
-    return to_frames(model.codec.decode(generate(model.net, model.config.sampler, noise, cond, model.config.geometry)))
+    noise, cond = sampling_inputs(model, images, prompts, tracks, seed)
+    return to_frames(
+        model.codec.decode(generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry))
+    )
 
 
 @torch.no_grad()
@@ -36,15 +38,15 @@ def stream_clips(
 ) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
     """The same of a causal model, as frames chunk by chunk, the images first: pixels of long videos fill no memory."""
     sampler, decoding = model.config.sampler, None
-    if isinstance(sampler, Bidirectional):
+    if isinstance(sampler, BidirectionalSampler):
         raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
-    noise, cond = given(model, images, prompts, tracks, seed)
-    for latents in stream(model.net, sampler, noise, cond, model.config.geometry):
+    noise, cond = sampling_inputs(model, images, prompts, tracks, seed)
+    for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry):
         decoded, decoding = model.codec.decode_next(latents, decoding)
         yield to_frames(decoded)
 
 
-def given(
+def sampling_inputs(
     model: Model, images: UInt8[np.ndarray, "b H W 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
@@ -54,10 +56,12 @@ def given(
     first = None
     if images is not None:
         check_image(cfg, images[0])
-        first = model.codec.encode(pixels(images)[:, None].to(device))
-    cond = Condition(**cfg.read(prompts), w2c=w2c, K=K, first=first).to(device)
+        first = model.codec.encode(to_pixels(images)[:, None].to(device))
+    cond = Condition(**cfg.encode_prompts(prompts), w2c=w2c, K=K, first_latent=first).to(device)
     shape = cfg.latent_shape(len(prompts), w2c.shape[1])
-    noise = draw(shape, draws_of(cfg.sampler, cfg.geometry), torch.empty(0, device=device), generator(seed, "generate"))
+    noise = sample_noise(
+        shape, num_noise_samples(cfg.sampler, cfg.geometry), torch.empty(0, device=device), generator(seed, "generate")
+    )
     return noise, cond
 
 
@@ -69,8 +73,8 @@ def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
 
 def check_length(cfg: ModelConfig, latents: int) -> None:
     """Raise UserError, naming lengths that fit, unless the model can make a clip of that many latents."""
-    stride, lead, chunk = cfg.motion.stride, cfg.geometry.lead, cfg.chunk
-    if isinstance(cfg.sampler, Bidirectional):
+    stride, lead, chunk = cfg.motion.stride, cfg.geometry.first_chunk_frames, cfg.stream.chunk
+    if isinstance(cfg.sampler, BidirectionalSampler):
         kind, fit = "makes whole clips only", [cfg.latents]
     else:
         below = lead + max(0, (latents - lead) // chunk) * chunk

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from minwm.cameras.trajectory import Action, drive
 from minwm.core.config import UserError
-from minwm.core.media import fit, read_image
+from minwm.core.media import read_image, resize_and_crop
 from minwm.session.engines import Engine, Frames, ModelEngine, Pose
 from minwm.store.model import Model
 
@@ -35,9 +35,9 @@ class Session:
 
     def step(self, action: Action) -> Frames:
         """Hold an action for one chunk: chunk * stride frames."""
-        return np.concatenate(list(self.parts(action)))
+        return np.concatenate(list(self.step_by_latent(action)))
 
-    def parts(self, action: Action) -> Iterator[Frames]:
+    def step_by_latent(self, action: Action) -> Iterator[Frames]:
         """The same, latent by latent: the first frames can be shown before the last are drawn. Take all."""
         self.past.append((self.pose, self.engine.snapshot()))
         frames = self.engine.chunk * self.engine.motion.stride
@@ -79,5 +79,5 @@ def walk(
     if isinstance(image, str | Path):
         image = read_image(image)
     cfg = model.config
-    fitted = image if image is None else fit(image, cfg.height, cfg.width)
+    fitted = image if image is None else resize_and_crop(image, cfg.height, cfg.width)
     return Session(ModelEngine(model, fitted, prompt, seed), history=history)

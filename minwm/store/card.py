@@ -21,7 +21,7 @@ from minwm.families.wan.convert import size_name
 from minwm.families.wan.text import Umt5Text
 from minwm.store.folder import FILES, load_config
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import Bidirectional
+from minwm.stream.solvers import BidirectionalSampler
 
 CARD = "README.md"
 KEPT = "<!-- minwm writes what is above. What is below is yours, and kept when the card is written again. -->"
@@ -106,7 +106,7 @@ class _Facts:
 
     @property
     def streams(self) -> bool:
-        return not isinstance(self.config.sampler, Bidirectional)
+        return not isinstance(self.config.sampler, BidirectionalSampler)
 
 
 History = dict[Path, dict[str, Any] | None]
@@ -138,7 +138,7 @@ def _front_matter(facts: _Facts, licence: str | None) -> str:
     values = {
         "license": licence,
         "library_name": "minwm",
-        "pipeline_tag": "image-to-video" if cfg.geometry.lead == 1 else "text-to-video",
+        "pipeline_tag": "image-to-video" if cfg.geometry.first_chunk_frames == 1 else "text-to-video",
         "base_model": facts.base,
     }
     lines = [f"{name}: {value}" for name, value in values.items() if value]
@@ -150,8 +150,12 @@ def _network(facts: _Facts) -> str:
     sizes = ", ".join(f"{name} {value}" for name, value in to_dict(cfg.network).items() if name != "kind")
     unit = "chunk" if facts.streams else "clip"
     guidance = "" if cfg.sampler.guidance == 1 else f", both branches of guidance ({cfg.sampler.guidance:g}) counted"
-    frames = cfg.motion.stride * cfg.chunk
-    first = "1 latent, which an image can give" if geometry.lead == 1 else f"{geometry.lead} latents"
+    frames = cfg.motion.stride * cfg.stream.chunk
+    first = (
+        "1 latent, which an image can give"
+        if geometry.first_chunk_frames == 1
+        else f"{geometry.first_chunk_frames} latents"
+    )
     rows = {
         "network": f"`{cfg.network.kind}`, {facts.parameters:,} parameters ({facts.dtypes}): {sizes}",
         "sampler": f"`{cfg.sampler.kind}`: {cfg.sampler.passes} network passes per {unit}{guidance}",
@@ -160,7 +164,7 @@ def _network(facts: _Facts) -> str:
         "prompts": f"`{cfg.text.kind}`, up to {cfg.text.length} states of width {cfg.text.dim}",
         "pictures": f"{cfg.width}x{cfg.height} pixels, {fps:g} frames per second",
         "clip": f"{_frames(cfg)} frames ({_frames(cfg) / fps:.3g} s), {cfg.latents} latents",
-        "chunk": f"{cfg.chunk} latents, {frames} frames ({frames / fps:.3g} s); the first one is {first}",
+        "chunk": f"{cfg.stream.chunk} latents, {frames} frames ({frames / fps:.3g} s); the first one is {first}",
     }
     return _table(("", ""), [(name, rows[name]) for name in rows if name != "chunk" or facts.streams])
 
@@ -269,9 +273,9 @@ def _measurement(found: Mapping[str, Any]) -> list[str]:
 def _use(cfg: ModelConfig, name: str) -> str:
     route = f"w*{cfg.latents - 1}"
     code = ["import minwm", f'model = minwm.load("{name}").ready()']
-    start, picture = (" --image first.png", ', "first.png"') if cfg.geometry.lead == 1 else ("", "")
+    start, picture = (" --image first.png", ', "first.png"') if cfg.geometry.first_chunk_frames == 1 else ("", "")
     shell = [f'minwm generate --model {name} --prompt "a red tower"{start} --trajectory "{route}" --out walk.mp4']
-    if isinstance(cfg.sampler, Bidirectional):
+    if isinstance(cfg.sampler, BidirectionalSampler):
         code[1:1] = ["from minwm.core.trajectory import parse", "from minwm.session import generate_clips"]
         code += [
             f'track = parse("{route}").track(model.config.motion, model.config.intrinsics)',
@@ -281,19 +285,19 @@ def _use(cfg: ModelConfig, name: str) -> str:
         code += [
             f'session = minwm.walk(model, "a red tower"{picture})',
             "first = session.start()",
-            f'frames = session.step(minwm.Action.of("w"))  # n h w 3, uint8: ahead, {cfg.chunk} latents',
+            f'frames = session.step(minwm.Action.of("w"))  # n h w 3, uint8: ahead, {cfg.stream.chunk} latents',
         ]
         shell.append(f"minwm play --model {name}")
     return "\n".join(["```python", *code, "```", "", "```sh", *shell, "```"])
 
 
 def _limits(cfg: ModelConfig) -> Iterator[str]:
-    if isinstance(cfg.sampler, Bidirectional):
+    if isinstance(cfg.sampler, BidirectionalSampler):
         yield f"It makes whole clips of {_frames(cfg)} frames, and cannot be steered while it does."
     else:
         yield (
             f"A clip of its training has {_frames(cfg)} frames. It streams on beyond that, and sees its last "
-            f"{cfg.window} chunks and its first {cfg.sink}: what has left them is forgotten."
+            f"{cfg.stream.window} chunks and its first {cfg.stream.sink}: what has left them is forgotten."
         )
     yield f"Pictures have {cfg.width}x{cfg.height} pixels and nothing else."
     if isinstance(cfg.text, Umt5Text):

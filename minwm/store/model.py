@@ -13,7 +13,7 @@ from minwm.core.runtime import pick_device
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVae, WanVaeConfig
-from minwm.nets.attention import Geometry
+from minwm.nets.attention import Geometry, StreamConfig
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import Codec, CodecConfig, TinyDecoder
 from minwm.nets.taehv import Taehv, TaehvConfig
@@ -46,30 +46,13 @@ class ModelConfig:
     width: int = 64
     focal: tuple[float, float] = SQUARE_70
     """fx / width and fy / height of the training cameras."""
-    chunk: int = 2
-    first: int = 1
-    sink: int = 1
-    window: int = 8
-    roll: bool = False
-    """Sinks follow the window in time (`Geometry.roll`): for streams much longer than training clips."""
-    context_noise: float = 0.0
-    """Time at which a stream keeps finished chunks (`Geometry.context_noise`)."""
-    merged_refresh: bool = False
-    """Finished chunks get no pass of their own (`Geometry.merged_refresh`)."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """Chunks, and what a stream remembers of them."""
 
     @property
     def geometry(self) -> Geometry:
-        tokens = (self.height // self.scale // self.network.patch) * (self.width // self.scale // self.network.patch)
-        return Geometry(
-            tokens=tokens,
-            chunk=self.chunk,
-            first=self.first,
-            sink=self.sink,
-            window=self.window,
-            roll=self.roll,
-            context_noise=self.context_noise,
-            merged_refresh=self.merged_refresh,
-        )
+        patch = self.scale * self.network.patch
+        return self.stream.geometry(tokens=(self.height // patch) * (self.width // patch))
 
     @property
     def intrinsics(self) -> Float[np.ndarray, "4"]:
@@ -79,16 +62,18 @@ class ModelConfig:
     def scale(self) -> int:
         return self.codec.scale
 
-    def read(self, prompts: Prompts) -> dict[str, Tensor]:
+    def encode_prompts(self, prompts: Prompts) -> dict[str, Tensor]:
         """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
         if not isinstance(prompts, Tensor):
             known = [*prompts] if self.negative is None else [*prompts, self.negative]
             prompts = self.text.encode(known)[: len(prompts)]  # all at once: a large encoder is loaded once
         return (
-            {"text": prompts} if (null := self.null()) is None else {"text": prompts, "null": null.expand_as(prompts)}
+            {"text": prompts}
+            if (null := self.negative_text()) is None
+            else {"text": prompts, "null": null.expand_as(prompts)}
         )
 
-    def null(self) -> Float[Tensor, "l d"] | None:
+    def negative_text(self) -> Float[Tensor, "l d"] | None:
         """Text states of the negative prompt."""
         return None if self.negative is None else self.text.encode([self.negative])[0]
 

@@ -30,11 +30,11 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Geometry, KVArena
-from minwm.nets.backbone import Backbone, Bound
+from minwm.nets.backbone import Backbone, PreparedCondition
 from minwm.nets.codec import Decode, VideoCodec, channels_last
 from minwm.nets.fp8 import Fp8Arena
-from minwm.stream.rollout import Stream, generate
-from minwm.stream.solvers import Autoregressive, FewStep, Noise
+from minwm.stream.rollout import Stream, generate_latents
+from minwm.stream.solvers import AutoregressiveSampler, FewStepSampler, Noise
 
 Function = Callable[..., Tensor | None]
 Capture = Callable[[Function, list[Tensor]], Function]
@@ -48,9 +48,9 @@ KERNELS = {
 Kernel = Literal["torch", "race", "cudnn", "flash", "efficient", "math"]
 Fp8 = Literal["none", "linears", "cache", "all"]
 Decoding = Literal["plain", "channels_last", "compile"]
-Begun = Callable[[], Tensor]
+PendingResult = Callable[[], Tensor]
 """Waits for work that has begun, and gives its result on the host."""
-Beside = Callable[[Callable[[Tensor], Tensor], Tensor], Begun]
+SideTask = Callable[[Callable[[Tensor], Tensor], Tensor], PendingResult]
 """beside(work, input) begins work(input) beside whatever the device is given next."""
 
 
@@ -115,44 +115,48 @@ class GraphedStream(Stream):
         self.recorded: dict[Hashable, Function] = {}
 
     @torch.no_grad()
-    def reword(self, cond: Condition) -> None:
+    def set_prompt(self, cond: Condition) -> None:
         """In place: recordings know where the prompt lies."""
         kept = self.text
-        super().reword(cond)
+        super().set_prompt(cond)
         for mine, new in zip(kept, self.text, strict=True):
             for to, x in zip(mine, new, strict=True):
                 to.copy_(x)
         self.text = kept
 
-    def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
+    def next_chunk(
+        self, bound: PreparedCondition, noise: Noise, sampler: AutoregressiveSampler | FewStepSampler
+    ) -> Latents:
         plain = super().next_chunk
         result = self._replay(sampler, lambda bound, noise: plain(bound, noise, sampler), bound, noise)
         assert result is not None
         return result
 
-    def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
-        self._replay(("keep", t), partial(super().keep, t=t), bound, x)
+    def cache_update_pass(self, bound: PreparedCondition, x: Latents, t: float = 0.0) -> None:
+        self._replay(("keep", t), partial(super().cache_update_pass, t=t), bound, x)
 
-    def _replay(self, what: Hashable, run: Callable[..., Tensor | None], bound: Bound, x: Tensor) -> Tensor | None:
+    def _replay(
+        self, what: Hashable, run: Callable[..., Tensor | None], bound: PreparedCondition, x: Tensor
+    ) -> Tensor | None:
         geometry, scope = self.geometry, Cached(self.arena, self.chunk)
-        places = self.net.places(x if x.ndim == 5 else x[0], scope)
+        places = self.net.rope_table(x if x.ndim == 5 else x[0], scope)
         if isinstance(bound.camera, Rays):
             raise ConfigError("engine.graphs records projective cameras only, not Plücker rays; leave it off")
         parts = {"x": x, "places": places, "camera": bound.camera and bound.camera.matrices}
         inputs = {name: part for name, part in parts.items() if part is not None}
-        key = what, tuple(x.shape), geometry.slot(self.chunk), geometry.filled(self.chunk)
+        key = what, tuple(x.shape), geometry.slot(self.chunk), geometry.valid_rows(self.chunk)
         if key not in self.recorded:
 
             def function(*given: Tensor) -> Tensor | None:
                 part = dict(zip(inputs, given, strict=True))
                 camera = Projection(part["camera"]) if "camera" in part else None
-                return run(Bound(self.text, camera, part.get("places")), part["x"])
+                return run(PreparedCondition(self.text, camera, part.get("places")), part["x"])
 
             self.recorded[key] = self.capture(function, list(inputs.values()))
         return self.recorded[key](*inputs.values())
 
 
-class SideStream:
+class CudaSideStream:
     """A second CUDA stream, on which latents become frames on the host while the first one commits them.
 
     Its work goes first wherever both want the device: frames are waited for, the commit is not.
@@ -163,7 +167,7 @@ class SideStream:
             raise ConfigError(f"engine.overlap needs a CUDA device, and the model is on {device}; leave it off")
         self.stream = torch.cuda.Stream(device, priority=-1)
 
-    def __call__(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Begun:
+    def __call__(self, work: Callable[[Tensor], Tensor], x: Tensor) -> PendingResult:
         side = self.stream
         side.wait_stream(torch.cuda.current_stream(x.device))  # x is being made there
         x.record_stream(side)  # so that its memory is not given away there while it is read here
@@ -187,21 +191,23 @@ def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geo
 
 
 @torch.no_grad()
-def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Autoregressive | FewStep) -> list[float]:
+def warm_up(
+    stream: Stream, cond: Condition, noise: Noise, sampler: AutoregressiveSampler | FewStepSampler
+) -> list[float]:
     """Visit every regime, so that nothing is compiled, recorded or chosen later; then start anew.
 
     Returns seconds per regime. cond: of one chunk. noise: of one chunk, as `next_chunk` takes it.
     """
     geometry, seconds = stream.geometry, []
-    for chunk in range(geometry.regimes):
+    for chunk in range(geometry.distinct_graph_shapes):
         start, stream.chunk = time.perf_counter(), chunk
         frames = geometry.start(chunk + 1) - geometry.start(chunk)
         part = cond.frames(0, frames)
-        bound, drawn = stream.look(part), noise[:, :, :frames]
-        if chunk or cond.first is None:
-            stream.commit(bound, stream.next_chunk(bound, drawn, sampler), drawn[-1])
+        bound, drawn = stream.prepare_chunk(part), noise[:, :, :frames]
+        if chunk or cond.first_latent is None:
+            stream.update_cache(bound, stream.next_chunk(bound, drawn, sampler), drawn[-1])
         else:
-            stream.commit(bound, cond.first)
+            stream.update_cache(bound, cond.first_latent)
         if noise.is_cuda:
             torch.cuda.synchronize(noise.device)
         seconds.append(time.perf_counter() - start)
@@ -210,7 +216,7 @@ def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Autoregressi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Race:
+class KernelTimes:
     """Milliseconds of one attention of a steady chunk, by kernel; None where it cannot run here."""
 
     shape: tuple[int, ...]
@@ -223,14 +229,14 @@ class Race:
 
 
 @torch.no_grad()
-def race(net: Backbone, geometry: Geometry, repeats: int = 10) -> Race:
+def time_attention_kernels(net: Backbone, geometry: Geometry, repeats: int = 10) -> KernelTimes:
     """Time every attention kernel on the shape of a steady chunk."""
     weight = next(net.parameters())
     rows = geometry.chunk * geometry.tokens
-    q = torch.randn(1, net.heads, rows, net.head_width, dtype=weight.dtype, device=weight.device)
-    k, v = torch.randn(2, 1, net.heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)
-    shape = net.heads, rows, geometry.rows, net.head_width
-    return Race(shape=shape, ms={name: _ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()})
+    q = torch.randn(1, net.cache_heads, rows, net.head_width, dtype=weight.dtype, device=weight.device)
+    k, v = torch.randn(2, 1, net.cache_heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)
+    shape = net.cache_heads, rows, geometry.rows, net.head_width
+    return KernelTimes(shape=shape, ms={name: _ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()})
 
 
 def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float | None:
@@ -248,7 +254,7 @@ def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int)
     return 1000 * best
 
 
-def attention(cfg: EngineConfig) -> AbstractContextManager[object]:
+def attention_kernel(cfg: EngineConfig) -> AbstractContextManager[object]:
     """A context in which attention runs as the config says."""
     if cfg.attention == "race":
         raise ConfigError("engine.attention=race: the race has not been run; take the config that `ready` returns")
@@ -256,18 +262,18 @@ def attention(cfg: EngineConfig) -> AbstractContextManager[object]:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Fp8Trial:
     """A short stream on fixed noise, by which FP8 is judged: longer than the sinks, which are never in FP8."""
 
     cond: Condition
     noise: Noise
-    sampler: Autoregressive | FewStep
+    sampler: AutoregressiveSampler | FewStepSampler
     decode: Callable[[Latents], Tensor] | None = None
     """Latents to pixels in [-1, 1], where a codec is at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
+class Fp8Fidelity:
     """How far the latents of a trial in FP8 are from those of the plain form."""
 
     error: float
@@ -278,17 +284,17 @@ class Fidelity:
 
 
 @torch.no_grad()
-def judge(cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Trial) -> Fidelity:
+def check_fp8(cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Fp8Trial) -> Fp8Fidelity:
     """Put a network into FP8, in place; but if its trial misses the limit, raise ConfigError and leave it plain."""
 
     def made() -> Latents:
-        return generate(net, trial.sampler, trial.noise, trial.cond, geometry).float()
+        return generate_latents(net, trial.sampler, trial.noise, trial.cond, geometry).float()
 
     plain = made()
     if cfg.fp8 in ("linears", "all"):
         net.use_fp8()
     if cfg.fp8 in ("cache", "all"):
-        net.cache = Fp8Arena
+        net.arena_type = Fp8Arena
     fp8 = made()
     error, psnr = float((fp8 - plain).norm() / plain.norm()), None
     if trial.decode:
@@ -297,13 +303,13 @@ def judge(cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Trial) ->
     if not error <= cfg.fp8_limit:  # also if it is no number
         if cfg.fp8 in ("linears", "all"):
             net.use_fp8(False)
-        net.cache = KVArena
+        net.arena_type = KVArena
         seen = "" if psnr is None else f" (frames: {psnr:.1f} dB)"
         raise ConfigError(
             f"engine.fp8={cfg.fp8} changes the latents of a trial by {error:.3g} of their norm{seen}, and the limit is "
             f"engine.fp8_limit={cfg.fp8_limit:g}; leave FP8 off, take less of it, or raise the limit if you accept that"
         )
-    return Fidelity(error=error, limit=cfg.fp8_limit, psnr=psnr)
+    return Fp8Fidelity(error=error, limit=cfg.fp8_limit, psnr=psnr)
 
 
 def decoder(cfg: EngineConfig, codec: VideoCodec, backend: str | Callable = "inductor") -> Decode:
@@ -319,9 +325,9 @@ def decoder(cfg: EngineConfig, codec: VideoCodec, backend: str | Callable = "ind
     return torch.compile(codec.decode_next, backend=backend, fullgraph=True, dynamic=False)
 
 
-def ready(
-    cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Trial | None = None
-) -> tuple[EngineConfig, Race | None, Fidelity | None]:
+def prepare_network(
+    cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Fp8Trial | None = None
+) -> tuple[EngineConfig, KernelTimes | None, Fp8Fidelity | None]:
     """Make a network ready for streams, in place: in FP8, compiled, with kernels.
 
     Returns the config with the winner in place of a race, the race, and what the trial said.
@@ -330,12 +336,12 @@ def ready(
     if cfg.fp8 != "none":
         if trial is None:
             raise ConfigError(f"engine.fp8={cfg.fp8} has to be judged by a trial, and none was given")
-        kept = judge(cfg, net, geometry, trial)
+        kept = check_fp8(cfg, net, geometry, trial)
     if cfg.compile:
         net.compile_blocks()
     if cfg.kernels:
         net.use_kernels()
     if cfg.attention == "race":
-        raced = race(net, geometry)
+        raced = time_attention_kernels(net, geometry)
         cfg = replace(cfg, attention=raced.winner)
     return cfg, raced, kept

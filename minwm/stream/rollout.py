@@ -16,16 +16,16 @@ from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, guide, interpolate
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, Full, Geometry, Peek, Scope
-from minwm.nets.backbone import Backbone, Bound, Pace
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Multistep, Noise, Sampler
+from minwm.nets.attention import AttentionScope, Cached, Full, Geometry, ReadOnlyCache
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Multistep, Noise, Sampler
 
 
 def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond: Condition) -> Latents:
     """All frames at once; an image start is held clean at t = 0."""
     guided = sampler.guidance != 1
-    bound = net.bind(Condition.stack(cond, cond.without_text()) if guided else cond)
-    held = 0 if cond.first is None else 1
+    bound = net.prepare(Condition.stack(cond, cond.unconditional()) if guided else cond)
+    held = 0 if cond.first_latent is None else 1
 
     def velocity(x: Latents, t: float) -> Latents:
         times = x.new_full(x.shape[:2], t)
@@ -34,16 +34,18 @@ def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond
         v[:, :held] = 0
         return v
 
-    start = noise if cond.first is None else torch.cat([cond.first.to(noise), noise[:, 1:]], dim=1)
+    start = noise if cond.first_latent is None else torch.cat([cond.first_latent.to(noise), noise[:, 1:]], dim=1)
     x = sampler.solve(velocity, start)
-    return x if cond.first is None else torch.cat([cond.first.to(x), x[:, 1:]], dim=1)
+    return x if cond.first_latent is None else torch.cat([cond.first_latent.to(x), x[:, 1:]], dim=1)
 
 
-def guided_velocity(net: Backbone, x: Latents, t: Tensor | Pace, bound: Bound, scope: Scope, scale: float) -> Latents:
+def guided_velocity(
+    net: Backbone, x: Latents, t: Tensor | Modulation, bound: PreparedCondition, scope: AttentionScope, scale: float
+) -> Latents:
     """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
         return net(x, t, bound, scope)
-    both = t if isinstance(t, Pace) else t.expand(len(x), -1).repeat(2, 1)
+    both = t if isinstance(t, Modulation) else t.expand(len(x), -1).repeat(2, 1)
     cond, uncond = net(x.repeat(2, 1, 1, 1, 1), both, bound, scope).chunk(2)
     return guide(cond, uncond, scale)
 
@@ -67,97 +69,103 @@ class Stream:
         self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0, reach: float | None = REACH
     ) -> None:
         self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
-        self.text = net.read(self._branches(cond).text)
-        self.arena = net.arena(geometry, len(self._branches(cond).text))
-        self.paces: dict[float, Tensor | Pace] = {}
-        self._begin(len(cond.text))
+        self.text = net.project_text_kv(self._guidance_branches(cond).text)
+        self.arena = net.arena(geometry, len(self._guidance_branches(cond).text))
+        self._modulations: dict[float, Tensor | Modulation] = {}
+        self._reset(len(cond.text))
 
-    def _begin(self, batch: int) -> None:
+    def _reset(self, batch: int) -> None:
         self.chunk = 0
         self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
-        self.rolled = 0
+        self.sink_shift = 0
         """Latent frames by which the sinks have moved in time."""
 
     def restart(self, cond: Condition) -> None:
         """From the first chunk again, with the prompt of `cond` and the same memory."""
-        self._begin(len(cond.text))
-        self.reword(cond)
+        self._reset(len(cond.text))
+        self.set_prompt(cond)
 
     @torch.no_grad()
-    def pace(self, t: float) -> Tensor | Pace:
+    def modulation(self, t: float) -> Tensor | Modulation:
         """What time t does to the network; worked out once."""
-        if t not in self.paces:
-            self.paces[t] = self.net.pace(torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device))
-        return self.paces[t]
+        if t not in self._modulations:
+            self._modulations[t] = self.net.adaln_modulation(
+                torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device)
+            )
+        return self._modulations[t]
 
-    def _branches(self, cond: Condition) -> Condition:
-        return cond if self.guidance == 1 else Condition.stack(cond, cond.without_text())
+    def _guidance_branches(self, cond: Condition) -> Condition:
+        return cond if self.guidance == 1 else Condition.stack(cond, cond.unconditional())
 
     @torch.no_grad()
-    def reword(self, cond: Condition) -> None:
+    def set_prompt(self, cond: Condition) -> None:
         """Follow the prompt of `cond` from the next chunk on; what the cache holds has read the old one."""
-        self.text = self.net.read(self._branches(cond).text)
+        self.text = self.net.project_text_kv(self._guidance_branches(cond).text)
 
-    def look(self, cond: Condition) -> Bound:
+    def prepare_chunk(self, cond: Condition) -> PreparedCondition:
         """Cameras of the current chunk, with the stream's prompt."""
         origin = self.origin
         if cond.w2c is not None:
             w2c = cond.w2c.double().cpu()
-            reach = None if self.net.anchored else self.reach
+            reach = None if self.net.needs_first_frame_coordinates else self.reach
             if reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > reach:
                 origin = se3_inverse(w2c[:, 0].detach())
             cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
-        self._settle(origin, self.geometry.rolled(self.chunk))
-        return Bound(self.text, self.net.watch(self._branches(cond)))
+        self._move_cache(origin, self.geometry.sink_shift(self.chunk))
+        return PreparedCondition(self.text, self.net.camera_matrices(self._guidance_branches(cond)))
 
     @torch.no_grad()
-    def _settle(self, origin: Float[Tensor, "b 4 4"], rolled: int) -> None:
+    def _move_cache(self, origin: Float[Tensor, "b 4 4"], rolled: int) -> None:
         """Express the cache in another world frame, and move its sinks in time."""
         geometry = self.geometry
-        text, sinks = geometry.text, geometry.text + geometry.start(geometry.sink) * geometry.tokens
+        text, sinks = geometry.text_rows, geometry.text_rows + geometry.start(geometry.sink) * geometry.tokens
         if origin is not self.origin:
             frame = (se3_inverse(self.origin) @ origin).repeat(1 if self.guidance == 1 else 2, 1, 1)
-            self.arena.rewrite(lambda kv: self.net.rebased(kv, frame), slice(text, None), values=True)
-        if moved := rolled - self.rolled:
-            self.arena.rewrite(lambda keys: self.net.later(keys, moved), slice(text, sinks), values=False)
-        self.origin, self.rolled = origin, rolled
+            self.arena.transform_kv(lambda kv: self.net.change_world_frame(kv, frame), slice(text, None), values=True)
+        if moved := rolled - self.sink_shift:
+            self.arena.transform_kv(
+                lambda keys: self.net.rotate_keys_in_time(keys, moved), slice(text, sinks), values=False
+            )
+        self.origin, self.sink_shift = origin, rolled
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten.
 
         Undoing is exact where the cache is not moved for that chunk, and exact up to rounding where it is.
         """
-        return self.arena.about_to_lose(self.chunk), self.chunk, self.origin, self.rolled
+        return self.arena.save_slot(self.chunk), self.chunk, self.origin, self.sink_shift
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         lost, self.chunk, origin, rolled = snapshot
-        self._settle(origin, rolled)
-        self.arena.put_back(self.chunk, lost)
+        self._move_cache(origin, rolled)
+        self.arena.restore_slot(self.chunk, lost)
 
-    def next_chunk(self, bound: Bound, noise: Noise, sampler: Autoregressive | FewStep) -> Latents:
+    def next_chunk(
+        self, bound: PreparedCondition, noise: Noise, sampler: AutoregressiveSampler | FewStepSampler
+    ) -> Latents:
         """The current chunk, denoised but not yet committed. noise: as many draws as `draws_of` says."""
-        if isinstance(sampler, FewStep):
+        if isinstance(sampler, FewStepSampler):
             return self.few_step(bound, noise, sampler.times)[0]
         return self.multistep(bound, noise[0], sampler)
 
-    def velocity(self, bound: Bound, x: Latents, t: float) -> Latents:
+    def velocity(self, bound: PreparedCondition, x: Latents, t: float) -> Latents:
         """Of the current chunk at x_t, under guidance."""
-        return guided_velocity(self.net, x, self.pace(t), bound, Cached(self.arena, self.chunk), self.guidance)
+        return guided_velocity(self.net, x, self.modulation(t), bound, Cached(self.arena, self.chunk), self.guidance)
 
-    def multistep(self, bound: Bound, noise: Latents, sampler: Multistep) -> Latents:
+    def multistep(self, bound: PreparedCondition, noise: Latents, sampler: Multistep) -> Latents:
         return sampler.solve(partial(self.velocity, bound), noise)
 
     def few_step(
-        self, bound: Bound, noise: Noise, times: list[float], exit_step: int | None = None
+        self, bound: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None = None
     ) -> tuple[Latents, Latents | None]:
         """The denoised chunk, and x_0 as predicted, with gradient, at `exit_step` (self-rollout)."""
         x, scored = noise[0], None
         for step, t in enumerate(times):
             graded = step == exit_step
-            scope = Peek(self.arena, self.chunk) if graded else Cached(self.arena, self.chunk)
+            scope = ReadOnlyCache(self.arena, self.chunk) if graded else Cached(self.arena, self.chunk)
             with torch.set_grad_enabled(graded):
-                time = x.new_full(x.shape[:2], t) if graded else self.pace(t)
+                time = x.new_full(x.shape[:2], t) if graded else self.modulation(t)
                 x0 = x - t * self.net(x, time, bound, scope)
             if graded:
                 scored, x0 = x0, x0.detach()
@@ -165,11 +173,11 @@ class Stream:
                 x = interpolate(x0, noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
         if self.geometry.merged_refresh and exit_step == len(times) - 1:
             with torch.no_grad():  # the graded pass wrote nothing into the cache
-                self.keep(bound, x, times[-1])
+                self.cache_update_pass(bound, x, times[-1])
         return x0, scored
 
     @torch.no_grad()
-    def commit(self, bound: Bound, x: Latents, noise: Latents | None = None) -> None:
+    def update_cache(self, bound: PreparedCondition, x: Latents, noise: Latents | None = None) -> None:
         """Write the finished chunk's keys and values, and move on.
 
         They are those of the clean chunk at t = 0; with `noise`, which a generated chunk has, of the chunk at the
@@ -178,47 +186,47 @@ class Stream:
         if noise is None or not self.geometry.merged_refresh:
             level = 0.0 if noise is None else self.geometry.context_noise
             kept = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
-            self.keep(bound, kept, level)
+            self.cache_update_pass(bound, kept, level)
         self.chunk += 1
 
-    def keep(self, bound: Bound, x: Latents, t: float = 0.0) -> None:
+    def cache_update_pass(self, bound: PreparedCondition, x: Latents, t: float = 0.0) -> None:
         """The pass of `commit`, without moving on."""
         x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
-        self.net(x, self.pace(t), bound, Cached(self.arena, self.chunk))
+        self.net(x, self.modulation(t), bound, Cached(self.arena, self.chunk))
 
 
-def draw(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:
+def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:
     """Noise for every pass of a rollout, drawn on the generator's device so that a seed means one video."""
     return torch.randn((draws, *shape), generator=generator, device=generator.device).to(like)
 
 
 @torch.no_grad()
-def stream(
-    net: Backbone, sampler: Autoregressive | FewStep, noise: Noise, cond: Condition, geometry: Geometry
+def stream_latents(
+    net: Backbone, sampler: AutoregressiveSampler | FewStepSampler, noise: Noise, cond: Condition, geometry: Geometry
 ) -> Iterator[Latents]:
     """Chunks of latents as they are finished. With an image start the first chunk is the image itself."""
     state = Stream(net, cond, geometry, sampler.guidance)
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
-        bound = state.look(cond.frames(a, b))
-        if index == 0 and cond.first is not None:
-            x, hidden = image_chunk(cond.first, geometry), None
+        bound = state.prepare_chunk(cond.frames(a, b))
+        if index == 0 and cond.first_latent is not None:
+            x, hidden = image_chunk(cond.first_latent, geometry), None
         else:
             x, hidden = state.next_chunk(bound, noise[:, :, a:b], sampler), noise[-1, :, a:b]
         yield x
-        state.commit(bound, x, hidden)
+        state.update_cache(bound, x, hidden)
 
 
 @torch.no_grad()
-def generate(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
+def generate_latents(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
     """A whole clip with any sampler. noise: as many draws as `draws_of` says."""
-    if isinstance(sampler, Bidirectional):
+    if isinstance(sampler, BidirectionalSampler):
         return sample_bidirectional(net, sampler, noise[0], cond)
-    return torch.cat(list(stream(net, sampler, noise, cond, geometry)), dim=1)
+    return torch.cat(list(stream_latents(net, sampler, noise, cond, geometry)), dim=1)
 
 
-def draws_of(sampler: Sampler, geometry: Geometry) -> int:
-    draws = sampler.steps if isinstance(sampler, FewStep) else 1
-    committed = not (isinstance(sampler, Bidirectional) or geometry.merged_refresh)
+def num_noise_samples(sampler: Sampler, geometry: Geometry) -> int:
+    draws = sampler.steps if isinstance(sampler, FewStepSampler) else 1
+    committed = not (isinstance(sampler, BidirectionalSampler) or geometry.merged_refresh)
     return draws + (committed and geometry.context_noise > 0)
 
 
@@ -229,7 +237,7 @@ def self_rollout(
     geometry: Geometry,
     times: list[float],
     exit_step: int | None,
-    ungraded: int = 0,
+    chunks_without_grad: int = 0,
 ) -> tuple[Latents, Latents]:
     """(clip, scored clip): the network's own video, and its prediction at `exit_step` with gradient.
 
@@ -244,22 +252,27 @@ def self_rollout(
     state = Stream(net, cond, geometry, reach=None)
     clip, scored = [], []
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
-        bound = state.look(cond.frames(a, b))
-        if index == 0 and cond.first is not None:
-            x, graded, hidden = image_chunk(cond.first, geometry), None, None
+        bound = state.prepare_chunk(cond.frames(a, b))
+        if index == 0 and cond.first_latent is not None:
+            x, graded, hidden = image_chunk(cond.first_latent, geometry), None, None
         else:
-            x, graded = state.few_step(bound, noise[:, :, a:b], times, exit_step if index >= ungraded else None)
+            x, graded = state.few_step(
+                bound, noise[:, :, a:b], times, exit_step if index >= chunks_without_grad else None
+            )
             hidden = noise[-1, :, a:b]
         clip.append(x)
         scored.append(x if graded is None else graded)
-        state.commit(Bound([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x, hidden)
+        state.update_cache(
+            PreparedCondition([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x, hidden
+        )
     return torch.cat(clip, 1), torch.cat(scored, 1)
 
 
 def image_chunk(first: Latents, geometry: Geometry) -> Latents:
     """The image as the first chunk of a stream; ConfigError if that has another length."""
-    if geometry.lead != 1:
+    if geometry.first_chunk_frames != 1:
         raise ConfigError(
-            f"an image start is one latent frame, but the first chunk has {geometry.lead}; set geometry.first=1"
+            f"an image start is one latent frame, but the first chunk has {geometry.first_chunk_frames}; "
+            "set stream.first_chunk=1"
         )
     return first

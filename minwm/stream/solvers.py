@@ -41,21 +41,21 @@ class Multistep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bidirectional(Multistep):
+class BidirectionalSampler(Multistep):
     """All frames at once, every frame seeing every other."""
 
     kind: ClassVar[str] = "bidirectional"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Autoregressive(Multistep):
+class AutoregressiveSampler(Multistep):
     """Chunk by chunk, each solved in full given the clean past."""
 
     kind: ClassVar[str] = "autoregressive"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewStep:
+class FewStepSampler:
     """Chunk by chunk in a few passes: predict x_0, re-noise it to the next time, predict again."""
 
     kind: ClassVar[str] = "few_step"
@@ -77,7 +77,7 @@ class FewStep:
         return schedule(self.steps, self.shift)[:-1]
 
 
-Sampler = Bidirectional | Autoregressive | FewStep
+Sampler = BidirectionalSampler | AutoregressiveSampler | FewStepSampler
 
 
 def solve_euler(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:

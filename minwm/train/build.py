@@ -22,7 +22,12 @@ from minwm.nets.codec import Codec
 from minwm.recipes.base import Recipe
 from minwm.recipes.codec import CodecRecipe, CodecTraining
 from minwm.recipes.consistency import Consistency, ConsistencyConfig
-from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig
+from minwm.recipes.diffusion import (
+    AutoregressiveConfig,
+    AutoregressiveDiffusion,
+    BidirectionalConfig,
+    BidirectionalDiffusion,
+)
 from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 from minwm.store.card import write_card
@@ -32,8 +37,8 @@ from minwm.train.loop import loop
 from minwm.train.state import States
 
 RECIPES: dict[type, type[Recipe]] = {
-    BidirectionalConfig: Bidirectional,
-    AutoregressiveConfig: Autoregressive,
+    BidirectionalConfig: BidirectionalDiffusion,
+    AutoregressiveConfig: AutoregressiveDiffusion,
     OdeConfig: Ode,
     ConsistencyConfig: Consistency,
     DmdConfig: Dmd,
@@ -114,7 +119,7 @@ def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec))
     recipe = build_recipe(run, partial(load_role, run, device))
-    begins_with_image, null = run.model.geometry.lead == 1, run.model.null()
+    begins_with_image, null = run.model.geometry.first_chunk_frames == 1, run.model.negative_text()
     data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=null, noise=run.pose_noise)
     clips = loader(data, run.batch, run.seed, rank(), world_size())
     batches = []

@@ -51,5 +51,5 @@ def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -
         text=torch.randn(batch, 5, 6, generator=generator, dtype=torch.float64),
         w2c=w2c.float(),
         K=K.float(),
-        first=latents(1, batch, seed=9) if image else None,
+        first_latent=latents(1, batch, seed=9) if image else None,
     )

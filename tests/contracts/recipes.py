@@ -12,20 +12,26 @@ from torch import Tensor, nn
 
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import Geometry, Scope
-from minwm.nets.backbone import Backbone, Bound, TextKV
+from minwm.nets.attention import AttentionScope, Geometry
+from minwm.nets.backbone import Backbone, PreparedCondition, TextKV
 from minwm.recipes.base import Recipe
 from minwm.recipes.consistency import Consistency, ConsistencyConfig
-from minwm.recipes.diffusion import Autoregressive, AutoregressiveConfig, Bidirectional, BidirectionalConfig, TimeLaw
+from minwm.recipes.diffusion import (
+    AutoregressiveConfig,
+    AutoregressiveDiffusion,
+    BidirectionalConfig,
+    BidirectionalDiffusion,
+    TimeLaw,
+)
 from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 
-GEOMETRY = Geometry(tokens=6, chunk=2, first=1, window=8, sink=1)
+GEOMETRY = Geometry(tokens=6, chunk=2, first_chunk=1, window=8, sink=1)
 FRAMES = 5
 PLAIN = TimeLaw(weight="none")
 CASES: dict[str, tuple[type, Any]] = {
-    "bidirectional": (Bidirectional, BidirectionalConfig(time=PLAIN)),
-    "autoregressive": (Autoregressive, AutoregressiveConfig(time=PLAIN)),
+    "bidirectional": (BidirectionalDiffusion, BidirectionalConfig(time=PLAIN)),
+    "autoregressive": (AutoregressiveDiffusion, AutoregressiveConfig(time=PLAIN)),
     "ode": (Ode, OdeConfig()),
     "consistency": (Consistency, ConsistencyConfig(grid=8)),
     "dmd": (Dmd, DmdConfig(steps=2)),
@@ -56,7 +62,7 @@ def make(name: str, **changes: Any) -> Recipe:
 def clip(image: bool = True, batch: int = 2) -> Clip:
     x, cond = latents(FRAMES, batch), condition(FRAMES, batch)
     states = torch.stack([latents(FRAMES, batch, seed=20 + k) for k in range(5)])
-    return Clip(x, replace(cond, first=x[:, :1] if image else None), states)
+    return Clip(x, replace(cond, first_latent=x[:, :1] if image else None), states)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -76,7 +82,7 @@ def watched(net: Backbone) -> Iterator[list[tuple[Times, Latents]]]:
     """Times and outputs of every pass of a network that is under gradient."""
     seen, velocity = [], net.velocity
 
-    def recording(x: Latents, t: Times, bound: Bound, scope: Scope) -> Latents:
+    def recording(x: Latents, t: Times, bound: PreparedCondition, scope: AttentionScope) -> Latents:
         v = velocity(x, t, bound, scope)
         if v.requires_grad:
             v.retain_grad()
@@ -91,28 +97,28 @@ def watched(net: Backbone) -> Iterator[list[tuple[Times, Latents]]]:
 class Exact(Backbone):
     """The exact velocity field of a data set with one clip in it: everything flows straight to that clip."""
 
-    layers, heads, head_width = 1, 1, 4
+    layers, cache_heads, head_width = 1, 1, 4
 
     def __init__(self, datum: Latents) -> None:
         super().__init__()
         self.datum = nn.Parameter(datum.clone())
 
-    def read(self, text: Tensor) -> TextKV:
+    def project_text_kv(self, text: Tensor) -> TextKV:
         return []
 
-    def watch(self, cond: Condition) -> None:
+    def camera_matrices(self, cond: Condition) -> None:
         return None
 
-    def tokens(self, height: int, width: int) -> int:
+    def tokens_per_frame(self, height: int, width: int) -> int:
         return GEOMETRY.tokens
 
-    def later(self, keys: Tensor, frames: int) -> Tensor:
+    def rotate_keys_in_time(self, keys: Tensor, frames: int) -> Tensor:
         return keys
 
-    def rebased(self, kv: Tensor, frame: Tensor) -> Tensor:
+    def change_world_frame(self, kv: Tensor, frame: Tensor) -> Tensor:
         return kv
 
-    def velocity(self, x: Latents, t: Tensor, bound: Bound, scope: Scope) -> Latents:
+    def velocity(self, x: Latents, t: Tensor, bound: PreparedCondition, scope: AttentionScope) -> Latents:
         ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
         t = t[:, :, None, None, None]
         return torch.where(t > 0, (x - ends) / t.clamp_min(1e-3), 0)

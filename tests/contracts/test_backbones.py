@@ -12,28 +12,28 @@ from minwm.cameras.track import se3_exp
 from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, Geometry, Masked, Peek, chunk_causal
-from minwm.nets.backbone import Backbone, Bound, Past, teacher_forced
-from minwm.stream.rollout import Stream, draw, draws_of, generate
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep, Sampler
+from minwm.nets.attention import Cached, Geometry, Masked, ReadOnlyCache, chunk_causal
+from minwm.nets.backbone import Backbone, Context, PreparedCondition, teacher_forced
+from minwm.stream.rollout import Stream, generate_latents, num_noise_samples, sample_noise
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 
 TOLERANCE = 2e-6  # cameras and modulation are float32 inside a float64 network
 GEOMETRIES = {
     "plain": Geometry(tokens=6, chunk=2, window=8, sink=0),
-    "image": Geometry(tokens=6, chunk=2, first=1, window=8, sink=1),
-    "ring": Geometry(tokens=6, chunk=2, first=1, window=2, sink=1),
+    "image": Geometry(tokens=6, chunk=2, first_chunk=1, window=8, sink=1),
+    "ring": Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1),
     "no-sink": Geometry(tokens=6, chunk=2, window=2, sink=0),
 }
 
 
 def frames_of(geometry: Geometry) -> int:
-    return geometry.lead + 4 * geometry.chunk
+    return geometry.first_chunk_frames + 4 * geometry.chunk
 
 
 def streamed(net: Backbone, x: torch.Tensor, t: torch.Tensor, cond: Condition, geometry: Geometry) -> torch.Tensor:
-    arena, text, parts = net.arena(geometry, len(x)), net.read(cond.text), []
+    arena, text, parts = net.arena(geometry, len(x)), net.project_text_kv(cond.text), []
     for i, (a, b) in enumerate(geometry.chunks(x.shape[1])):
-        bound = Bound(text, net.watch(cond.frames(a, b)))
+        bound = PreparedCondition(text, net.camera_matrices(cond.frames(a, b)))
         parts.append(net.velocity(x[:, a:b], t[:, a:b], bound, Cached(arena, i)))
     return torch.cat(parts, 1)
 
@@ -49,7 +49,7 @@ def test_streaming_equals_one_masked_pass(name: str, geometry: Geometry) -> None
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-@pytest.mark.parametrize("scope", [Cached, Peek])
+@pytest.mark.parametrize("scope", [Cached, ReadOnlyCache])
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
 def test_teacher_forcing_equals_streaming_with_the_same_past(name: str, scope: type, geometry: Geometry) -> None:
@@ -57,10 +57,10 @@ def test_teacher_forcing_equals_streaming_with_the_same_past(name: str, scope: t
     past, noisy, cond = latents(frames), latents(frames, seed=5), condition(frames)
     t = torch.rand(2, frames, dtype=torch.float64)
     t_past = 0.1 * torch.rand(2, frames, dtype=torch.float64)
-    forced = teacher_forced(net, Past(past, t_past), noisy, t, cond, geometry)
-    arena, text = net.arena(geometry, 2), net.read(cond.text)
+    forced = teacher_forced(net, Context(past, t_past), noisy, t, cond, geometry)
+    arena, text = net.arena(geometry, 2), net.project_text_kv(cond.text)
     for i, (a, b) in enumerate(geometry.chunks(frames)):
-        bound = Bound(text, net.watch(cond.frames(a, b)))
+        bound = PreparedCondition(text, net.camera_matrices(cond.frames(a, b)))
         v = net.velocity(noisy[:, a:b], t[:, a:b], bound, scope(arena, i))
         torch.testing.assert_close(v, forced[:, a:b], atol=TOLERANCE, rtol=TOLERANCE)
         net.velocity(past[:, a:b], t_past[:, a:b], bound, Cached(arena, i))
@@ -76,7 +76,7 @@ def test_world_frame_does_not_matter_and_cameras_do(name: str) -> None:
     if name in PROPE:
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     else:
-        assert net.anchored, "who sees where the origin is must say so, or a stream would move it"
+        assert net.needs_first_frame_coordinates, "who sees where the origin is must say so, or a stream would move it"
         assert (after - before).abs().max() > 0.01
     other = replace(cond, w2c=cond.w2c.flip(1))
     assert (net(x, t, other) - before).abs().max() > 0.01
@@ -148,12 +148,16 @@ def test_one_time_for_all_equals_that_time_per_frame_only_if_equal(name: str) ->
 
 def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient() -> None:
     net, geometry, cond = small("wan-dual"), GEOMETRIES["image"], condition(3)
-    arena, text = net.arena(geometry, 2), net.read(cond.text)
+    arena, text = net.arena(geometry, 2), net.project_text_kv(cond.text)
     past, now = latents(1).requires_grad_(), latents(2, seed=3).requires_grad_()
     with torch.no_grad():
-        net.velocity(past, torch.zeros(2, 1), Bound(text, net.watch(cond.frames(0, 1))), Cached(arena, 0))
+        net.velocity(
+            past, torch.zeros(2, 1), PreparedCondition(text, net.camera_matrices(cond.frames(0, 1))), Cached(arena, 0)
+        )
     before = arena.kv.clone()
-    v = net.velocity(now, torch.ones(2, 2), Bound(text, net.watch(cond.frames(1, 3))), Peek(arena, 1))
+    v = net.velocity(
+        now, torch.ones(2, 2), PreparedCondition(text, net.camera_matrices(cond.frames(1, 3))), ReadOnlyCache(arena, 1)
+    )
     v.sum().backward()
     assert torch.equal(arena.kv, before)
     assert past.grad is None
@@ -163,11 +167,11 @@ def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient() -> N
 @torch.no_grad()
 def test_arena_never_moves_nor_allocates_over_fifty_chunks() -> None:
     net, geometry, cond = small("wan-dual"), GEOMETRIES["ring"], condition(2)
-    arena, text = net.arena(geometry, 2), net.read(cond.text)
+    arena, text = net.arena(geometry, 2), net.project_text_kv(cond.text)
     pointer, size = arena.kv.data_ptr(), arena.kv.numel()
     for i in range(50):
-        frames = geometry.lead if i == 0 else geometry.chunk
-        bound = Bound(text, net.watch(cond.frames(0, frames)))
+        frames = geometry.first_chunk_frames if i == 0 else geometry.chunk
+        bound = PreparedCondition(text, net.camera_matrices(cond.frames(0, frames)))
         v = net.velocity(latents(frames, seed=i), torch.zeros(2, frames), bound, Cached(arena, i))
         assert v.isfinite().all()
     assert (arena.kv.data_ptr(), arena.kv.numel()) == (pointer, size)
@@ -181,21 +185,24 @@ def test_moving_the_cache_to_the_camera_changes_nothing(name: str, guidance: flo
     net, geometry, cond = small(name), GEOMETRIES["ring"], condition(21)
     assert cond.w2c is not None
     cond.w2c[:, :, :3, 3] += torch.arange(21)[:, None] * torch.tensor([0.3, 0.1, 0.5])
-    noise = draw((2, 21, 4, 4, 6), 2, latents(1), torch.Generator().manual_seed(0))
+    noise = sample_noise((2, 21, 4, 4, 6), 2, latents(1), torch.Generator().manual_seed(0))
     still, moving = (Stream(net, cond, geometry, guidance, reach=reach) for reach in (None, 0.5))
-    sampler, origins = FewStep(steps=2) if guidance == 1 else Autoregressive(steps=2, guidance=guidance), []
+    sampler, origins = (
+        FewStepSampler(steps=2) if guidance == 1 else AutoregressiveSampler(steps=2, guidance=guidance),
+        [],
+    )
     for a, b in geometry.chunks(21):
         before = moving.snapshot()
-        moving.look(cond.frames(a, b))
+        moving.prepare_chunk(cond.frames(a, b))
         moving.restore(before)  # undoing a move leaves no trace either
         videos = []
         for stream in (still, moving):
-            bound = stream.look(cond.frames(a, b))
+            bound = stream.prepare_chunk(cond.frames(a, b))
             videos.append(stream.next_chunk(bound, noise[:, :, a:b], sampler))
-            stream.commit(bound, latents(b - a, seed=a))
+            stream.update_cache(bound, latents(b - a, seed=a))
         torch.testing.assert_close(*videos, atol=1e-4, rtol=1e-4)
         origins.append(moving.origin)
-    assert len({float(origin.sum()) for origin in origins}) > 5 or net.anchored
+    assert len({float(origin.sum()) for origin in origins}) > 5 or net.needs_first_frame_coordinates
     assert torch.equal(still.origin, torch.eye(4).double().expand(2, 4, 4))
 
 
@@ -207,32 +214,36 @@ def test_rolling_sinks_stand_right_before_the_window(name: str) -> None:
     net = replace(SMALL[name], layers=1).build().double()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.25)
-    frames, geometry = 13, replace(GEOMETRIES["ring"], roll=True)
+    frames, geometry = 13, replace(GEOMETRIES["ring"], rolling_sink=True)
     x, cond = latents(frames), condition(frames)
     stream = Stream(net, cond, geometry)
     for a, b in geometry.chunks(frames):
-        bound = stream.look(cond.frames(a, b))
+        bound = stream.prepare_chunk(cond.frames(a, b))
         v = net.velocity(x[:, a:b], torch.ones(2, b - a), bound, Cached(stream.arena, stream.chunk))
-        stream.commit(bound, x[:, a:b])
+        stream.update_cache(bound, x[:, a:b])
     kept = [0, *range(9, 13)]
     short = replace(cond, w2c=cond.w2c[:, kept], K=cond.K[:, kept])  # pyright: ignore[reportOptionalSubscript]
     t = torch.tensor([0.0, 0, 0, 1, 1]).expand(2, 5)
     alone = net(x[:, kept], t, short, Masked(chunk_causal(geometry), 5))
     torch.testing.assert_close(v, alone[:, 3:], atol=1e-5, rtol=1e-5)
-    assert stream.rolled == 8
+    assert stream.sink_shift == 8
 
 
-@pytest.mark.parametrize("sampler", [Bidirectional(steps=3), Autoregressive(steps=3), FewStep()], ids=lambda s: s.kind)
+@pytest.mark.parametrize(
+    "sampler", [BidirectionalSampler(steps=3), AutoregressiveSampler(steps=3), FewStepSampler()], ids=lambda s: s.kind
+)
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 def test_generation_is_deterministic_and_keeps_the_image(sampler: Sampler, image: bool) -> None:
     net = small("wan-dual")
     geometry, cond = GEOMETRIES["image"], condition(5, image=image)
-    noise = draw((2, 5, 4, 4, 6), draws_of(sampler, geometry), latents(1), torch.Generator().manual_seed(0))
-    a, b = (generate(net, sampler, noise, cond, geometry) for _ in range(2))
+    noise = sample_noise(
+        (2, 5, 4, 4, 6), num_noise_samples(sampler, geometry), latents(1), torch.Generator().manual_seed(0)
+    )
+    a, b = (generate_latents(net, sampler, noise, cond, geometry) for _ in range(2))
     assert torch.equal(a, b)
     assert a.shape == (2, 5, 4, 4, 6) and a.isfinite().all()
-    if cond.first is not None:
-        assert torch.equal(a[:, :1], cond.first)
+    if cond.first_latent is not None:
+        assert torch.equal(a[:, :1], cond.first_latent)
 
 
 def test_errors_name_the_thing() -> None:
@@ -252,7 +263,7 @@ def test_cameras_are_never_rounded_to_bfloat16(autocast: bool) -> None:
     cond = condition(3)
     assert cond.w2c is not None and cond.K is not None
     cond.w2c[..., :3, 3] += torch.tensor([5.03, -3.01, 2.07])
-    cameras = Projection.bind(cond.w2c, cond.K)
+    cameras = Projection.from_cameras(cond.w2c, cond.K)
     x = torch.randn(2, 18, 2, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for project in (cameras.queries, cameras.keys, cameras.outputs):

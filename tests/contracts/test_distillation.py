@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from minwm.core.config import ConfigError
 from minwm.core.flow import schedule
 from minwm.core.types import Clip
-from minwm.recipes.base import noise_like, past_of
+from minwm.recipes.base import noise_like, teacher_context
 from minwm.recipes.consistency import guided_teacher
-from minwm.recipes.dmd import Dmd, DmdConfig, direction, surrogate, to_and_fro
+from minwm.recipes.dmd import Dmd, DmdConfig, back_and_forth, dmd_gradient, surrogate_loss
 from minwm.recipes.ode import OdeConfig, collect
-from minwm.stream.rollout import draw, self_rollout
+from minwm.stream.rollout import sample_noise, self_rollout
 
 
 @torch.no_grad()
@@ -29,11 +29,11 @@ def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, le
     agree, and places and past must be those of the clip.
     """
     net, given, cfg = network(0), clip(image), OdeConfig(steps=2, ode_steps=4, guidance=guidance)
-    geometry = replace(GEOMETRY, context_noise=level, window=1, roll=True, merged_refresh=True)
+    geometry = replace(GEOMETRY, context_noise=level, window=1, rolling_sink=True, merged_refresh=True)
     states = collect(net, given, cfg, geometry, seeded())
     assert states.shape == (3, *given.latents.shape)
     generator = seeded()
-    past, x = past_of(given, level, generator), noise_like(given.latents, generator)
+    past, x = teacher_context(given, level, generator), noise_like(given.latents, generator)
     torch.testing.assert_close(states[0], x)
     for step, (t, t_next) in enumerate(pairwise(schedule(4, cfg.shift))):
         x = x + (t_next - t) * guided_teacher(net, past, given.cond, x, t, guidance, geometry)
@@ -44,7 +44,7 @@ def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, le
 @torch.no_grad()
 def test_collecting_costs_half_of_teacher_forcing() -> None:
     net, given, cfg = network(0), clip(), OdeConfig(steps=2, ode_steps=20)
-    past = past_of(given, 0.0, seeded())
+    past = teacher_context(given, 0.0, seeded())
     with FlopCounterMode(display=False) as streamed:
         collect(net, given, cfg, GEOMETRY, seeded())
     with FlopCounterMode(display=False) as forced:
@@ -82,7 +82,7 @@ def test_critic_steps_follow_every_student_step() -> None:
 
 def test_the_surrogate_has_the_step_as_its_gradient() -> None:
     x0, step = latents(FRAMES).requires_grad_(), latents(FRAMES, seed=8)
-    (gradient,) = torch.autograd.grad(surrogate(x0, step), x0)
+    (gradient,) = torch.autograd.grad(surrogate_loss(x0, step), x0)
     torch.testing.assert_close(gradient * x0.numel(), step)
 
 
@@ -90,15 +90,15 @@ def test_direction_is_normalised_per_clip_over_generated_frames() -> None:
     x0, real, fake = (latents(FRAMES, seed=s) for s in (1, 2, 3))
     frames = torch.ones(2, FRAMES, dtype=torch.float64)
     frames[:, 0] = 0
-    step = direction(x0, real, fake, frames)
+    step = dmd_gradient(x0, real, fake, frames)
     assert step[:, 0].abs().max() == 0
-    torch.testing.assert_close(direction(7 * x0, 7 * real, 7 * fake, frames), step)
-    alone = direction(x0[:1], real[:1], fake[:1], frames[:1])
+    torch.testing.assert_close(dmd_gradient(7 * x0, 7 * real, 7 * fake, frames), step)
+    alone = dmd_gradient(x0[:1], real[:1], fake[:1], frames[:1])
     torch.testing.assert_close(alone, step[:1])
     x0[:, 0] += 100
-    torch.testing.assert_close(direction(x0, real, fake, frames), step)
+    torch.testing.assert_close(dmd_gradient(x0, real, fake, frames), step)
     # A critic that knows the student: the step leads from the student's video straight to the real one.
-    towards = direction(x0, real, x0, frames)[:, 1:]
+    towards = dmd_gradient(x0, real, x0, frames)[:, 1:]
     torch.testing.assert_close(towards.abs().mean((1, 2, 3, 4)), torch.ones(2, dtype=torch.float64))
     assert (towards * (x0 - real)[:, 1:] >= 0).all()
 
@@ -115,13 +115,15 @@ def test_dmd_pulls_the_student_to_the_data(late: float) -> None:
     """With the exact score of one plain clip and a critic that learns online, its video nears that clip."""
     given = clip(batch=1)
     plain = torch.tensor([-1.0, 2.0, 0.5, -0.5]).double()[:, None, None].expand_as(given.latents)
-    given = Clip(plain, replace(given.cond, first=plain[:, :1]))
+    given = Clip(plain, replace(given.cond, first_latent=plain[:, :1]))
     roles = {"student": network(0), "critic": network(1), "real": Exact(given.latents)}
-    recipe = Dmd(DmdConfig(steps=2, critic_updates=1, guidance=1.0, late=late, depth=2), roles, GEOMETRY)
+    recipe = Dmd(
+        DmdConfig(steps=2, critic_updates=1, guidance=1.0, late_clips=late, max_late_chunks=2), roles, GEOMETRY
+    )
     optimizers = {r: torch.optim.AdamW(roles[r].parameters(), 5e-3, (0.0, 0.99)) for r in Dmd.trained}
 
     def distance() -> float:
-        noise = draw(tuple(given.latents.shape), 2, given.latents, seeded(9))
+        noise = sample_noise(tuple(given.latents.shape), 2, given.latents, seeded(9))
         video, _ = self_rollout(roles["student"], noise, given.cond, GEOMETRY, schedule(2, 5.0)[:-1], None)
         return float((video - given.latents).abs().mean())
 
@@ -137,7 +139,7 @@ def test_dmd_pulls_the_student_to_the_data(late: float) -> None:
 @pytest.mark.parametrize("late", [0.0, 1.0])
 def test_scores_of_a_late_clip_are_given_nothing(late: float) -> None:
     """And gradient flows through as many chunks of it as of one at the beginning of a stream, but for its start."""
-    recipe = make("dmd", late=late, depth=3)
+    recipe = make("dmd", late_clips=late, max_late_chunks=3)
     with watched(recipe.networks["critic"]) as scored:
         recipe.loss(clip(), 1, seeded())
     assert (scored[0][0][:, 0] > 0).all() == bool(late)
@@ -148,23 +150,23 @@ def test_scores_of_a_late_clip_are_given_nothing(late: float) -> None:
 
 def test_a_late_clip_is_the_end_of_a_longer_stream() -> None:
     """Of a student that knows what is to be seen: latents, scored latents and cameras are those of the same times."""
-    given, recipe, whole = clip(), make("dmd", late=1.0, depth=1), latents(FRAMES + 2, seed=7)
+    given, recipe, whole = clip(), make("dmd", late_clips=1.0, max_late_chunks=1), latents(FRAMES + 2, seed=7)
     recipe.networks["student"] = Exact(torch.cat([given.latents[:, :1], whole[:, 1:]], 1))
     assert isinstance(recipe, Dmd)
     own, x0 = recipe._rollout(given, 0, seeded())
     torch.testing.assert_close((own.latents, x0), (whole[:, 2:], whole[:, 2:]))
-    walked = to_and_fro(given.cond, FRAMES + 2)
-    assert own.cond.w2c is not None and walked.w2c is not None and own.cond.first is None
+    walked = back_and_forth(given.cond, FRAMES + 2)
+    assert own.cond.w2c is not None and walked.w2c is not None and own.cond.first_latent is None
     assert torch.equal(own.cond.w2c, walked.w2c[:, 2:])
 
 
 def test_a_stream_longer_than_its_clip_walks_to_and_fro() -> None:
     given = condition(5)
     assert given.w2c is not None
-    walked = to_and_fro(given, 12).w2c
+    walked = back_and_forth(given, 12).w2c
     assert walked is not None
     assert torch.equal(walked, given.w2c[:, [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]])
-    single = to_and_fro(condition(1), 3).w2c
+    single = back_and_forth(condition(1), 3).w2c
     assert single is not None and torch.equal(single, single[:, :1].expand_as(single))
 
 
@@ -179,7 +181,7 @@ def test_dmd_never_looks_at_real_video() -> None:
 @pytest.mark.parametrize(("still", "same"), [(1.0, True), (0.0, False)])
 def test_who_stands_still_in_dmd_goes_nowhere(still: float, same: bool) -> None:
     """Only the place counts where the camera starts."""
-    recipe, given = make("dmd", still=still), clip()
+    recipe, given = make("dmd", static_cameras=still), clip()
     assert given.cond.w2c is not None
     elsewhere = torch.cat([given.cond.w2c[:, :1], given.cond.w2c[:, 1:].flip(1)], 1)
     other = replace(given, cond=replace(given.cond, w2c=elsewhere))

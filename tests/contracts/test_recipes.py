@@ -27,11 +27,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
-from minwm.core.memory import Meter
+from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.experiments.presets.demo import tiny_model
-from minwm.nets.backbone import Checkpointing, Past, policy
-from minwm.recipes.base import Loss, Recipe, own_past
+from minwm.nets.backbone import Checkpointing, Context, keep_attention
+from minwm.recipes.base import Loss, Recipe, self_conditioned_context
 from minwm.recipes.diffusion import TimeLaw
 from minwm.recipes.ode import collect
 from minwm.train.config import Run
@@ -105,7 +105,7 @@ class Attentions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if policy(None, func, *args) is CheckpointPolicy.MUST_SAVE:
+        if keep_attention(None, func, *args) is CheckpointPolicy.MUST_SAVE:
             self.count += 1
             self.given += sum(x.nbytes for x in out if isinstance(x, Tensor))
         return out
@@ -117,7 +117,7 @@ def test_what_checkpointing_computes_again_and_what_it_keeps(name: str) -> None:
     runs, kept, gave = {}, {}, {}
     for how in (False, True, "attention"):
         recipe = make(name)
-        with Attentions() as forward, Meter() as memory:
+        with Attentions() as forward, MemoryMeter() as memory:
             loss = checkpointed(recipe, how, 0)
             kept[how], gave[how] = memory.live, forward.given
         with Attentions() as backward:
@@ -132,7 +132,7 @@ def test_what_checkpointing_computes_again_and_what_it_keeps(name: str) -> None:
 def test_cameras_prompt_and_image_reach_the_loss(name: str, step: int) -> None:
     recipe = make(name, **({"text_dropout": 0.0} if name in ("bidirectional", "autoregressive") else {}))
     given = clip()
-    assert given.cond.w2c is not None and given.cond.first is not None
+    assert given.cond.w2c is not None and given.cond.first_latent is not None
 
     def gradient(cond: Condition, x: Latents) -> Tensor:
         loss = recipe.loss(replace(given, cond=cond, latents=x), step, seeded())
@@ -145,7 +145,7 @@ def test_cameras_prompt_and_image_reach_the_loss(name: str, step: int) -> None:
     changes = {
         "w2c": (replace(given.cond, w2c=given.cond.w2c.flip(1)), given.latents),
         "text": (replace(given.cond, text=-given.cond.text), given.latents),
-        "first": (replace(given.cond, first=image[:, :1]), image),
+        "first": (replace(given.cond, first_latent=image[:, :1]), image),
     }
     for what, change in changes.items():
         assert (gradient(*change) - before).norm() > 1e-3 * before.norm(), what
@@ -291,16 +291,17 @@ def test_context_noise_is_on_the_past_alone(name: str, image: bool) -> None:
 def test_own_past_is_what_the_network_tells(image: bool) -> None:
     """A network that knows the clip tells the clip; another one does not, but for the image that it was given."""
     given, zeros = clip(image), torch.zeros(2, FRAMES, dtype=torch.float64)
-    truth = Past(given.latents, zeros)
+    truth = Context(given.latents, zeros)
     knows, guesses = (
-        own_past(net, given, truth, 3.0, GEOMETRY, seeded()) for net in (Exact(given.latents), network(0))
+        self_conditioned_context(net, given, truth, 3.0, GEOMETRY, seeded())
+        for net in (Exact(given.latents), network(0))
     )
     torch.testing.assert_close(knows.latents, given.latents)
     changed = (guesses.latents - given.latents).abs().amax((0, 2, 3, 4)) > 0.01
     assert changed.tolist() == [not image, *[True] * (FRAMES - 1)]
     assert not guesses.latents.requires_grad and guesses.t is truth.t
     for name in ("autoregressive", "consistency"):
-        with watched((recipe := make(name, own_past=1.0)).networks["student"]) as passes:
+        with watched((recipe := make(name, self_conditioning=1.0)).networks["student"]) as passes:
             one = recipe.loss(given, 0, seeded()).total
         assert len(passes) == 1, "no gradient reaches the past"
         assert one != make(name).loss(given, 0, seeded()).total

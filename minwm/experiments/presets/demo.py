@@ -11,6 +11,7 @@ from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
 from minwm.experiments.presets.base import Evaluation, Pipeline
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
@@ -19,7 +20,7 @@ from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig, T
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
 from minwm.train.config import Init, OptimConfig, RecipeConfig, Run
 
 SHIFT = 3.0
@@ -30,8 +31,15 @@ MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
 def tiny_model() -> ModelConfig:
     """The Wan transformer, small enough for two CPU cores: 64x64 pixels, 9 latents, chunks of 2 after the image."""
     network = WanConfig(dim=128, heads=4, layers=6, ffn=512, channels=16, text_dim=64, text_length=24, freq_dim=64)
-    sampler = Bidirectional(steps=50, guidance=1.5, shift=SHIFT)
-    return ModelConfig(network=network, sampler=sampler, codec=CodecConfig(), motion=MOTION, text=WordText())
+    sampler = BidirectionalSampler(steps=50, guidance=1.5, shift=SHIFT)
+    return ModelConfig(
+        network=network,
+        sampler=sampler,
+        codec=CodecConfig(),
+        motion=MOTION,
+        text=WordText(),
+        stream=StreamConfig(chunk=2, first_chunk=1),
+    )
 
 
 ASSETS = Path(str(files("minwm"))) / "assets"
@@ -95,9 +103,8 @@ def demo_scratch(out: Path) -> Pipeline:
 
 def world_model(network: WanConfig, size: int) -> ModelConfig:
     """For long walks: clips of 5 seconds, which are also what a stream remembers, beside its first frame."""
-    return replace(
-        tiny_model(), network=network, height=size, width=size, latents=21, window=10, roll=True, context_noise=0.2
-    )
+    stream = StreamConfig(chunk=2, first_chunk=1, window=10, rolling_sink=True, context_noise=0.2)
+    return replace(tiny_model(), network=network, height=size, width=size, latents=21, stream=stream)
 
 
 def world(out: Path) -> Pipeline:
@@ -159,7 +166,7 @@ def smoke(out: Path) -> Pipeline:
 def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     """`model` with the sizes of `small`, keeping its camera mode and a short version of its sampler."""
     network = replace(small.network, camera=model.network.camera)
-    sampler = model.sampler if isinstance(model.sampler, FewStep) else replace(model.sampler, steps=3)
+    sampler = model.sampler if isinstance(model.sampler, FewStepSampler) else replace(model.sampler, steps=3)
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
@@ -203,8 +210,8 @@ def _pipeline(
 def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
     """The stages of a small world, but for their length and batch."""
     camera = replace(base, network=replace(base.network, camera="dual"))
-    stepwise = replace(camera, sampler=Autoregressive(steps=50, guidance=1.5, shift=SHIFT))
-    few = replace(camera, sampler=FewStep(steps=4, shift=SHIFT))
+    stepwise = replace(camera, sampler=AutoregressiveSampler(steps=50, guidance=1.5, shift=SHIFT))
+    few = replace(camera, sampler=FewStepSampler(steps=4, shift=SHIFT))
     law = TimeLaw(shift=SHIFT, weight="none")
 
     def folder(stage: str) -> str:
@@ -216,14 +223,17 @@ def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
         return Run(name=stage, model=model, recipe=recipe, data=data, init=init, optim=optim, seed=1, save_every=50)
 
     bidirectional = BidirectionalConfig(time=law, image_start=image_start)
-    own_past = 0.5 if base.context_noise else 0.0  # both against drift: for models that are walked through for long
-    causal = AutoregressiveConfig(time=law, image_start=image_start, own_past=own_past)
+    own_past = 0.5 if base.stream.context_noise else 0.0  # both against drift, for models that are walked through long
+    causal = AutoregressiveConfig(time=law, image_start=image_start, self_conditioning=own_past)
     ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
     consistency = ConsistencyConfig(
-        grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, own_past=own_past
+        grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, self_conditioning=own_past
     )
-    still, late = (0.2, 0.3) if base.roll else (0.0, 0.0)  # who walks for long stands for long, and must not drift
-    dmd = DmdConfig(shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, still=still, late=late)
+    # who walks for long stands for long, and must not drift
+    still, late = (0.2, 0.3) if base.stream.rolling_sink else (0.0, 0.0)
+    dmd = DmdConfig(
+        shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, static_cameras=still, late_clips=late
+    )
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())
     yield run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation")))

@@ -10,12 +10,13 @@ from minwm.experiments.presets.base import Pipeline
 from minwm.families.wan.convert import SIZES
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.vae import WAN22, WanVaeConfig
+from minwm.nets.attention import StreamConfig
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import Autoregressive, Bidirectional, FewStep
+from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
 from minwm.train.config import Init, OptimConfig, RecipeConfig, Run
 
 WAN_FOCAL = (969.697 / 1920, 969.697 / 1080)
@@ -35,7 +36,7 @@ def wan_model(size: str) -> ModelConfig:
     network = SIZES[choose(size, SIZES, "size of Wan")]
     base = ModelConfig(
         network=network,
-        sampler=Bidirectional(steps=50, guidance=8.0, shift=5.0),
+        sampler=BidirectionalSampler(steps=50, guidance=8.0, shift=5.0),
         codec=WanVaeConfig(),
         motion=Motion(move=0.32, turn=12.0, fps=16.0),  # 0.08 units and 3 degrees per latent
         text=Umt5Text(source="weights/Wan2.1-T2V-1.3B"),
@@ -44,14 +45,11 @@ def wan_model(size: str) -> ModelConfig:
         height=480,
         width=832,
         focal=WAN_FOCAL,
-        chunk=4,
-        first=0,
-        sink=1,
-        window=4,
-        roll=True,
+        stream=StreamConfig(chunk=4, sink=1, window=4, rolling_sink=True),
     )
     if network.channels == WAN22.channels:  # larger pixels, and made for image starts
-        return replace(base, codec=WAN22, height=704, width=1280, latents=21, first=1)
+        stream = replace(base.stream, first_chunk=1)
+        return replace(base, codec=WAN22, height=704, width=1280, latents=21, stream=stream)
     return base
 
 
@@ -60,8 +58,8 @@ def self_forcing() -> ModelConfig:
 
     The ring is full at the 6th chunk, which those times are of: it sees 18 latents, itself included.
     """
-    base = replace(wan_model("wan2.1-1.3b"), sampler=FewStep(steps=4, shift=5.0), latents=21)
-    return replace(base, chunk=3, sink=0, window=6, roll=False)
+    base = replace(wan_model("wan2.1-1.3b"), sampler=FewStepSampler(steps=4, shift=5.0), latents=21)
+    return replace(base, stream=StreamConfig(chunk=3, sink=0, window=6))
 
 
 def wan(size: str, out: Path) -> Pipeline:
@@ -74,8 +72,8 @@ def wan(size: str, out: Path) -> Pipeline:
     """
     base = wan_model(size)
     camera = replace(base, network=replace(base.network, camera="dual"))
-    stepwise = replace(camera, sampler=Autoregressive(steps=50, guidance=3.0, shift=5.0))
-    few = replace(camera, sampler=FewStep(steps=4, shift=5.0))
+    stepwise = replace(camera, sampler=AutoregressiveSampler(steps=50, guidance=3.0, shift=5.0))
+    few = replace(camera, sampler=FewStepSampler(steps=4, shift=5.0))
     optim = OptimConfig(lr=2e-6, beta1=0.0, beta2=0.999, weight_decay=0.01, clip=10.0)
 
     def folder(stage: str) -> str:

@@ -15,21 +15,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minwm.control.plucker import NUMBERS, Rays
-from minwm.control.prope import Mode, Projection, rebased
+from minwm.control.prope import Mode, Projection, change_world_frame
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import Branches, Cached, Heads, Scope, attend, softmax_attention
-from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
+from minwm.nets.attention import AttentionScope, Cached, Heads, QKVBranches, attend_branches, softmax_attention
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, TextKV
 from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
     LayerNorm,
     RMSNorm,
     Rope3D,
-    eager,
-    gated,
-    laid_out,
-    modulated,
+    can_write_in_place,
+    contiguous_copy,
+    gated_residual,
+    modulate,
     patchify,
     rotate,
     sinusoid,
@@ -93,16 +93,16 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
         self.kernel: Callable[..., Tensor] | None = None
         """`kernels.place`, if it is to be used."""
-        self.joined = -1 if cfg.camera == "single" else 2
+        self.stack_dim = -1 if cfg.camera == "single" else 2
         """The axis on which branches are stacked."""
         if cfg.camera == "dual":
             self.prope_o = nn.Linear(cfg.dim, cfg.dim)
             nn.init.zeros_(self.prope_o.weight)
             nn.init.zeros_(self.prope_o.bias)
 
-    def before(self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection | None) -> Branches:
+    def project_qkv(self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection | None) -> QKVBranches:
         """Branches of queries, keys and values."""
-        qk, v = self.project(x)
+        qk, v = self.normalised_qkv(x)
         match self.mode, camera:
             case "dual", Projection():
                 (q, k), (q_seen, k_seen) = rotate(qk, rope), camera.queries_and_keys(qk)
@@ -111,14 +111,16 @@ class SelfAttention(nn.Module):
                 # The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs;
                 # D^T and D^-1 of a rotation both turn it back.
                 (seen, flat), (v_seen, v_flat) = qk.chunk(2, dim=-1), v.chunk(2, dim=-1)
-                (q_seen, k_seen), (q, k) = camera.queries_and_keys(laid_out(seen)), rotate(flat, rope, back=True)
-                return (q_seen, q), (k_seen, k), (camera.keys(laid_out(v_seen)), rotate(v_flat, rope, back=True))
+                (q_seen, k_seen), (q, k) = camera.queries_and_keys(contiguous_copy(seen)), rotate(flat, rope, back=True)
+                return (q_seen, q), (k_seen, k), (camera.keys(contiguous_copy(v_seen)), rotate(v_flat, rope, back=True))
         q, k = rotate(qk, rope)
         return (q,), (k,), (v,)
 
-    def project(self, x: Float[Tensor, "b f p d"]) -> tuple[Float[Tensor, "2 b s a e"], Float[Tensor, "b s a e"]]:
+    def normalised_qkv(
+        self, x: Float[Tensor, "b f p d"]
+    ) -> tuple[Float[Tensor, "2 b s a e"], Float[Tensor, "b s a e"]]:
         """Normalised queries and keys, and values."""
-        out = self.linear(x)
+        out = self.qkv_linear(x)
         qk = F.rms_norm(out[:2].float(), out.shape[-1:], eps=self.norm_q.eps)
         qk[0].mul_(self.norm_q.weight)
         qk[1].mul_(self.norm_k.weight)
@@ -126,34 +128,36 @@ class SelfAttention(nn.Module):
         shape = len(x), -1, self.heads, x.shape[-1] // self.heads
         return qk.view(2, *shape), out[2].view(shape)
 
-    def linear(self, x: Float[Tensor, "b f p d"]) -> Float[Tensor, "3 n d"]:
+    def qkv_linear(self, x: Float[Tensor, "b f p d"]) -> Float[Tensor, "3 n d"]:
         rows, layers = x.flatten(0, 2), (self.q, self.k, self.v)
-        if not eager(x):
+        if not can_write_in_place(x):
             return torch.stack([layer(rows) for layer in layers])
         out = rows.new_empty(3, *rows.shape)
         for part, layer in zip(out, layers, strict=True):
             layer.product(rows, layer.bias, out=part)
         return out
 
-    def placed(
+    def fused_attention(
         self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection, scope: Cached
     ) -> Float[Tensor, "b s a e"]:
         """`before` and attention in a stream, with one kernel for all that is between products."""
         assert self.kernel is not None
-        norms, room = (self.norm_q.weight, self.norm_k.weight), scope.room(self.layer)
-        queries = self.kernel(self.linear(x), norms, rope, camera, room, self.norm_q.eps)
-        return scope.read(self.layer, queries.transpose(1, 2)).transpose(1, 2)
+        norms, room = (self.norm_q.weight, self.norm_k.weight), scope.current_slot(self.layer)
+        queries = self.kernel(self.qkv_linear(x), norms, rope, camera, room, self.norm_q.eps)
+        return scope.attend(self.layer, queries.transpose(1, 2)).transpose(1, 2)
 
-    def after(self, out: Float[Tensor, "b s a e"], rope: Tensor, camera: Projection | None) -> Float[Tensor, "r d"]:
+    def project_output(
+        self, out: Float[Tensor, "b s a e"], rope: Tensor, camera: Projection | None
+    ) -> Float[Tensor, "r d"]:
         """Projection of what attention found. Dual: o(RoPE branch) + prope_o(PRoPE branch)."""
         if self.mode == "single" and camera:
             seen, flat = out.chunk(2, dim=-1)
-            parts = camera.outputs(laid_out(seen)), rotate(flat, rope)
+            parts = camera.outputs(contiguous_copy(seen)), rotate(flat, rope)
             out = torch.cat(parts, dim=-1)
         if self.mode != "dual" or not camera:
             return self.o(out.flatten(2).flatten(0, 1))
         main, projective = out.split(self.heads, dim=2)
-        seen = camera.outputs(laid_out(projective))
+        seen = camera.outputs(contiguous_copy(projective))
         rows = self.o.product(main.flatten(2).flatten(0, 1), self.o.bias + self.prope_o.bias)
         return torch.addmm(rows, seen.flatten(2).flatten(0, 1), self.prope_o.weight.t())
 
@@ -167,7 +171,7 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (kind(cfg.dim, cfg.dim) for kind in (Linear, nn.Linear, nn.Linear, Linear))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
 
-    def read(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]:
+    def project_kv(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]:
         k, v = (rearrange(y, "b l (a e) -> b a l e", a=self.heads) for y in (self.norm_k(self.k(text)), self.v(text)))
         return k, v
 
@@ -189,48 +193,52 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
         self.rounded = cfg.rounded
 
-    def paced(self, time: Float[Tensor, "b f 6 d"]) -> Paced:
+    def adaln_modulation(self, time: Float[Tensor, "b f 6 d"]) -> ShiftScaleGate:
         """Shift, scale and gate of attention, then of the feed-forward part."""
-        return _affine(self.modulation, time, self.rounded)
+        return _adaln(self.modulation, time, self.rounded)
 
-    def before(self, x: Float[Tensor, "b f p d"], paced: Paced, rope: Tensor, camera: Projection | None) -> Branches:
+    def before_attention(
+        self, x: Float[Tensor, "b f p d"], paced: ShiftScaleGate, rope: Tensor, camera: Projection | None
+    ) -> QKVBranches:
         """Branches of queries, keys and values; stacked already if a compiler can do so on the way."""
         shift, scale, *_ = paced
-        parts = self.self_attn.before(modulated(x, shift, scale), rope, camera)
+        parts = self.self_attn.project_qkv(modulate(x, shift, scale), rope, camera)
         if torch.compiler.is_compiling():
-            q, k, v = ((torch.cat(part, self.self_attn.joined),) for part in parts)
+            q, k, v = ((torch.cat(part, self.self_attn.stack_dim),) for part in parts)
             return q, k, v
         return parts
 
-    def after(
+    def after_attention(
         self,
         x: Float[Tensor, "b f p d"],
         out: Float[Tensor, "b s a e"],
-        paced: Paced,
+        paced: ShiftScaleGate,
         rope: Tensor,
         text: tuple[Tensor, Tensor],
         camera: Projection | None,
     ) -> Float[Tensor, "b f p d"]:
         _, _, gate_a, shift, scale, gate = paced
-        x = gated(x, self.self_attn.after(out, rope, camera).view_as(x), gate_a)
+        x = gated_residual(x, self.self_attn.project_output(out, rope, camera).view_as(x), gate_a)
         x = x + self.cross_attn(self.norm3(x), *text)
-        return gated(x, self.ffn(modulated(x, shift, scale)), gate)
+        return gated_residual(x, self.ffn(modulate(x, shift, scale)), gate)
 
     def forward(
         self,
         x: Float[Tensor, "b f p d"],
-        time: Float[Tensor, "b f 6 d"] | Paced,
+        time: Float[Tensor, "b f 6 d"] | ShiftScaleGate,
         rope: Tensor,
         text: tuple[Tensor, Tensor],
         camera: Projection | None,
-        scope: Scope,
+        scope: AttentionScope,
     ) -> Float[Tensor, "b f p d"]:
-        paced, attention = self.paced(time) if isinstance(time, Tensor) else time, self.self_attn
-        if attention.kernel and camera and isinstance(scope, Cached) and eager(x):
-            out = attention.placed(modulated(x, paced[0], paced[1]), rope, camera, scope)
+        paced, attention = self.adaln_modulation(time) if isinstance(time, Tensor) else time, self.self_attn
+        if attention.kernel and camera and isinstance(scope, Cached) and can_write_in_place(x):
+            out = attention.fused_attention(modulate(x, paced[0], paced[1]), rope, camera, scope)
         else:
-            out = attend(scope, attention.layer, *self.before(x, paced, rope, camera), dim=attention.joined)
-        return self.after(x, out, paced, rope, text, camera)
+            out = attend_branches(
+                scope, attention.layer, *self.before_attention(x, paced, rope, camera), dim=attention.stack_dim
+            )
+        return self.after_attention(x, out, paced, rope, text, camera)
 
 
 class Head(nn.Module):
@@ -242,14 +250,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
         self.rounded = cfg.rounded
 
-    def paced(self, time: Float[Tensor, "b f d"]) -> Paced:
-        return _affine(self.modulation, time[:, :, None], self.rounded)
+    def adaln_modulation(self, time: Float[Tensor, "b f d"]) -> ShiftScaleGate:
+        return _adaln(self.modulation, time[:, :, None], self.rounded)
 
     def forward(self, x: Float[Tensor, "b f p d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "b f p k"]:
-        return self.head(modulated(x, shift, scale))
+        return self.head(modulate(x, shift, scale))
 
 
-def _affine(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"], rounded: bool) -> Paced:
+def _adaln(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"], rounded: bool) -> ShiftScaleGate:
     """Learned and timely modulation; 1 is added to scales, which come second of every (shift, scale, gate)."""
     both = (learned.bfloat16() + time.bfloat16()).float() if rounded else learned.float() + time
     parts = both.split(1, dim=2)
@@ -263,19 +271,19 @@ class Wan(Backbone):
         super().__init__()
         self.config = cfg
         self.layers, self.head_width = cfg.layers, cfg.dim // cfg.heads
-        self.heads = cfg.heads * (2 if cfg.camera == "dual" else 1)
+        self.cache_heads = cfg.heads * (2 if cfg.camera == "dual" else 1)
         self.patch_embedding = nn.Conv3d(cfg.channels, cfg.dim, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch))
         self.text_embedding = nn.Sequential(
             nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim)
         )
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
-        self.anchored = cfg.camera == "plucker"
-        if self.anchored:
+        self.needs_first_frame_coordinates = cfg.camera == "plucker"
+        if self.needs_first_frame_coordinates:
             self.plucker = nn.Linear(NUMBERS * cfg.patch**2, cfg.dim)
             nn.init.zeros_(self.plucker.weight)
             nn.init.zeros_(self.plucker.bias)
-        inner = replace(cfg, camera="none") if self.anchored else cfg
+        inner = replace(cfg, camera="none") if self.needs_first_frame_coordinates else cfg
         self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(cfg.layers))
         self.head = Head(cfg)
         e = self.head_width
@@ -294,19 +302,19 @@ class Wan(Backbone):
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.head.head.weight)
 
-    def tokens(self, height: int, width: int) -> int:
+    def tokens_per_frame(self, height: int, width: int) -> int:
         return (height // self.config.patch) * (width // self.config.patch)
 
-    def read(self, text: Float[Tensor, "b l d"]) -> TextKV:
+    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
         if text.shape[1:] != (self.config.text_length, self.config.text_dim):
             want = f"(b, {self.config.text_length}, {self.config.text_dim})"
             raise ConfigError(
                 f"text states have shape {tuple(text.shape)}, this network reads {want}; pad with zero rows"
             )
         text = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.read(text) for block in cast(list[Block], self.blocks)]
+        return [block.cross_attn.project_kv(text) for block in cast(list[Block], self.blocks)]
 
-    def watch(self, cond: Condition) -> Projection | Rays | None:
+    def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         if self.config.camera == "none":
             return None
         if cond.w2c is None or cond.K is None:
@@ -314,39 +322,42 @@ class Wan(Backbone):
                 f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
             )
         w2c, K = (x.bfloat16() if self.config.rounded else x for x in (cond.w2c, cond.K))
-        camera = (Rays if self.anchored else Projection).bind(w2c, K)
+        camera = (Rays if self.needs_first_frame_coordinates else Projection).from_cameras(w2c, K)
         if self.config.rounded and isinstance(camera, Projection):
             return Projection(camera.matrices.bfloat16().float())
         return camera
 
-    def later(self, keys: Heads, frames: int) -> Heads:
+    def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
         if self.config.camera == "single":  # its rotary part has no time
             return keys
         table = self.rope([frames], 1, 1, keys.device)
         return torch.cat([rotate(keys[:, : self.config.heads], table), keys[:, self.config.heads :]], dim=1)
 
-    def rebased(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+    def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
         if self.config.camera == "single":
             projective, rotary = kv.chunk(2, dim=-1)
-            return torch.cat([rebased(projective, frame), rotary], dim=-1)
-        return torch.cat([kv[:, : self.config.heads], rebased(kv[:, self.config.heads :], frame)], dim=1)
+            return torch.cat([change_world_frame(projective, frame), rotary], dim=-1)
+        return torch.cat([kv[:, : self.config.heads], change_world_frame(kv[:, self.config.heads :], frame)], dim=1)
 
     def embed_time(self, t: Float[Tensor, "#b #f"]) -> tuple[Float[Tensor, "#b #f d"], Float[Tensor, "#b #f 6 d"]]:
         sines = sinusoid(1000 * t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
         time = self.time_embedding(sines)
         return time.float(), self.time_projection(time).float().unflatten(-1, (6, -1))
 
-    def pace(self, t: Float[Tensor, "#b #f"]) -> Pace:
+    def adaln_modulation(self, t: Float[Tensor, "#b #f"]) -> Modulation:
         time, modulation = self.embed_time(t)
-        return Pace([block.paced(modulation) for block in cast(list[Block], self.blocks)], self.head.paced(time))
+        return Modulation(
+            [block.adaln_modulation(modulation) for block in cast(list[Block], self.blocks)],
+            self.head.adaln_modulation(time),
+        )
 
-    def places(self, x: Latents, scope: Scope) -> Float[Tensor, "s half 2"]:
+    def rope_table(self, x: Latents, scope: AttentionScope) -> Float[Tensor, "s half 2"]:
         patch = self.config.patch
         return self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
 
     def flops(self, frames: int, tokens: int, seen: int) -> int:
         cfg, d, rows = self.config, self.config.dim, frames * tokens
-        branches = self.heads // cfg.heads
+        branches = self.cache_heads // cfg.heads
         projections = 2 * rows * d * (6 * d + 2 * cfg.ffn + (d if cfg.camera == "dual" else 0))
         attention = 4 * rows * d * (branches * seen + cfg.text_length)
         cameras = {"none": 0, "dual": 4, "single": 2, "plucker": 0}[cfg.camera] * 2 * rows * d * 4  # 4 times 4 x 4
@@ -358,9 +369,9 @@ class Wan(Backbone):
         """Compile what is before and after attention, once for all blocks; they hold no index of chunk or layer,
         so a stream needs one graph of each, whatever its regime."""
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        before, after = compiled(Block.before), compiled(Block.after)
+        before, after = compiled(Block.before_attention), compiled(Block.after_attention)
         for block in cast(list[Block], self.blocks):
-            block.before, block.after = partial(before, block), partial(after, block)
+            block.before_attention, block.after_attention = partial(before, block), partial(after, block)
 
     def use_kernels(self) -> None:
         if self.config.camera != "dual":
@@ -368,9 +379,11 @@ class Wan(Backbone):
         from minwm.nets import kernels
 
         for block in cast(list[Block], self.blocks):
-            block.self_attn.kernel = kernels.place
+            block.self_attn.kernel = kernels.fused_qkv
 
-    def velocity(self, x: Latents, t: Float[Tensor, "#b #f"] | Pace, bound: Bound, scope: Scope) -> Latents:
+    def velocity(
+        self, x: Latents, t: Float[Tensor, "#b #f"] | Modulation, bound: PreparedCondition, scope: AttentionScope
+    ) -> Latents:
         patch, embedding = self.config.patch, self.patch_embedding
         h, w = (n // patch for n in x.shape[-2:])
         tokens = F.linear(patchify(x, patch).to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
@@ -378,12 +391,12 @@ class Wan(Backbone):
         if isinstance(camera, Rays):
             tokens = tokens + self.plucker(camera.patches(h, w, patch).to(tokens.dtype))
             camera = None
-        rope = self.places(x, scope) if bound.rope is None else bound.rope
-        if isinstance(t, Pace):
-            times, end = t.layers, t.end
+        rope = self.rope_table(x, scope) if bound.rope is None else bound.rope
+        if isinstance(t, Modulation):
+            times, end = t.layers, t.head
         else:  # each block looks at time by itself: its parameters may be elsewhere until then
             time, modulation = self.embed_time(t)
-            times, end = [modulation] * self.layers, self.head.paced(time)
+            times, end = [modulation] * self.layers, self.head.adaln_modulation(time)
         for block, time, text in zip(self.blocks, times, bound.text, strict=True):
-            tokens = self.through(block, tokens, time, rope, text, camera, scope)
+            tokens = self.maybe_checkpoint(block, tokens, time, rope, text, camera, scope)
         return unpatchify(self.head(tokens, *end), h, w, patch).to(x.dtype)
