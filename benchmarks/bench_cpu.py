@@ -76,7 +76,7 @@ def engine(walk: Walk, cond: Condition) -> Step:
 
     def step(cond: Condition, noise: Tensor) -> Tensor:
         bound = stream.prepare_chunk(cond)
-        x = stream.next_chunk(bound, noise, sampler)  # pyright: ignore[reportArgumentType]
+        x = stream.next_chunk(bound, noise, sampler)
         stream.update_cache(bound, x)
         return x
 

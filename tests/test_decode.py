@@ -106,19 +106,20 @@ def test_a_compiled_stream_is_two_graphs_however_long_and_in_whatever_thread() -
     from dataclasses import replace
     import numpy as np, torch
     from playing import SMALL, start_image, tiny_model
-    import minwm.session
-    from minwm.core.trajectory import Action
-    from minwm.engine import EngineConfig, decoder
+    from minwm.cameras.trajectory import Action
+    from minwm.families.wan.vae import WanVaeConfig
     from minwm.nets.taehv import TaehvConfig
-    from minwm.nets.wan_vae import WanVaeConfig
-    from minwm.session import ModelEngine, Session
+    from minwm.session import engines
+    from minwm.session.engines import ModelEngine
+    from minwm.session.session import Session
+    from minwm.stream.accelerate import EngineConfig, decoder
 
     graphs = []
     def backend(module, inputs):
         graphs.append(module)
         return module.forward
 
-    minwm.session.decoder = functools.partial(decoder, backend=backend)
+    engines.decoder = functools.partial(decoder, backend=backend)
     small = dict(base=2, decoder_base=2, channels=4, depth=1, mult=(1, 1, 1, 1), mean=(0.0,) * 4, std=(1.0,) * 4)
     # pixels of 8 x 8 to a latent, as the network has them
     codecs = {
@@ -131,7 +132,7 @@ def test_a_compiled_stream_is_two_graphs_however_long_and_in_whatever_thread() -
     for name, cfg in codecs.items():
         torch.manual_seed(0)
         codec = cfg.build().eval().requires_grad_(False)
-        config = replace(plain_model.config, codec=cfg, stream=StreamConfig(chunk=2, window=2))
+        config = replace(plain_model.config, codec=cfg, stream=replace(plain_model.config.stream, window=2))
         model = replace(plain_model, codec=codec, config=config)
         want = list(Session(ModelEngine(model, image, "a room")).play([Action.of("l")] * 20))
         graphs.clear()

@@ -169,7 +169,8 @@ def test_blocks_compile_to_one_graph_for_all_layers_and_regimes() -> None:
     import torch
     from contracts.backbones import condition, small
     from minwm.nets.attention import Geometry
-    from minwm.sampling import FewStep, Stream
+    from minwm.stream.rollout import Stream
+    from minwm.stream.solvers import FewStepSampler
 
     graphs = []
     def backend(module, inputs):
@@ -181,10 +182,10 @@ def test_blocks_compile_to_one_graph_for_all_layers_and_regimes() -> None:
         cond = condition(2, batch=1)
         stream = Stream(net, cond, Geometry(tokens=6, chunk=2, window=3, sink=1))
         for i in range(12):
-            bound = stream.look(cond)
+            bound = stream.prepare_chunk(cond)
             noise = torch.randn(2, 1, 2, 4, 4, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-            x = stream.next_chunk(bound, noise, FewStep(steps=2))
-            stream.commit(bound, x)
+            x = stream.next_chunk(bound, noise, FewStepSampler(steps=2))
+            stream.update_cache(bound, x)
         return x
 
     for name in ("wan-none", "wan-dual", "wan-single"):

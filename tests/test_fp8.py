@@ -125,7 +125,8 @@ def test_blocks_in_fp8_compile_to_one_graph() -> None:
     import torch
     from contracts.backbones import condition, small
     from minwm.nets.attention import Geometry
-    from minwm.sampling import FewStep, Stream
+    from minwm.stream.rollout import Stream
+    from minwm.stream.solvers import FewStepSampler
 
     graphs = []
     def backend(module, inputs):
@@ -137,9 +138,9 @@ def test_blocks_in_fp8_compile_to_one_graph() -> None:
         cond = condition(2, batch=1)
         stream = Stream(net, cond, Geometry(tokens=6, chunk=2, window=2, sink=1))
         for i in range(4):
-            bound = stream.look(cond)
-            x = stream.next_chunk(bound, torch.ones(1, 1, 2, 4, 4, 6), FewStep(steps=1))
-            stream.commit(bound, x)
+            bound = stream.prepare_chunk(cond)
+            x = stream.next_chunk(bound, torch.ones(1, 1, 2, 4, 4, 6), FewStepSampler(steps=1))
+            stream.update_cache(bound, x)
         return x
 
     net = small("wan-dual").float()

@@ -15,9 +15,10 @@ from minwm.core.config import ConfigError
 SCRIPT = """
 import torch
 from contracts.backbones import condition, small
-from minwm.engine import EngineConfig, ready
 from minwm.nets.attention import Geometry
-from minwm.sampling import Autoregressive, Stream
+from minwm.stream.accelerate import EngineConfig, prepare_network
+from minwm.stream.rollout import Stream
+from minwm.stream.solvers import AutoregressiveSampler
 
 geometry = Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,15 +30,15 @@ def walk(net):
     stream, made = Stream(net, cond, geometry, 2.0), []
     for i in range(6):
         a, b = geometry.start(i), geometry.start(i + 1)
-        bound = stream.look(cond.frames(a, b))
+        bound = stream.prepare_chunk(cond.frames(a, b))
         noise = torch.randn(1, 2, b - a, 4, 4, 6, generator=torch.Generator().manual_seed(i)).to(device)
-        made.append(stream.next_chunk(bound, noise, Autoregressive(steps=1, guidance=2.0)))
-        stream.commit(bound, made[-1])
+        made.append(stream.next_chunk(bound, noise, AutoregressiveSampler(steps=1, guidance=2.0)))
+        stream.update_cache(bound, made[-1])
     return torch.cat(made, 1), stream.arena.kv
 
 net = small("wan-dual").float().to(device)
 plain = walk(net)
-ready(EngineConfig(kernels=True), net, geometry)
+prepare_network(EngineConfig(kernels=True), net, geometry)
 assert net.blocks[0].self_attn.kernel
 for with_kernel, without in zip(walk(net), plain, strict=True):
     torch.testing.assert_close(with_kernel, without, atol=2e-5, rtol=2e-5)

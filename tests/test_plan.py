@@ -13,7 +13,7 @@ from minwm.bench.memory import plan_inference, plan_training
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.store.model import ModelConfig
-from minwm.stream.rollout import Stream, num_noise_samples
+from minwm.stream.rollout import Stream
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
 from minwm.train.loop import Ema
 
@@ -50,7 +50,7 @@ def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch
     assert item(plan, "undo") == sum(x.nbytes for x in lost) > 0
     _, state = codec.decode_next(torch.zeros(config.latent_shape(1, 3)))
     assert item(plan, "decoder state") == sum(x.nbytes for x in state)
-    noise = torch.zeros(num_noise_samples(sampler, MODEL.geometry), *config.latent_shape(1, config.stream.chunk))
+    noise = torch.zeros(sampler.num_noise_samples(MODEL.geometry), *config.latent_shape(1, config.stream.chunk))
     bound = stream.prepare_chunk(cond)
     with MemoryMeter() as first:
         latents = stream.next_chunk(bound, noise, sampler)

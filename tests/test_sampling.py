@@ -16,12 +16,11 @@ from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
-from minwm.stream.rollout import generate_latents, num_noise_samples, sample_noise, self_rollout, stream_latents
+from minwm.stream.rollout import generate_latents, sample_noise, self_rollout, stream_latents
 from minwm.stream.solvers import (
     AutoregressiveSampler,
     BidirectionalSampler,
     FewStepSampler,
-    Multistep,
     Velocity,
     solve_euler,
     unipc,
@@ -118,7 +117,7 @@ def test_passes_count_both_branches() -> None:
     assert FewStepSampler().passes == 4
     assert FewStepSampler().times == pytest.approx([1, 0.9375, 0.833333, 0.625], abs=1e-6)
     with pytest.raises(ConfigError, match=r"sampler\.steps=0"):
-        Multistep(steps=0)
+        AutoregressiveSampler(steps=0)
 
 
 @pytest.mark.parametrize("kind", [BidirectionalSampler, AutoregressiveSampler])
@@ -140,10 +139,10 @@ def test_noise_is_the_same_for_a_seed() -> None:
     assert torch.equal(noise(2, seed=1), noise(2, seed=1))
     assert not torch.equal(noise(2, seed=1)[0], noise(2, seed=1)[1])
     assert noise(2).dtype == torch.float64
-    assert [num_noise_samples(s, GEOMETRY) for s in (FewStepSampler(steps=3), BidirectionalSampler())] == [3, 1]
+    assert [s.num_noise_samples(GEOMETRY) for s in (FewStepSampler(steps=3), BidirectionalSampler())] == [3, 1]
     noisy = replace(GEOMETRY, context_noise=0.1)
     assert [
-        num_noise_samples(s, noisy) for s in (FewStepSampler(steps=3), AutoregressiveSampler(), BidirectionalSampler())
+        s.num_noise_samples(noisy) for s in (FewStepSampler(steps=3), AutoregressiveSampler(), BidirectionalSampler())
     ] == [4, 2, 1]
 
 
@@ -180,7 +179,7 @@ def by_hand(
 @pytest.mark.parametrize("level", [0.0, 0.3])
 def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool, level: float) -> None:
     sampler, cond, geometry = FewStepSampler(steps=3), condition(image), replace(GEOMETRY, context_noise=level)
-    draws = noise(num_noise_samples(sampler, geometry))
+    draws = noise(sampler.num_noise_samples(geometry))
     want = by_hand(net, draws, cond, sampler.times, level)
     torch.testing.assert_close(generate_latents(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
     rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, None)
@@ -193,7 +192,7 @@ def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(net: Backb
     """In streams and in the self-rollouts of training, whichever pass is scored; an image still needs its own."""
     sampler, cond, level = FewStepSampler(steps=steps), condition(image), 0.3
     geometry = replace(GEOMETRY, merged_refresh=True, context_noise=level)
-    draws, passes = noise(num_noise_samples(sampler, geometry)), []
+    draws, passes = noise(sampler.num_noise_samples(geometry)), []
     counting = net.register_forward_hook(lambda *_: passes.append(1))
     with counting:
         made = generate_latents(net, sampler, draws, cond, geometry)

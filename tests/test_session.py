@@ -28,7 +28,7 @@ from minwm.session.generate import generate_clips
 from minwm.session.session import Session
 from minwm.store.folder import save_model
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.rollout import generate_latents, num_noise_samples
+from minwm.stream.rollout import generate_latents
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 
 CONFIG = ModelConfig(
@@ -93,7 +93,7 @@ def test_session_makes_what_generation_makes(
 
     draws = generator(3, "session")  # as the engine draws it: chunk by chunk
     geometry = model.config.geometry
-    shape = (num_noise_samples(sampler, geometry), *CONFIG.latent_shape(1, 2))
+    shape = (sampler.num_noise_samples(geometry), *CONFIG.latent_shape(1, 2))
     noise = torch.cat([torch.randn(shape, generator=draws) for _ in ACTIONS], dim=2)
     noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
     w2c, K = views([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)

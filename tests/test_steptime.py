@@ -165,8 +165,8 @@ def test_compiled_blocks_train_alike(name: str, backend: str) -> None:
     from dataclasses import replace
     from itertools import repeat
     import torch
-    from minwm.plan import random_batch
-    from minwm.nets.wan import Wan
+    from minwm.bench.memory import random_batch
+    from minwm.families.wan.transformer import Wan
     from test_steptime import made, stage
 
     compile_blocks = Wan.compile_blocks

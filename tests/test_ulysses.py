@@ -15,7 +15,8 @@ from contracts.backbones import condition, small
 from minwm.core.config import ConfigError
 from minwm.nets.attention import Geometry, Masked, chunk_causal
 from minwm.nets.ulysses import Ulysses
-from minwm.sampling import Autoregressive, FewStep, Stream
+from minwm.stream.rollout import Stream
+from minwm.stream.solvers import AutoregressiveSampler, FewStepSampler
 
 meeting, rank = "file://" + os.environ["MEETING"], int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
@@ -29,16 +30,16 @@ def walk(net, sampler):
     stream, made = Stream(net, cond, geometry, sampler.guidance, reach=1.0), []
     for i in range(8):
         a, b = geometry.start(i), geometry.start(i + 1)
-        bound = stream.look(cond.frames(a, b))
+        bound = stream.prepare_chunk(cond.frames(a, b))
         noise = torch.randn(2, 1, b - a, 4, 4, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         made.append(stream.next_chunk(bound, noise, sampler))
-        stream.commit(bound, made[-1])
-    assert stream.rolled and not torch.equal(stream.origin[0], torch.eye(4).double())
+        stream.update_cache(bound, made[-1])
+    assert stream.sink_shift and not torch.equal(stream.origin[0], torch.eye(4).double())
     return torch.cat(made, 1), stream.arena.kv.numel()
 
 for name in ("wan-none", "wan-dual", "wan-single"):
     net = small(name)
-    for sampler in (FewStep(steps=2), Autoregressive(steps=2, guidance=2.0)):
+    for sampler in (FewStepSampler(steps=2), AutoregressiveSampler(steps=2, guidance=2.0)):
         (one, whole), (both, half) = walk(net, sampler), walk(Ulysses(net), sampler)
         torch.testing.assert_close(both, one, atol=1e-5, rtol=1e-5)  # norms are float32 whatever the network
         assert 2 * half == whole

@@ -21,8 +21,8 @@ from minwm.core.types import Condition
 from minwm.nets.text import WordText
 from minwm.session.generate import check_image, check_length
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.rollout import Stream, generate_latents, num_noise_samples, sample_noise, stream_latents
-from minwm.stream.solvers import BidirectionalSampler, Noise
+from minwm.stream.rollout import Stream, generate_latents, sample_noise, stream_latents
+from minwm.stream.solvers import Noise
 
 Image = UInt8[np.ndarray, "h w 3"]
 
@@ -95,9 +95,8 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
     check_length(cfg, count)
     cond = _condition(model, image, count, device)
     like = torch.empty(0, device=device)
-    noise = sample_noise(
-        cfg.latent_shape(1, count), num_noise_samples(cfg.sampler, cfg.geometry), like, generator(0, "bench")
-    )
+    samples = cfg.sampler.num_noise_samples(cfg.geometry)
+    noise = sample_noise(cfg.latent_shape(1, count), samples, like, generator(0, "bench"))
     given = 0 if cond.first_latent is None else 1
     quick = replace(model, config=replace(cfg, sampler=replace(cfg.sampler, steps=1)))
     _clip(quick, noise, cond)  # warm-up: kernels are chosen, memory is taken
@@ -133,7 +132,7 @@ def bench_model(model: Model, image: Image | None = None, repeats: int = 5, late
 
 
 def _whole(model: Model) -> bool:
-    return isinstance(model.config.sampler, BidirectionalSampler)
+    return not model.config.sampler.causal
 
 
 def _condition(model: Model, image: Image | None, count: int, device: torch.device) -> Condition:
@@ -163,7 +162,7 @@ def _clip(model: Model, noise: Noise, cond: Condition) -> _Clip:
 
 def _chunks(model: Model, noise: Noise, cond: Condition) -> Iterator[Latents]:
     sampler, geometry = model.config.sampler, model.config.geometry
-    if not isinstance(sampler, BidirectionalSampler):
+    if sampler.causal:
         yield from stream_latents(model.net, sampler, noise, cond, geometry)
         return
     clip = generate_latents(model.net, sampler, noise, cond, geometry)
@@ -173,7 +172,6 @@ def _chunks(model: Model, noise: Noise, cond: Condition) -> Iterator[Latents]:
 def _first_chunks(model: Model, noise: Noise, cond: Condition, repeats: int) -> list[float]:
     """Seconds of the first generated chunk alone: the prompt is read and the image is in the cache."""
     times, clock, sampler = [], StageTimer(noise.device), model.config.sampler
-    assert not isinstance(sampler, BidirectionalSampler)
     for _ in range(repeats):
         state, (a, b) = _started(model, cond, sampler.guidance)
         bound = state.prepare_chunk(cond.frames(a, b))

@@ -41,8 +41,6 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
-from minwm.stream.solvers import BidirectionalSampler as WholeClip
-from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import build_recipe
 from minwm.train.config import Run
 from minwm.train.loop import Trainable, autocast
@@ -120,7 +118,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
         for x in (*net.parameters(), *codec.parameters(), *codec.buffers()):
             x.data = x.data.to(dtype)  # nn.Module.to would swap tensors, which those without data cannot
         held = [_weights("network", net), _weights("codec", codec)]
-        if isinstance(cfg.sampler, WholeClip):
+        if not cfg.sampler.causal:
             clip, state = _clip(cfg, 1, cfg.latents), None
             once = replace(cfg.sampler, steps=1, solver="euler")  # steps are alike, and UniPC computes with times
             with MemoryMeter() as passing:
@@ -279,13 +277,13 @@ def advise(
 
 
 def _unguided(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    if cfg.sampler.guidance == 1 or isinstance(cfg.sampler, FewStepSampler):
+    if cfg.sampler.guidance == 1:
         return None
     return "no guidance (sampler.guidance 1)", (replace(cfg, sampler=replace(cfg.sampler, guidance=1.0)),)
 
 
 def _smaller_window(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    if cfg.stream.window == 1 or isinstance(cfg.sampler, WholeClip):
+    if cfg.stream.window == 1 or not cfg.sampler.causal:
         return None
     window = cfg.stream.window // 2
     what = (
@@ -296,7 +294,7 @@ def _smaller_window(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
 
 def _shorter_clip(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
     latents = _half(cfg)
-    if latents == cfg.latents or not isinstance(cfg.sampler, WholeClip):
+    if latents == cfg.latents or cfg.sampler.causal:
         return None
     return f"clips of {latents} latents instead of {cfg.latents}", (replace(cfg, latents=latents),)
 

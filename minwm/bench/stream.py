@@ -37,7 +37,6 @@ from minwm.session.session import Session
 from minwm.store.model import Model
 from minwm.stream import accelerate as engines
 from minwm.stream.accelerate import EngineConfig, Fp8Fidelity, Fp8Trial, KernelTimes
-from minwm.stream.solvers import BidirectionalSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class SpeedResult:
 @torch.no_grad()
 def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int = 0) -> SpeedResult:
     """Play a model on its device with its camera turning; `chunks` steady ones are measured."""
-    if isinstance(model.config.sampler, BidirectionalSampler):
+    if not model.config.sampler.causal:
         raise UserError("a bidirectional model makes whole clips: there is no stream to measure")
     geometry, device = model.config.geometry, next(model.net.parameters()).device
     like, began = next(model.net.parameters()), time.perf_counter()
@@ -154,7 +153,6 @@ def make_ready(model: Model, cfg: EngineConfig) -> tuple[EngineConfig, KernelTim
 def trial(model: Model, seed: int = 0) -> Fp8Trial:
     """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
     cfg, sampler, image, prompt = model.config, model.config.sampler, None, "a room"
-    assert not isinstance(sampler, BidirectionalSampler)
     latents = cfg.geometry.start(cfg.geometry.sink + 3)
     track, turn = (
         parse(f"{keys}*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)

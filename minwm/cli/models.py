@@ -238,7 +238,6 @@ def bench(
     from minwm.core.media import atomic
     from minwm.core.weights import read_json
     from minwm.store.folder import tiny_decoder
-    from minwm.stream.solvers import BidirectionalSampler
 
     if compare:
         return say("\n".join(speed.compare(*(read_json(path) for path in compare))))
@@ -257,7 +256,7 @@ def bench(
         loaded = tiny_decoder(loaded, decoder, random_weights)
     loaded.ready()
     found = to_dict(bench_model(loaded, repeats=repeats))
-    if not isinstance(loaded.config.sampler, BidirectionalSampler):
+    if loaded.config.sampler.causal:
         if random_weights and engine.fp8 != "none":
             say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
         measured = speed.measure_speed(loaded, engine.config(), chunks)

@@ -16,7 +16,6 @@ from minwm.eval.drift import Curve, LongRun
 from minwm.eval.image import Quality
 from minwm.eval.revisit import Revisit, revisit, revisits
 from minwm.store.model import Model, ModelConfig
-from minwm.stream.solvers import BidirectionalSampler
 
 Say = Callable[[str], None]
 
@@ -150,7 +149,7 @@ def headline(row: Evaluated) -> str:
 
 def measure_model(model: Model, truths: Truths, videos: Videos, cfg: EvalConfig) -> Evaluated:
     """A row from a model; `videos` are those of the held-out clips."""
-    config, streams = model.config, not isinstance(model.config.sampler, BidirectionalSampler)
+    config, streams = model.config, model.config.sampler.causal
     measured = measure(config, truths.held, videos)
     long = truths.long
     return Evaluated(

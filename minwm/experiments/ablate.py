@@ -30,7 +30,6 @@ from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model, load_weights, save_model
 from minwm.store.model import Model
-from minwm.stream.solvers import BidirectionalSampler
 from minwm.train.build import build_recipe, load_role, train
 from minwm.train.config import Run
 
@@ -147,7 +146,6 @@ class _Measurer:
         self.held = held = self.held or HeldOut.of(model.config, MEASURED)
         measured = measure(model.config, held, held.generate(model, seed=1))
         losses = _losses(run, folder) if isinstance(run.recipe, BidirectionalConfig) else None
-        whole = isinstance(model.config.sampler, BidirectionalSampler)
         stores = isinstance(run.recipe, OdeConfig)
         return ArmResult(
             name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
@@ -155,7 +153,7 @@ class _Measurer:
             follow=measured.follow, quality=measured.quality,
             stored_mb=sum(p.stat().st_size for p in (self.out / "trajectories").glob("*")) / 1e6 if stores else 0.0,
             drift=self.stream(model) if self.plan.drift else None,
-            bench=None if whole else bench_model(model, repeats=3),
+            bench=bench_model(model, repeats=3) if model.config.sampler.causal else None,
         )  # fmt: skip
 
     def stream(self, model: Model) -> dict[str, Curve]:
@@ -167,7 +165,7 @@ def _quick(model: Model, arm: Arm) -> Model:
     """With the arm's sampler; for a bidirectional model 12 solver steps and no guidance where there would be 50 and
     some: eight times as fast, hardly worse."""
     sampler = model.config.sampler
-    if isinstance(sampler, BidirectionalSampler):
+    if not sampler.causal:
         sampler = replace(sampler, steps=12, guidance=1.0)
     return replace(model, config=replace(model.config, sampler=arm.sampler or sampler))
 

@@ -17,7 +17,6 @@ from minwm.eval.run import Evaluated
 from minwm.experiments.pipeline import part_seconds
 from minwm.experiments.presets.base import Pipeline
 from minwm.recipes.ode import OdeConfig
-from minwm.stream.solvers import BidirectionalSampler
 from minwm.train.config import Run, Summary
 
 WHAT = {
@@ -88,8 +87,7 @@ def _stage(run: Run, out: Path) -> Stage:
     summary, lines = _summary(out, run), read_metrics(out / run.name)
     names = [name for name in ("loss", "dmd", "critic") if any(name in line for line in lines)]
     source = run.init.student if run is not None and run.name != "codec" else run.init.codec
-    sampler = run.model.sampler
-    generates = run.name not in ("codec", "foundation") and not isinstance(sampler, BidirectionalSampler)
+    generates = run.name not in ("codec", "foundation") and run.model.sampler.causal
     return Stage(
         run.name,
         WHAT.get(run.name, run.recipe.kind),

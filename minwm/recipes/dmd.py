@@ -22,7 +22,7 @@ from minwm.recipes.base import (
     sample_image_start,
     uniform_times,
 )
-from minwm.stream.rollout import num_noise_samples, sample_noise, self_rollout
+from minwm.stream.rollout import sample_noise, self_rollout
 from minwm.stream.solvers import FewStepSampler
 
 
@@ -140,7 +140,7 @@ class Dmd(Recipe):
         )
         before = late * self.geometry.chunk
         cond = back_and_forth(clip.cond, before + frames)
-        draws = num_noise_samples(FewStepSampler(steps=self.cfg.steps), self.geometry)
+        draws = FewStepSampler(steps=self.cfg.steps).num_noise_samples(self.geometry)
         noise = sample_noise((b, before + frames, *shape), draws, clip.latents, generator)
         times = schedule(self.cfg.steps, self.cfg.shift)[:-1]
         student, ungraded = self.networks["student"], late + 1 if late else 0

@@ -33,8 +33,7 @@ from minwm.stream.accelerate import (
     open_stream,
     warm_up,
 )
-from minwm.stream.rollout import Stream, image_chunk, num_noise_samples
-from minwm.stream.solvers import BidirectionalSampler
+from minwm.stream.rollout import Stream, image_chunk
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
@@ -138,7 +137,7 @@ class ModelEngine:
         engine: EngineConfig = PLAIN,
     ) -> None:
         cfg = model.config
-        if isinstance(cfg.sampler, BidirectionalSampler):
+        if not cfg.sampler.causal:
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
         self.model, self.motion, self.chunk, self.sampler = model, cfg.motion, cfg.stream.chunk, cfg.sampler
         self.device = next(model.net.parameters()).device
@@ -196,9 +195,8 @@ class ModelEngine:
         """
         began, cfg = time.perf_counter(), self.model.config
         self.start()
-        noise = torch.zeros(
-            num_noise_samples(self.sampler, cfg.geometry), *cfg.latent_shape(1, self.chunk), device=self.device
-        )
+        samples = self.sampler.num_noise_samples(cfg.geometry)
+        noise = torch.zeros(samples, *cfg.latent_shape(1, self.chunk), device=self.device)
         list(self._frames(noise[0, :, :1]))  # a later latent than the first
         self.update_cache()
         cond = self.condition(np.eye(4)[None].repeat(self.chunk, 0))
@@ -215,8 +213,8 @@ class ModelEngine:
     def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
         bound, hidden = self.stream.prepare_chunk(self.condition(c2w)), None
         if latents is None:
-            draws = num_noise_samples(self.sampler, self.stream.geometry)
-            shape = (draws, *self.model.config.latent_shape(1, len(c2w)))
+            samples = self.sampler.num_noise_samples(self.stream.geometry)
+            shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
             noise = torch.randn(shape, generator=self.noise).to(self.device)
             with attention_kernel(self.engine):
                 latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]

@@ -13,8 +13,8 @@ from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Condition
 from minwm.store.model import Model, ModelConfig, Prompts
-from minwm.stream.rollout import generate_latents, num_noise_samples, sample_noise, stream_latents
-from minwm.stream.solvers import BidirectionalSampler, Noise
+from minwm.stream.rollout import generate_latents, sample_noise, stream_latents
+from minwm.stream.solvers import Noise
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def stream_clips(
 ) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
     """The same of a causal model, as frames chunk by chunk, the images first: pixels of long videos fill no memory."""
     sampler, decoding = model.config.sampler, None
-    if isinstance(sampler, BidirectionalSampler):
+    if not sampler.causal:
         raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
     noise, cond = sampling_inputs(model, images, prompts, tracks, seed)
     for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry):
@@ -59,9 +59,8 @@ def sampling_inputs(
         first = model.codec.encode(to_pixels(images)[:, None].to(device))
     cond = Condition(**cfg.encode_prompts(prompts), w2c=w2c, K=K, first_latent=first).to(device)
     shape = cfg.latent_shape(len(prompts), w2c.shape[1])
-    noise = sample_noise(
-        shape, num_noise_samples(cfg.sampler, cfg.geometry), torch.empty(0, device=device), generator(seed, "generate")
-    )
+    samples = cfg.sampler.num_noise_samples(cfg.geometry)
+    noise = sample_noise(shape, samples, torch.empty(0, device=device), generator(seed, "generate"))
     return noise, cond
 
 
@@ -74,7 +73,7 @@ def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
 def check_length(cfg: ModelConfig, latents: int) -> None:
     """Raise UserError, naming lengths that fit, unless the model can make a clip of that many latents."""
     stride, lead, chunk = cfg.motion.stride, cfg.geometry.first_chunk_frames, cfg.stream.chunk
-    if isinstance(cfg.sampler, BidirectionalSampler):
+    if not cfg.sampler.causal:
         kind, fit = "makes whole clips only", [cfg.latents]
     else:
         below = lead + max(0, (latents - lead) // chunk) * chunk

@@ -21,7 +21,6 @@ from minwm.families.wan.convert import size_name
 from minwm.families.wan.text import Umt5Text
 from minwm.store.folder import FILES, load_config
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import BidirectionalSampler
 
 CARD = "README.md"
 KEPT = "<!-- minwm writes what is above. What is below is yours, and kept when the card is written again. -->"
@@ -106,7 +105,7 @@ class _Facts:
 
     @property
     def streams(self) -> bool:
-        return not isinstance(self.config.sampler, BidirectionalSampler)
+        return self.config.sampler.causal
 
 
 History = dict[Path, dict[str, Any] | None]
@@ -275,7 +274,7 @@ def _use(cfg: ModelConfig, name: str) -> str:
     code = ["import minwm", f'model = minwm.load("{name}").ready()']
     start, picture = (" --image first.png", ', "first.png"') if cfg.geometry.first_chunk_frames == 1 else ("", "")
     shell = [f'minwm generate --model {name} --prompt "a red tower"{start} --trajectory "{route}" --out walk.mp4']
-    if isinstance(cfg.sampler, BidirectionalSampler):
+    if not cfg.sampler.causal:
         code[1:1] = ["from minwm.core.trajectory import parse", "from minwm.session import generate_clips"]
         code += [
             f'track = parse("{route}").track(model.config.motion, model.config.intrinsics)',
@@ -292,7 +291,7 @@ def _use(cfg: ModelConfig, name: str) -> str:
 
 
 def _limits(cfg: ModelConfig) -> Iterator[str]:
-    if isinstance(cfg.sampler, BidirectionalSampler):
+    if not cfg.sampler.causal:
         yield f"It makes whole clips of {_frames(cfg)} frames, and cannot be steered while it does."
     else:
         yield (

@@ -34,7 +34,7 @@ from minwm.nets.backbone import Backbone, PreparedCondition
 from minwm.nets.codec import Decode, VideoCodec, channels_last
 from minwm.nets.fp8 import Fp8Arena
 from minwm.stream.rollout import Stream, generate_latents
-from minwm.stream.solvers import AutoregressiveSampler, FewStepSampler, Noise
+from minwm.stream.solvers import Noise, Sampler
 
 Function = Callable[..., Tensor | None]
 Capture = Callable[[Function, list[Tensor]], Function]
@@ -124,9 +124,7 @@ class GraphedStream(Stream):
                 to.copy_(x)
         self.text = kept
 
-    def next_chunk(
-        self, bound: PreparedCondition, noise: Noise, sampler: AutoregressiveSampler | FewStepSampler
-    ) -> Latents:
+    def next_chunk(self, bound: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
         plain = super().next_chunk
         result = self._replay(sampler, lambda bound, noise: plain(bound, noise, sampler), bound, noise)
         assert result is not None
@@ -191,9 +189,7 @@ def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geo
 
 
 @torch.no_grad()
-def warm_up(
-    stream: Stream, cond: Condition, noise: Noise, sampler: AutoregressiveSampler | FewStepSampler
-) -> list[float]:
+def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Sampler) -> list[float]:
     """Visit every regime, so that nothing is compiled, recorded or chosen later; then start anew.
 
     Returns seconds per regime. cond: of one chunk. noise: of one chunk, as `next_chunk` takes it.
@@ -267,7 +263,7 @@ class Fp8Trial:
 
     cond: Condition
     noise: Noise
-    sampler: AutoregressiveSampler | FewStepSampler
+    sampler: Sampler
     decode: Callable[[Latents], Tensor] | None = None
     """Latents to pixels in [-1, 1], where a codec is at hand."""
 

@@ -18,10 +18,10 @@ from minwm.core.flow import Latents, guide, interpolate
 from minwm.core.types import Condition
 from minwm.nets.attention import AttentionScope, Cached, Full, Geometry, ReadOnlyCache
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition
-from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Multistep, Noise, Sampler
+from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 
-def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond: Condition) -> Latents:
+def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: Condition) -> Latents:
     """All frames at once; an image start is held clean at t = 0."""
     guided = sampler.guidance != 1
     bound = net.prepare(Condition.stack(cond, cond.unconditional()) if guided else cond)
@@ -35,7 +35,7 @@ def sample_bidirectional(net: Backbone, sampler: Multistep, noise: Latents, cond
         return v
 
     start = noise if cond.first_latent is None else torch.cat([cond.first_latent.to(noise), noise[:, 1:]], dim=1)
-    x = sampler.solve(velocity, start)
+    x = sampler.sample(velocity, start[None])
     return x if cond.first_latent is None else torch.cat([cond.first_latent.to(x), x[:, 1:]], dim=1)
 
 
@@ -141,40 +141,31 @@ class Stream:
         self._move_cache(origin, rolled)
         self.arena.restore_slot(self.chunk, lost)
 
-    def next_chunk(
-        self, bound: PreparedCondition, noise: Noise, sampler: AutoregressiveSampler | FewStepSampler
-    ) -> Latents:
-        """The current chunk, denoised but not yet committed. noise: as many draws as `draws_of` says."""
-        if isinstance(sampler, FewStepSampler):
-            return self.few_step(bound, noise, sampler.times)[0]
-        return self.multistep(bound, noise[0], sampler)
+    def next_chunk(self, bound: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
+        """The current chunk, denoised; `update_cache` is still to come. noise: `sampler.num_noise_samples` of them."""
+        return sampler.sample(partial(self.velocity, bound), noise)
 
     def velocity(self, bound: PreparedCondition, x: Latents, t: float) -> Latents:
         """Of the current chunk at x_t, under guidance."""
         return guided_velocity(self.net, x, self.modulation(t), bound, Cached(self.arena, self.chunk), self.guidance)
 
-    def multistep(self, bound: PreparedCondition, noise: Latents, sampler: Multistep) -> Latents:
-        return sampler.solve(partial(self.velocity, bound), noise)
-
-    def few_step(
-        self, bound: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None = None
+    def few_step_with_grad(
+        self, bound: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None
     ) -> tuple[Latents, Latents | None]:
-        """The denoised chunk, and x_0 as predicted, with gradient, at `exit_step` (self-rollout)."""
-        x, scored = noise[0], None
-        for step, t in enumerate(times):
-            graded = step == exit_step
-            scope = ReadOnlyCache(self.arena, self.chunk) if graded else Cached(self.arena, self.chunk)
-            with torch.set_grad_enabled(graded):
-                time = x.new_full(x.shape[:2], t) if graded else self.modulation(t)
-                x0 = x - t * self.net(x, time, bound, scope)
-            if graded:
-                scored, x0 = x0, x0.detach()
-            if step + 1 < len(times):
-                x = interpolate(x0, noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
-        if self.geometry.merged_refresh and exit_step == len(times) - 1:
-            with torch.no_grad():  # the graded pass wrote nothing into the cache
-                self.cache_update_pass(bound, x, times[-1])
-        return x0, scored
+        """The denoised chunk without gradient, and x_0 as predicted at `exit_step` with gradient (self-rollout)."""
+
+        def velocity(x: Latents, t: float) -> Latents:
+            if exit_step is None or t != times[exit_step]:
+                with torch.no_grad():
+                    return self.velocity(bound, x, t)
+            v = self.net(x, x.new_full(x.shape[:2], t), bound, ReadOnlyCache(self.arena, self.chunk))
+            if self.geometry.merged_refresh and t == times[-1]:
+                with torch.no_grad():  # the pass with gradient wrote nothing into the cache
+                    self.cache_update_pass(bound, x, t)
+            return v
+
+        predictions = [*few_step_predictions(velocity, noise, times)]
+        return predictions[-1].detach(), None if exit_step is None else predictions[exit_step]
 
     @torch.no_grad()
     def update_cache(self, bound: PreparedCondition, x: Latents, noise: Latents | None = None) -> None:
@@ -202,7 +193,7 @@ def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: to
 
 @torch.no_grad()
 def stream_latents(
-    net: Backbone, sampler: AutoregressiveSampler | FewStepSampler, noise: Noise, cond: Condition, geometry: Geometry
+    net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry
 ) -> Iterator[Latents]:
     """Chunks of latents as they are finished. With an image start the first chunk is the image itself."""
     state = Stream(net, cond, geometry, sampler.guidance)
@@ -218,16 +209,10 @@ def stream_latents(
 
 @torch.no_grad()
 def generate_latents(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
-    """A whole clip with any sampler. noise: as many draws as `draws_of` says."""
-    if isinstance(sampler, BidirectionalSampler):
-        return sample_bidirectional(net, sampler, noise[0], cond)
-    return torch.cat(list(stream_latents(net, sampler, noise, cond, geometry)), dim=1)
-
-
-def num_noise_samples(sampler: Sampler, geometry: Geometry) -> int:
-    draws = sampler.steps if isinstance(sampler, FewStepSampler) else 1
-    committed = not (isinstance(sampler, BidirectionalSampler) or geometry.merged_refresh)
-    return draws + (committed and geometry.context_noise > 0)
+    """A whole clip with any sampler. noise: `sampler.num_noise_samples(geometry)` of them."""
+    if sampler.causal:
+        return torch.cat(list(stream_latents(net, sampler, noise, cond, geometry)), dim=1)
+    return sample_bidirectional(net, sampler, noise[0], cond)
 
 
 def self_rollout(
@@ -256,7 +241,7 @@ def self_rollout(
         if index == 0 and cond.first_latent is not None:
             x, graded, hidden = image_chunk(cond.first_latent, geometry), None, None
         else:
-            x, graded = state.few_step(
+            x, graded = state.few_step_with_grad(
                 bound, noise[:, :, a:b], times, exit_step if index >= chunks_without_grad else None
             )
             hidden = noise[-1, :, a:b]

@@ -1,6 +1,6 @@
 """Samplers: solvers of the probability-flow ODE, and the times of a few-step student."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -10,62 +10,73 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, euler, schedule
+from minwm.core.flow import Latents, euler, interpolate, schedule
+from minwm.nets.attention import Geometry
 
 Velocity = Callable[[Latents, float], Latents]
+"""v(x_t, t) of all frames at one time t, guidance included."""
 Noise = Float[Tensor, "k b f c h w"]
-"""One Gaussian draw per network pass that needs one: the start, each re-noising, and the context's noise."""
+"""Standard normal samples: the start, one for each re-noising, and one for the cache update's context noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Multistep:
-    """A guided ODE solution."""
+class _SamplerBase:
+    """What all samplers share."""
 
-    steps: int = 50
-    guidance: float = 3.0
-    """uncond + guidance (cond - uncond); 1 means no guidance and half of the passes."""
+    causal: ClassVar[bool] = True
+    """Chunk by chunk, each given the past in a cache; otherwise all frames of a clip at once."""
+    steps: int = 4
     shift: float = 5.0
-    solver: Literal["unipc", "euler"] = "unipc"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"sampler.steps={self.steps}: at least 1 is needed")
 
-    @property
-    def passes(self) -> int:
-        """Network evaluations for one chunk; both branches of guidance count."""
-        return self.steps * (1 if self.guidance == 1 else 2)
-
-    def solve(self, velocity: Velocity, noise: Latents) -> Latents:
-        return {"unipc": unipc, "euler": solve_euler}[self.solver](velocity, noise, self.steps, self.shift)
+    def num_noise_samples(self, geometry: Geometry) -> int:
+        """Samples of noise that a clip, or a chunk with its cache update, takes."""
+        return 1 + (self.causal and geometry.context_noise > 0 and not geometry.merged_refresh)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BidirectionalSampler(Multistep):
+class _MultistepSampler(_SamplerBase):
+    """A numerical solution of the ODE, under guidance."""
+
+    steps: int = 50
+    guidance: float = 3.0
+    """uncond + guidance (cond - uncond); 1 means no guidance and half of the passes."""
+    solver: Literal["unipc", "euler"] = "unipc"
+
+    @property
+    def passes(self) -> int:
+        """Network passes for one chunk (or one clip, if not causal); both branches of guidance count."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+    def sample(self, velocity: Velocity, noise: Noise) -> Latents:
+        """x_0 of a clip or chunk, from the first sample of noise."""
+        return {"unipc": unipc, "euler": solve_euler}[self.solver](velocity, noise[0], self.steps, self.shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BidirectionalSampler(_MultistepSampler):
     """All frames at once, every frame seeing every other."""
 
     kind: ClassVar[str] = "bidirectional"
+    causal: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoregressiveSampler(Multistep):
+class AutoregressiveSampler(_MultistepSampler):
     """Chunk by chunk, each solved in full given the clean past."""
 
     kind: ClassVar[str] = "autoregressive"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewStepSampler:
+class FewStepSampler(_SamplerBase):
     """Chunk by chunk in a few passes: predict x_0, re-noise it to the next time, predict again."""
 
     kind: ClassVar[str] = "few_step"
-    steps: int = 4
-    shift: float = 5.0
     guidance: ClassVar[float] = 1.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"sampler.steps={self.steps}: at least 1 is needed")
 
     @property
     def passes(self) -> int:
@@ -73,11 +84,28 @@ class FewStepSampler:
 
     @property
     def times(self) -> list[float]:
-        """Times at which the network is asked (4 steps, shift 5: 1, .9375, .8333, .625)."""
+        """Time of each pass (4 steps, shift 5: 1, .9375, .8333, .625)."""
         return schedule(self.steps, self.shift)[:-1]
+
+    def num_noise_samples(self, geometry: Geometry) -> int:
+        return super().num_noise_samples(geometry) + self.steps - 1
+
+    def sample(self, velocity: Velocity, noise: Noise) -> Latents:
+        """x_0 of a chunk; a sample of noise for every step."""
+        return [*few_step_predictions(velocity, noise, self.times)][-1]
 
 
 Sampler = BidirectionalSampler | AutoregressiveSampler | FewStepSampler
+
+
+def few_step_predictions(velocity: Velocity, noise: Noise, times: list[float]) -> Iterator[Latents]:
+    """The x_0 that each step predicts; no gradient flows from one step into the next."""
+    x = noise[0]
+    for step, t in enumerate(times):
+        x0 = x - t * velocity(x, t)
+        yield x0
+        if step + 1 < len(times):
+            x = interpolate(x0.detach(), noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
 
 
 def solve_euler(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:

@@ -14,7 +14,7 @@ from minwm.core.config import ConfigError
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Geometry, Masked, ReadOnlyCache, chunk_causal
 from minwm.nets.backbone import Backbone, Context, PreparedCondition, teacher_forced
-from minwm.stream.rollout import Stream, generate_latents, num_noise_samples, sample_noise
+from minwm.stream.rollout import Stream, generate_latents, sample_noise
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 
 TOLERANCE = 2e-6  # cameras and modulation are float32 inside a float64 network
@@ -237,7 +237,7 @@ def test_generation_is_deterministic_and_keeps_the_image(sampler: Sampler, image
     net = small("wan-dual")
     geometry, cond = GEOMETRIES["image"], condition(5, image=image)
     noise = sample_noise(
-        (2, 5, 4, 4, 6), num_noise_samples(sampler, geometry), latents(1), torch.Generator().manual_seed(0)
+        (2, 5, 4, 4, 6), sampler.num_noise_samples(geometry), latents(1), torch.Generator().manual_seed(0)
     )
     a, b = (generate_latents(net, sampler, noise, cond, geometry) for _ in range(2))
     assert torch.equal(a, b)

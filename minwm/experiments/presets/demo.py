@@ -166,7 +166,7 @@ def smoke(out: Path) -> Pipeline:
 def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     """`model` with the sizes of `small`, keeping its camera mode and a short version of its sampler."""
     network = replace(small.network, camera=model.network.camera)
-    sampler = model.sampler if isinstance(model.sampler, FewStepSampler) else replace(model.sampler, steps=3)
+    sampler = replace(model.sampler, steps=3) if model.sampler.steps > 4 else model.sampler
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
