@@ -24,7 +24,7 @@ LIGHT = {"torch", "numpy", "einops", "jaxtyping", "safetensors", "PIL"}
 """What any file may import at its top; every other library is imported inside functions, in one file each."""
 SHARED = {"tyro", "rich"}
 """Small libraries that any file may use, inside functions unless it is the command line."""
-FILE_LINES, FUNCTION_LINES = 400, 60
+FILE_LINES, FUNCTION_LINES = 450, 60
 
 by_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 
