@@ -7,12 +7,12 @@
 # To keep a torch that python3 already has (say, one built for your GPU), pass an empty one: make demo TORCH=
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,track
+EXTRAS ?= dev,docs,track
 TESTS ?= tests
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all docs lint format clean
 
 demo: .venv/installed
 	$(BIN)/minwm pipeline demo
@@ -23,14 +23,17 @@ test: .venv/installed
 test-all: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
+docs: .venv/installed  # into runs/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: .venv/installed
-	$(BIN)/ruff check minwm tests benchmarks
-	$(BIN)/ruff format --check minwm tests benchmarks
+	$(BIN)/ruff check minwm tests benchmarks docs
+	$(BIN)/ruff format --check minwm tests benchmarks docs
 	$(BIN)/pyright
 
 format: .venv/installed
-	$(BIN)/ruff check --fix minwm tests benchmarks
-	$(BIN)/ruff format minwm tests benchmarks
+	$(BIN)/ruff check --fix minwm tests benchmarks docs
+	$(BIN)/ruff format minwm tests benchmarks docs
 
 # The stamp is older than its sources exactly when something has to be installed again.
 .venv/installed: pyproject.toml constraints.txt
