@@ -6,7 +6,6 @@ plays every model folder and every procedural world (SEED:PIXELS) for half a min
 up at random, and writes what the page itself has measured over its last ten seconds.
 """
 
-import json
 import random
 import shlex
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 from browsing import CHROMIUM, Server, visit
 from playwright.sync_api import sync_playwright
 
-from minwm.core.media import atomic
+from minwm.core.files import write_json
 from minwm.core.runtime import git_commit, versions
 
 KEYS = ("KeyW", "KeyS", "KeyA", "KeyD", "ArrowLeft", "ArrowRight")
@@ -72,8 +71,7 @@ def measure(out: Path, games: list[str], what: str, how: Callable[[Any, Server],
         "versions": {**versions(), "chromium": version},
         "what": f"{what}; the browser shares the two cores with the server",
     }
-    with atomic(out) as temporary:
-        temporary.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+    write_json(out, {**about, **results})
 
 
 def main(out: str, *games: str) -> None:

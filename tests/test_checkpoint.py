@@ -114,7 +114,7 @@ def test_an_interrupted_save_is_no_model(model: Model, tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("minwm.store.folder._write_text", stopped)
+        patch.setattr("minwm.store.folder.write_text", stopped)
         save_model(tmp_path, CONFIG, model.net, model.codec)
     with pytest.raises(CheckpointError, match="holds no model"):
         load_model(tmp_path)

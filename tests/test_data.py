@@ -118,15 +118,15 @@ def test_a_clip_is_read_as_it_was_written(made: Path) -> None:
 def test_an_interrupted_run_leaves_whole_clips_and_continues(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_text, calls = clips_module._write_text, []
+    write_video, calls = clips_module.write_video, []
 
-    def interrupted(path: Path, text: str) -> None:
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> None:
         calls.append(path)
-        if len(calls) == 6:  # manifest, then txt and json of each clip: between those of the third
+        write_video(path, *arguments, **options)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        write_text(path, text)
 
-    monkeypatch.setattr(clips_module, "_write_text", interrupted)
+    monkeypatch.setattr(clips_module, "write_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         produce(Noise(), tmp_path / "raw", 4)
     monkeypatch.undo()

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from minwm.cameras.trajectory import Motion
 from minwm.cli import main
+from minwm.core.config import UserError
 from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import SIZES, diffusers_names, export, identify, open_published, size_name
 from minwm.families.wan.transformer import WanConfig
@@ -51,7 +52,7 @@ def test_export_and_back(layout: Any, shard: int, seeing: State, tmp_path: Path)
     opened = open_published(out)
     assert (opened.config, opened.layout) == (replace(SEEING, text_length=40), layout)
     assert_equal(opened.tensors, seeing)
-    with pytest.raises(CheckpointError, match="folder exists; delete it, or give another name"):
+    with pytest.raises(UserError, match="folder exists; delete it, or give another name"):
         export(seeing, SEEING, out, layout)
     assert [path.name for path in out.parent.iterdir()] == ["folder"]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minwm.core import media, runtime
+from minwm.core import files, media, runtime
 from minwm.core.config import UserError
-from minwm.core.media import atomic
+from minwm.core.files import atomic
 
 
 def clip(frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_a_full_disk_is_told_with_the_free_bytes(tmp_path: Path, in_words: bool)
 
 
 def test_a_video_on_a_full_disk_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "_sync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    monkeypatch.setattr(files, "_sync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
     with pytest.raises(UserError, match="no space left"):
         media.write_video(tmp_path / "x.mp4", clip(), 16)
     assert os.listdir(tmp_path) == []

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import UserError
-from minwm.core.media import atomic
+from minwm.core.files import write_json
 
 CONVENTION = "camera-to-world, OpenCV axes (x right, y down, z forward), K normalised by width and height"
 SCHEMA = 1
@@ -244,9 +244,7 @@ class CameraTrack:
     def save(self, path: str | Path) -> None:
         """Write as JSON, without loss, in one piece or not at all."""
         head = {"schema": SCHEMA, "convention": CONVENTION, "fps": self.fps, "unit": self.unit}
-        record = {**head, "K": self.K.tolist(), "c2w": self.c2w.tolist()}
-        with atomic(Path(path)) as temporary:
-            Path(temporary).write_text(json.dumps(record, allow_nan=False) + "\n")
+        write_json(path, {**head, "K": self.K.tolist(), "c2w": self.c2w.tolist()}, indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> CameraTrack:

@@ -196,11 +196,10 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 def write_numbers(values: Mapping[str, Any], file: Path | None) -> None:
     """Write values to `file`, if there is one, with what is needed to get them again."""
-    from minwm.core.media import atomic
+    from minwm.core.files import write_json
     from minwm.core.runtime import git_commit, versions
 
     if file:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"command": command_line(), "date": date, "commit": git_commit(), "versions": versions()}
-        with atomic(file) as temporary:
-            temporary.write_text(jsonlib.dumps({**about, **values}, indent=1) + "\n")
+        write_json(file, {**about, **values})

@@ -203,7 +203,7 @@ def ablate(
     svg: Annotated[Path | None, arg(metavar="FILE.svg", help="the drawing")] = None,
 ) -> None:
     """Run one of the paper's ablations, small enough for a CPU, and draw it; an interrupted one is continued."""
-    from minwm.core.media import atomic
+    from minwm.core.files import write_text
     from minwm.experiments.ablate import draw, run_ablation
     from minwm.experiments.ablations import ablation
 
@@ -212,8 +212,7 @@ def ablate(
     for results in run_ablation(plan, out, say):
         write_numbers({"ablation": plan.name, **about, "arms": [to_dict(result) for result in results]}, json)
         if svg:
-            with atomic(svg) as temporary:
-                temporary.write_text(draw(plan, results))
+            write_text(svg, draw(plan, results))
 
 
 @command(app, "bench")
@@ -235,8 +234,7 @@ def bench(
     """Measure latency and frames per second, and how near they are to what the machine can do."""
     from minwm.bench import stream as speed
     from minwm.bench.latency import bench_model, random_model
-    from minwm.core.media import atomic
-    from minwm.core.weights import read_json
+    from minwm.core.files import read_json, write_text
     from minwm.store.folder import tiny_decoder
 
     if compare:
@@ -262,8 +260,7 @@ def bench(
         measured = speed.measure_speed(loaded, engine.config(), chunks)
         found["speed"] = to_dict(measured)
         if plot:
-            with atomic(plot) as temporary:
-                temporary.write_text(speed.plot(measured))
+            write_text(plot, speed.plot(measured))
     return numbers(found, json)
 
 

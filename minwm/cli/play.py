@@ -131,6 +131,7 @@ def _world_config(size: int) -> "ModelConfig":
     """Brisk, and in the shortest chunks: a world is rendered faster than any screen shows it."""
     from minwm.cameras.trajectory import Motion
     from minwm.experiments.presets.demo import tiny_model
+    from minwm.nets.attention import StreamConfig
 
     if size < 16:
         raise UserError(f"--size {size}: give at least 16 pixels")

@@ -3,15 +3,10 @@
 Frames are uint8 arrays `n h w 3` (numpy, or torch on any device); a file appears whole or not at all.
 """
 
-import contextlib
-import errno
 import io
 import math
-import os
-import secrets
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minwm.core.config import UserError
+from minwm.core.files import atomic
 
 Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
@@ -31,47 +27,6 @@ LOSSLESS_LOOK = 12
 CAPS = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1)}
 """Keys of one cluster as (column, row); the arrows repeat it on the right."""
 ARROWS = {"i": "w", "j": "a", "k": "s", "l": "d", "up": "w", "left": "a", "down": "s", "right": "d"}
-
-
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`: on success synced and renamed, on any failure removed.
-
-    Its name ends in `.tmp`, so a writer that goes by the suffix must be told the format. A full disk raises
-    UserError with the path and the free bytes. Missing parent folders are made.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # some writers (safetensors) would leave it for the owner alone
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if _disk_full(error):
-            folder = next(p for p in path.absolute().parents if p.exists())
-            free = shutil.disk_usage(folder).free
-            raise UserError(f"no space left to write {path}: {free} bytes are free in {folder}") from error
-        raise
-    _sync(path.parent)  # the rename itself must survive a power cut
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _disk_full(error: BaseException) -> bool:
-    """Some writers (safetensors) report a full disk in words only."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
 
 
 def to_pixels(frames: np.ndarray | Tensor) -> Float[Tensor, "... 3 h w"]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minwm.core.media import atomic
+from minwm.core.files import write_text
 from minwm.core.runtime import require
 
 
@@ -15,8 +15,7 @@ def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
     """Write `metrics.jsonl`, a line per step, and TensorBoard events; lines of steps that a resumed run repeats go."""
     path = out / "metrics.jsonl"
     kept = [line for line in read_metrics(out) if line["step"] < start]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     writer = None
     if tensorboard:
         require("tensorboard", "track")

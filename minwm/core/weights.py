@@ -4,13 +4,11 @@ Tensors stay memory-mapped until they are used: opening a file of 50 GB takes no
 Pickles are opened with `weights_only=True`, so that a file cannot run code; one that would need to is refused.
 """
 
-import contextlib
 import json
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minwm.core.config import UserError
-from minwm.core.media import atomic
+from minwm.core.files import atomic, read_json, write_json
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 ROLES = ("generator_ema", "generator", "ema", "module", "model", "state_dict")
@@ -216,17 +214,6 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
     return dict(content)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError if it is none."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
 def mismatches(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """What stands between `tensors` and a strict load into `net`, by kind; empty if nothing does."""
     wanted = net.state_dict()
@@ -295,24 +282,3 @@ def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], dtype: 
         files |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
     return write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with atomic(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `target` when all is written, and disappears on any failure."""
-    if target.exists():
-        raise CheckpointError(f"{target} exists; delete it, or give another name")
-    partial = target.absolute().with_name(f".{target.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

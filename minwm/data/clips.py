@@ -24,7 +24,8 @@ import numpy as np
 
 from minwm.cameras.track import CameraTrack, so3_log
 from minwm.core.config import UserError
-from minwm.core.media import atomic, contact_sheet, read_video, write_video
+from minwm.core.files import write_json, write_text
+from minwm.core.media import contact_sheet, read_video, write_video
 from minwm.core.runtime import git_commit, versions
 
 SCHEMA = 1
@@ -184,8 +185,8 @@ class ClipFolder:
             raise DataError(f"clip {record.id}: frames {got}, its cameras need {expected} uint8")
         base = self.clips / record.id
         write_video(base.with_suffix(".mp4"), frames, record.track.fps, crf=CRF)
-        _write_text(base.with_suffix(".txt"), record.caption + "\n")
-        _write_text(base.with_suffix(".json"), json.dumps(record.to_json()))
+        write_text(base.with_suffix(".txt"), record.caption + "\n")
+        write_json(base.with_suffix(".json"), record.to_json(), indent=None)
 
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.path, "minwm data render")
@@ -211,7 +212,7 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     """`manifest.json` with schema, command, commit and versions added."""
     command = shlex.join(["minwm", *sys.argv[1:]])
     stamp = {"schema": SCHEMA, "command": command, "commit": git_commit(), "versions": versions()}
-    _write_text(folder / "manifest.json", json.dumps({**stamp, **values}, indent=1))
+    write_json(folder / "manifest.json", {**stamp, **values})
 
 
 def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
@@ -227,11 +228,6 @@ def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
         schema = values.get("schema")
         raise DataError(f"{path}: schema {schema!r}, this version reads {SCHEMA}; run `{maker}` again")
     return values
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------

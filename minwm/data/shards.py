@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minwm.core.config import ConfigError, from_dict, to_dict
-from minwm.core.media import atomic
+from minwm.core.files import atomic, write_json
 from minwm.data.clips import DataError
 
 SCHEMA = 1
@@ -102,8 +102,7 @@ def write_shard(path: Path, items: Sequence[Item], summary: Summary) -> ShardInd
                 entries.append(Entry(item.id, meta, tensors))
         size = temporary.stat().st_size
     index = ShardIndex(SCHEMA, size, summary, tuple(entries))
-    with atomic(index_path(path)) as temporary:
-        temporary.write_text(json.dumps(to_dict(index)))
+    write_json(index_path(path), to_dict(index), indent=None)
     return index
 
 

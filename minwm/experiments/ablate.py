@@ -10,7 +10,7 @@ import torch
 
 from minwm.bench.latency import BenchResult, bench_model
 from minwm.core.config import dumps, loads
-from minwm.core.media import atomic
+from minwm.core.files import write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.weights import read_weights, write_safetensors
 from minwm.data.dataset import ShardDataset
@@ -80,8 +80,7 @@ def run_ablation(plan: Ablation, out: Path, say: Say) -> Iterator[list[ArmResult
             began = time.monotonic()
             seconds = sum(_train(run, folder / run.name, out, say) for run in arm.runs)
             result = measurer(arm, folder / arm.runs[-1].name, seconds)
-            with atomic(done) as temporary:
-                temporary.write_text(dumps(result))
+            write_text(done, dumps(result))
             say(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")
         results.append(loads(ArmResult, done.read_text()))
         yield results

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minwm.bench.latency import bench_model
 from minwm.core.config import dumps, loads
-from minwm.core.media import atomic
+from minwm.core.files import atomic, write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.types import Clip
 from minwm.data.dataset import ShardDataset
@@ -78,8 +78,7 @@ class PipelinePart:
         start = time.monotonic()
         work()
         seconds = time.monotonic() - start
-        with atomic(done) as temporary:
-            temporary.write_text(dumps(Timing(seconds=seconds)))
+        write_text(done, dumps(Timing(seconds=seconds)))
         self.say(f"{name}: {seconds:.0f} s")
 
 
@@ -139,8 +138,7 @@ def _keep(rows: Path, name: str, make: Callable[[], Evaluated], say: Say) -> Non
     if path.exists():
         return
     start, result = time.monotonic(), make()
-    with atomic(path) as temporary:
-        temporary.write_text(dumps(result))
+    write_text(path, dumps(result))
     say(f"evaluated {name}: {headline(result)} ({time.monotonic() - start:.0f} s)")
 
 

@@ -14,9 +14,9 @@ import torch
 
 import minwm
 from minwm.core.config import to_dict
+from minwm.core.files import read_json, write_text
 from minwm.core.hub import HubError
-from minwm.core.media import atomic
-from minwm.core.weights import check, read_json, read_weights
+from minwm.core.weights import check, read_weights
 from minwm.families.wan.convert import size_name
 from minwm.families.wan.text import Umt5Text
 from minwm.store.folder import FILES, load_config
@@ -44,8 +44,7 @@ def write_card(folder: Path, repo: str | None = None, licence: str | None = None
     stated = re.search(r"^license: ([\w.-]+)$", before, re.MULTILINE)
     text = card(folder, repo, licence or (stated and stated[1]))
     kept = before.rpartition(KEPT)[2].lstrip()
-    with atomic(path) as temporary:
-        temporary.write_text("\n".join([text, KEPT, kept]), encoding="utf-8")
+    write_text(path, "\n".join([text, KEPT, kept]))
 
 
 def card(folder: Path, repo: str | None = None, licence: str | None = None) -> str:

@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minwm.core.config import choose, dumps, loads
-from minwm.core.media import atomic
+from minwm.core.files import new_folder, write_text
 from minwm.core.weights import (
     CheckpointError,
     describe,
     fill,
     mismatches,
-    new_folder,
     read_weights,
     write_safetensors,
 )
@@ -37,7 +36,7 @@ def save_model(folder: Path, config: ModelConfig, net: nn.Module, codec: nn.Modu
     """Write a folder that `load_model` reads. The config is written last: without it the folder is no model."""
     write_safetensors(folder / "codec.safetensors", codec.state_dict())
     write_safetensors(folder / "model.safetensors", net.state_dict())
-    _write_text(folder / "model.json", dumps(config))
+    write_text(folder / "model.json", dumps(config))
 
 
 def load_model(folder: Path) -> Model:
@@ -80,7 +79,7 @@ def adopt(source: Published, config: ModelConfig, codec: Path, target: Path) -> 
     with new_folder(target) as folder:
         write_safetensors(folder / "codec.safetensors", tensors)
         write_safetensors(folder / "model.safetensors", source.tensors)
-        _write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
+        write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
     return list(source.notes)
 
 
@@ -111,7 +110,7 @@ def tiny_decoder(model: Model, name: str, random: bool = False) -> Model:
 
 def save_codec(folder: Path, codec: AnyCodec) -> None:
     write_safetensors(folder / "codec.safetensors", codec.state_dict())
-    _write_text(folder / "codec.json", dumps(codec.cfg))
+    write_text(folder / "codec.json", dumps(codec.cfg))
 
 
 def load_codec(folder: Path) -> AnyCodec:
@@ -142,8 +141,3 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it, or make it again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text)

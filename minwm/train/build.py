@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minwm.core.config import ConfigError, dumps, from_dict, loads
-from minwm.core.media import atomic
+from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
+from minwm.core.files import write_json, write_text
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, pick_device, rank, versions, world_size
 from minwm.data.clips import read_manifest
@@ -74,8 +74,7 @@ def train(run: Run, out: Path) -> Summary:
     summary = Summary(
         steps=run.steps, seconds=_seconds(out), first_loss=ends[0], last_loss=ends[1], parameters=parameters
     )
-    with atomic(done) as temporary:
-        temporary.write_text(dumps(summary))
+    write_text(done, dumps(summary))
     return summary
 
 
@@ -94,8 +93,7 @@ def _claim(run: Run, out: Path) -> None:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "data": {name: manifest[name] for name in NOTED if name in manifest},
         }
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps({"run": json.loads(dumps(run)), **about}, indent=2))
+        write_json(path, {"run": to_dict(run), **about})
 
 
 def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> nn.Module:

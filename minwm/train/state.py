@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minwm.core.files import write_json
 from minwm.core.weights import (
     write_safetensors,
 )
-from minwm.store.folder import (
-    _load,
-    _write_text,
-    load_weights,
-)
+from minwm.store.folder import _load, load_weights
 
 
 class States:
@@ -47,7 +44,7 @@ class States:
             for role, optimizer in optimizers.items():
                 write_safetensors(partial / f"optimizer-{role}.safetensors", dict(_flat_optimizer(optimizer)))
             write_safetensors(partial / "random.safetensors", {"generator": generator.get_state()})
-            _write_text(partial / "state.json", json.dumps({"step": step, **extra}))
+            write_json(partial / "state.json", {"step": step, **extra})
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         except BaseException:

@@ -15,7 +15,8 @@ from string import Template
 import numpy as np
 from jaxtyping import UInt8
 
-from minwm.core.media import atomic, contact_sheet, mp4_bytes, png_bytes
+from minwm.core.files import write_text
+from minwm.core.media import contact_sheet, mp4_bytes, png_bytes
 from minwm.eval.camera.follow import Confusion, FollowResult
 from minwm.eval.image import Quality
 from minwm.eval.report.charts import COLOURS, Series, bar, duration, heat_map, line_chart, number, smooth
@@ -153,9 +154,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         sections="".join(f'<section id="{k}"><h2>{title}</h2>{body}</section>' for k, title, body in sections),
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
-        Path(temporary).write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

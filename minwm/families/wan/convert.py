@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from minwm.core.config import from_dict
+from minwm.core.files import new_folder, read_json, write_json
 from minwm.core.weights import (
     CheckpointError,
     Weights,
     describe,
     fill,
     mismatches,
-    new_folder,
-    read_json,
     read_weights,
-    write_json,
     write_safetensors,
     write_shards,
 )

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError
+from minwm.core.files import atomic, write_text
 from minwm.core.hub import HubError
 from minwm.core.hub import fetch as fetch_files
-from minwm.core.media import atomic
 from minwm.core.runtime import pick_device, progress, require
 from minwm.core.weights import CheckpointError, check, read_weights
 
@@ -118,8 +118,7 @@ class Umt5Text:
         else:
             raise _absent(self.source)
         if identity != known:
-            with atomic(note) as temporary:
-                temporary.write_text(identity)
+            write_text(note, identity)
         return root / identity
 
     @torch.no_grad()

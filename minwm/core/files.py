@@ -1,0 +1,95 @@
+"""The one way in which minwm writes files and folders: they appear whole or not at all."""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minwm.core.config import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any failure removed.
+
+    Makes missing parent folders. The temporary name ends in `.tmp`: a writer that infers the format from the suffix
+    has to be given the format. A full disk raises UserError with the path and the free bytes.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would make the file readable by its owner alone
+        yield temporary
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if _disk_full(error):
+            folder = next(p for p in path.absolute().parents if p.exists())
+            free = shutil.disk_usage(folder).free
+            raise UserError(f"no space left to write {path}: {free} bytes are free in {folder}") from error
+        raise
+    _sync(path.parent)  # the rename itself must survive a power cut
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Whether a write failed for lack of space; safetensors reports that only in the error's text."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON file atomically; `indent=None` writes one line."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success it is renamed to `target`, on any failure removed.
+
+    Raises UserError if `target` exists.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists; delete it, or give another name")
+    partial = target.absolute().with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
