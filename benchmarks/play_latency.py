@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from browsing import CHROMIUM, Server, visit
+from browsing import CHROMIUM, ServerProcess, visit
 from playwright.sync_api import sync_playwright
 
 from minwm.core.files import write_json
@@ -36,7 +36,7 @@ def press_keys(page: Any, seconds: float, draw: random.Random) -> None:
         page.wait_for_timeout(draw.uniform(50, 400))
 
 
-def latency(page: Any, _: Server) -> dict[str, float]:
+def latency(page: Any, _: ServerProcess) -> dict[str, float]:
     draw, readings = random.Random(0), []
     press_keys(page, 20, draw)
     for _second in range(10):
@@ -48,7 +48,7 @@ def latency(page: Any, _: Server) -> dict[str, float]:
     return {"fps": median["fps"], **photon, **milliseconds}
 
 
-def measure(out: Path, games: list[str], what: str, how: Callable[[Any, Server], dict[str, Any]]) -> None:
+def measure(out: Path, games: list[str], what: str, how: Callable[[Any, ServerProcess], dict[str, Any]]) -> None:
     """Play one game after another in the browser, and write what `how` found of each."""
     results: dict[str, Any] = {}
     with sync_playwright() as driver:
@@ -56,7 +56,7 @@ def measure(out: Path, games: list[str], what: str, how: Callable[[Any, Server],
         for game in games:
             seed, _, size = game.partition(":")
             words = ("--world", seed, "--size", size) if size else ("--model", game)
-            server = Server(*words)
+            server = ServerProcess(*words)
             try:
                 for page in visit(browser, server.url):
                     results[f"world {seed}, {size}x{size}" if size else game] = how(page, server)

@@ -7,7 +7,7 @@ opens the game in headless Chromium, walks a little, and keeps what is then on t
 
 import sys
 
-from browsing import CHROMIUM, Server, hold, visit
+from browsing import CHROMIUM, ServerProcess, hold, visit
 from playwright.sync_api import sync_playwright
 
 WAY = ((1.2, "KeyW"), (1.0, "ArrowRight"), (1.2, "KeyW"), (0.8, "KeyD", "ArrowLeft"))
@@ -17,7 +17,7 @@ def main(out: str, size: str, *words: str) -> None:
     width, height = map(int, size.split("x"))
     phone = width < height
     screen = {"viewport": {"width": width, "height": height}, "has_touch": phone, "is_mobile": phone}
-    server = Server(*words)
+    server = ServerProcess(*words)
     try:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])

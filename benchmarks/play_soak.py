@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from browsing import Server
+from browsing import ServerProcess
 from play_latency import measure, press_keys
 
 READ = """() => ({
@@ -26,7 +26,7 @@ SETTLED = 60.0
 """Seconds until as much can be undone as is ever kept: from then on nothing may grow."""
 
 
-def soak(page: Any, server: Server, seconds: float, window: float = WINDOW) -> list[dict[str, float]]:
+def soak(page: Any, server: ServerProcess, seconds: float, window: float = WINDOW) -> list[dict[str, float]]:
     """What was seen at the end of every window."""
     samples, draw = [], random.Random(0)
     chromium = page.context.new_cdp_session(page)

@@ -1,4 +1,4 @@
-"""Headless Chromium and somebody in front of it: what the tests and the scripts that play in a browser share."""
+"""Headless Chromium as a client of the play server: shared by the browser tests and the play benchmarks."""
 
 import base64
 import io
@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playing import Hosted, painted
+from playing import ServerThread, painted
 
-from minwm.play.game import Game
+from minwm.play.scenario import Scenario
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="the browser tests need Chromium")
 WATCH = """() => {
     minwm.client.addEventListener("state", ({ detail }) => (window.state = detail));
-    const show = minwm.player.show;
-    minwm.player.show = (view, picture, frame) => {
+    const show = minwm.playback.show;
+    minwm.playback.show = (view, picture, frame) => {
         show(view, picture, frame);
         if (!view) window.last = frame;
         if (!view && frame.flush) window.begun = (window.begun ?? 0) + 1;
     };
 }"""
-"""Keeps what the server has said last, and the frame that is on the screen."""
+"""Keeps the newest state message and the frame on the screen in `window`, and counts flushes."""
 PICTURE = "() => document.querySelector('[data-testid=canvas]').toDataURL('image/png')"
 
 
@@ -40,12 +40,12 @@ def launched() -> Iterator[Any]:
         browser.close()
 
 
-def hosting() -> Iterator[Callable[..., Hosted]]:
-    """Start servers, and end them."""
-    servers: list[Hosted] = []
+def hosting() -> Iterator[Callable[..., ServerThread]]:
+    """A function that starts servers; they are closed after the test."""
+    servers: list[ServerThread] = []
 
-    def start(game: Game | None = None, **how: Any) -> Hosted:
-        servers.append(Hosted(game or painted(), **how))
+    def start(scenario: Scenario | None = None, **how: Any) -> ServerThread:
+        servers.append(ServerThread(scenario or painted(), **how))
         return servers[-1]
 
     yield start
@@ -53,7 +53,7 @@ def hosting() -> Iterator[Callable[..., Hosted]]:
         server.close()
 
 
-class Server:
+class ServerProcess:
     """`minwm play` in a process of its own."""
 
     def __init__(self, *words: str) -> None:
@@ -62,7 +62,7 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout
         said = ""
-        while not (found := re.findall(r"http\S+", said)):  # a model says before that it warms up
+        while not (found := re.findall(r"http\S+", said)):  # a model prints its warm-up first
             said = self.process.stdout.readline()
             assert said, "the server ended"
         self.url = found[0]
@@ -73,7 +73,7 @@ class Server:
 
 
 def visit(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
-    """A visitor who sees the first picture; at the end nothing may have gone wrong on the page."""
+    """Open the page and wait for its first frame; at the end the page must have had no error."""
     page, problems = chromium.new_page(**options), []
     page.on("pageerror", lambda error: problems.append(str(error)))
     try:
@@ -100,15 +100,15 @@ def hold(page: Any, seconds: float, *keys: str) -> None:
 
 
 def pause(page: Any) -> None:
-    """Stop, and wait until all that was made is seen."""
+    """Pause, and wait until all frames are shown."""
     if page.get_attribute("[data-testid=status]", "data-state") == "live":
         page.click("[data-testid=pause]")
     settle(page)
 
 
 def settle(page: Any) -> None:
-    """Wait until the walk is paused, and the end of its newest chunk on the screen."""
-    until(page, "window.state?.paused && window.last?.frame === window.state.chunk * minwm.player.most / 2")
+    """Wait until the server is paused and the last frame of its newest chunk is on the screen."""
+    until(page, "window.state?.paused && window.last?.frame === window.state.chunk * minwm.playback.maxQueued / 2")
 
 
 def until(page: Any, true: str) -> None:
@@ -116,10 +116,10 @@ def until(page: Any, true: str) -> None:
 
 
 def resting(page: Any) -> np.ndarray:
-    """The camera, once it stands still for two chunks."""
+    """The camera-to-world matrix, once it has not changed for two chunks."""
     for _ in range(40):
         before = camera(page)
-        until(page, f"window.last.frame > {page.evaluate('() => window.last.frame')} + minwm.player.most")
+        until(page, f"window.last.frame > {page.evaluate('() => window.last.frame')} + minwm.playback.maxQueued")
         if np.array_equal(camera(page), before):
             return before
     raise AssertionError("the camera does not come to rest")

@@ -1,4 +1,4 @@
-"""What the tests of the player share: quick engines, a tiny model, and somebody at the keys."""
+"""What the play tests share: a fake engine, a tiny model, scenarios of both, inputs, and a server in a thread."""
 
 import asyncio
 import contextlib
@@ -19,13 +19,14 @@ from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.play.game import Begin, Game, model_game
 from minwm.play.protocol import Input
-from minwm.play.server import House
-from minwm.play.transport import Site
+from minwm.play.scenario import Scenario, StartState, model_scenario
+from minwm.play.server import PlayServer
+from minwm.play.transport import Access, WebApp
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.solvers import FewStepSampler
 
+SECRET = Access("secret")
 MOTION = Motion(move=1.0, turn=40.0, fps=64.0)
 SMALL = ModelConfig(
     network=WanConfig(
@@ -51,7 +52,7 @@ def tiny_model() -> Model:
 
 
 class Clock:
-    """Time that passes when told."""
+    """A clock that tests set by hand."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -60,8 +61,8 @@ class Clock:
         return self.now
 
 
-class Painted:
-    """An engine that paints where the camera is: red is x, green is z, in units of 1/40; quick as nothing else."""
+class PositionEngine:
+    """A fake engine. Frames are one colour, which encodes the camera position: 128 + 40 (x, z, y)."""
 
     motion, chunk = MOTION, 1
 
@@ -88,13 +89,13 @@ class Painted:
     def restore(self, snapshot: None) -> None: ...
 
 
-def painted(views: int = 1, **how: Any) -> Game:
-    return Game(
+def painted(views: int = 1, **how: Any) -> Scenario:
+    return Scenario(
         title="painted",
         views=("model", "other")[:views],
         config=replace(SMALL, height=16, width=16),
-        begin=Begin(seed=3, prompt="a room"),
-        engines=lambda _: [Painted(**how) for _ in range(views)],
+        start=StartState(seed=3, prompt="a room"),
+        engines=lambda _: [PositionEngine(**how) for _ in range(views)],
         takes_image=True,
     )
 
@@ -103,19 +104,19 @@ def start_image() -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (32, 32, 3), np.uint8)
 
 
-def learned(model: Model) -> Game:
-    return model_game(model, "tiny", Begin(seed=3, prompt="a red room", image=start_image()))
+def learned(model: Model) -> Scenario:
+    return model_scenario(model, "tiny", StartState(seed=3, prompt="a red room", image=start_image()))
 
 
 def said(seq: int, held: str = "", total: float = 0.0, look: tuple[float, float] = (0.0, 0.0)) -> Input:
-    """An input about the forward axis."""
+    """An input message; `held` is w, s or nothing."""
     down = {"w": 1.0, "s": -1.0, "": 0.0}[held]
     return Input(seq=seq, t=10.0 * seq, held=(0, 0, down, 0, 0, 0), total=(0, 0, total, 0, 0, 0), look=look)
 
 
 @contextlib.asynccontextmanager
-async def served(house: House, token: str = "secret") -> AsyncIterator[str]:
-    runner = web.AppRunner(Site(house, token).app())
+async def served(server: PlayServer, access: Access = SECRET) -> AsyncIterator[str]:
+    runner = web.AppRunner(WebApp(server, access).app())
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -124,15 +125,15 @@ async def served(house: House, token: str = "secret") -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-class Hosted:
-    """A server in a thread of this process, whose house a test can look into."""
+class ServerThread:
+    """A `PlayServer` in a thread of this process, so that a test can inspect it."""
 
-    def __init__(self, game: Game, **how: Any) -> None:
-        self.house, self.loop, self.ended = House(game, **how), asyncio.new_event_loop(), asyncio.Event()
+    def __init__(self, scenario: Scenario, **how: Any) -> None:
+        self.play_server, self.loop, self.ended = PlayServer(scenario, **how), asyncio.new_event_loop(), asyncio.Event()
         self.url, started = "", threading.Event()
 
         async def main() -> None:
-            async with served(self.house) as address:
+            async with served(self.play_server) as address:
                 self.url = f"{address}/?token=secret"
                 started.set()
                 await self.ended.wait()
@@ -142,11 +143,11 @@ class Hosted:
         assert started.wait(10)
 
     def cut(self) -> None:
-        """Every connection breaks."""
+        """Close every connection."""
 
         async def close() -> None:
-            for seat in [*self.house.seats]:
-                await seat.transport.close()
+            for client in [*self.play_server.clients]:
+                await client.transport.close()
 
         asyncio.run_coroutine_threadsafe(close(), self.loop).result(5)
 

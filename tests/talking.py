@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from playing import painted, served
 
-from minwm.play.client import Client, Shot
-from minwm.play.game import Game
+from minwm.play.client import Client, ReceivedFrame
 from minwm.play.rtc import Peer
-from minwm.play.server import House, Transport
+from minwm.play.scenario import Scenario
+from minwm.play.server import PlayServer, Transport
 from minwm.play.transport import WebSocket, connect, connect_rtc
 
 
@@ -47,28 +47,28 @@ Dial = Callable[[], Awaitable[Transport]]
 
 
 @contextlib.asynccontextmanager
-async def in_memory(house: House) -> AsyncIterator[Dial]:
-    talks, clock = [], asyncio.create_task(house.keep_time())
+async def in_memory(server: PlayServer) -> AsyncIterator[Dial]:
+    talks, clock = [], asyncio.create_task(server.run_timers())
 
     async def dial() -> Transport:
         while talks and talks[0].done():
             talks.pop(0).result()
         ours, theirs = Pipe(), Pipe()
         ours.other, theirs.other = theirs, ours
-        talks.append(asyncio.create_task(house.attend(theirs)))
+        talks.append(asyncio.create_task(server.handle(theirs)))
         return ours
 
     try:
         yield dial
     finally:
         clock.cancel()
-        await house.close()
+        await server.close()
     await asyncio.wait_for(asyncio.gather(*talks), 5)
 
 
 @contextlib.asynccontextmanager
-async def over_sockets(house: House) -> AsyncIterator[Dial]:
-    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+async def over_sockets(server: PlayServer) -> AsyncIterator[Dial]:
+    async with served(server) as address, contextlib.AsyncExitStack() as stack:
 
         async def dial() -> WebSocket:
             return await stack.enter_async_context(connect(f"{address}/?token=secret"))
@@ -77,10 +77,10 @@ async def over_sockets(house: House) -> AsyncIterator[Dial]:
 
 
 @contextlib.asynccontextmanager
-async def over_rtc(house: House) -> AsyncIterator[Dial]:
+async def over_rtc(server: PlayServer) -> AsyncIterator[Dial]:
     pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
-    house.rtc = True
-    async with served(house) as address, contextlib.AsyncExitStack() as stack:
+    server.rtc = True
+    async with served(server) as address, contextlib.AsyncExitStack() as stack:
 
         async def dial() -> Peer:
             return await stack.enter_async_context(connect_rtc(f"{address}/?token=secret"))
@@ -94,12 +94,12 @@ wires = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
 
 
 def talk(
-    scene: Callable[[House, Dial], Awaitable[None]], wire: Any, game: Game | None = None, **how: Any
+    scene: Callable[[PlayServer, Dial], Awaitable[None]], wire: Any, scenario: Scenario | None = None, **how: Any
 ) -> Callable[[], None]:
     async def main() -> None:
-        house = House(game or painted(), **how)
-        async with wire(house) as dial:
-            await scene(house, dial)
+        server = PlayServer(scenario or painted(), **how)
+        async with wire(server) as dial:
+            await scene(server, dial)
 
     asyncio.run(asyncio.wait_for(main(), 60))
     return lambda: None
@@ -114,7 +114,7 @@ async def until(client: Client, found: Callable[[Any], bool]) -> Any:
 
 
 def frame_with(seq: int) -> Callable[[Any], bool]:
-    return lambda message: isinstance(message, Shot) and message.header.seq >= seq
+    return lambda message: isinstance(message, ReceivedFrame) and message.header.seq >= seq
 
 
 def quiet_threads() -> Iterator[None]:

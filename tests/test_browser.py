@@ -1,4 +1,4 @@
-"""The player as a visitor has it: headless Chromium, the real server, real keys; and what the network does to it."""
+"""The loop as a visitor has it: headless Chromium, the real server, real keys; and what the network does to it."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from browsing import (
-    Server,
+    ServerProcess,
     ahead,
     camera,
     hold,
@@ -31,7 +31,7 @@ from torch import nn
 from minwm.cli.play import _world_config
 from minwm.core.media import write_image
 from minwm.experiments.presets.demo import smoke
-from minwm.play.game import enter
+from minwm.play.scenario import spawn_world
 from minwm.store.folder import save_model
 
 pytestmark = needs_chromium
@@ -41,8 +41,8 @@ host = pytest.fixture(hosting)
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Server]:
-    server = Server("--world", str(WORLD), "--size", str(SIZE))
+def world() -> Iterator[ServerProcess]:
+    server = ServerProcess("--world", str(WORLD), "--size", str(SIZE))
     yield server
     server.close()
 
@@ -61,7 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def page(chromium: Any, world: Server) -> Iterator[Any]:
+def page(chromium: Any, world: ServerProcess) -> Iterator[Any]:
     yield from visit(chromium, world.url)
 
 
@@ -70,7 +70,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def truth(c2w: np.ndarray) -> np.ndarray:
-    return next(enter(WORLD, _world_config(SIZE)).advance(c2w[None]))[0]
+    return next(spawn_world(WORLD, _world_config(SIZE)).advance(c2w[None]))[0]
 
 
 def test_keys_move_the_camera_and_the_picture_is_what_it_sees(page: Any) -> None:
@@ -133,7 +133,7 @@ def test_a_recording_is_a_clip(page: Any, tmp_path: Path) -> None:
 
 def test_two_models_on_the_same_inputs_and_a_picture_of_ones_own(chromium: Any, models: Path, tmp_path: Path) -> None:
     words = ("--model", str(models / "one"), "--compare", str(models / "two"), "--world", "5")
-    server = Server(*words)
+    server = ServerProcess(*words)
     try:
         for page in visit(chromium, server.url):
             assert page.locator("[data-testid=views] canvas").count() == 2
@@ -158,7 +158,7 @@ def test_a_slow_page_falls_behind_and_catches_up(page: Any) -> None:
     assert page.evaluate("() => minwm.stats.p50") < 1500
 
 
-def test_who_may_not_come_in_is_told_why(chromium: Any, world: Server) -> None:
+def test_who_may_not_come_in_is_told_why(chromium: Any, world: ServerProcess) -> None:
     page = chromium.new_page()
     answer = page.goto(world.url.partition("?")[0] + "?token=wrong")
     assert answer.status == 403 and "token" in page.inner_text("body")
@@ -181,7 +181,7 @@ def test_garbage_ends_its_own_connection_alone(page: Any) -> None:
 
 
 @pytest.mark.usefixtures("page")
-def test_second_visitor_watches(chromium: Any, world: Server) -> None:
+def test_second_visitor_watches(chromium: Any, world: ServerProcess) -> None:
     other = chromium.new_page()
     other.goto(world.url)
     wait_for(other, "watching")
@@ -190,7 +190,7 @@ def test_second_visitor_watches(chromium: Any, world: Server) -> None:
 
 
 @pytest.mark.parametrize("size", [(390, 844), (844, 390), (1440, 900)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_everything_fits_on_the_screen(size: tuple[int, int], chromium: Any, world: Server) -> None:
+def test_everything_fits_on_the_screen(size: tuple[int, int], chromium: Any, world: ServerProcess) -> None:
     width, height = size
     phone = width < 1000
     for page in visit(
@@ -220,7 +220,7 @@ def test_where_h264_cannot_be_decoded_jpeg_takes_over(chromium: Any, host: Any) 
     context.add_init_script("VideoDecoder.prototype.configure = () => { throw new Error('no such decoder') }")
     page = context.new_page()
     page.goto(host().url + "&codec=h264")
-    page.wait_for_selector("#toast:has-text('no such decoder). Going on with JPEG.')")
+    page.wait_for_selector("#toast:has-text('no such decoder). Using JPEG instead.')")
     wait_for(page, "live")
     until(page, "minwm.stats.fps > 20")
     context.close()
@@ -237,7 +237,7 @@ def test_webrtc_where_the_server_has_it(chromium: Any, host: Any) -> None:
         far = ahead(page)
         assert far > 0.3 and page.evaluate("() => minwm.client.overRtc")
         server.cut()  # and when it breaks, the walk goes on over a WebSocket
-        page.wait_for_selector("#toast:has-text('the connection broke. Going on over a WebSocket.')")
+        page.wait_for_selector("#toast:has-text('the connection broke. Using the WebSocket instead.')")
         wait_for(page, "live")
         assert not page.evaluate("() => minwm.client.overRtc") and ahead(page) >= far
         hold(page, 0.4, "KeyW")
@@ -253,7 +253,7 @@ def test_where_no_packet_comes_through_the_websocket_stays(chromium: Any, host: 
         RTCPeerConnection.prototype.setRemoteDescription = () => new Promise(() => {});"""
     )
     for page in visit(context, host(rtc=True).url):
-        page.wait_for_selector("#toast:has-text('no way through to the server. Going on over a WebSocket.')")
+        page.wait_for_selector("#toast:has-text('the server cannot be reached. Using the WebSocket instead.')")
         wait_for(page, "live")
     context.close()
 

@@ -37,17 +37,17 @@ def test_a_dropped_picture_is_where_the_walk_begins(chromium: Any, host: Any) ->
     for page in visit(chromium, server.url):
         hold(page, 0.3, "KeyW")
         page.evaluate(DROP, ["red.png", "image/png", red, "dragover"])
-        assert page.evaluate("() => getComputedStyle(document.body, '::after').content") == '"Drop the start picture"'
+        assert page.evaluate("() => getComputedStyle(document.body, '::after').content") == '"Drop the start image"'
         begun = page.evaluate("() => window.begun ?? 0")
         page.evaluate(DROP, ["red.png", "image/png", red, "drop"])
         until(page, f"window.begun > {begun}")
-        image = server.house.player.begin.image
+        image = server.play_server.loop.next_start.image
         assert image.shape == (16, 16, 3) and abs(image.mean((0, 1)) - (200, 30, 20)).max() < 6
         text = base64.b64encode(b"no picture").decode()
         for event in ("dragover", "drop"):
             page.evaluate(DROP, ["a.txt", "text/plain", text, event])
-        page.wait_for_selector("#toast:has-text('a.txt cannot be the start picture')")
-        assert np.array_equal(server.house.player.begin.image, image)
+        page.wait_for_selector("#toast:has-text('a.txt cannot be the start image')")
+        assert np.array_equal(server.play_server.loop.next_start.image, image)
 
 
 PAD = """() => {
@@ -139,7 +139,7 @@ def test_steps_speed_and_seed(chromium: Any, host: Any) -> None:
         until(page, f"window.last.chunk === {chunk + 1}")
         page.select_option("[data-testid=speed]", "0.25")
         until(page, "window.state.speed === 0.25")
-        assert server.house.player.pacer.speed == 0.25
+        assert server.play_server.loop.scheduler.speed == 0.25
         page.click("[data-testid=pause]")
         until(page, "minwm.stats.fps > 8 && minwm.stats.fps < 24")  # of 64
         page.fill("[data-testid=seed]", "41")

@@ -21,14 +21,14 @@ from minwm.cameras.trajectory import Action
 from minwm.cli import main
 from minwm.cli.base import EngineFlags
 from minwm.cli.models import _preset
-from minwm.cli.play import _model_game, _warm_up
+from minwm.cli.play import _warm_up
 from minwm.core.config import ConfigError, UserError
 from minwm.experiments.presets.demo import model_to_play
 from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig, TinyDecoder, VideoCodec, channels_last
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
-from minwm.play.game import Begin, model_game
+from minwm.play.scenario import StartState, model_scenario
 from minwm.session.engines import ModelEngine
 from minwm.session.session import Session
 from minwm.store.folder import tiny_decoder
@@ -128,7 +128,7 @@ def test_a_compiled_stream_is_two_graphs_however_long_and_in_whatever_thread() -
         "taehv": TaehvConfig(channels=4, width=4),
         "small": SMALL.codec,
     }
-    image, plain_model, game = start_image(), tiny_model(), {}
+    image, plain_model, scenario = start_image(), tiny_model(), {}
     for name, cfg in codecs.items():
         torch.manual_seed(0)
         codec = cfg.build().eval().requires_grad_(False)
@@ -366,11 +366,11 @@ def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.Capture
     """The shipped model: its race is run and told, and its frames are those of the plain form."""
     name = str(model_to_play())
     flags = EngineFlags(attention="race", decode="channels_last")
-    games = [_model_game(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
+    games = [_model_scenario(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
     _warm_up(games[0])
     said = capsys.readouterr().out
     assert said.count("is used") == said.count("warm-up: the start in") == 1
-    fast, plain = (game.engines(game.begin)[0] for game in games)
+    fast, plain = (scenario.engines(scenario.start)[0] for scenario in games)
     assert isinstance(fast, ModelEngine) and fast.engine.attention in ("flash", "math")
     for a, b in zip(Session(fast).play(KEYS[:2]), Session(plain).play(KEYS[:2]), strict=True):
         assert np.abs(a.astype(int) - b).max() <= 2
@@ -381,20 +381,20 @@ def test_engines_with_graphs_serve_every_walk_and_a_refused_one_changes_nothing(
 ) -> None:
     # as if they could be recorded
     monkeypatch.setattr("minwm.session.engines.open_stream", lambda _, *args: Stream(*args))
-    model, begin = tiny_model(), Begin(prompt="a room", image=start_image())
-    fresh = model_game(model, "tiny", begin)
-    assert fresh.engines(begin)[0] is not fresh.engines(begin)[0]
-    game = model_game(model, "tiny", begin, other=model, engine=EngineConfig(graphs=True))
-    engines = game.engines(game.begin)
+    model, start = tiny_model(), StartState(prompt="a room", image=start_image())
+    fresh = model_scenario(model, "tiny", start)
+    assert fresh.engines(start)[0] is not fresh.engines(start)[0]
+    scenario = model_scenario(model, "tiny", start, other=model, engine=EngineConfig(graphs=True))
+    engines = scenario.engines(scenario.start)
     first = list(Session(engines[0]).play(KEYS[:2]))
     arena = engines[0].stream.arena.kv.data_ptr()  # type: ignore[attr-defined]
-    other = replace(game.begin, seed=5, prompt="a blue hall")
-    assert all(a is b for a, b in zip(game.engines(other), engines, strict=True))
+    other = replace(scenario.start, seed=5, prompt="a blue hall")
+    assert all(a is b for a, b in zip(scenario.engines(other), engines, strict=True))
     assert not np.array_equal(list(Session(engines[0]).play(KEYS[:2]))[-1], first[-1])
     with pytest.raises(UserError, match="the first image is"):
-        game.engines(replace(game.begin, image=np.zeros((8, 8, 3), np.uint8)))
+        scenario.engines(replace(scenario.start, image=np.zeros((8, 8, 3), np.uint8)))
     assert (engines[0].seed, engines[1].seed) == (5, 5)  # type: ignore[attr-defined]
-    game.engines(game.begin)
+    scenario.engines(scenario.start)
     again = list(Session(engines[0]).play(KEYS[:2]))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert engines[0].stream.arena.kv.data_ptr() == arena  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Whatever comes over the wire: it is understood, or refused with a reason, and nothing else happens."""
+"""Random and damaged messages: each is parsed, or refused with a reason, and nothing else happens."""
 
 import asyncio
 import contextlib
@@ -14,13 +14,12 @@ from playing import MOTION, painted
 from talking import in_memory, until
 
 from minwm.core.config import UserError
-from minwm.play.client import Client, Shot
-from minwm.play.intent import LOOK, Intent
+from minwm.play.client import Client, ReceivedFrame
+from minwm.play.inputs import MAX_LOOK_RATE, InputAccumulator
 from minwm.play.protocol import (
-    LAYOUT,
+    HEADER_STRUCT,
     REASON_LIMIT,
     VERSION,
-    Command,
     Header,
     Hello,
     Input,
@@ -29,15 +28,16 @@ from minwm.play.protocol import (
     Rewind,
     Seed,
     Shown,
+    SimpleCommand,
     Speed,
     Times,
-    parse,
-    parse_reply,
-    text_of,
+    parse_client_message,
+    parse_server_message,
+    to_json,
     unpack,
 )
-from minwm.play.rtc import Peer
-from minwm.play.server import House
+from minwm.play.rtc import BAD_OFFER, Peer
+from minwm.play.server import PlayServer
 
 
 def unhurried(examples: int) -> settings:
@@ -50,17 +50,18 @@ NAMES = [
     *("chunks", "value", "text", "reason", "fatal"),
 ]
 KINDS = ["hello", "input", "shown", "command", "command rewind", "state", "welcome", "error"]
-ORDERS = ["pause", "resume", "step", "reset", "record", "stop", "branch", "replay", "rewind", "seed", "speed", "prompt"]
+SIMPLE = ["pause", "resume", "step", "reset", "record", "stop", "branch", "replay"]
+COMMANDS = [*SIMPLE, "rewind", "seed", "speed", "prompt"]
 
 numbers = some.integers() | some.floats() | some.sampled_from([0, 1, -1, 2**32, 1e308, float("nan")])
-scalars = some.none() | some.booleans() | numbers | some.text(max_size=20) | some.sampled_from(KINDS + ORDERS)
+scalars = some.none() | some.booleans() | numbers | some.text(max_size=20) | some.sampled_from(KINDS + COMMANDS)
 trees = some.recursive(
     scalars, lambda inner: some.lists(inner, max_size=7) | some.dictionaries(some.text(max_size=5), inner), max_leaves=9
 )
 near_misses = some.builds(
-    lambda kind, order, rest: json.dumps({**rest, "type": kind, **({"name": order} if "command" in kind else {})}),
+    lambda kind, command, rest: json.dumps({**rest, "type": kind, **({"name": command} if "command" in kind else {})}),
     some.sampled_from(KINDS),
-    some.sampled_from(ORDERS),
+    some.sampled_from(COMMANDS),
     some.dictionaries(some.sampled_from(NAMES), trees, max_size=6),
 )
 
@@ -79,7 +80,7 @@ messages = some.one_of(
     inputs,
     some.builds(Hello, v=some.integers(), codecs=some.lists(some.text(max_size=9)), resume=some.none() | some.text()),
     some.builds(Shown, frame=some.integers()),
-    some.builds(Command, name=some.sampled_from(ORDERS[:8])),  # type: ignore[arg-type]
+    some.builds(SimpleCommand, name=some.sampled_from(SIMPLE)),  # type: ignore[arg-type]
     some.builds(Rewind, chunks=some.integers(1, 1_000_000)),
     some.builds(Seed, value=some.integers(0, 2**32 - 1)),
     some.builds(Speed, value=some.floats(0.25, 4)),
@@ -90,7 +91,7 @@ messages = some.one_of(
 @some.composite
 def damaged(draw: Any) -> str:
     """A message with a part cut out, and something put in its place."""
-    text = text_of(draw(messages))
+    text = to_json(draw(messages))
     a, b = sorted((draw(some.integers(0, len(text))), draw(some.integers(0, len(text)))))
     return (
         text[:a]
@@ -101,8 +102,8 @@ def damaged(draw: Any) -> str:
 
 @unhurried(150)
 @given(some.text() | near_misses | damaged() | some.binary(max_size=50))
-def test_a_text_is_understood_or_refused_with_a_reason(text: str | bytes) -> None:
-    for read in (parse, parse_reply):
+def test_a_text_is_parsed_or_refused_with_a_reason(text: str | bytes) -> None:
+    for read in (parse_client_message, parse_server_message):
         try:
             message = read(text)
         except ProtocolError as error:
@@ -113,18 +114,18 @@ def test_a_text_is_understood_or_refused_with_a_reason(text: str | bytes) -> Non
 
 @unhurried(80)
 @given(messages)
-def test_what_is_said_is_what_is_heard(message: Any) -> None:
-    assert parse(text_of(message)) == message
+def test_messages_survive_the_round_trip(message: Any) -> None:
+    assert parse_client_message(to_json(message)) == message
 
 
 @unhurried(80)
 @given(some.binary(max_size=200) | some.builds(lambda body: b"MW" + bytes([VERSION]) + body, some.binary(max_size=200)))
 def test_bytes_are_a_frame_or_are_refused(data: bytes) -> None:
-    if len(data) < LAYOUT.size or data[:3] != b"MW\x01":
-        with pytest.raises(ProtocolError, match="no frame"):
+    if len(data) < HEADER_STRUCT.size or data[:3] != b"MW" + bytes([VERSION]):
+        with pytest.raises(ProtocolError, match="not a frame"):
             unpack(data)
     else:
-        assert unpack(data)[1] == data[LAYOUT.size :]
+        assert unpack(data)[1] == data[HEADER_STRUCT.size :]
 
 
 singles = some.floats(width=32, allow_nan=False)
@@ -137,7 +138,7 @@ counts = some.integers(0, 2**32 - 1)
         Header,
         kind=some.integers(0, 2),
         view=some.integers(0, 255),
-        first=some.booleans(),
+        flush=some.booleans(),
         **dict.fromkeys(("frame", "chunk", "seq", "seed"), counts),
         **dict.fromkeys(("media", "t"), some.floats(allow_nan=False)),
         times=some.builds(Times, **dict.fromkeys(Times.__annotations__, singles)),
@@ -153,33 +154,33 @@ def test_a_header_comes_back_as_it_was(header: Header, payload: bytes) -> None:
 
 @unhurried(80)
 @given(some.lists(inputs | some.floats(0.01, 2), max_size=20))
-def test_no_input_moves_faster_than_the_model_goes(story: list[Input | float]) -> None:
-    intent = Intent(MOTION)
+def test_no_input_exceeds_full_speed(story: list[Input | float]) -> None:
+    accumulator = InputAccumulator(MOTION)
     for event in story:
         if isinstance(event, Input):
-            intent.hear(event)
+            accumulator.add(event)
             continue
-        action = np.array(astuple(intent.take(event)))
-        limit = np.array([1, 1, 1, 1 + LOOK, 1 + LOOK, 1]) + 1e-9
+        action = np.array(astuple(accumulator.take(event)))
+        limit = np.array([1, 1, 1, 1 + MAX_LOOK_RATE, 1 + MAX_LOOK_RATE, 1]) + 1e-9
         assert np.isfinite(action).all() and (abs(action) <= limit).all()
 
 
 @unhurried(20)
-@given(some.lists(some.text(max_size=40) | near_misses | damaged() | messages.map(text_of) | some.binary(max_size=9)))
-def test_no_conversation_harms_the_walk(texts: list[str | bytes]) -> None:
-    """A stranger says hello, and then anything at all; who plays does not notice."""
+@given(some.lists(some.text(max_size=40) | near_misses | damaged() | messages.map(to_json) | some.binary(max_size=9)))
+def test_no_client_disturbs_the_player(texts: list[str | bytes]) -> None:
+    """A spectator sends hello and then anything; the player keeps receiving frames without errors."""
 
     async def main() -> None:
-        house = House(painted())
-        async with in_memory(house) as dial:
+        server = PlayServer(painted())
+        async with in_memory(server) as dial:
             client = await Client.join(await dial())
-            stranger = await dial()
-            await stranger.send(text_of(Hello(v=VERSION, codecs=["jpeg"])))
+            spectator = await dial()
+            await spectator.send(to_json(Hello(v=VERSION, codecs=["jpeg"])))
             with contextlib.suppress(ConnectionError):
                 for text in texts:
-                    await stranger.send(text)
-            await stranger.close()
-            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 1)
+                    await spectator.send(text)
+            await spectator.close()
+            await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > 1)
             assert not client.errors
 
     asyncio.run(asyncio.wait_for(main(), 20))
@@ -218,4 +219,4 @@ def test_an_offer_is_answered_or_refused(a: int, b: int, new: str) -> None:
             await peer.close()
 
     said = asyncio.run(answer(OFFER[: min(a, b)] + new + OFFER[max(a, b) :]))
-    assert said.startswith("v=0") or said == "this is no offer of a data channel"
+    assert said.startswith("v=0") or said == BAD_OFFER

@@ -1,4 +1,4 @@
-"""The player's server over HTTP: who may come in, what is sent and fetched; and the command that starts it."""
+"""The play server over HTTP: access rules, uploads and downloads; and the command that starts it."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from playing import SMALL, painted, served, tiny_model
+from playing import SECRET, SMALL, painted, served, tiny_model
 from talking import frame_with, quiet_threads, until
 
 from minwm.cameras.trajectory import Action
@@ -22,22 +22,25 @@ from minwm.cli import main
 from minwm.cli.play import WORLD
 from minwm.core.config import UserError
 from minwm.core.media import png_bytes, read_video, write_image
-from minwm.play.client import Client, Shot
-from minwm.play.game import Game, enter, world_game
+from minwm.play.client import Client, ReceivedFrame
 from minwm.play.protocol import State
-from minwm.play.rtc import offered
-from minwm.play.server import House
-from minwm.play.transport import UPLOAD_LIMIT, WebSocket, connect, connect_rtc, serve
+from minwm.play.rtc import BAD_OFFER, rtc_available
+from minwm.play.scenario import Scenario, spawn_world, world_scenario
+from minwm.play.server import PlayServer
+from minwm.play.transport import UPLOAD_LIMIT, Access, WebSocket, connect, connect_rtc, serve
 from minwm.store.folder import save_model
 
 quiet = pytest.fixture(quiet_threads, autouse=True)
 
 
-def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]], game: Game | None = None) -> None:
+Scene = Callable[[PlayServer, str, aiohttp.ClientSession], Awaitable[None]]
+
+
+def visit(scene: Scene, scenario: Scenario | None = None, access: Access = SECRET) -> None:
     async def main() -> None:
-        house = House(game or painted())
-        async with served(house) as address, aiohttp.ClientSession() as session:
-            await scene(house, address, session)
+        server = PlayServer(scenario or painted())
+        async with served(server, access) as address, aiohttp.ClientSession() as session:
+            await scene(server, address, session)
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
@@ -48,20 +51,20 @@ def visit(scene: Callable[[House, str, aiohttp.ClientSession], Awaitable[None]],
 )
 def test_webrtc_is_offered_only_where_the_whole_machine_listens(host: str, has: bool) -> None:
     pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
-    assert offered(host) == has
+    assert rtc_available(host) == has
 
 
-def test_a_call_that_is_none_is_refused() -> None:
-    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+def test_an_invalid_webrtc_offer_is_refused() -> None:
+    async def scene(server: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
         async def call(offer: bytes, status: int, reason: str, token: str = "secret") -> None:
             async with session.post(f"{address}/rtc?token={token}", data=offer) as answer:
                 assert answer.status == status and reason in await answer.text()
 
         await call(b"v=0", 400, "no WebRTC")
-        house.rtc = True
+        server.rtc = True
         await call(b"v=0", 403, "token", token="wrong")
-        await call(b"\xff\x00", 400, "no offer")
-        await call(b"v=0\r\nm=audio 9 UDP/TLS/RTP/SAVPF 0\r\nm=application 9 DTLS/SCTP 5000\r\n", 400, "no offer")
+        await call(b"\xff\x00", 400, BAD_OFFER)
+        await call(b"v=0\r\nm=audio 9 UDP/TLS/RTP/SAVPF 0\r\nm=application 9 DTLS/SCTP 5000\r\n", 400, BAD_OFFER)
         await call(b"v=0\r\n" * 9000, 400, "at most 16384")
         with pytest.raises(UserError, match="the token is wrong"):
             async with connect_rtc(f"{address}/?token=wrong"):
@@ -71,8 +74,8 @@ def test_a_call_that_is_none_is_refused() -> None:
     visit(scene)
 
 
-def test_without_the_token_there_is_nothing() -> None:
-    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+def test_without_the_token_everything_is_refused() -> None:
+    async def scene(server: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
         for path in ("/", "/ws", "/recording", "/clip"):
             for query in ("", "?token=", "?token=wrong", "?token=%F0%9F%99%82", "?token=%ff"):
                 async with session.get(address + path + query) as answer:
@@ -88,13 +91,13 @@ def test_without_the_token_there_is_nothing() -> None:
         for path in ("/static/../transport.py", "/static/%2e%2e/transport.py", "/static/..%2ftransport.py"):
             async with session.get(address + path) as answer:
                 assert answer.status in (403, 404)
-        assert house.player is None
+        assert server.loop is None
 
     visit(scene)
 
 
 def test_pages_of_other_sites_are_refused() -> None:
-    async def scene(_: House, address: str, session: aiohttp.ClientSession) -> None:
+    async def scene(_: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
         for origin in ("http://evil.example", "null", address.replace("http:", "http:").rsplit(":", 1)[0]):
             with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
                 await session.ws_connect(f"{address}/ws?token=secret", origin=origin)
@@ -105,10 +108,10 @@ def test_pages_of_other_sites_are_refused() -> None:
     visit(scene)
 
 
-def test_it_can_be_played_through_a_tunnel() -> None:
-    """As with `ssh -L`: another port on this side, and the browser says where it believes to be."""
+def test_a_tunnel_needs_no_option() -> None:
+    """As with `ssh -L`: the browser connects to another port, and sends that in Host and Origin."""
 
-    async def scene(_: House, address: str, session: aiohttp.ClientSession) -> None:
+    async def scene(_: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
         there = int(address.rpartition(":")[2])
 
         async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -131,8 +134,8 @@ def test_it_can_be_played_through_a_tunnel() -> None:
     visit(scene)
 
 
-def test_start_pictures_are_checked_before_they_are_used() -> None:
-    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+def test_start_images_are_checked() -> None:
+    async def scene(server: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
         async with connect(f"{address}/?token=secret") as wire:
             client = await Client.join(wire)
             image = f"{address}/image?token=secret&session={client.welcome.session}"
@@ -141,23 +144,23 @@ def test_start_pictures_are_checked_before_they_are_used() -> None:
             huge = picture[:16] + (100_000).to_bytes(4, "big") * 2 + picture[24:]  # says that it is 100000 x 100000
             for data, status in ((gif, 400), (b"", 400), (picture[:60], 400), (huge, 400)):
                 async with session.post(image, data=data) as answer:
-                    assert answer.status == status and "no picture" in (await answer.json())["error"]
+                    assert answer.status == status and "cannot be read" in (await answer.json())["error"]
             async with session.post(image, data=bytes(UPLOAD_LIMIT + 1)) as answer:
                 assert answer.status == 413 and "8 MiB" in (await answer.json())["error"]
             async with session.post(f"{address}/image?token=secret&session=other", data=picture) as answer:
                 assert answer.status == 400 and "no such session" in (await answer.json())["error"]
-            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 2)
+            await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > 2)
             async with session.post(image, data=picture) as answer:
                 assert answer.status == 200 and await answer.json() == {}
-            begun = await until(client, lambda m: isinstance(m, Shot) and m.header.first)
-            assert begun.header.chunk == 0 and house.player
-            assert house.player.begin.image is not None and house.player.begin.image.shape == (16, 16, 3)
+            begun = await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.flush)
+            assert begun.header.chunk == 0 and server.loop
+            assert server.loop.next_start.image is not None and server.loop.next_start.image.shape == (16, 16, 3)
 
     visit(scene)
 
 
-def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
-    async def scene(house: House, address: str, session: aiohttp.ClientSession) -> None:
+def test_a_recording_can_be_downloaded(tmp_path: Path) -> None:
+    async def scene(server: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
         async with connect(f"{address}/?token=secret") as wire:
             client = await Client.join(wire)
             query = f"?token=secret&session={client.welcome.session}"
@@ -165,8 +168,8 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
                 assert answer.status == 404 and "nothing is recorded" in (await answer.json())["error"]
             await client.command("record")
             await until(client, lambda m: isinstance(m, State) and m.recording)
-            here = len(house.player.played) if house.player else 0
-            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > here + 3)
+            here = len(server.loop.inputs) if server.loop else 0
+            await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > here + 3)
             await client.command("stop")
             await until(client, lambda m: isinstance(m, State) and not m.recording)
             async with session.get(f"{address}/recording{query}") as answer:
@@ -194,7 +197,7 @@ def test_what_is_recorded_can_be_fetched(tmp_path: Path) -> None:
         ("--model {pipeline} --image {picture}", "give --prompt"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_play(
+def test_the_command_refuses_bad_options(
     words: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("minwm.experiments.presets.demo.ASSETS", tmp_path / "assets")
@@ -213,24 +216,26 @@ def test_the_command_refuses_what_it_cannot_play(
 def test_the_command_serves_the_last_stage_of_a_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From its address to a moving picture, with the true world beside the model, until the interrupt."""
+    """From the printed address to a moving camera, with the world beside the model, until the interrupt."""
     model = tiny_model()
     save_model(tmp_path / "dmd", model.config, model.net, model.codec)
 
-    async def visit(game: Game, host: str, port: int, rewind: int, say: Callable[[str], Any]) -> None:
+    async def visit(
+        scenario: Scenario, host: str, port: int, rewind: int, access: Access, announce: Callable[[str], Any]
+    ) -> None:
         said = asyncio.Event()
 
         def heard(line: str) -> None:
-            say(line)
+            announce(line)
             said.set()
 
-        server = asyncio.create_task(serve(game, host, port, rewind, heard))
+        server = asyncio.create_task(serve(scenario, host, port, rewind, access, heard))
         await said.wait()
         async with connect(capsys.readouterr().out.split()[-1]) as wire:
             client = await Client.join(wire)
-            assert client.welcome.views == ["model", "world"] and client.welcome.can.rewind == 5
+            assert client.welcome.views == ["model", "world"] and client.welcome.capabilities.rewind == 5
             await client.hold(Action.of("w"))
-            await until(client, lambda m: isinstance(m, Shot) and m.header.view == 1 and m.header.seq == 1)
+            await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.view == 1 and m.header.seq == 1)
         server.cancel()
         await asyncio.gather(server, return_exceptions=True)
         raise KeyboardInterrupt
@@ -240,13 +245,13 @@ def test_the_command_serves_the_last_stage_of_a_pipeline(
     assert main(words) == 0
 
 
-def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
+def test_the_default_model_is_the_shipped_one_or_else_that_of_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played: list[Game] = []
+    inputs: list[Scenario] = []
 
-    async def serve(game: Game, *_: Any) -> None:
-        played.append(game)
+    async def serve(scenario: Scenario, *_: Any) -> None:
+        inputs.append(scenario)
 
     monkeypatch.setattr("minwm.play.transport.serve", serve)
     monkeypatch.setattr("minwm.experiments.presets.demo.ASSETS", tmp_path / "assets")
@@ -256,17 +261,17 @@ def test_without_a_name_the_shipped_model_is_played_or_else_that_of_the_demo(
         save_model(folder, model.config, model.net, model.codec)
         assert main(["play"]) == 0
     assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth", "--steps", "3"]) == 0
-    assert [game.config.sampler.steps for game in played] == [model.config.sampler.steps] * 2 + [3]
+    assert [scenario.config.sampler.steps for scenario in inputs] == [model.config.sampler.steps] * 2 + [3]
     torch.set_num_threads(threads)
-    assert [game.title for game in played] == ["demo/dmd", "world/dmd", "runs/demo"]
-    assert played[0].begin.prompt == enter(WORLD, model.config).world.caption and played[1].takes_image
+    assert [scenario.title for scenario in inputs] == ["demo/dmd", "world/dmd", "runs/demo"]
+    assert inputs[0].start.prompt == spawn_world(WORLD, model.config).world.caption and inputs[1].takes_image
 
 
-def test_a_world_on_the_wire_is_the_world_itself() -> None:
-    """A key held over a real socket: every frame is what the renderer shows from the pose that it claims."""
-    game = world_game(7, replace(SMALL, height=48, width=64, focal=(0.6, 0.8)))
+def test_received_frames_match_the_renderer() -> None:
+    """With a key held, over a real socket, each frame is the renderer's image from the pose in its header."""
+    scenario = world_scenario(7, replace(SMALL, height=48, width=64, focal=(0.6, 0.8)))
 
-    async def scene(_: House, address: str, __: aiohttp.ClientSession) -> None:
+    async def scene(_: PlayServer, address: str, __: aiohttp.ClientSession) -> None:
         async with connect(f"{address}/?token=secret") as wire:
             client = await Client.join(wire)
             await client.hold(Action.of("wl"))
@@ -275,7 +280,8 @@ def test_a_world_on_the_wire_is_the_world_itself() -> None:
                 shots.append(shot)
                 if shot.header.chunk > 4:
                     break
-        truth = np.concatenate(list(enter(7, game.config).advance(np.stack([shot.header.c2w for shot in shots]))))
+        poses = np.stack([shot.header.c2w for shot in shots])
+        truth = np.concatenate(list(spawn_world(7, scenario.config).advance(poses)))
         seen = np.stack([shot.pixels for shot in shots])
         error = seen.astype(float) - truth
         assert np.sqrt((error**2).mean((1, 2, 3))).max() < 6, "but for JPEG"
@@ -283,4 +289,4 @@ def test_a_world_on_the_wire_is_the_world_itself() -> None:
         assert len(moved) > 8 and moved[-1].header.c2w[2, 3] > 0.1
         assert np.abs(truth[0].astype(int) - truth[-1]).max() > 40
 
-    visit(scene, game)
+    visit(scene, scenario)

@@ -1,4 +1,4 @@
-"""Live play, at its edges: what goes over the wire, and what keys, taps and the mouse mean."""
+"""The wire protocol, and the input accumulator: what keys, taps and the mouse do to the next chunk."""
 
 import json
 from dataclasses import replace
@@ -9,11 +9,11 @@ import pytest
 from playing import MOTION, said
 
 from minwm.cameras.trajectory import Action
-from minwm.play.intent import LOOK, Intent
+from minwm.play.inputs import MAX_LOOK_RATE, InputAccumulator
 from minwm.play.protocol import (
     H264_KEY,
     JPEG,
-    Command,
+    VERSION,
     Error,
     Header,
     Hello,
@@ -23,12 +23,13 @@ from minwm.play.protocol import (
     Rewind,
     Seed,
     Shown,
+    SimpleCommand,
     Speed,
     Times,
-    parse,
-    parse_reply,
-    replaceable,
-    text_of,
+    droppable,
+    parse_client_message,
+    parse_server_message,
+    to_json,
     unpack,
 )
 
@@ -38,7 +39,7 @@ CHUNK = 0.5
 # ---------------------------------------------------------------------------------------------
 # Protocol
 
-INPUT = text_of(said(1, "w"))
+INPUT = to_json(said(1, "w"))
 
 
 @pytest.mark.parametrize(
@@ -82,17 +83,17 @@ INPUT = text_of(said(1, "w"))
 )
 def test_hostile_texts_are_refused_with_a_reason(text: str | bytes, reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason) as caught:
-        parse(text)
+        parse_client_message(text)
     assert len(str(caught.value)) <= 300
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(v=1, codecs=["h264", "jpeg"], resume="abc"),
+        Hello(v=VERSION, codecs=["h264", "jpeg"], resume="abc"),
         said(7, "s", -0.25, (3.0, -1.5)),
         Shown(frame=9),
-        Command(name="replay"),
+        SimpleCommand(name="replay"),
         Rewind(chunks=4),
         Seed(value=2**32 - 1),
         Speed(value=0.25),
@@ -100,26 +101,27 @@ def test_hostile_texts_are_refused_with_a_reason(text: str | bytes, reason: str)
     ],
     ids=lambda message: message.kind,
 )
-def test_texts_come_back_as_they_were(message: Any) -> None:
-    assert parse(text_of(message)) == message
+def test_texts_survive_the_round_trip(message: Any) -> None:
+    assert parse_client_message(to_json(message)) == message
     with pytest.raises(ProtocolError):
-        parse_reply(text_of(message))
+        parse_server_message(to_json(message))
 
 
-def test_texts_are_those_of_the_contract() -> None:
-    assert json.loads(text_of(Rewind(chunks=2))) == {"type": "command", "name": "rewind", "chunks": 2}
-    assert json.loads(text_of(Command(name="pause"))) == {"type": "command", "name": "pause"}
-    assert json.loads(text_of(Error(reason="no", fatal=True))) == {"type": "error", "reason": "no", "fatal": True}
-    assert parse('{"type": "input", "seq": 4, "t": 1, "held": [0,0,1,0,0,0], "total": [0,0,0,0,0,0], "look": [0,0]}')
+def test_texts_have_the_documented_form() -> None:
+    assert json.loads(to_json(Rewind(chunks=2))) == {"type": "command", "name": "rewind", "chunks": 2}
+    assert json.loads(to_json(SimpleCommand(name="pause"))) == {"type": "command", "name": "pause"}
+    assert json.loads(to_json(Error(reason="no", fatal=True))) == {"type": "error", "reason": "no", "fatal": True}
+    text = '{"type": "input", "seq": 4, "t": 1, "held": [0,0,1,0,0,0], "total": [0,0,0,0,0,0], "look": [0,0]}'
+    assert parse_client_message(text) == Input(seq=4, t=1.0, held=(0, 0, 1, 0, 0, 0))
 
 
-def test_the_header_is_that_of_the_contract() -> None:
+def test_the_header_has_the_documented_layout() -> None:
     pose = np.eye(4)
     pose[:3] = np.arange(12).reshape(3, 4)
     header = Header(
         kind=H264_KEY,
         view=1,
-        first=True,
+        flush=True,
         frame=70_000,
         chunk=9,
         seq=2**32 - 1,
@@ -130,117 +132,120 @@ def test_the_header_is_that_of_the_contract() -> None:
         c2w=pose,
     )
     data = header.pack()
-    assert len(data) == 108 and data[:8] == b"MW" + bytes([1, 1, 1, 1, 0, 0])
+    assert len(data) == 108 and data[:8] == b"MW" + bytes([VERSION, H264_KEY, 1, 1, 0, 0])
     assert np.frombuffer(data, "<u4", 4, 8).tolist() == [70_000, 9, 2**32 - 1, 5]
     assert np.frombuffer(data, "<f8", 2, 24).tolist() == [1234.5, 1e12]
     assert np.frombuffer(data, "<f4", 17, 40).tolist() == [1, 2, 3, 4, 5, *range(12)]
     back, payload = unpack(data + b"payload")
     assert payload == b"payload" and np.array_equal(back.c2w, pose)
     assert replace(back, c2w=pose).pack() == data
-    jpegs = [replace(header, kind=JPEG, first=first).pack() for first in (False, True)]
-    assert [replaceable(message) for message in (*jpegs, data, "text", b"")] == [True, False, False, False, False]
-    for broken in (b"", data[:107], b"XX" + data[2:], b"MW\x02" + data[3:]):
-        with pytest.raises(ProtocolError, match="no frame"):
+    jpegs = [replace(header, kind=JPEG, flush=first).pack() for first in (False, True)]
+    assert [droppable(message) for message in (*jpegs, data, "text", b"")] == [True, False, False, False, False]
+    for broken in (b"", data[:107], b"XX" + data[2:], b"MW" + bytes([VERSION + 1]) + data[3:]):
+        with pytest.raises(ProtocolError, match="not a frame"):
             unpack(broken)
 
 
 # ---------------------------------------------------------------------------------------------
-# Intent. A chunk lasts half a second here.
+# InputAccumulator. A chunk lasts half a second here.
 
 
-def walked(intent: Intent) -> float:
+def walked(accumulator: InputAccumulator) -> float:
     """Seconds at full speed that the next chunk goes forward."""
-    return intent.take(CHUNK).move_z * CHUNK
+    return accumulator.take(CHUNK).move_z * CHUNK
 
 
 def test_a_tap_between_two_boundaries_moves_its_own_duration() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0))
-    intent.hear(said(2, "", 0.03))
-    assert walked(intent) == pytest.approx(0.03)
-    assert walked(intent) == 0
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0))
+    accumulator.add(said(2, "", 0.03))
+    assert walked(accumulator) == pytest.approx(0.03)
+    assert walked(accumulator) == 0
 
 
-def test_a_held_key_acts_for_whole_chunks_and_is_not_given_twice() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0))
-    assert [walked(intent), walked(intent)] == [CHUNK, CHUNK]  # held across two boundaries: no news in between
-    intent.hear(said(2, "", 0.9))  # released 0.1 s before the second chunk is over
-    assert walked(intent) == 0
-    intent.hear(said(3, "w", 0.9))
-    intent.hear(said(4, "", 0.93))
-    assert walked(intent) == pytest.approx(0.03), "what was granted too much is forgotten, not taken back"
+def test_a_held_key_acts_for_whole_chunks_and_is_not_applied_twice() -> None:
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0))
+    assert [walked(accumulator), walked(accumulator)] == [
+        CHUNK,
+        CHUNK,
+    ]  # held across two boundaries: no news in between
+    accumulator.add(said(2, "", 0.9))  # released 0.1 s before the second chunk is over
+    assert walked(accumulator) == 0
+    accumulator.add(said(3, "w", 0.9))
+    accumulator.add(said(4, "", 0.93))
+    assert walked(accumulator) == pytest.approx(0.03), "what was granted too much is forgotten, not taken back"
 
 
-def test_a_key_released_after_the_boundary_gets_what_is_still_due() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0))  # 0.3 s before the boundary
-    assert walked(intent) == CHUNK
-    intent.hear(said(2, "", 0.7))  # 0.4 s after it: 0.7 s were made, half a second was given
-    assert walked(intent) == pytest.approx(0.2)
-    assert walked(intent) == 0
+def test_a_key_released_after_the_boundary_gets_the_rest_of_its_time() -> None:
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0))  # 0.3 s before the boundary
+    assert walked(accumulator) == CHUNK
+    accumulator.add(said(2, "", 0.7))  # 0.4 s after it: 0.7 s were made, half a second was given
+    assert walked(accumulator) == pytest.approx(0.2)
+    assert walked(accumulator) == 0
 
 
-def test_what_is_due_is_part_of_a_chunk_that_is_held() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0))
-    intent.hear(said(2, "w", 0.2))  # said again: the page may repeat itself
-    assert walked(intent) == CHUNK, "no faster than the model goes"
-    intent.hear(said(3, "", 0.5))
-    assert walked(intent) == 0
+def test_time_before_the_boundary_is_part_of_a_held_chunk() -> None:
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0))
+    accumulator.add(said(2, "w", 0.2))  # said again: the page may repeat itself
+    assert walked(accumulator) == CHUNK, "no faster than the model goes"
+    accumulator.add(said(3, "", 0.5))
+    assert walked(accumulator) == 0
 
 
-def test_turning_round_within_a_chunk_keeps_both_ways() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0))
-    assert walked(intent) == CHUNK
-    intent.hear(said(2, "s", 0.1))  # 0.4 s too much were given: forgotten
-    intent.hear(said(3, "", 0.1 - 0.25))
-    assert walked(intent) == pytest.approx(-0.25)
+def test_opposite_keys_within_a_chunk_both_count() -> None:
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0))
+    assert walked(accumulator) == CHUNK
+    accumulator.add(said(2, "s", 0.1))  # 0.4 s too much were given: forgotten
+    accumulator.add(said(3, "", 0.1 - 0.25))
+    assert walked(accumulator) == pytest.approx(-0.25)
 
 
 def test_chords_act_on_their_own_axes() -> None:
-    intent = Intent(MOTION)
-    intent.hear(Input(seq=1, held=(1, 0, 1, -0.5, 0, 0)))
-    assert intent.take(CHUNK) == Action(move_x=1, move_z=1, yaw=-0.5)
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(Input(seq=1, held=(1, 0, 1, -0.5, 0, 0)))
+    assert accumulator.take(CHUNK) == Action(move_x=1, move_z=1, yaw=-0.5)
 
 
 def test_an_older_input_changes_nothing() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(2, "s", -0.1))
-    intent.hear(said(1, "w", 0.0))
-    assert intent.newest.seq == 2 and intent.take(CHUNK).move_z == -1
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(2, "s", -0.1))
+    accumulator.add(said(1, "w", 0.0))
+    assert accumulator.newest.seq == 2 and accumulator.take(CHUNK).move_z == -1
 
 
-def test_mouse_look_is_limited_and_one_chunk_of_the_rest_waits() -> None:
-    intent, reach = Intent(MOTION), LOOK * MOTION.turn * CHUNK  # 40 degrees
+def test_mouse_look_is_limited_and_one_chunk_of_the_rest_carries_over() -> None:
+    accumulator, reach = InputAccumulator(MOTION), MAX_LOOK_RATE * MOTION.turn * CHUNK  # 40 degrees
 
     def turned() -> tuple[float, float]:
-        action = intent.take(CHUNK)
+        action = accumulator.take(CHUNK)
         return action.yaw * MOTION.turn * CHUNK, action.pitch * MOTION.turn * CHUNK
 
-    intent.hear(said(1, look=(15.0, -5.0)))
+    accumulator.add(said(1, look=(15.0, -5.0)))
     assert turned() == pytest.approx((15.0, -5.0))
-    intent.hear(said(2, look=(15.0 + reach + 10, -5.0)))
+    accumulator.add(said(2, look=(15.0 + reach + 10, -5.0)))
     assert turned() == pytest.approx((reach, 0))
     assert turned() == pytest.approx((10, 0))
-    intent.hear(said(3, look=(2000.0, -5.0)))
+    accumulator.add(said(3, look=(2000.0, -5.0)))
     assert [turned()[0] for _ in range(3)] == pytest.approx([reach, reach, 0])
 
 
-def test_a_pause_and_a_turn_forget_what_was_made_meanwhile() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0))
-    intent.hear(said(2, "", 0.4, (30.0, 0.0)))
-    intent.forget()
-    assert intent.take(CHUNK) == Action()
-    intent.release(None)  # somebody who has watched for long, and pressed keys
-    intent.hear(said(900, "w", 55.0, (500.0, 0.0)))
-    assert intent.take(CHUNK) == Action(move_z=1)
+def test_a_pause_and_a_turn_drop_unapplied_input() -> None:
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0))
+    accumulator.add(said(2, "", 0.4, (30.0, 0.0)))
+    accumulator.clear()
+    assert accumulator.take(CHUNK) == Action()
+    accumulator.reset(None)  # somebody who has watched for long, and pressed keys
+    accumulator.add(said(900, "w", 55.0, (500.0, 0.0)))
+    assert accumulator.take(CHUNK) == Action(move_z=1)
 
 
 def test_in_slow_motion_a_second_at_the_keys_is_less_in_the_world() -> None:
-    intent = Intent(MOTION)
-    intent.hear(said(1, "w", 0.0), 0.25)
-    intent.hear(said(2, "", 0.2), 0.25)
-    assert walked(intent) == pytest.approx(0.05)
+    accumulator = InputAccumulator(MOTION)
+    accumulator.add(said(1, "w", 0.0), 0.25)
+    accumulator.add(said(2, "", 0.2), 0.25)
+    assert walked(accumulator) == pytest.approx(0.05)

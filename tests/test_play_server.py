@@ -1,4 +1,4 @@
-"""Conversations with the player's server, over every wire: whoever does whatever at the other end."""
+"""The play server over every transport: roles, turns, reconnects, bad clients, failures and leaks."""
 
 import asyncio
 import contextlib
@@ -15,27 +15,38 @@ from talking import Dial, frame_with, in_memory, over_sockets, quiet_threads, ta
 
 from minwm.cameras.trajectory import Action
 from minwm.nets.attention import KVArena
-from minwm.play.client import Client, Shot
-from minwm.play.player import Player
-from minwm.play.protocol import Command, Error, Hello, ProtocolError, Rewind, Shown, State, parse_reply, text_of
-from minwm.play.server import MESSAGES_PER_SECOND, SEATS, House
-from minwm.play.video import Outlet
+from minwm.play.client import Client, ReceivedFrame
+from minwm.play.loop import PlayLoop
+from minwm.play.protocol import (
+    VERSION,
+    Error,
+    Hello,
+    ProtocolError,
+    Rewind,
+    Shown,
+    SimpleCommand,
+    State,
+    parse_server_message,
+    to_json,
+)
+from minwm.play.send_queue import SendQueue
+from minwm.play.server import MAX_CLIENTS, MAX_MESSAGES_PER_SECOND, PlayServer
 from minwm.session.session import Session
 
 quiet = pytest.fixture(quiet_threads, autouse=True)
 
 
 @wires
-def test_who_joins_walks(wire: Any) -> None:
-    async def scene(_: House, dial: Dial) -> None:
+def test_the_first_client_plays(wire: Any) -> None:
+    async def scene(_: PlayServer, dial: Dial) -> None:
         client = await Client.join(await dial())
         assert client.welcome.role == "player" and client.welcome.fps == 64 and client.welcome.chunk == 4
-        assert client.welcome.can.rewind == 60 and client.welcome.seed == 3
-        first = await until(client, lambda m: isinstance(m, Shot))
-        assert first.header.first and first.header.frame == 0 and abs(int(first.pixels[0, 0, 1]) - 128) <= 2
+        assert client.welcome.capabilities.rewind == 60 and client.welcome.seed == 3
+        first = await until(client, lambda m: isinstance(m, ReceivedFrame))
+        assert first.header.flush and first.header.frame == 0 and abs(int(first.pixels[0, 0, 1]) - 128) <= 2
         await client.hold(Action.of("w"))
         held = await until(client, frame_with(1))
-        later = await until(client, lambda m: isinstance(m, Shot) and m.header.chunk >= held.header.chunk + 4)
+        later = await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk >= held.header.chunk + 4)
         assert later.header.c2w[2, 3] > 0.2 and int(later.pixels[0, 0, 1]) > 132, "green is forward"
         assert later.header.t == client.input.t
         await client.command("pause")
@@ -46,13 +57,18 @@ def test_who_joins_walks(wire: Any) -> None:
 
 
 @wires
-def test_nothing_wrong_harms_anyone_else(wire: Any) -> None:
-    async def scene(house: House, dial: Dial) -> None:
+def test_a_bad_client_is_refused_and_disturbs_nobody(wire: Any) -> None:
+    async def scene(server: PlayServer, dial: Dial) -> None:
         client = await Client.join(await dial())
-        for text in ("garbage", "{}", text_of(Command(name="reset")), text_of(Hello(v=2, codecs=["jpeg"]))):
+        for text in (
+            "garbage",
+            "{}",
+            to_json(SimpleCommand(name="reset")),
+            to_json(Hello(v=VERSION + 1, codecs=["jpeg"])),
+        ):
             bad = await dial()
             await bad.send(text)
-            answer = parse_reply(await bad.receive() or "")
+            answer = parse_server_message(await bad.receive() or "")
             assert isinstance(answer, Error) and answer.fatal and answer.reason
             assert await bad.receive() is None
         with pytest.raises(ProtocolError, match="no codec in common"):
@@ -63,16 +79,16 @@ def test_nothing_wrong_harms_anyone_else(wire: Any) -> None:
         assert gone.fatal and "binary" in gone.reason
         await client.hold(Action.of("w"))
         await until(client, frame_with(1))
-        assert [seat.id for seat in house.seats] == [client.welcome.session]
+        assert [client.id for client in server.clients] == [client.welcome.session]
 
     talk(scene, wire)
 
 
-def test_a_flood_ends_its_own_connection() -> None:
-    async def scene(_: House, dial: Dial) -> None:
+def test_too_many_messages_close_the_connection() -> None:
+    async def scene(_: PlayServer, dial: Dial) -> None:
         client = await Client.join(await dial())
         with contextlib.suppress(ConnectionError):
-            for frame in range(3 * MESSAGES_PER_SECOND):
+            for frame in range(3 * MAX_MESSAGES_PER_SECOND):
                 await client.send(Shown(frame=frame))
         gone = await until(client, lambda m: isinstance(m, Error))
         assert gone.fatal and "in a second" in gone.reason
@@ -81,24 +97,24 @@ def test_a_flood_ends_its_own_connection() -> None:
 
 
 @wires
-def test_the_second_watches_and_gets_its_turn(wire: Any) -> None:
+def test_the_second_client_watches_and_gets_its_turn(wire: Any) -> None:
     clock = Clock()
 
-    async def scene(_: House, dial: Dial) -> None:
+    async def scene(_: PlayServer, dial: Dial) -> None:
         first, second = await Client.join(await dial()), await Client.join(await dial())
-        assert (second.welcome.role, second.welcome.queue) == ("spectator", 1)
+        assert (second.welcome.role, second.welcome.queue_position) == ("spectator", 1)
         await second.command("reset")
         refused = await until(second, lambda m: isinstance(m, Error))
-        assert "watching" in refused.reason and not refused.fatal
+        assert "spectator" in refused.reason and not refused.fatal
         await second.hold(Action.of("d"))
         await first.hold(Action.of("w"))
-        seen = await until(second, lambda m: isinstance(m, Shot) and m.header.c2w[2, 3] > 0.1)
-        assert abs(seen.header.c2w[0, 3]) < 1e-6, "who watches moves nothing"
+        seen = await until(second, lambda m: isinstance(m, ReceivedFrame) and m.header.c2w[2, 3] > 0.1)
+        assert abs(seen.header.c2w[0, 3]) < 1e-6, "a spectator moves nothing"
         clock.now += 200
         await until(second, lambda m: isinstance(m, State) and m.role == "player")
-        await until(first, lambda m: isinstance(m, State) and m.role == "spectator" and m.queue == 1)
+        await until(first, lambda m: isinstance(m, State) and m.role == "spectator" and m.queue_position == 1)
         await second.hold(Action.of("d"))
-        await until(second, lambda m: isinstance(m, Shot) and m.header.c2w[0, 3] > 0.05)
+        await until(second, lambda m: isinstance(m, ReceivedFrame) and m.header.c2w[0, 3] > 0.05)
         await second.transport.close()
         await asyncio.sleep(0.05)
         clock.now += 10  # who left loses the turn when somebody waits
@@ -108,41 +124,41 @@ def test_the_second_watches_and_gets_its_turn(wire: Any) -> None:
 
 
 @wires
-def test_who_was_cut_off_goes_on_where_they_were(wire: Any) -> None:
+def test_a_reconnected_player_resumes_its_session(wire: Any) -> None:
     clock = Clock()
 
-    async def scene(house: House, dial: Dial) -> None:
+    async def scene(server: PlayServer, dial: Dial) -> None:
         client = await Client.join(await dial())
         await client.hold(Action.of("w"))
-        last = await until(client, lambda m: isinstance(m, Shot) and m.header.chunk > 5)
+        last = await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > 5)
         await client.transport.close()
-        while house.seats[0].left is None:
+        while server.clients[0].disconnected_at is None:
             await asyncio.sleep(0.01)
         clock.now += 60
         await asyncio.sleep(0.3)  # nobody looks: nothing is made
-        made = len(house.player.played) if house.player else 0
+        made = len(server.loop.inputs) if server.loop else 0
         await asyncio.sleep(0.2)
-        assert house.player and len(house.player.played) == made >= last.header.chunk
+        assert server.loop and len(server.loop.inputs) == made >= last.header.chunk
         again = await Client.join(await dial(), resume=client.welcome.session)
         assert again.welcome.role == "player" and again.welcome.session == client.welcome.session
-        here = await until(again, lambda m: isinstance(m, Shot))
-        assert here.header.first and here.header.chunk == made
+        here = await until(again, lambda m: isinstance(m, ReceivedFrame))
+        assert here.header.flush and here.header.chunk == made
         newer = await Client.join(await dial(), resume=client.welcome.session)  # a second tab takes over
         gone = await until(again, lambda m: isinstance(m, Error))
         assert gone.fatal and "another connection" in gone.reason and newer.welcome.role == "player"
         await newer.transport.close()
-        while house.seats[0].left is None:
+        while server.clients[0].disconnected_at is None:
             await asyncio.sleep(0.01)
-        player, clock.now = house.player, clock.now + 400
-        house.look_around()
-        assert player and player.closed and house.player is None and not house.seats
+        loop, clock.now = server.loop, clock.now + 400
+        server.check_timeouts()
+        assert loop and loop.closed and server.loop is None and not server.clients
 
     talk(scene, wire, clock=clock)
 
 
 @wires
 def test_a_failing_engine_is_reported_and_the_server_goes_on(wire: Any, caplog: pytest.LogCaptureFixture) -> None:
-    async def scene(_: House, dial: Dial) -> None:
+    async def scene(_: PlayServer, dial: Dial) -> None:
         for _turn in range(2):
             client = await Client.join(await dial())
             gone = await until(client, lambda m: isinstance(m, Error))
@@ -150,19 +166,19 @@ def test_a_failing_engine_is_reported_and_the_server_goes_on(wire: Any, caplog: 
             assert await client.receive() is None
 
     talk(scene, wire, painted(fails_at=6))
-    assert "the walk ended by an error" in caplog.text
+    assert "generation failed" in caplog.text
 
 
 @wires
-def test_a_slow_client_does_not_hold_up_the_walk(wire: Any) -> None:
-    async def scene(house: House, dial: Dial) -> None:
+def test_a_slow_client_does_not_slow_generation(wire: Any) -> None:
+    async def scene(server: PlayServer, dial: Dial) -> None:
         slow, quick = await Client.join(await dial()), await Client.join(await dial())
-        before = await until(quick, lambda m: isinstance(m, Shot) and m.header.chunk > 1)
-        later = await until(quick, lambda m: isinstance(m, Shot) and m.header.chunk > before.header.chunk + 16)
-        assert sum(len(seat.outlet.frames) for seat in house.seats) <= 4 * 4
+        before = await until(quick, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > 1)
+        later = await until(quick, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > before.header.chunk + 16)
+        assert sum(len(client.queue.packets) for client in server.clients) <= 4 * 4
         chunks = []
         while not chunks or chunks[-1] <= later.header.chunk:
-            shot = await until(slow, lambda m: isinstance(m, Shot))
+            shot = await until(slow, lambda m: isinstance(m, ReceivedFrame))
             chunks.append(shot.header.chunk)
         assert chunks == sorted(chunks)
         if wire is in_memory:  # the kernel would hold some for a socket
@@ -171,62 +187,63 @@ def test_a_slow_client_does_not_hold_up_the_walk(wire: Any) -> None:
     talk(scene, wire)
 
 
-def test_a_hundred_visitors_leave_nothing_behind() -> None:
-    async def scene(house: House, dial: Dial) -> None:
+def test_a_hundred_spectators_leak_nothing() -> None:
+    async def scene(server: PlayServer, dial: Dial) -> None:
         first = await Client.join(await dial())
-        await until(first, lambda m: isinstance(m, Shot))
+        await until(first, lambda m: isinstance(m, ReceivedFrame))
 
         async def visit() -> None:
             client = await Client.join(await dial())
-            await until(client, lambda m: isinstance(m, Shot))
+            await until(client, lambda m: isinstance(m, ReceivedFrame))
             await client.transport.close()
 
         async def count() -> tuple[int, int, int, int]:
-            assert house.player
+            assert server.loop
             async with asyncio.timeout(5):  # the server has yet to notice that the last one left
-                while len(house.player.outlets) > 1 or len(house.seats) > 1:
+                while len(server.loop.queues) > 1 or len(server.clients) > 1:
                     await asyncio.sleep(0.01)
             gc.collect()
-            outlets = sum(type(thing) is Outlet for thing in gc.get_objects())
-            return threading.active_count(), len(house.seats), len(house.player.outlets), outlets
+            queues = sum(type(thing) is SendQueue for thing in gc.get_objects())
+            return threading.active_count(), len(server.clients), len(server.loop.queues), queues
 
         await visit()
         before = await count()
         for _ in range(100):
             await visit()
-            assert house.player
-            house.player.shown(10**6)
+            assert server.loop
+            server.loop.set_shown(10**6)
         after = await count()
         assert after == before
 
     talk(scene, in_memory)
 
 
-def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
-    """Each visitor walks a little, rewinds and goes for good: the walk ends, and the next one begins anew."""
-    clock, game = Clock(), learned(tiny_model())
+def test_a_hundred_rollouts_leak_nothing() -> None:
+    """Each client plays a little, rewinds and leaves; the server ends its rollout and starts the next one."""
+    clock, scenario = Clock(), learned(tiny_model())
 
-    async def scene(house: House, dial: Dial) -> None:
+    async def scene(server: PlayServer, dial: Dial) -> None:
         async def visit() -> None:
             client = await Client.join(await dial())
             await client.hold(Action.of("w"))
-            await until(client, lambda m: isinstance(m, Shot) and m.header.chunk == 1)
+            await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk == 1)
             await client.send(Rewind(chunks=1))
             await client.transport.close()
-            while house.seats[0].left is None:
+            while server.clients[0].disconnected_at is None:
                 await asyncio.sleep(0.001)
-            clock.now += house.keep + 1
-            house.look_around()
-            assert house.player is None and not house.seats
+            clock.now += server.idle_timeout + 1
+            server.check_timeouts()
+            assert server.loop is None and not server.clients
 
         def count() -> dict[str, int]:
             deadline = time.monotonic() + 5
             while gc.collect() >= 0 and any(type(thing) is KVArena for thing in gc.get_objects()):
-                assert time.monotonic() < deadline, "the last walk does not end"
+                assert time.monotonic() < deadline, "the last rollout does not end"
                 time.sleep(0.01)
             things = gc.get_objects()
             tensors = [thing for thing in things if issubclass(type(thing), torch.Tensor)]
-            kinds = {kind.__name__: sum(type(t) is kind for t in things) for kind in (KVArena, Outlet, Session, Player)}
+            counted = KVArena, SendQueue, Session, PlayLoop
+            kinds = {kind.__name__: sum(type(t) is kind for t in things) for kind in counted}
             memory = {"bytes": sum(t.nbytes for t in tensors), "objects": len(things)}
             return {"threads": threading.active_count(), **memory, **kinds}
 
@@ -238,14 +255,14 @@ def test_a_hundred_walks_leave_no_memory_no_thread_and_no_slot_behind() -> None:
         assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
         assert all(counts[1][kind] <= count for kind, count in counts[0].items()), counts
 
-    talk(scene, in_memory, game, clock=clock)
+    talk(scene, in_memory, scenario, clock=clock)
 
 
-def test_the_house_is_not_endless() -> None:
-    async def scene(_: House, dial: Dial) -> None:
-        for _turn in range(SEATS):
+def test_a_full_server_refuses_clients() -> None:
+    async def scene(_: PlayServer, dial: Dial) -> None:
+        for _turn in range(MAX_CLIENTS):
             await Client.join(await dial())
-        with pytest.raises(ProtocolError, match="places are taken"):
+        with pytest.raises(ProtocolError, match="the server is full"):
             await Client.join(await dial())
 
     talk(scene, in_memory)

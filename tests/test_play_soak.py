@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from browsing import Server, launched, needs_chromium, visit
+from browsing import ServerProcess, launched, needs_chromium, visit
 
 pytestmark = needs_chromium
 browser = pytest.fixture(launched)
@@ -13,7 +13,7 @@ browser = pytest.fixture(launched)
 def test_nothing_grows(seconds: float, window: float, browser: Any) -> None:
     from play_soak import SETTLED, compared, soak
 
-    server = Server("--world", "7", "--size", "64")
+    server = ServerProcess("--world", "7", "--size", "64")
     try:
         for page in visit(browser, server.url):
             settled = min(SETTLED, seconds / 4)

@@ -1,4 +1,4 @@
-"""The verb that plays: a model or a procedural world in the browser."""
+"""`minwm play`: a model or a rendered world in the browser."""
 
 import asyncio
 import contextlib
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from minwm.cli.base import PLAIN, Count, Decoder, Engine, EngineFlags, Steps, app, command, say
+from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, app, command, say
 from minwm.cli.models import first_frame, with_steps
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
-    from minwm.play.game import Game
+    from minwm.play.scenario import Scenario
     from minwm.store.model import Model, ModelConfig
 
 WORLD = 7
-"""Where a model begins that is given neither a picture nor a world."""
+"""The world whose first frame a model starts from by default."""
 LAST_STAGE = "dmd"
 
 
@@ -29,41 +29,49 @@ def play(
         arg(metavar="DIR|USER/NAME", help="model, or folder of a pipeline such as runs/demo; if not given, ours"),
     ] = None,
     world: Annotated[int | None, arg(metavar="SEED", help="this procedural world; with --model: start in it")] = None,
-    image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
-    prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
+    image: Annotated[Path | None, arg(metavar="PNG", help="start from this image")] = None,
+    prompt: Annotated[str | None, arg(metavar="TEXT", help="of the scene; the world's caption if not given")] = None,
     compare: Annotated[
         str | None, arg(metavar="truth|DIR", help="beside the model: the true world, or another model")
     ] = None,
-    seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
+    seed: Annotated[int, arg(metavar="N", help="seed of the noise")] = 0,
     steps: Steps = None,
-    size: Annotated[int, arg(metavar="PIXELS", help="of a world without a model")] = 128,
-    rewind: Annotated[int, arg(metavar="CHUNKS", help="that can be undone")] = 60,
+    size: Annotated[int, arg(metavar="PIXELS", help="frame size of a world without a model")] = 128,
+    rewind: Annotated[int, arg(metavar="CHUNKS", help="chunks that can be undone")] = 60,
     host: Annotated[str, arg(help="address to listen on; the token is needed on every one")] = "127.0.0.1",
-    port: Count = 7860,
+    port: Annotated[int, arg(metavar="N", help="port to listen on; 0: any free one")] = 7860,
+    public_url: Annotated[str | None, arg(metavar="URL", help="address of the page behind a reverse proxy")] = None,
+    embed: Annotated[
+        str | None, arg(metavar="ORIGIN|*", help="pages that may embed the player, such as http://localhost:8888")
+    ] = None,
     engine: Engine = PLAIN,
     decoder: Decoder = None,
 ) -> None:
-    """Walk through a model or a world in the browser; prints the address to open."""
+    """Play a model or a rendered world in the browser; prints the address to open."""
     import torch
 
     from minwm.experiments.presets.demo import model_to_play
-    from minwm.play.game import world_game
-    from minwm.play.transport import serve
+    from minwm.play.scenario import world_scenario
+    from minwm.play.transport import Access, serve
 
-    # a core is left to the server: threads of torch that must share theirs wait for each other
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port {port}: give 0 to 65535")
+    access = Access(public_url=public_url, embed=embed)
+    # leave a core to the server: torch threads that share a core wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     if model or world is None:
-        game = _model_game(model or str(model_to_play()), world, image, prompt, compare, seed, steps, engine, decoder)
-        _warm_up(game)
+        name = model or str(model_to_play())
+        scenario = _model_scenario(name, world, image, prompt, compare, seed, steps, engine, decoder)
+        _warm_up(scenario)
     elif image or prompt or compare or decoder or steps is not None or engine != PLAIN:
         raise UserError("--world SEED without --model is a rendered world, which takes no other option of a model")
     else:
-        game = world_game(world, _world_config(size))
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        asyncio.run(serve(game, host, port, rewind, say))
+        scenario = world_scenario(world, _world_config(size))
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl+C stops the server
+        asyncio.run(serve(scenario, host, port, rewind, access, say))
 
 
-def _model_game(
+def _model_scenario(
     name: str,
     world: int | None,
     image: Path | None,
@@ -73,9 +81,9 @@ def _model_game(
     steps: int | None,
     engine: EngineFlags,
     decoder: str | None,
-) -> "Game":
+) -> "Scenario":
     from minwm.bench.stream import make_ready
-    from minwm.play.game import Begin, enter, model_game
+    from minwm.play.scenario import StartState, model_scenario, spawn_world
 
     model = with_steps(_load(name, decoder), steps)
     cfg = model.config
@@ -83,15 +91,17 @@ def _model_game(
         raise UserError("give --image or --world, not both: each says where the model starts")
     if cfg.geometry.first_chunk_frames != 1 and (image or world is not None):
         raise UserError("this model starts from its prompt alone; leave out --image and --world")
-    picture, truth = first_frame(image, cfg)[0] if image else None, None
-    if picture is None and cfg.geometry.first_chunk_frames == 1:
-        truth = enter(WORLD if world is None else world, cfg)
-        picture, prompt = truth.start()[0], prompt or truth.world.caption
+    first, truth = first_frame(image, cfg)[0] if image else None, None
+    if first is None and cfg.geometry.first_chunk_frames == 1:
+        truth = spawn_world(WORLD if world is None else world, cfg)
+        first, prompt = truth.start()[0], prompt or truth.world.caption
     if not prompt:
-        raise UserError("give --prompt TEXT: what is seen")
+        raise UserError("give --prompt TEXT: a description of the scene")
     if compare == "truth" and not truth:
         raise UserError("--compare truth needs a model that starts in a procedural world: give --world SEED")
-    begin, title = Begin(seed=seed, prompt=prompt, image=picture), "/".join(Path(name).parts[-2:])
+    start, title = StartState(seed=seed, prompt=prompt, image=first), "/".join(Path(name).parts[-2:])
+    if cfg.network.camera == "none":
+        say("this model has no camera control: keys and mouse do not move its camera")
     chosen, raced, fp8 = make_ready(model, engine.config())
     if fp8:
         say(f"FP8 changes the latents of a trial by {fp8.error:.3g} of their norm, its frames by {fp8.psnr:.1f} dB")
@@ -99,25 +109,25 @@ def _model_game(
         times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in raced.ms.items() if ms is not None)
         say(f"attention of a chunk: {times}; {raced.winner} is used")
     if compare == "truth":
-        return model_game(model, title, begin, truth=truth, engine=chosen)
+        return model_scenario(model, title, start, truth=truth, engine=chosen)
     other = _load(compare, decoder) if compare else None
     if other:
         make_ready(other, chosen)
-    return model_game(model, title, begin, other=other, engine=chosen)
+    return model_scenario(model, title, start, other=other, engine=chosen)
 
 
-def _warm_up(game: "Game") -> None:
-    """Compile, record and choose now what a walk would otherwise stop for."""
+def _warm_up(scenario: "Scenario") -> None:
+    """Compile kernels, record CUDA graphs and choose attention kernels before the first client connects."""
     from minwm.session.engines import ModelEngine
 
-    for one in game.engines(game.begin):
+    for one in scenario.engines(scenario.start):
         if isinstance(one, ModelEngine):
             start, *regimes = one.warm_up()
             say(f"warm-up: the start in {start:.1f} s, {len(regimes)} kinds of chunk in {sum(regimes):.1f} s")
 
 
 def _load(name: str, decoder: str | None) -> "Model":
-    """A model; of a pipeline's folder its last stage."""
+    """A model; of a pipeline's folder, its last stage."""
     from minwm.store.folder import tiny_decoder
     from minwm.store.hub import load
 
@@ -128,7 +138,7 @@ def _load(name: str, decoder: str | None) -> "Model":
 
 
 def _world_config(size: int) -> "ModelConfig":
-    """Brisk, and in the shortest chunks: a world is rendered faster than any screen shows it."""
+    """Config of a rendered world: chunks of one latent for low latency, and faster motion than the models have."""
     from minwm.cameras.trajectory import Motion
     from minwm.experiments.presets.demo import tiny_model
     from minwm.nets.attention import StreamConfig

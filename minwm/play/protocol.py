@@ -1,7 +1,7 @@
-"""What page and server say to each other, version 1: JSON texts, and one binary message per frame and view.
+"""The wire protocol between page and server, version 2: JSON text messages, and one binary message per frame and view.
 
-Texts are parsed once, here, into the dataclasses below; what passes is well-formed. On the wire a message is its
-fields and its `type` (here its kind); of a command with an argument, the kind is type and name.
+The dataclasses below are the text messages; parsing validates them. A message is sent as a JSON object with its fields
+and a `type`. `kind` is that type; for a command with an argument, the type and the command's name ("command rewind").
 """
 
 import json
@@ -14,135 +14,147 @@ from jaxtyping import Float
 
 from minwm.core.config import ConfigError, UserError, from_dict, to_dict
 
-VERSION = 1
+VERSION = 2
 TEXT_LIMIT = 16 * 1024
-"""Bytes of a text from a client."""
+"""Maximum size of a text message from a client, bytes."""
 PROMPT_LIMIT = 1000
-"""Characters."""
+"""Maximum length of a prompt, characters."""
 REASON_LIMIT = 300
-"""Characters of a reason; not all of a hostile message needs to come back."""
+"""Maximum length of an error reason, characters."""
 
 Axes = tuple[float, float, float, float, float, float]
-"""In the order of `Action`: right, up, forward, yaw right, pitch up, roll clockwise."""
-STILL: Axes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""In the order of `Action`'s fields: right, up, forward, yaw right, pitch up, roll clockwise."""
+ZERO_AXES: Axes = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class ProtocolError(UserError):
-    """The other side did not keep to the protocol: its connection ends with this reason."""
+    """The peer violated the protocol; its connection is closed with this reason."""
 
 
-def _within(name: str, value: float | tuple[float, ...], low: float, high: float) -> None:
+def _check_range(name: str, value: float | tuple[float, ...], low: float, high: float) -> None:
     values = value if isinstance(value, tuple) else (value,)
-    if not all(low <= v <= high for v in values):  # false for nan too
+    if not all(low <= v <= high for v in values):  # also rejects NaN
         raise ConfigError(f"{name} = {value}: give {low:g} to {high:g}")
 
 
 # ---------------------------------------------------------------------------------------------
-# From the client
+# Messages from the client
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """The first message."""
+    """The first message of a connection."""
 
     kind: ClassVar[str] = "hello"
     v: int
+    """Protocol version."""
     codecs: list[str]
-    """Best first."""
+    """Supported codecs in order of preference."""
     resume: str | None = None
-    """The session that a lost connection had."""
+    """Session id of a lost connection that this one continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """What is held now, and all that was done since hello."""
+    """Axes held now, and totals since hello: the newest message stands for all before it, so that none is missed."""
 
     kind: ClassVar[str] = "input"
     seq: int = 0
     t: float = 0.0
-    """The client's clock, ms."""
-    held: Axes = STILL
-    """Intent now, each in [-1, 1]."""
-    total: Axes = STILL
-    """Integral of `held` over the client's time since hello, seconds."""
+    """Client clock, ms."""
+    held: Axes = ZERO_AXES
+    """Current value of each axis, in [-1, 1]."""
+    total: Axes = ZERO_AXES
+    """Integral of `held` over the client clock since hello, seconds."""
     look: tuple[float, float] = (0.0, 0.0)
-    """Mouse look since hello, degrees: yaw right, pitch up."""
+    """Accumulated mouse look since hello, degrees: yaw right, pitch up."""
 
     def __post_init__(self) -> None:
-        _within("seq", self.seq, 0, 2**32 - 1)
-        _within("held", self.held, -1, 1)
+        _check_range("seq", self.seq, 0, 2**32 - 1)
+        _check_range("held", self.held, -1, 1)
         for name, value in (("t", self.t), ("total", self.total), ("look", self.look)):
-            _within(name, value, -1e12, 1e12)
+            _check_range(name, value, -1e12, 1e12)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The newest frame on the screen."""
+    """Acknowledgement: the index of the newest frame on the screen."""
 
     kind: ClassVar[str] = "shown"
     frame: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class SimpleCommand:
+    """A command without an argument."""
+
     kind: ClassVar[str] = "command"
     name: Literal["pause", "resume", "step", "reset", "record", "stop", "branch", "replay"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rewind:
+    """Undo this many chunks."""
+
     kind: ClassVar[str] = "command rewind"
     chunks: int
 
     def __post_init__(self) -> None:
-        _within("chunks", self.chunks, 1, 1_000_000)
+        _check_range("chunks", self.chunks, 1, 1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seed:
+    """Restart with another noise seed (a rendered world: another world)."""
+
     kind: ClassVar[str] = "command seed"
     value: int
 
     def __post_init__(self) -> None:
-        _within("seed", self.value, 0, 2**32 - 1)
+        _check_range("seed", self.value, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
+    """Playback speed relative to the model's frame rate."""
+
     kind: ClassVar[str] = "command speed"
     value: float
 
     def __post_init__(self) -> None:
-        _within("speed", self.value, 0.25, 4)
+        _check_range("speed", self.value, 0.25, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
+    """Another prompt, from the next chunk on."""
+
     kind: ClassVar[str] = "command prompt"
     text: str
 
     def __post_init__(self) -> None:
-        self.text.encode()  # half of a surrogate pair is no text: a ValueError
+        self.text.encode()  # ValueError for a lone surrogate
         if not self.text.strip() or len(self.text) > PROMPT_LIMIT:
             raise ConfigError(f"a prompt of {len(self.text)} characters: give 1 to {PROMPT_LIMIT}")
 
 
-Order = Command | Rewind | Seed | Speed | Prompt
-FromClient = Hello | Input | Shown | Order
-WITH_ARGUMENT = tuple(order.kind.split()[1] for order in (Rewind, Seed, Speed, Prompt))
+Command = SimpleCommand | Rewind | Seed | Speed | Prompt
+ClientMessage = Hello | Input | Shown | Command
+ARGUMENT_COMMANDS = tuple(command.kind.split()[1] for command in (Rewind, Seed, Speed, Prompt))
 
 # ---------------------------------------------------------------------------------------------
-# From the server
+# Messages from the server
 
 
 @dataclass(frozen=True, kw_only=True)
-class Can:
-    """What this game lets the player do."""
+class Capabilities:
+    """What the player can change."""
 
+    camera: bool
     prompt: bool
     image: bool
     rewind: int
-    """Chunks that are kept for it."""
+    """Maximum number of chunks that can be undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +165,8 @@ class Welcome:
     v: int = VERSION
     session: str
     role: Literal["player", "spectator"]
-    queue: int
-    """Turns before one's own."""
+    queue_position: int
+    """Number of clients whose turn comes first; 0 for the player."""
     codec: Literal["jpeg", "h264"]
     fps: float
     width: int
@@ -166,27 +178,30 @@ class Welcome:
     prompt: str
     seed: int
     turn: float
-    """Degrees per second."""
+    """Turning speed, degrees per second."""
     move: float
-    """World units per second."""
+    """Moving speed, world units per second."""
     rtc: bool
-    """The same conversation can be had over WebRTC: POST an offer to /rtc, and say hello again there."""
-    can: Can
+    """Whether WebRTC is available: POST an SDP offer to /rtc, then send hello on the data channel."""
+    capabilities: Capabilities
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
+    """Sent after every change and every chunk."""
+
     kind: ClassVar[str] = "state"
     paused: bool
     recording: bool
     chunk: int
+    """Chunks generated since the start."""
     rewind: int
     """Chunks that can be undone now."""
     speed: float
     seed: int
     prompt: str
     role: Literal["player", "spectator"] = "spectator"
-    queue: int = 0
+    queue_position: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,26 +209,26 @@ class Error:
     kind: ClassVar[str] = "error"
     reason: str
     fatal: bool = False
-    """The server closes after it."""
+    """Whether the server closes the connection after this message."""
 
 
-FromServer = Welcome | State | Error
+ServerMessage = Welcome | State | Error
 
 
-def text_of(message: FromClient | FromServer) -> str:
+def to_json(message: ClientMessage | ServerMessage) -> str:
     values = to_dict(message)
     kind, _, name = values.pop("kind").partition(" ")
     return json.dumps({"type": kind, **({"name": name} if name else {}), **values})
 
 
-def parse(text: str | bytes) -> FromClient:
-    """A client's text; ProtocolError for anything else."""
-    return _parse(text, TEXT_LIMIT, FromClient)
+def parse_client_message(text: str | bytes) -> ClientMessage:
+    """Raises ProtocolError for anything but a valid client message."""
+    return _parse(text, TEXT_LIMIT, ClientMessage)
 
 
-def parse_reply(text: str | bytes) -> FromServer:
-    """A server's text; ProtocolError for anything else."""
-    return _parse(text, 1 << 20, FromServer)
+def parse_server_message(text: str | bytes) -> ServerMessage:
+    """Raises ProtocolError for anything but a valid server message."""
+    return _parse(text, 1 << 20, ServerMessage)
 
 
 def _parse(text: str | bytes, limit: int, union: Any) -> Any:
@@ -226,7 +241,7 @@ def _parse(text: str | bytes, limit: int, union: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("type"), str) or "kind" in values:
             raise ProtocolError('a message is a JSON object with a "type"')
         kind = values.pop("type")
-        if kind == Command.kind and values.get("name") in WITH_ARGUMENT:
+        if kind == SimpleCommand.kind and values.get("name") in ARGUMENT_COMMANDS:
             kind = f"{kind} {values.pop('name')}"
         return from_dict(union, {"kind": kind, **values})
     except (ValueError, TypeError, RecursionError, OverflowError, ConfigError) as error:
@@ -236,71 +251,74 @@ def _parse(text: str | bytes, limit: int, union: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------
-# Frames
+# Binary messages: a header and an encoded frame
 
 JPEG, H264_KEY, H264 = 0, 1, 2
 MAGIC = b"MW"
-LAYOUT = struct.Struct("<2s4BH4I2d5f12f")
-"""magic, version, kind, view, flags, 0, frame, chunk, seq, seed, media, t, times, pose: 108 bytes."""
+HEADER_STRUCT = struct.Struct("<2s4BH4I2d5f12f")
+"""magic, version, kind, view, flags, 0, frame, chunk, seq, seed, media, t, times, pose; little-endian, 108 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Milliseconds on the way of a chunk (`encode`: of a frame) from the input to the wire."""
+    """Durations between an input's arrival and sending the frame, milliseconds; of the chunk, except `encode`."""
 
     queue: float = 0.0
-    """The newest input, from its arrival to the chunk that reflects it; 0 if that was held all along."""
+    """From the arrival of the newest input to the start of the chunk; 0 if no input arrived since the last chunk."""
     diffuse: float = 0.0
-    """For a rendered view: render."""
+    """Denoising; for a rendered view, rendering."""
     decode: float = 0.0
     copy: float = 0.0
+    """Device to host."""
     encode: float = 0.0
+    """JPEG or H.264 encoding of this frame."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Header:
-    """All that is known about one frame."""
+    """Metadata of one frame."""
 
     kind: int
+    """JPEG, H264_KEY or H264."""
     view: int
-    first: bool
-    """The first frame after a start, reset or rewind: discard what waits."""
+    flush: bool
+    """First frame after a start, reset or rewind: the client discards the frames that it has queued."""
     frame: int
-    """Counted in the walk: a rewind goes back."""
+    """Frame index since the start; a rewind moves it back."""
     chunk: int
     seq: int
-    """The input that this frame reflects."""
+    """Sequence number of the input that this frame reflects."""
     seed: int
     media: float
     """Media time since the start, ms."""
     t: float
-    """The client's clock of that input, ms."""
+    """Client clock of that input, ms."""
     times: Times
     c2w: Float[np.ndarray, "4 4"]
-    """OpenCV, relative to the first frame."""
+    """Camera-to-world, OpenCV axes, relative to the first frame."""
 
     def pack(self) -> bytes:
         counts = self.frame, self.chunk, self.seq, self.seed
-        start = MAGIC, VERSION, self.kind, self.view, int(self.first), 0
-        return LAYOUT.pack(*start, *counts, self.media, self.t, *astuple(self.times), *self.c2w[:3].ravel())
+        start = MAGIC, VERSION, self.kind, self.view, int(self.flush), 0
+        return HEADER_STRUCT.pack(*start, *counts, self.media, self.t, *astuple(self.times), *self.c2w[:3].ravel())
 
 
-def replaceable(message: str | bytes) -> bool:
-    """Whether the next frame makes up for the loss of this message: a JPEG that begins nothing."""
+def droppable(message: str | bytes) -> bool:
+    """Whether losing this message does no lasting harm: true for a JPEG frame without the flush flag."""
     return isinstance(message, bytes) and (message[3:4], message[5:6]) == (bytes([JPEG]), b"\0")
 
 
 def unpack(message: bytes) -> tuple[Header, bytes]:
-    """A binary message as its header and its payload."""
-    if len(message) < LAYOUT.size or message[:3] != MAGIC + bytes([VERSION]):
-        raise ProtocolError(f"{len(message)} bytes that are no frame of version {VERSION}")
-    _, _, kind, view, flags, _, frame, chunk, seq, seed, media, t, *rest = LAYOUT.unpack_from(message)
+    """Split a binary message into header and payload. Raises ProtocolError if it is not a frame of this version."""
+    if len(message) < HEADER_STRUCT.size or message[:3] != MAGIC + bytes([VERSION]):
+        raise ProtocolError(f"{len(message)} bytes that are not a frame of protocol version {VERSION}")
+    _, _, kind, view, flags, _, frame, chunk, seq, seed, media, t, *rest = HEADER_STRUCT.unpack_from(message)
     pose = np.eye(4)
     pose[:3] = np.array(rest[5:]).reshape(3, 4)
     header = Header(
         kind=kind,
         view=view,
-        first=bool(flags & 1),
+        flush=bool(flags & 1),
         frame=frame,
         chunk=chunk,
         seq=seq,
@@ -310,4 +328,4 @@ def unpack(message: bytes) -> tuple[Header, bytes]:
         times=Times(**dict(zip(Times.__annotations__, rest[:5], strict=True))),
         c2w=pose,
     )
-    return header, message[LAYOUT.size :]
+    return header, message[HEADER_STRUCT.size :]

@@ -1,4 +1,4 @@
-"""A recorded part of a walk, as a video, and as a raw clip with all that is needed to walk it again."""
+"""A recording of live play: as a video, and as a raw clip with the inputs that reproduce it."""
 
 import io
 import json
@@ -19,18 +19,18 @@ from minwm.core.media import mp4_bytes, write_image
 from minwm.core.runtime import git_commit
 from minwm.data.clips import ClipFolder, ClipRecord
 from minwm.data.rerender import split_key
-from minwm.play.game import Begin, Game
+from minwm.play.scenario import Scenario, StartState
 from minwm.session.engines import Engine, RendererEngine
 
-WATCHED = 512
-"""Videos are enlarged to about this many pixels of width."""
+VIDEO_WIDTH = 512
+"""Videos of smaller frames are enlarged by a whole factor to about this width, pixels per view."""
 
 Frames = UInt8[np.ndarray, "n h w 3"]
 
 
 @dataclass(frozen=True)
-class Played:
-    """The input of one chunk."""
+class ChunkInput:
+    """What one chunk was generated with."""
 
     action: Action
     prompt: str
@@ -38,19 +38,19 @@ class Played:
 
 @dataclass
 class Recording:
-    """Chunks as they were played. The first part is the one frame from which the recording goes on."""
+    """Consecutive chunks of a rollout. The first part is the single frame that precedes them."""
 
-    game: Game
-    begin: Begin
-    """Of the whole walk."""
+    scenario: Scenario
+    start: StartState
+    """Of the rollout."""
     engine: Engine
     """Of the first view."""
-    start: int
-    """Chunks walked before."""
+    first_chunk: int
+    """Chunks generated before the recording began."""
     parts: list[tuple[Float[np.ndarray, "n 4 4"], list[Frames]]] = field(default_factory=list)
-    """Poses, and frames of every view."""
-    played: tuple[Played, ...] = ()
-    """Inputs of the walk from its beginning to the end of the recording."""
+    """Poses, and the frames of every view."""
+    inputs: tuple[ChunkInput, ...] = ()
+    """Inputs of all chunks from the start of the rollout to the end of the recording."""
 
     @property
     def nbytes(self) -> int:
@@ -60,22 +60,24 @@ class Recording:
         return [np.concatenate(frames) for frames in zip(*(views for _, views in self.parts), strict=True)]
 
     def mp4(self) -> bytes:
-        """All views side by side, for any browser."""
+        """All views side by side."""
         frames = np.concatenate(self.views(), axis=2)
-        return mp4_bytes(frames, self.game.config.motion.fps, scale=max(1, WATCHED // self.game.config.width))
+        config = self.scenario.config
+        return mp4_bytes(frames, config.motion.fps, scale=max(1, VIDEO_WIDTH // config.width))
 
     def clip(self) -> bytes:
-        """A zip that unpacks to a folder of raw clips (the first view), with the inputs beside it: actions.json."""
+        """A zip of a folder of raw clips (the first view only), and of camera.json, actions.json and start.png."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             track = self._track()
-            clips = ClipFolder.create(folder, "play", {"game": self.game.title, "config": to_dict(self.game.config)})
+            made_by = {"title": self.scenario.title, "config": to_dict(self.scenario.config)}
+            clips = ClipFolder.create(folder, "play", made_by)
             clips.write(self._record(track), self.views()[0])
             clips.finish()
             track.save(folder / "camera.json")
-            (folder / "actions.json").write_text(json.dumps(self._inputs(), indent=1))
-            if self.begin.image is not None:
-                write_image(folder / "start.png", self.begin.image)
+            (folder / "actions.json").write_text(json.dumps(self._actions(), indent=1))
+            if self.start.image is not None:
+                write_image(folder / "start.png", self.start.image)
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
                 for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -84,47 +86,47 @@ class Recording:
 
     def _track(self) -> CameraTrack:
         poses = np.concatenate([poses for poses, _ in self.parts])
-        config = self.game.config
+        config = self.scenario.config
         return CameraTrack(c2w=poses, K=config.intrinsics, fps=config.motion.fps).anchored()
 
     def _record(self, track: CameraTrack) -> ClipRecord:
-        config = self.game.config
+        config = self.scenario.config
         about: dict[str, Any]
         if isinstance(self.engine, RendererEngine):
             about = {
                 "source": "procedural",
-                "source_id": f"world {self.begin.seed}",
+                "source_id": f"world {self.start.seed}",
                 "source_license": "CC0-1.0",
-                "split_key": split_key(self.begin.seed),
+                "split_key": split_key(self.start.seed),
                 "caption_source": "procedural",
                 "pose_kind": "ground_truth",
                 "origin": self.engine.origin @ self.parts[0][0][0],
-                "seed": self.begin.seed,
+                "seed": self.start.seed,
                 "generator": f"minwm.render.worlds {git_commit() or 'unknown'}",
             }
         else:
             about = {
                 "source": "generated",
-                "source_id": self.game.title,
-                "source_license": f"terms of {self.game.title} and of its start picture",
-                "split_key": f"play:{self.game.title}",
+                "source_id": self.scenario.title,
+                "source_license": f"terms of {self.scenario.title} and of its start image",
+                "split_key": f"play:{self.scenario.title}",
                 "caption_source": "player",
                 "pose_kind": "commanded",
                 "generator": f"minwm.play {git_commit() or 'unknown'}",
-                "parent_model": self.game.title,
+                "parent_model": self.scenario.title,
             }
-        caption = self.played[self.start].prompt if self.start < len(self.played) else self.begin.prompt
+        caption = self.inputs[self.first_chunk].prompt if self.first_chunk < len(self.inputs) else self.start.prompt
         name = f"play-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         return ClipRecord(id=name, track=track, caption=caption, hw=(config.height, config.width), **about)
 
-    def _inputs(self) -> dict[str, object]:
-        """With the start picture, all that `Session` needs to make the same frames on the same machine."""
-        chunks = [{"action": list(astuple(chunk.action)), "prompt": chunk.prompt} for chunk in self.played]
+    def _actions(self) -> dict[str, object]:
+        """With the start image, all that `Session` needs to generate the same frames on the same machine."""
+        chunks = [{"action": list(astuple(chunk.action)), "prompt": chunk.prompt} for chunk in self.inputs]
         return {
-            "game": self.game.title,
-            "config": to_dict(self.game.config),
-            "seed": self.begin.seed,
-            "prompt": self.begin.prompt,
-            "recorded_from": self.start,
+            "title": self.scenario.title,
+            "config": to_dict(self.scenario.config),
+            "seed": self.start.seed,
+            "prompt": self.start.prompt,
+            "recorded_from": self.first_chunk,
             "chunks": chunks,
         }

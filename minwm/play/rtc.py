@@ -1,7 +1,7 @@
-"""The same messages over WebRTC, for networks that lose packets, through aiortc.
+"""WebRTC transport (aiortc) for networks that lose packets: the messages of the WebSocket over two data channels.
 
-A connection has two channels, known to both sides beforehand: 0 delivers everything in order; 1 carries pictures that
-the next one replaces, and rather loses than holds up. Who calls sends an offer (SDP) over HTTP and gets an answer.
+Both channels are negotiated out of band. Channel 0 is reliable and ordered; channel 1 carries the droppable frames and
+gives up on a packet after `MAX_PACKET_LIFETIME`. The client POSTs an SDP offer over HTTP and receives the answer.
 """
 
 import asyncio
@@ -14,170 +14,173 @@ from typing import Any
 
 from minwm.core.config import UserError
 from minwm.core.runtime import require
-from minwm.play.protocol import TEXT_LIMIT, replaceable
-from minwm.play.server import SEATS, Transport
+from minwm.play.protocol import TEXT_LIMIT, droppable
+from minwm.play.server import MAX_CLIENTS, Transport
 
-LATE = 250
-"""Milliseconds after which a lost picture is not sent again."""
-PATIENCE = 10.0
-"""Seconds until the channels must be open."""
-FAREWELL = 1.0
-"""Seconds that the last words have to arrive."""
-WAITING = 64 * 1024
-"""Bytes on their way to a peer, beyond which who sends must wait."""
-UNHEARD = 1024
-"""Messages of a peer that may wait to be read: one that sends faster is cut off."""
+MAX_PACKET_LIFETIME = 250
+"""Milliseconds after which a lost frame is not retransmitted."""
+OPEN_TIMEOUT = 10.0
+"""Seconds in which the channels must open."""
+CLOSE_TIMEOUT = 1.0
+"""Seconds in which the last messages must arrive."""
+MAX_BUFFERED = 64 * 1024
+"""Bytes in a channel's send buffer above which `send` waits."""
+MAX_UNREAD = 1024
+"""Received messages that may wait to be read; a peer that sends more is disconnected."""
+BAD_OFFER = "not a valid WebRTC offer of a data channel"
 
 
-def offered(host: str) -> bool:
-    """Whether a server that listens there has WebRTC: it opens UDP ports on every address of the machine."""
+def rtc_available(host: str) -> bool:
+    """Whether a server on `host` offers WebRTC: not on loopback, for aiortc opens UDP ports on all addresses."""
     try:
-        inside = ipaddress.ip_address(host).is_loopback
+        loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        inside = host == "localhost"
-    return not inside and importlib.util.find_spec("aiortc") is not None
+        loopback = host == "localhost"
+    return not loopback and importlib.util.find_spec("aiortc") is not None
 
 
 class Peer(Transport):
-    """Either end. Raises MissingExtraError without aiortc."""
+    """Either end of a WebRTC connection. Raises MissingExtraError without aiortc."""
 
     def __init__(self) -> None:
         aiortc = require("aiortc", "rtc")
-        self.connection = aiortc.RTCPeerConnection(aiortc.RTCConfiguration(iceServers=[]))  # asks no third party
+        self.connection = aiortc.RTCPeerConnection(aiortc.RTCConfiguration(iceServers=[]))  # no STUN server
         self.description = aiortc.RTCSessionDescription
         self.inbox: asyncio.Queue[str | bytes | None] = asyncio.Queue()
         self.changed = asyncio.Condition()
-        self.gone = False
-        self.reliable, self.lossy = self._channel(0), self._channel(1, maxPacketLifeTime=LATE)
-        self.connection.on("connectionstatechange", self._notice)
+        self.closed = False
+        self.reliable, self.lossy = self._channel(0), self._channel(1, maxPacketLifeTime=MAX_PACKET_LIFETIME)
+        self.connection.on("connectionstatechange", self._on_change)
 
     def _channel(self, number: int, **options: Any) -> Any:
         channel = self.connection.createDataChannel("minwm", negotiated=True, id=number, **options)
-        channel.bufferedAmountLowThreshold = WAITING
-        channel.on("message", self._hear)
+        channel.bufferedAmountLowThreshold = MAX_BUFFERED
+        channel.on("message", self._on_message)
         for event in ("open", "close", "bufferedamountlow"):
-            channel.on(event, self._notice)
+            channel.on(event, self._on_change)
         return channel
 
-    async def _notice(self) -> None:
+    async def _on_change(self) -> None:
         if self.connection.connectionState in ("failed", "closed") or self.reliable.readyState == "closed":
-            self._lose()
+            self._disconnect()
         async with self.changed:
             self.changed.notify_all()
 
-    def _hear(self, message: str | bytes) -> None:
-        if self.inbox.qsize() < UNHEARD:
+    def _on_message(self, message: str | bytes) -> None:
+        if self.inbox.qsize() < MAX_UNREAD:
             self.inbox.put_nowait(message)
         else:
-            self._lose()
+            self._disconnect()
 
-    def _lose(self) -> None:
-        if not self.gone:
-            self.gone = True
+    def _disconnect(self) -> None:
+        if not self.closed:
+            self.closed = True
             self.inbox.put_nowait(None)
 
-    async def _until(self, true: Callable[[], bool]) -> None:
+    async def _wait_for(self, condition: Callable[[], bool]) -> None:
         async with self.changed:
-            await self.changed.wait_for(lambda: self.gone or true())
-        if self.gone:
+            await self.changed.wait_for(lambda: self.closed or condition())
+        if self.closed:
             raise ConnectionError
 
     # -----------------------------------------------------------------------------------------
-    # The call
+    # Signaling
 
     async def offer(self) -> str:
         await self.connection.setLocalDescription(await self.connection.createOffer())
         return self.connection.localDescription.sdp
 
     async def accept(self, sdp: str) -> None:
-        """The answer to our offer; returns when messages can be sent. Raises ConnectionError if that fails."""
+        """Take the answer to our offer and wait for the channels to open. Raises ConnectionError if that fails."""
         await self.connection.setRemoteDescription(self.description(sdp, "answer"))
         await self.opened()
 
     async def answer(self, sdp: str, address: str) -> str:
-        """The answer to an offer that came from that address. Raises UserError if it is none."""
+        """The SDP answer to an offer. `address`: of the sender. Raises UserError for an invalid offer."""
         from aiortc.exceptions import InvalidAccessError, InvalidStateError
 
-        if re.findall(r"^m=(\w*)", sdp, re.MULTILINE) != ["application"]:  # sound and video would start decoders
-            raise UserError("this is no offer of a data channel")
-        # a browser hides its address behind a name that only its own network knows
-        shown = re.sub(r"[\w-]+\.local\b", address, sdp)
+        if re.findall(r"^m=(\w*)", sdp, re.MULTILINE) != ["application"]:  # audio and video would start decoders
+            raise UserError(BAD_OFFER)
+        # browsers replace their address by an mDNS name that only their own network can resolve
+        resolved = re.sub(r"[\w-]+\.local\b", address, sdp)
         try:
-            await self.connection.setRemoteDescription(self.description(shown, "offer"))
+            await self.connection.setRemoteDescription(self.description(resolved, "offer"))
             await self.connection.setLocalDescription(await self.connection.createAnswer())
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError("this is no offer of a data channel") from error
-        except (InvalidAccessError, InvalidStateError) as error:
-            raise UserError("this is no offer of a data channel") from error
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, AssertionError),  # from aiortc's SDP parser
+            *(InvalidAccessError, InvalidStateError),
+        ) as error:
+            raise UserError(BAD_OFFER) from error
         return self.connection.localDescription.sdp
 
     async def opened(self) -> None:
+        """Wait for the channels to open. Raises ConnectionError if they do not."""
         try:
-            async with asyncio.timeout(PATIENCE):
-                await self._until(lambda: self.reliable.readyState == self.lossy.readyState == "open")
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                await self._wait_for(lambda: self.reliable.readyState == self.lossy.readyState == "open")
         except TimeoutError:
-            raise ConnectionError(f"no connection within {PATIENCE:g} seconds") from None
+            raise ConnectionError(f"no WebRTC connection within {OPEN_TIMEOUT:g} seconds") from None
 
     # -----------------------------------------------------------------------------------------
     # Transport
 
     async def send(self, message: str | bytes) -> None:
-        channel = self.lossy if replaceable(message) else self.reliable
-        await self._until(lambda: channel.bufferedAmount <= WAITING)
+        channel = self.lossy if droppable(message) else self.reliable
+        await self._wait_for(lambda: channel.bufferedAmount <= MAX_BUFFERED)
         try:
             channel.send(message)
-        except ValueError as error:  # larger than the other side takes
-            self._lose()
+        except ValueError as error:  # larger than the peer accepts
+            self._disconnect()
             raise ConnectionError(str(error)) from error
 
     async def receive(self) -> str | bytes | None:
-        return None if self.gone and self.inbox.empty() else await self.inbox.get()
+        return None if self.closed and self.inbox.empty() else await self.inbox.get()
 
     async def close(self) -> None:
-        if not self.gone:
+        if not self.closed:
             self.reliable.close()
             with contextlib.suppress(ConnectionError, TimeoutError):
-                async with asyncio.timeout(FAREWELL):
-                    await self._until(lambda: False)
-            self._lose()
-        await asyncio.shield(self.connection.close())  # a call that is cancelled still ends well
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._wait_for(lambda: False)
+            self._disconnect()
+        await asyncio.shield(self.connection.close())  # completes even if the caller is cancelled
 
 
-class Exchange:
-    """Answers offers; every call that comes about is a conversation of its own."""
+class Signaling:
+    """Answers offers, and serves each connection that opens with `handle` in a task of its own."""
 
-    def __init__(self, attend: Callable[[Transport], Awaitable[None]]) -> None:
-        self.attend = attend
-        self.calls: set[asyncio.Task[None]] = set()
+    def __init__(self, handle: Callable[[Transport], Awaitable[None]]) -> None:
+        self.handle = handle
+        self.tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, sdp: bytes, address: str) -> str:
-        """Raises UserError for what is no offer, or if there are too many calls."""
+        """The SDP answer. Raises UserError for an invalid offer, or if there are too many connections."""
         if len(sdp) > TEXT_LIMIT:
             raise UserError(f"an offer of {len(sdp)} bytes; at most {TEXT_LIMIT}")
-        if len(self.calls) >= 2 * SEATS:
-            raise UserError("too many calls at once; come back later")
+        if len(self.tasks) >= 2 * MAX_CLIENTS:
+            raise UserError(f"{len(self.tasks)} WebRTC connections are open; try again later")
         peer = Peer()
         try:
             answer = await peer.answer(sdp.decode(errors="replace"), address)
         except UserError:
             await peer.close()
             raise
-        call = asyncio.create_task(self._converse(peer))
-        self.calls.add(call)
-        call.add_done_callback(self.calls.discard)
+        task = asyncio.create_task(self._serve(peer))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
         return answer
 
-    async def _converse(self, peer: Peer) -> None:
+    async def _serve(self, peer: Peer) -> None:
         try:
             await peer.opened()
-            await self.attend(peer)
+            await self.handle(peer)
         except ConnectionError:
             pass
         finally:
             await peer.close()
 
     async def close(self) -> None:
-        """Who is not in the house yet goes now; the others have heard goodbye."""
-        for call in self.calls:
-            call.cancel()
-        await asyncio.gather(*self.calls, return_exceptions=True)
+        """Cancel the connections that are left: those that the server does not know yet."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)

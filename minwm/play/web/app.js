@@ -1,22 +1,22 @@
-/** The page: wires the client, the player and the controls to what is seen and clicked. */
+/** The page: connects client, playback and controls with the elements of index.html. */
 
 import { Client } from "./client.js";
-import { Film, fit, make, Minimap } from "./draw.js";
+import { Filmstrip, fitCanvases, make, Minimap } from "./draw.js";
 import { ACTIONS, Controls, keyName, layout } from "./input.js";
-import { Player } from "./player.js";
+import { Playback } from "./playback.js";
 
 const $ = (id) => document.getElementById(id);
 const page = document.body;
 const query = new URLSearchParams(location.search);
-const MAX_SIDE = 1280; // of a start picture, so that a phone's photo is a small upload
-const CAPS = {
+const MAX_SIDE = 1280; // pixels of an uploaded start image
+const KEYCAPS = {
   "move-caps": ["down", "forward", "up", "left", "back", "right"],
   "look-caps": [null, "lookUp", null, "turnLeft", "lookDown", "turnRight"],
 };
 const BUTTONS = {
   pause: "Pause", step: "Step", rewind: "Rewind", branch: "Branch", reset: "Restart", record: "Record",
 };
-const PARTS = {
+const LATENCY_PARTS = {
   queue: "#5a6579", diffuse: "#7fb2ff", decode: "#b79bff", copy: "#5ac7da", encode: "#5ccb98", rest: "#39414f",
 };
 const STATES = {
@@ -29,12 +29,12 @@ const address = (path, values) => `${path}?${new URLSearchParams({ token: query.
 
 const hud = $("hud");
 let welcome = null;
-let state = { paused: false, recording: false, speed: 1, chunk: 0, rewind: 0, role: "player", queue: 0 };
-let link = { status: "connecting" };
-let screens = []; // one { canvas, pen } per view
+let state = { paused: false, recording: false, speed: 1, chunk: 0, rewind: 0, role: "player", queue_position: 0 };
+let connection = { status: "connecting" }; // the newest status event
+let views = []; // one { figure, canvas, context } per view
 let newest = null; // frame on the screen
 let fork = null; // chunk to which the last rewind went
-let guest = null; // session whose first turn is still to come
+let firstTurn = false; // this session has not had its first turn yet
 
 const socket = new URL(address("ws"), location.href);
 socket.protocol = socket.protocol.replace("http", "ws");
@@ -43,10 +43,10 @@ const client = new Client(socket.href, {
   rtc: localStorage.getItem("minwm.rtc") === "yes",
 });
 const controls = new Controls((axes, t) => client.hold(axes, t), (yaw, pitch, t) => client.turn(yaw, pitch, t));
-const player = new Player(show, undecodable);
+const playback = new Playback(show, undecodable);
 const map = new Minimap($("map"));
-const film = new Film($("film"), (chunk) => rewind(state.chunk - chunk));
-window.minwm = { client, stats: client.stats, player, controls };
+const film = new Filmstrip($("film"), (chunk) => rewind(state.chunk - chunk));
+window.minwm = { client, stats: client.stats, playback, controls };
 
 function codecs(wanted) {
   return h264 && wanted === "h264" ? ["h264", "jpeg"] : ["jpeg"];
@@ -54,65 +54,67 @@ function codecs(wanted) {
 
 function undecodable(reason) {
   if (client.codecs[0] === "jpeg") return toast(reason);
-  toast(`${reason}. Going on with JPEG.`);
+  toast(`${reason}. Using JPEG instead.`);
   client.codecs = ["jpeg"];
   $("codec").checked = false;
   client.connect();
 }
 
 // -------------------------------------------------------------------------------------------------
-// What the server says
+// Messages of the server
 
 client.addEventListener("status", ({ detail }) => {
-  if (detail.status === "closed" && !detail.reason) return; // we hang up to call again
-  link = detail;
+  if (detail.status === "closed" && !detail.reason) return; // closed by connect()
+  connection = detail;
   render();
 });
 client.addEventListener("role", () => controls.sync());
 client.addEventListener("welcome", ({ detail }) => {
-  if (detail.session !== welcome?.session) begin(detail);
+  if (detail.session !== welcome?.session) startSession(detail);
   welcome = detail;
-  player.start(detail);
-  setUp({ ...state, ...detail });
+  playback.start(detail);
+  setState({ ...state, ...detail });
 });
 client.addEventListener("state", ({ detail }) => {
-  setUp({ ...state, ...detail });
-  if (!guest || state.role !== "player") return;
-  guest = null;
-  if (state.paused) client.command("resume"); // somebody else's pause must not puzzle who comes after them
+  setState({ ...state, ...detail });
+  if (!firstTurn || state.role !== "player") return;
+  firstTurn = false;
+  if (state.paused) client.command("resume"); // paused by another player
 });
 client.addEventListener("error", ({ detail }) => detail.fatal || toast(detail.reason));
-client.addEventListener("frame", ({ detail }) => player.push(detail));
+client.addEventListener("frame", ({ detail }) => playback.push(detail));
 
-/** A new session: nothing on the page is from an old one. */
-function begin(session) {
-  guest = session.session;
+/** Set the page up for a new session. */
+function startSession(session) {
+  firstTurn = true;
   document.title = `${session.title} · minwm`;
   $("title").textContent = session.title;
-  screens = session.views.map((name, index) => screen(session, name, index));
-  $("views").replaceChildren(...screens.map(({ figure }) => figure));
-  screens.at(-1).figure.append(hud);
+  views = session.views.map((name, index) => makeView(session, name, index));
+  $("views").replaceChildren(...views.map(({ figure }) => figure));
+  views.at(-1).figure.append(hud);
   togglePanel(!page.classList.contains("no-panel"));
+  if (!session.capabilities.camera) toast("This model has no camera control: keys and mouse do not move its camera.");
 }
 
-function screen({ width, height, views }, name, index) {
+function makeView(session, name, index) {
+  const { width, height } = session;
   const title = VIEW_NAMES[name] ?? name;
   const canvas = make("canvas", {
     width, height, role: "img",
     data: { testid: index ? `canvas-${index}` : "canvas" }, aria: { label: `What the camera sees: ${title}` },
   });
   const figure = make("figure", {}, canvas);
-  if (views.length > 1) figure.append(make("figcaption", {}, title));
-  return { figure, canvas, pen: canvas.getContext("2d", { alpha: false }) };
+  if (session.views.length > 1) figure.append(make("figcaption", {}, title));
+  return { figure, canvas, context: canvas.getContext("2d", { alpha: false }) };
 }
 
-function show(view, picture, frame) {
-  const { canvas, pen } = screens[view];
-  frame.flush ||= frame.frame < newest?.frame; // a server that began anew
+function show(view, image, frame) {
+  const { canvas, context } = views[view];
+  frame.flush ||= frame.frame < newest?.frame; // the server has restarted
   if (view === 0 && newest && !frame.flush && frame.chunk > newest.chunk) {
     film.add(newest, canvas, Math.ceil((0.5 * welcome.fps) / welcome.chunk)); // about two a second
   }
-  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  context.drawImage(image, 0, 0, canvas.width, canvas.height);
   if (view > 0) return;
   if (!newest) queueMicrotask(render);
   newest = frame;
@@ -121,35 +123,35 @@ function show(view, picture, frame) {
   if (frame.flush) film.keep(0, frame.chunk, 0);
 }
 
-function setUp(next) {
-  if (next.paused || state.paused) client.stats.forget();
+function setState(next) {
+  if (next.paused || state.paused) client.stats.clearPending();
   if (state.recording && !next.recording) toast("Recorded. Save or replay it from the panel.", "good");
   state = next;
   if (document.activeElement !== $("prompt")) $("prompt").value = state.prompt ?? "";
   if (document.activeElement !== $("seed")) $("seed").value = state.seed;
   $("speed").value = state.speed;
-  player.pace(state.speed);
-  if (state.chunk < fork) fork = null; // a new walk
+  playback.setSpeed(state.speed);
+  if (state.chunk < fork) fork = null; // a new rollout
   render();
 }
 
 // -------------------------------------------------------------------------------------------------
-// What is seen
+// Rendering
 
 function render() {
-  const { can = {}, chunk = 1, fps = 1 } = welcome ?? {};
+  const { capabilities = {}, chunk = 1, fps = 1 } = welcome ?? {};
   const watching = state.role === "spectator";
-  const playing = link.status === "open" && !watching;
-  const kind = link.status === "lost" ? "lost" : link.status === "closed" ? "fatal"
-    : link.status === "connecting" || !newest ? "connecting"
+  const playing = connection.status === "open" && !watching;
+  const kind = connection.status === "lost" ? "lost" : connection.status === "closed" ? "fatal"
+    : connection.status === "connecting" || !newest ? "connecting"
     : watching ? "watching" : state.paused ? "paused" : state.recording ? "recording" : "live";
   const message = {
-    connecting: newest ? "Connecting again …" : "Waking the world …",
-    lost: `Connection lost. Trying again in ${Math.ceil(link.seconds)} s.`,
-    fatal: link.reason,
+    connecting: newest ? "Reconnecting …" : "Starting …",
+    lost: `Connection lost. Trying again in ${Math.ceil(connection.seconds)} s.`,
+    fatal: connection.reason,
   }[kind];
   page.dataset.state = $("status").dataset.state = kind;
-  $("status").textContent = kind === "watching" ? `Watching · ${state.queue} before you` : STATES[kind];
+  $("status").textContent = kind === "watching" ? `Watching · ${state.queue_position} before you` : STATES[kind];
   $("message").hidden = !message;
   $("message").classList.toggle("busy", kind !== "fatal");
   $("message-text").textContent = message ?? "";
@@ -168,19 +170,19 @@ function render() {
   button("rewind").disabled = !playing || !state.rewind;
   button("branch").disabled = !playing || fork === null || state.chunk <= fork;
   film.keep(state.chunk - state.rewind, state.chunk, chunk / fps);
-  $("prompt").readOnly = !can.prompt;
-  $("prompt-button").hidden = !can.prompt;
-  $("image-label").hidden = !can.image;
+  $("prompt").readOnly = !capabilities.prompt;
+  $("prompt-button").hidden = !capabilities.prompt;
+  $("image-label").hidden = !capabilities.image;
   $("rtc-label").hidden = !welcome?.rtc;
 }
 
-/** Four times a second is as often as numbers can be read. */
-function numbers() {
+/** Update the latency panel. */
+function renderStats() {
   const { stats } = client;
   const { queue, diffuse, decode, copy, encode } = stats.timings;
   const whole = (ms) => (Number.isFinite(ms) ? Math.round(ms) : "–");
   const made = queue + diffuse + decode + copy + encode;
-  const rest = Math.max(0, stats.p50 - made); // waiting for a chunk to begin, network, pacing
+  const rest = Math.max(0, stats.p50 - made); // wait for the chunk to start, network, playback
   $("p50").textContent = whole(stats.p50);
   $("p95").textContent = whole(stats.p95);
   const rows = [
@@ -190,34 +192,34 @@ function numbers() {
     ...(client.overRtc ? [["WebRTC", "on"]] : []),
   ];
   $("numbers").replaceChildren(...rows.map(([name, value, part]) =>
-    make("div", { style: part ? `--k: ${PARTS[part]}` : "" }, make("dt", {}, name), make("dd", {}, value))));
+    make("div", { style: part ? `--k: ${LATENCY_PARTS[part]}` : "" }, make("dt", {}, name), make("dd", {}, value))));
   $("bar").replaceChildren(...Object.entries({ ...stats.timings, rest: rest || 0 }).map(([name, ms]) =>
-    make("i", { style: `--k: ${PARTS[name]}; flex-grow: ${ms}` })));
+    make("i", { style: `--k: ${LATENCY_PARTS[name]}; flex-grow: ${ms}` })));
   const latency = Number.isFinite(stats.p50) ? ` · ${whole(stats.p50)} ms` : "";
   hud.textContent = newest && !state.paused ? `${Math.round(stats.fps)} fps${latency}` : "";
 }
 
-function toast(text, mood = "") {
+function toast(text, kind = "") {
   $("toast").textContent = text;
-  $("toast").className = mood;
+  $("toast").className = kind;
   $("toast").hidden = false;
   clearTimeout(toast.timer);
   toast.timer = setTimeout(() => ($("toast").hidden = true), 6000);
 }
 
 function resize() {
-  if (screens.length) fit($("views"), screens.map(({ canvas }) => canvas));
+  if (views.length) fitCanvases($("views"), views.map(({ canvas }) => canvas));
   map.draw();
 }
 
 function animate() {
   controls.poll();
-  player.tick();
+  playback.tick();
   requestAnimationFrame(animate);
 }
 
 // -------------------------------------------------------------------------------------------------
-// What the visitor does
+// Controls
 
 const COMMANDS = {
   pause: () => client.command(state.paused ? "resume" : "pause"),
@@ -242,7 +244,7 @@ function button(name) {
 function togglePanel(open = page.classList.contains("no-panel")) {
   page.classList.toggle("no-panel", !open);
   $("panel-button").setAttribute("aria-expanded", open);
-  (open ? $("panel") : screens[0]?.figure)?.prepend(map.canvas); // without the panel the map lies on the picture
+  (open ? $("panel") : views[0]?.figure)?.prepend(map.canvas); // without the panel the map lies on the first view
   resize();
 }
 
@@ -250,13 +252,13 @@ function buildControls() {
   for (const element of document.querySelectorAll("[data-key]")) {
     element.textContent = keyName(controls.keys[element.dataset.key][0]);
   }
-  for (const [group, names] of Object.entries(CAPS)) {
+  for (const [group, names] of Object.entries(KEYCAPS)) {
     $(group).replaceChildren(...names.map((name) => {
       if (!name) return make("span");
       const { label } = ACTIONS[name];
       const key = keyName(controls.keys[name][0]);
       const cap = make("button", { title: label, data: { action: name }, aria: { label } }, key);
-      controls.cap(cap, name);
+      controls.bindKeycap(cap, name);
       return cap;
     }));
   }
@@ -280,7 +282,7 @@ function buildBindings() {
       element.onkeydown = (event) => {
         if (event.code === "Tab") return;
         event.preventDefault();
-        event.stopPropagation(); // or the new key would act at once
+        event.stopPropagation(); // else the new key would act at once
         if (event.code !== "Escape") controls.bind(name, event.code);
         buildBindings();
         buildControls();
@@ -291,8 +293,8 @@ function buildBindings() {
   }));
 }
 
-/** An HTTP answer; throws the server's reason if it is none. */
-async function ask(path, options) {
+/** HTTP request of a route. Throws with the server's reason if it fails. */
+async function request(path, options) {
   const answer = await fetch(address(path, { session: client.session ?? "" }), options);
   if (!answer.ok) throw new Error((await answer.json()).error);
   return answer;
@@ -300,19 +302,19 @@ async function ask(path, options) {
 
 async function upload(file) {
   try {
-    const picture = await createImageBitmap(file);
-    const scale = Math.min(1, MAX_SIDE / Math.max(picture.width, picture.height));
-    const canvas = new OffscreenCanvas(Math.round(picture.width * scale), Math.round(picture.height * scale));
-    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-    await ask("image", { method: "POST", body: await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }) });
+    const image = await createImageBitmap(file);
+    const scale = Math.min(1, MAX_SIDE / Math.max(image.width, image.height));
+    const canvas = new OffscreenCanvas(Math.round(image.width * scale), Math.round(image.height * scale));
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    await request("image", { method: "POST", body: await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }) });
   } catch (error) {
-    toast(`${file.name} cannot be the start picture: ${error.message}`);
+    toast(`${file.name} cannot be the start image: ${error.message}`);
   }
 }
 
 async function save(path, download) {
   try {
-    const href = URL.createObjectURL(await (await ask(path)).blob());
+    const href = URL.createObjectURL(await (await request(path)).blob());
     make("a", { href, download }).click();
     setTimeout(() => URL.revokeObjectURL(href), 60_000);
   } catch (error) {
@@ -321,9 +323,9 @@ async function save(path, download) {
 }
 
 function listenToInput() {
-  controls.mouse($("views"));
-  controls.stick($("move-stick"), 0, 2);
-  controls.stick($("look-stick"), 3, 4);
+  controls.bindMouse($("views"));
+  controls.bindStick($("move-stick"), 0, 2);
+  controls.bindStick($("look-stick"), 3, 4);
   controls.addEventListener("command", ({ detail }) => {
     if (!button(detail)?.disabled) COMMANDS[detail]();
   });
@@ -336,7 +338,7 @@ function listenToInput() {
   $("views").addEventListener("pointerdown", () => page.classList.add("moved"));
   page.classList.toggle("touch", matchMedia("(pointer: coarse)").matches);
   addEventListener("pointerdown", ({ pointerType }) => pointerType === "touch" && page.classList.add("touch"));
-  // A button that was clicked must not take the next Space; one reached by Tab keeps the focus
+  // Unfocus a clicked button, or it would take the next Space; one reached by Tab keeps the focus
   addEventListener("click", ({ detail, target }) => detail && target.closest("nav button, header button")?.blur());
 }
 
@@ -345,7 +347,7 @@ function listenToPanel() {
     $(id).addEventListener(type, (event) => {
       if (type === "submit") event.preventDefault();
       action($(id));
-      if (type !== "click") document.activeElement.blur(); // back to walking
+      if (type !== "click") document.activeElement.blur(); // keys move the camera again
     });
   act("message-button", "click", () => client.connect());
   act("panel-button", "click", () => togglePanel());
@@ -357,7 +359,7 @@ function listenToPanel() {
   act("seed-form", "submit", () => client.command("seed", { value: Number($("seed").value) }));
   act("dice", "click", () => client.command("seed", { value: Math.floor(10_000 * Math.random()) }));
   act("speed", "change", ({ value }) => client.command("speed", { value: Number(value) }));
-  act("image", "click", (input) => (input.value = "")); // or the same file could not be chosen twice
+  act("image", "click", (input) => (input.value = "")); // else the same file could not be chosen twice
   act("image", "change", (input) => upload(input.files[0]));
   act("replay", "click", () => client.command("replay"));
   act("save-video", "click", () => save("recording", "minwm.mp4"));
@@ -371,7 +373,9 @@ function listenToPanel() {
 }
 
 function listenToDrops() {
-  const over = (yes) => page.classList.toggle("drop", yes && welcome?.can.image === true && state.role === "player");
+  const over = (yes) => {
+    page.classList.toggle("drop", yes && welcome?.capabilities.image === true && state.role === "player");
+  };
   addEventListener("dragover", (event) => {
     event.preventDefault();
     over(true);
@@ -418,10 +422,10 @@ function listenToSettings() {
 }
 
 buildControls();
-layout.then(buildControls, () => {}); // a browser may refuse in a frame
+layout.then(buildControls, () => {}); // refused in some iframes
 for (const listen of [listenToInput, listenToPanel, listenToDrops, listenToSettings]) listen();
 togglePanel(!matchMedia("(max-width: 900px), (max-height: 520px)").matches);
 new ResizeObserver(resize).observe($("views"));
-setInterval(numbers, 250);
+setInterval(renderStats, 250);
 animate();
 client.connect();

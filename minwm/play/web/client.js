@@ -1,31 +1,30 @@
 /**
- * The play protocol of minwm, version 1: a client without dependencies, for this page and for any other.
+ * A client of the minwm play protocol, version 2, without dependencies: for this page and for any other.
  *
  *   const client = new Client("ws://127.0.0.1:7860/ws?token=T");
- *   client.addEventListener("welcome", ({ detail }) => ...);   // what is played, and in which role
+ *   client.addEventListener("welcome", ({ detail }) => ...);   // see Welcome in minwm/play/protocol.py
  *   client.addEventListener("frame", ({ detail }) => ...);     // see parseFrame
  *   client.connect();
- *   client.hold([0, 0, 1, 0, 0, 0]);                           // walk forward until told otherwise
+ *   client.hold([0, 0, 1, 0, 0, 0]);                           // move forward until the next hold()
  *   client.command("prompt", { text: "heavy rain" });
  *
  * Events: `status` (connecting | open | lost | closed, with the seconds until the next try or the reason), `role`,
- * `welcome`, `state`, `error`, `frame`. A lost connection is tried again with growing pauses and resumes its session.
- * With `rtc`, a conversation goes on over WebRTC where the server has it; if that fails, an `error` says so, and the
- * WebSocket goes on.
- * All times are milliseconds of performance.now().
+ * `welcome`, `state`, `error`, `frame`. After a lost connection it reconnects, with growing delays, and resumes its
+ * session. With `rtc`, it switches to WebRTC where the server offers it; if that fails, it emits an `error` and stays
+ * on the WebSocket. All times are milliseconds of performance.now().
  */
 
-export const VERSION = 1;
+export const VERSION = 2;
 const HEADER = 108; // bytes before the payload of a frame
-const TICK = 17; // ms between two inputs: at most 60 a second
-const RETRY = [0.5, 1, 2, 4, 8]; // seconds
-const WINDOW = 10_000; // ms of past that statistics look at
+const INPUT_INTERVAL = 17; // ms between two input messages
+const RETRY_DELAYS = [0.5, 1, 2, 4, 8]; // seconds
+const STATS_WINDOW = 10_000; // ms
 
-/** A binary message as an object. Throws if it is no frame of this version. */
+/** Parse a binary message (Header in protocol.py). Throws if it is not a frame of this version. */
 export function parseFrame(buffer) {
   const view = new DataView(buffer);
   if (view.byteLength < HEADER || view.getUint16(0) !== 0x4d57 || view.getUint8(2) !== VERSION) {
-    throw new Error(`a message of ${view.byteLength} bytes is no frame of protocol ${VERSION}`);
+    throw new Error(`a message of ${view.byteLength} bytes is not a frame of protocol ${VERSION}`);
   }
   const u32 = (at) => view.getUint32(at, true);
   const f32 = (at) => view.getFloat32(at, true);
@@ -45,7 +44,7 @@ export function parseFrame(buffer) {
   };
 }
 
-/** Intent and its integrals, so that a tap between two chunks is not lost. */
+/** Held axes and their integrals over time, so that a tap between two chunks is not lost. */
 export class InputState {
   held = [0, 0, 0, 0, 0, 0]; // right, up, forward, yaw right, pitch up, roll clockwise; each in [-1, 1]
   total = [0, 0, 0, 0, 0, 0]; // the same, integrated over seconds
@@ -63,31 +62,31 @@ export class InputState {
   }
 }
 
-/** What the visitor experiences: frames per second and the time from an input to the frame that shows it. */
+/** Frames per second, and the latency from an input to the display of the frame that reflects it. */
 export class Stats {
   timings = { queue: 0, diffuse: 0, decode: 0, copy: 0, encode: 0 };
-  #waiting = []; // inputs that no frame on the screen reflects yet: [seq, t]
+  #pending = []; // inputs that no displayed frame reflects yet: [seq, t]
   #latencies = []; // [when, ms]
   #frames = []; // when
 
   input(seq, t) {
-    this.#waiting.push([seq, t]);
+    this.#pending.push([seq, t]);
   }
 
-  /** Inputs of before a pause or a reset would count the time spent there. */
-  forget() {
-    this.#waiting = [];
+  /** Drop pending inputs: their latency would include the pause or the reset. */
+  clearPending() {
+    this.#pending = [];
   }
 
   shown(frame, now) {
-    if (frame.flush) this.forget();
+    if (frame.flush) this.clearPending();
     this.timings = frame.timings;
     this.#frames.push(now);
-    // Every input counts, not only the one that the chunk began with: so the wait for a chunk's start is in
-    while (this.#waiting.length && this.#waiting[0][0] <= frame.seq) {
-      this.#latencies.push([now, now - this.#waiting.shift()[1]]);
+    // All inputs up to `seq`, not only the newest: their wait for the chunk to start counts
+    while (this.#pending.length && this.#pending[0][0] <= frame.seq) {
+      this.#latencies.push([now, now - this.#pending.shift()[1]]);
     }
-    while (this.#latencies.length && this.#latencies[0][0] < now - WINDOW) this.#latencies.shift();
+    while (this.#latencies.length && this.#latencies[0][0] < now - STATS_WINDOW) this.#latencies.shift();
     while (this.#frames[0] < now - 2000) this.#frames.shift();
   }
 
@@ -96,10 +95,10 @@ export class Stats {
     return recent.length < 2 ? 0 : (1000 * (recent.length - 1)) / (recent.at(-1) - recent[0]);
   }
 
-  /** Input-to-photon milliseconds not exceeded by that share of the last 10 s; NaN without inputs. */
-  latency(share) {
+  /** Quantile of the input-to-photon latency over the last 10 s, ms; NaN without inputs. */
+  latency(quantile) {
     const sorted = this.#latencies.map(([, ms]) => ms).sort((a, b) => a - b);
-    return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : NaN;
+    return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(quantile * sorted.length))] : NaN;
   }
 
   get p50() {
@@ -118,9 +117,9 @@ export class Client extends EventTarget {
   role = null; // player | spectator
   #url;
   #socket = null;
-  #tries = 0;
+  #attempts = 0;
   #seq = 0;
-  #changed = null; // time of the oldest change that was not sent yet
+  #changed = null; // time of the oldest input change that was not sent yet
   #lastSent = 0;
   #sending; // timer of the next input
   #retrying; // timer of the next connection
@@ -143,7 +142,7 @@ export class Client extends EventTarget {
       opened = true;
       this.#hello(socket);
     };
-    socket.onclose = () => this.#lost(socket, opened);
+    socket.onclose = () => this.#disconnected(socket, opened);
   }
 
   #hello(socket) {
@@ -153,37 +152,37 @@ export class Client extends EventTarget {
     this.#send({ type: "hello", v: VERSION, codecs: this.codecs, resume: this.session });
   }
 
-  /** Whether this conversation is over WebRTC. */
+  /** Whether the connection is over WebRTC. */
   get overRtc() {
     return this.#socket !== null && !(this.#socket instanceof WebSocket);
   }
 
-  /** Have this conversation over WebRTC from now on; if that fails, say so and stay. */
-  async #changeOver() {
+  /** Replace the WebSocket by WebRTC; if that fails, emit an error and keep the WebSocket. */
+  async #switchToRtc() {
     const socket = this.#socket;
-    const stay = (reason) => {
+    const giveUp = (reason) => {
       this.rtc = false;
-      this.#emit("error", { reason: `WebRTC: ${reason}. Going on over a WebSocket.`, fatal: false });
+      this.#emit("error", { reason: `WebRTC: ${reason}. Using the WebSocket instead.`, fatal: false });
     };
     try {
-      const { call } = await import("./rtc.js");
-      const wire = await call(this.#url);
-      if (socket !== this.#socket) return wire.close();
+      const { connectRtc } = await import("./rtc.js");
+      const rtc = await connectRtc(this.#url);
+      if (socket !== this.#socket) return rtc.close();
       socket.onmessage = socket.onclose = null;
-      this.#socket = wire;
-      wire.onclose = () => {
-        if (wire !== this.#socket) return;
-        stay("the connection broke");
+      this.#socket = rtc;
+      rtc.onclose = () => {
+        if (rtc !== this.#socket) return;
+        giveUp("the connection broke");
         this.connect();
       };
-      this.#hello(wire);
+      this.#hello(rtc);
       socket.close();
     } catch (error) {
-      if (socket === this.#socket) stay(error.message);
+      if (socket === this.#socket) giveUp(error.message);
     }
   }
 
-  /** Leave for good, until `connect` is called again. */
+  /** Close the connection, without reconnecting. */
   close(reason = "") {
     clearTimeout(this.#retrying);
     clearTimeout(this.#sending);
@@ -198,13 +197,13 @@ export class Client extends EventTarget {
     this.#send({ type: "command", name, ...values });
   }
 
-  /** Tell the server which frame is on the screen: it makes at most one chunk more. */
+  /** Acknowledge the frame on the screen: the server generates at most one chunk ahead of it. */
   shown(frame, now = performance.now()) {
     this.stats.shown(frame, now);
     this.#send({ type: "shown", frame: frame.frame });
   }
 
-  /** Intent from now on; nothing while another plays. */
+  /** Set the held axes, see InputState; ignored for a spectator. */
   hold(axes, t = performance.now()) {
     if (this.role !== "player") return;
     if (axes.every((value, axis) => value === this.input.held[axis])) return;
@@ -213,7 +212,7 @@ export class Client extends EventTarget {
     this.#change(t);
   }
 
-  /** Mouse look, degrees to the right and up. */
+  /** Add mouse look, degrees to the right and up; ignored for a spectator. */
   turn(yaw, pitch, t = performance.now()) {
     if (this.role !== "player") return;
     this.input.look = [this.input.look[0] + yaw, this.input.look[1] + pitch];
@@ -222,7 +221,7 @@ export class Client extends EventTarget {
 
   #change(t) {
     this.#changed ??= t;
-    this.#sending ??= setTimeout(() => this.#sendInput(), this.#lastSent + TICK - performance.now());
+    this.#sending ??= setTimeout(() => this.#sendInput(), this.#lastSent + INPUT_INTERVAL - performance.now());
   }
 
   #sendInput() {
@@ -234,7 +233,8 @@ export class Client extends EventTarget {
     if (this.#send({ type: "input", seq: ++this.#seq, t, held, total, look })) this.stats.input(this.#seq, t);
     this.#changed = null;
     this.#lastSent = now;
-    if (!this.input.idle && this.#socket) this.#sending = setTimeout(() => this.#sendInput(), TICK); // totals grow
+    if (this.input.idle || !this.#socket) return;
+    this.#sending = setTimeout(() => this.#sendInput(), INPUT_INTERVAL); // the totals grow
   }
 
   #send(message) {
@@ -246,20 +246,20 @@ export class Client extends EventTarget {
   #receive(message) {
     if (message.type === "welcome") {
       this.session = message.session;
-      this.#tries = 0;
+      this.#attempts = 0;
       this.#emit("status", { status: "open" });
-      if (this.rtc && message.rtc && !this.overRtc) this.#changeOver();
+      if (this.rtc && message.rtc && !this.overRtc) this.#switchToRtc();
     }
-    if (message.role && message.role !== this.role) this.#begin(message.role);
+    if (message.role && message.role !== this.role) this.#startTurn(message.role);
     this.#emit(message.type, message);
     if (message.type === "error" && message.fatal) this.close(message.reason);
   }
 
-  /** A turn begins or ends: what was done before it counts for nothing. */
-  #begin(role) {
+  /** A turn starts or ends: input starts again from zero. */
+  #startTurn(role) {
     this.role = role;
     this.input = new InputState();
-    this.stats.forget();
+    this.stats.clearPending();
     this.#changed = null;
     this.#emit("role", { role });
   }
@@ -268,17 +268,17 @@ export class Client extends EventTarget {
     this.#emit("frame", { ...parseFrame(data), received: performance.now() });
   }
 
-  async #lost(socket, opened) {
+  async #disconnected(socket, opened) {
     if (socket !== this.#socket) return; // closed by us
     const refused = opened ? null : await this.#refusal();
     if (socket !== this.#socket) return;
     if (refused) return this.close(refused);
-    const seconds = RETRY[Math.min(this.#tries++, RETRY.length - 1)] * (1 + 0.2 * Math.random());
+    const seconds = RETRY_DELAYS[Math.min(this.#attempts++, RETRY_DELAYS.length - 1)] * (1 + 0.2 * Math.random());
     this.#emit("status", { status: "lost", seconds });
     this.#retrying = setTimeout(() => this.connect(), 1000 * seconds);
   }
 
-  /** A browser hides why a WebSocket was refused, so ask the same door by HTTP: the sentence of a 403, else null. */
+  /** The text of a 403, else null. By HTTP, since browsers hide why a WebSocket was refused. */
   async #refusal() {
     const url = this.#url.replace(/^ws/, "http");
     const answer = await fetch(url).catch(() => null);

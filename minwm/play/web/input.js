@@ -1,6 +1,6 @@
-/** Keyboard, mouse, gamepad, on-screen keycaps and touch sticks, all summed into one intent. */
+/** Keyboard, mouse, gamepad, on-screen keycaps and touch sticks, summed into one vector of axes (see InputState). */
 
-/** What keys can be bound to. Movements act on [axis, sign] of the intent, commands fire once. Codes: W3C. */
+/** What keys can be bound to: movements of an [axis, sign], and commands. `codes`: KeyboardEvent.code. */
 export const ACTIONS = {
   forward: { label: "Forward", move: [2, 1], codes: ["KeyW"] },
   back: { label: "Back", move: [2, -1], codes: ["KeyS"] },
@@ -22,17 +22,17 @@ export const ACTIONS = {
 };
 const PAD = { 4: "down", 5: "up", 6: "down", 7: "up", 12: "lookUp", 13: "lookDown", 14: "turnLeft", 15: "turnRight" };
 const PAD_COMMANDS = { 0: "step", 1: "rewind", 8: "reset", 9: "pause" };
-const DEAD = 0.15; // of a stick's travel
-const STORE = "minwm.controls";
+const DEAD_ZONE = 0.15; // share of a stick's travel
+const STORAGE_KEY = "minwm.controls";
 
 const NAMES = { ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Period: ".", Comma: "," };
 
-/** Resolves when names are those of the visitor's own keyboard, where the browser tells: W is Z on a French one. */
+/** Resolves when key names follow the user's keyboard layout, where the browser tells it: KeyW is Z on a French one. */
 export const layout = (async () => {
   for (const [code, key] of (await navigator.keyboard?.getLayoutMap?.()) ?? []) NAMES[code] ??= key.toUpperCase();
 })();
 
-/** KeyW -> W, ArrowLeft -> ←: what a keycap says. */
+/** Label of a key code: KeyW -> W, ArrowLeft -> ←. */
 export function keyName(code = "") {
   return NAMES[code] ?? code.replace(/^(Key|Digit)/, "").replace("Numpad", "Num ");
 }
@@ -46,25 +46,25 @@ export class Controls extends EventTarget {
   #sticks = new Map(); // source -> axes
   #padDown = new Set();
 
-  /** `hold(axes, t)` and `turn(yaw, pitch, t)` take intent; events: `command` with its name, `held` with movements. */
+  /** Calls `hold(axes, t)` and `turn(yaw, pitch, t)`; emits `command` (its name) and `held` (the set of movements). */
   constructor(hold, turn) {
     super();
     this.hold = hold;
     this.turn = turn;
-    const { keys, ...rest } = JSON.parse(localStorage.getItem(STORE) ?? "{}");
+    const { keys, ...rest } = JSON.parse(localStorage.getItem(STORAGE_KEY) ?? "{}");
     Object.assign(this.keys, keys);
     Object.assign(this, rest);
     addEventListener("keydown", (event) => this.#key(event));
-    const letGo = () => this.releaseAll();
+    const releaseAll = () => this.releaseAll();
     addEventListener("keyup", (event) => {
-      if (event.key === "Meta") letGo(); // a Mac does not report keys that rise while Command is down
+      if (event.key === "Meta") releaseAll(); // macOS reports no keyup while Command is down
       else this.#release(event.code, event.timeStamp);
     });
-    addEventListener("blur", letGo);
-    document.addEventListener("visibilitychange", letGo);
+    addEventListener("blur", releaseAll);
+    document.addEventListener("visibilitychange", releaseAll);
   }
 
-  /** Bind a key, taking it from whatever had it. */
+  /** Bind a key to an action, and unbind it from others. */
   bind(action, code) {
     for (const name in this.keys) this.keys[name] = this.keys[name].filter((other) => other !== code);
     this.keys[action] = [code];
@@ -78,7 +78,7 @@ export class Controls extends EventTarget {
 
   save() {
     const { keys, sensitivity, invert, sticky } = this;
-    localStorage.setItem(STORE, JSON.stringify({ keys, sensitivity, invert, sticky }));
+    localStorage.setItem(STORAGE_KEY, JSON.stringify({ keys, sensitivity, invert, sticky }));
   }
 
   releaseAll() {
@@ -87,7 +87,7 @@ export class Controls extends EventTarget {
     this.sync(performance.now());
   }
 
-  /** Tell the intent again, for example to a new connection. */
+  /** Report the held axes again, for example to a new connection. */
   sync(t = performance.now()) {
     const axes = [0, 0, 0, 0, 0, 0];
     const held = new Set(this.#pressed.values()); // a movement counts once, however many keys hold it
@@ -130,8 +130,8 @@ export class Controls extends EventTarget {
     this.dispatchEvent(new CustomEvent("command", { detail: name }));
   }
 
-  /** A keycap on the screen: held while pressed by mouse, finger, Space or Enter. */
-  cap(button, name) {
+  /** Make a button a keycap: held while pressed by mouse, finger, Space or Enter. */
+  bindKeycap(button, name) {
     const source = `cap:${name}`;
     const off = (event) => this.#release(source, event.timeStamp);
     button.addEventListener("pointerdown", (event) => {
@@ -144,11 +144,11 @@ export class Controls extends EventTarget {
       if (activates(event) && !event.repeat) this.#press(source, name, event.timeStamp);
     });
     button.addEventListener("keyup", (event) => activates(event) && off(event));
-    button.addEventListener("contextmenu", (event) => event.preventDefault()); // a long touch is a long press
+    button.addEventListener("contextmenu", (event) => event.preventDefault()); // of a long touch
   }
 
-  /** A touch stick: `right` and `up` are the axes that its two directions drive. */
-  stick(element, right, up) {
+  /** Make an element a touch stick that drives the axes `right` and `up`. */
+  bindStick(element, right, up) {
     const knob = element.firstElementChild;
     let centre = null;
     const move = (event) => {
@@ -156,7 +156,7 @@ export class Controls extends EventTarget {
       const [x, y] = [(event.clientX - centre.x) / centre.reach, (event.clientY - centre.y) / centre.reach];
       const far = Math.max(1, Math.hypot(x, y));
       const axes = [0, 0, 0, 0, 0, 0];
-      [axes[right], axes[up]] = easeOff(x / far, -y / far);
+      [axes[right], axes[up]] = applyDeadZone(x / far, -y / far);
       knob.style.translate = `${(x / far) * 100}% ${(y / far) * 100}%`;
       this.#stick(element.id, axes, event.timeStamp);
     };
@@ -177,8 +177,8 @@ export class Controls extends EventTarget {
     for (const type of ["pointerup", "pointercancel", "lostpointercapture"]) element.addEventListener(type, end);
   }
 
-  /** Mouse look on the picture: a click locks the pointer, a drag (the only way of a finger) needs no lock. */
-  mouse(surface) {
+  /** Mouse look on an element: by dragging, or with the pointer locked by a click. */
+  bindMouse(surface) {
     let last = null;
     const look = (x, y, t) => {
       const pitch = this.sensitivity * (this.invert ? y : -y);
@@ -198,19 +198,19 @@ export class Controls extends EventTarget {
     surface.addEventListener("pointerup", (event) => {
       const click = last && event.timeStamp - last.start < 250 && event.pointerType === "mouse";
       last = null;
-      // Not every browser answers with a promise, and a refusal only means that dragging remains
+      // Some browsers return no promise; if the lock is refused, dragging still works
       if (click && !document.pointerLockElement) surface.requestPointerLock?.()?.catch?.(() => {});
     });
     surface.addEventListener("pointercancel", () => (last = null));
   }
 
-  /** Read gamepads, which have no events. Call once per animation frame. */
+  /** Poll the gamepads. Call once per animation frame. */
   poll() {
     for (const pad of navigator.getGamepads?.() ?? []) {
       if (!pad?.connected) continue;
       const now = performance.now();
-      const [moveX, moveY] = easeOff(pad.axes[0] ?? 0, -(pad.axes[1] ?? 0));
-      const [yaw, pitch] = easeOff(pad.axes[2] ?? 0, -(pad.axes[3] ?? 0));
+      const [moveX, moveY] = applyDeadZone(pad.axes[0] ?? 0, -(pad.axes[1] ?? 0));
+      const [yaw, pitch] = applyDeadZone(pad.axes[2] ?? 0, -(pad.axes[3] ?? 0));
       const axes = [moveX, 0, moveY, yaw, pitch, 0];
       pad.buttons.forEach(({ value, pressed }, index) => {
         const [axis, sign] = ACTIONS[PAD[index]]?.move ?? [0, 0];
@@ -225,9 +225,9 @@ export class Controls extends EventTarget {
   }
 }
 
-/** A stick without its dead zone, still reaching 1. */
-function easeOff(x, y) {
+/** Subtract the dead zone from a stick's position; full deflection stays 1. */
+function applyDeadZone(x, y) {
   const length = Math.hypot(x, y);
-  const scale = length < DEAD ? 0 : Math.min(1, (length - DEAD) / (1 - DEAD)) / length;
+  const scale = length < DEAD_ZONE ? 0 : Math.min(1, (length - DEAD_ZONE) / (1 - DEAD_ZONE)) / length;
   return [x * scale, y * scale];
 }

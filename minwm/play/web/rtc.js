@@ -1,31 +1,28 @@
-/**
- * The same messages over WebRTC, for networks that lose packets: channel 0 delivers everything in order, channel 1
- * carries pictures that the next one replaces, and rather loses than holds up.
- */
+/** WebRTC in place of the WebSocket, for networks that lose packets. The two data channels: minwm/play/rtc.py. */
 
-const LATE = 250; // ms after which a lost picture is not sent again
-const GATHER = 1000; // ms for the browser to find its own addresses
-const PATIENCE = 6000; // ms until the channels must be open
+const MAX_PACKET_LIFETIME = 250; // ms after which a lost frame is not retransmitted
+const GATHER_TIMEOUT = 1000; // ms for gathering ICE candidates
+const OPEN_TIMEOUT = 6000; // ms in which the channels must open
 
-/** Call the server of that WebSocket's address; resolves to what looks like a WebSocket, or rejects with a reason. */
-export async function call(url) {
-  if (!window.RTCPeerConnection) throw new Error("this browser has none");
-  const wire = new Wire();
-  const late = after(PATIENCE).then(() => Promise.reject(new Error("no way through to the server")));
+/** Connect to the server of a WebSocket URL. Resolves to an object with a WebSocket's interface. */
+export async function connectRtc(url) {
+  if (!window.RTCPeerConnection) throw new Error("not supported by this browser");
+  const socket = new RtcSocket();
+  const timeout = sleep(OPEN_TIMEOUT).then(() => Promise.reject(new Error("the server cannot be reached")));
   try {
-    await Promise.race([wire.dial(url.replace(/^ws/, "http").replace("/ws?", "/rtc?")), late]);
-    return wire;
+    await Promise.race([socket.connect(url.replace(/^ws/, "http").replace("/ws?", "/rtc?")), timeout]);
+    return socket;
   } catch (error) {
-    wire.close();
+    socket.close();
     throw error;
   }
 }
 
-class Wire {
+class RtcSocket {
   onmessage = null;
   onclose = null;
   #peer = new RTCPeerConnection();
-  #channels = [{}, { maxPacketLifeTime: LATE }].map((options, id) =>
+  #channels = [{}, { maxPacketLifeTime: MAX_PACKET_LIFETIME }].map((options, id) =>
     Object.assign(this.#peer.createDataChannel("minwm", { negotiated: true, id, ...options }), {
       binaryType: "arraybuffer",
       onmessage: (event) => this.onmessage?.(event),
@@ -33,16 +30,16 @@ class Wire {
     }),
   );
 
-  async dial(door) {
-    addEventListener("pagehide", () => this.close()); // or the server would wait for us for half a minute
+  async connect(url) {
+    addEventListener("pagehide", () => this.close()); // else the server notices only after half a minute
     const peer = this.#peer;
     await peer.setLocalDescription();
-    const gathered = happens(peer, "icegatheringstatechange", () => peer.iceGatheringState === "complete");
-    await Promise.race([gathered, after(GATHER)]);
-    const answer = await fetch(door, { method: "POST", body: peer.localDescription.sdp });
+    const gathered = until(peer, "icegatheringstatechange", () => peer.iceGatheringState === "complete");
+    await Promise.race([gathered, sleep(GATHER_TIMEOUT)]);
+    const answer = await fetch(url, { method: "POST", body: peer.localDescription.sdp });
     if (!answer.ok) throw new Error((await answer.json()).error);
     await peer.setRemoteDescription({ type: "answer", sdp: await answer.text() });
-    await Promise.all(this.#channels.map((channel) => happens(channel, "open", () => channel.readyState === "open")));
+    await Promise.all(this.#channels.map((channel) => until(channel, "open", () => channel.readyState === "open")));
   }
 
   get readyState() {
@@ -60,12 +57,13 @@ class Wire {
   }
 }
 
-const after = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-function happens(target, event, is) {
+/** Resolves when `condition` holds, tested now and at every `event`. */
+function until(target, event, condition) {
   return new Promise((resolve) => {
-    const look = () => is() && resolve();
-    target.addEventListener(event, look);
-    look();
+    const check = () => condition() && resolve();
+    target.addEventListener(event, check);
+    check();
   });
 }

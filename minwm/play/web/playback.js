@@ -1,14 +1,14 @@
-/** From frames as they arrive to pictures at the right moment: decoding, a small buffer, pacing by media time. */
+/** Decodes frames as they arrive and shows each at its media time, through a small jitter buffer. */
 
-const SLACK = 10; // ms of buffer against jitter; a frame that comes later adds its lateness to what follows
-const SPARE = 40; // ms that a chunk may come early; of more, a little is made up for with every chunk
-const CATCH_UP = 0.1;
+const JITTER_BUFFER = 10; // ms; a frame that is later than this delays all that follow
+const MAX_EARLY = 40; // ms that a chunk may arrive early
+const CATCH_UP = 0.1; // share of the excess that each chunk makes up for
 
-export class Player {
-  /** `show(view, picture, frame)` draws; `fail(reason)` hears of pictures that cannot be decoded. */
-  constructor(show, fail) {
+export class Playback {
+  /** `show(view, image, frame)` draws a frame; `onError(reason)` is called when one cannot be decoded. */
+  constructor(show, onError) {
     this.show = show;
-    this.fail = fail;
+    this.onError = onError;
     this.start({ views: [], chunk: 1 });
   }
 
@@ -16,14 +16,14 @@ export class Player {
     this.views?.forEach((view) => stop(view.decoder));
     this.views?.forEach((view) => view.queue.forEach(drop));
     this.views = views.map(() => ({ queue: [], decoder: null }));
-    this.most = 2 * chunk; // the chunk on the screen and the one after it
+    this.maxQueued = 2 * chunk; // the chunk on the screen and the next one
     this.epoch = null; // a frame is due at epoch + its media time / speed
     this.speed = 1;
-    this.media = 0; // of the frame on the screen
-    this.chunk = 0; // newest that has come
+    this.media = 0; // media time of the frame on the screen
+    this.chunk = 0; // newest received
   }
 
-  pace(speed) {
+  setSpeed(speed) {
     if (this.epoch !== null) this.epoch += this.media / this.speed - this.media / speed;
     this.speed = speed;
   }
@@ -37,14 +37,14 @@ export class Player {
     }
     const now = performance.now();
     const early = this.#due(frame) - now;
-    if (this.epoch === null || early < 0) this.epoch = now + SLACK - frame.media / this.speed;
-    else if (frame.chunk > this.chunk) this.epoch -= CATCH_UP * Math.max(0, early - SPARE);
+    if (this.epoch === null || early < 0) this.epoch = now + JITTER_BUFFER - frame.media / this.speed;
+    else if (frame.chunk > this.chunk) this.epoch -= CATCH_UP * Math.max(0, early - MAX_EARLY);
     this.chunk = frame.chunk;
-    const entry = { frame, picture: null, dropped: false };
+    const entry = { frame, image: null, dropped: false };
     view.queue.push(entry);
-    if (view.queue.length > this.most) {
-      // The oldest unseen picture gives way; where none is decoded yet, this frame: else a slow page would show nothing
-      const surplus = view.queue.find(({ picture }) => picture) ?? entry;
+    if (view.queue.length > this.maxQueued) {
+      // Drop the oldest decoded frame, else this one: dropping what is being decoded, a slow page would show nothing
+      const surplus = view.queue.find(({ image }) => image) ?? entry;
       view.queue.splice(view.queue.indexOf(surplus), 1);
       drop(surplus);
       if (surplus === entry && frame.kind === "jpeg") return;
@@ -53,7 +53,7 @@ export class Player {
       if (frame.kind === "jpeg") this.#jpeg(entry);
       else this.#h264(view, entry);
     } catch (error) {
-      this.#broken(entry, error);
+      this.#undecodable(entry, error);
     }
   }
 
@@ -62,13 +62,13 @@ export class Player {
     const now = performance.now();
     this.views.forEach(({ queue }, index) => {
       let due = null;
-      while (queue[0]?.picture && this.#due(queue[0].frame) <= now) {
-        if (due?.frame.flush) this.show(index, due.picture, due.frame); // late, but nobody may miss a new start
+      while (queue[0]?.image && this.#due(queue[0].frame) <= now) {
+        if (due?.frame.flush) this.show(index, due.image, due.frame); // late, but a flush must be shown
         if (due) drop(due);
         due = queue.shift();
       }
       if (!due) return;
-      this.show(index, due.picture, due.frame);
+      this.show(index, due.image, due.frame);
       this.media = due.frame.media;
       drop(due);
     });
@@ -80,8 +80,8 @@ export class Player {
 
   #jpeg(entry) {
     createImageBitmap(new Blob([entry.frame.payload], { type: "image/jpeg" })).then(
-      (picture) => ready(entry, picture),
-      (error) => this.#broken(entry, error),
+      (image) => ready(entry, image),
+      (error) => this.#undecodable(entry, error),
     );
   }
 
@@ -90,49 +90,49 @@ export class Player {
     if (frame.kind === "key" && view.decoder?.state !== "configured") {
       view.decoder = this.#decoder(codecOf(frame.payload));
     }
-    if (view.decoder?.state !== "configured") return this.#broken(entry); // joined between key frames: wait for one
-    view.decoder.coming.push(entry);
+    if (view.decoder?.state !== "configured") return this.#undecodable(entry); // wait for a key frame
+    view.decoder.pending.push(entry);
     const timestamp = Math.round(1000 * frame.media);
     view.decoder.decode(new EncodedVideoChunk({ type: frame.kind, timestamp, data: frame.payload }));
   }
 
   #decoder(codec) {
-    const coming = []; // pictures leave a decoder in the order in which they went in
+    const pending = []; // a decoder keeps the order of its frames
     const decoder = new VideoDecoder({
-      output: (picture) => ready(coming.shift(), picture),
-      error: (error) => coming.splice(0).forEach((entry) => this.#broken(entry, error)),
+      output: (image) => ready(pending.shift(), image),
+      error: (error) => pending.splice(0).forEach((entry) => this.#undecodable(entry, error)),
     });
     decoder.configure({ codec, optimizeForLatency: true });
-    return Object.assign(decoder, { coming });
+    return Object.assign(decoder, { pending });
   }
 
-  #broken(entry, error) {
+  #undecodable(entry, error) {
     const { queue } = this.views[entry.frame.view] ?? { queue: [] };
     if (queue.includes(entry)) queue.splice(queue.indexOf(entry), 1);
-    if (error) this.fail(`A frame cannot be decoded (${error.message.replace(/\.$/, "")})`);
+    if (error) this.onError(`A frame cannot be decoded (${error.message.replace(/\.$/, "")})`);
   }
 }
 
-function ready(entry, picture) {
-  entry.picture = picture;
+function ready(entry, image) {
+  entry.image = image;
   entry.decoded = performance.now();
-  if (entry.dropped) picture.close();
+  if (entry.dropped) image.close();
 }
 
 function drop(entry) {
   entry.dropped = true;
-  entry.picture?.close();
+  entry.image?.close();
 }
 
 function stop(decoder) {
   if (decoder && decoder.state !== "closed") decoder.close();
 }
 
-/** WebCodecs wants profile and level by name; they are the three bytes after the type of the SPS unit. */
+/** The WebCodecs codec string: profile and level are the three bytes after the type of the SPS unit. */
 function codecOf(annexB) {
   const sps = annexB.findIndex(
     (byte, i) => byte === 0 && annexB[i + 1] === 0 && annexB[i + 2] === 1 && (annexB[i + 3] & 31) === 7,
   );
-  if (sps < 0) throw new Error("an H.264 key frame without its parameter set");
+  if (sps < 0) throw new Error("an H.264 key frame without SPS");
   return `avc1.${[...annexB.subarray(sps + 4, sps + 7)].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
