@@ -106,7 +106,7 @@ def test_what_the_hub_refuses_is_one_line(
 def test_push_sends_the_model_and_its_card(
     copy: Path, calls: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["push", "me/walker", "--model", str(copy), "--licence", "apache-2.0"]) == 0
+    assert main(["push", "me/walker", "--model", str(copy), "--license", "apache-2.0"]) == 0
     assert capsys.readouterr().out == "https://huggingface.co/me/walker\n"
     (_, made), (_, sent) = calls
     assert made == ("me/walker", ("private", None), ("exist_ok", True))
@@ -162,7 +162,7 @@ def test_a_model_goes_to_a_folder_and_to_the_hub_and_comes_back(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sent = minwm.from_pretrained(project / "dmd"), tmp_path / "sent"
-    minwm.save_pretrained(model, tmp_path / "saved", licence="apache-2.0")
+    minwm.save_pretrained(model, tmp_path / "saved", license="apache-2.0")
     assert metadata((tmp_path / "saved" / CARD).read_text())["license"] == "apache-2.0"
     monkeypatch.setattr(hub, "create_repo", lambda *_, **__: "https://huggingface.co/me/walker")
     monkeypatch.setattr(hub, "upload_folder", lambda folder_path, **_: shutil.copytree(folder_path, sent))

@@ -188,8 +188,8 @@ def test_words_and_licence_of_the_user_stay(copy: Path) -> None:
     path.write_text("# My own\n")
     write_card(copy)
     assert path.read_text().endswith("again. -->\n# My own\n")
-    with pytest.raises(HubError, match=r"'Apache 2\.0' is no licence by its form"):
-        card(copy, licence="Apache 2.0")
+    with pytest.raises(HubError, match=r"license='Apache 2\.0': give an identifier"):
+        card(copy, license="Apache 2.0")
 
 
 def test_half_precision_is_stated(tmp_path: Path) -> None:

@@ -61,11 +61,6 @@ class BenchResult:
     commit: str | None
     versions: dict[str, str]
 
-    @property
-    def chunk_gflop(self) -> float:
-        """All passes of a chunk, commit excluded."""
-        return self.passes * self.pass_gflop
-
 
 @dataclass(frozen=True)
 class _Clip:

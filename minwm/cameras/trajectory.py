@@ -33,11 +33,11 @@ class TrajectoryError(UserError):
 class Motion:
     """How fast intent moves the camera. Part of a model's config, so that a key means the same everywhere."""
 
-    move: float
+    move: float = 0.5
     """World units per second."""
-    turn: float
+    turn: float = 16.0
     """Degrees per second."""
-    fps: float
+    fps: float = 16.0
     """Pixel frames per second."""
     stride: int = 4
     """Pixel frames per latent."""

@@ -144,9 +144,9 @@ def push_model(
     repo: Annotated[Positional[str], arg(metavar="USER/NAME", help="repository on the Hugging Face Hub")],
     model: Annotated[Path, arg(metavar="DIR", help="model folder, such as runs/demo/dmd")],
     private: Annotated[Flag, arg(help="for nobody else to see")] = False,
-    licence: Annotated[str | None, arg(metavar="ID", help="of the weights, such as apache-2.0")] = None,
+    license: Annotated[str | None, arg(metavar="ID", help="of the weights, such as apache-2.0")] = None,
 ) -> None:
     """Put a model on the Hub, with a card that says what it is; log in first: hf auth login, or HF_TOKEN."""
     from minwm.store.hub import push
 
-    say(push(model, repo, private=private, licence=licence))
+    say(push(model, repo, private=private, license=license))

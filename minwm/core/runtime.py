@@ -6,14 +6,12 @@ import hashlib
 import importlib
 import os
 import platform
-import random
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from minwm.core.config import UserError
@@ -38,13 +36,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes torchrun started; 1 alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of python, numpy and torch; draws that matter take their own `generator`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def generator(seed: int, *salt: str | int, device: torch.device | str = "cpu") -> torch.Generator:

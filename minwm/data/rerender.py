@@ -125,7 +125,7 @@ class RenderConfig:
     """Horizontal field of view in degrees, of square pixels."""
     focal: tuple[float, float] | None = None
     """fx / width and fy / height instead, for pixels that are not square."""
-    motion: Motion = field(default_factory=lambda: Motion(move=0.5, turn=24.0, fps=16.0))
+    motion: Motion = field(default_factory=Motion)
     """Speeds of the camera, and the frame rate."""
     clips_per_world: int = 1
     trajectories: tuple[str, ...] = ()

@@ -35,39 +35,39 @@ MEASURED = {"sampler", "passes", "parameters", "threads", "versions", "date", *T
 """By which a file that `minwm bench --json` wrote is known."""
 
 
-def write_card(folder: Path, repo: str | None = None, licence: str | None = None) -> None:
+def write_card(folder: Path, repo: str | None = None, license: str | None = None) -> None:
     """Write README.md of a model folder. Of one that is there, what stands below the mark is kept, or else all of it,
     and its licence unless there is a new one.
     """
     path = folder / CARD
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     stated = re.search(r"^license: ([\w.-]+)$", before, re.MULTILINE)
-    text = card(folder, repo, licence or (stated and stated[1]))
+    text = card(folder, repo, license or (stated and stated[1]))
     kept = before.rpartition(KEPT)[2].lstrip()
     write_text(path, "\n".join([text, KEPT, kept]))
 
 
-def card(folder: Path, repo: str | None = None, licence: str | None = None) -> str:
+def card(folder: Path, repo: str | None = None, license: str | None = None) -> str:
     """The model card, Markdown with YAML front matter; commands in it name `repo`, or the folder.
 
-    Raises CheckpointError if the folder is no whole model, HubError for a licence that is no identifier.
+    Raises CheckpointError if the folder is no whole model, HubError for a license that is no identifier.
     """
-    if licence is not None and not re.fullmatch(r"[a-z0-9.-]+", licence):
-        raise HubError(f"{licence!r} is no licence by its form; give an identifier of the Hub, such as apache-2.0")
+    if license is not None and not re.fullmatch(r"[a-z0-9.-]+", license):
+        raise HubError(f"license={license!r}: give an identifier of the Hub, such as apache-2.0")
     facts = _Facts.read(folder)
     title = (repo or folder.absolute().name).rpartition("/")[2]
     sections = {
         "What it is": _network(facts),
         "Cameras": _cameras(facts.config),
         "How it was trained": _training(facts),
-        "Licences": _licences(facts, licence),
+        "Licences": _licences(facts, license),
         "Speed": _speed(facts, folder, repo or str(folder)),
         "Use": _use(facts.config, repo or str(folder)),
         "Limits": _bullets(_limits(facts.config)),
         "Provenance": _provenance(facts),
     }
     body = [f"## {name}\n\n{text}\n" for name, text in sections.items() if text]
-    return "\n".join([_front_matter(facts, licence), f"# {title}\n", *body])
+    return "\n".join([_front_matter(facts, license), f"# {title}\n", *body])
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def _first(folder: Path, history: History) -> Path:
     return folder
 
 
-def _front_matter(facts: _Facts, licence: str | None) -> str:
+def _front_matter(facts: _Facts, license: str | None) -> str:
     cfg = facts.config
     tags = ["world-model", "video-generation", cfg.network.kind, cfg.sampler.kind.replace("_", "-")]
     tags += ["camera-control"] * (cfg.network.camera != "none") + ["streaming"] * facts.streams
     values = {
-        "license": licence,
+        "license": license,
         "library_name": "minwm",
         "pipeline_tag": "image-to-video" if cfg.geometry.first_chunk_frames == 1 else "text-to-video",
         "base_model": facts.base,
@@ -236,10 +236,10 @@ def _data(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record.get("data") or (read_json(manifest) if manifest.exists() else {})
 
 
-def _licences(facts: _Facts, licence: str | None) -> str:
+def _licences(facts: _Facts, license: str | None) -> str:
     clips = [name for record in facts.runs for name in _data(record).get("licences", ["unknown"])]
     clips += [f"unknown for `{path.name}`" if facts.runs else "unknown" for path in facts.unknown]
-    return _bullets([f"Weights: {licence or 'not stated'}.", f"Training clips: {', '.join(dict.fromkeys(clips))}."])
+    return _bullets([f"Weights: {license or 'not stated'}.", f"Training clips: {', '.join(dict.fromkeys(clips))}."])
 
 
 def _speed(facts: _Facts, folder: Path, name: str) -> str:
@@ -274,9 +274,9 @@ def _use(cfg: ModelConfig, name: str) -> str:
     start, picture = (" --image first.png", ', "first.png"') if cfg.geometry.first_chunk_frames == 1 else ("", "")
     shell = [f'minwm generate --model {name} --prompt "a red tower"{start} --trajectory "{route}" --out walk.mp4']
     if not cfg.sampler.causal:
-        code[1:1] = ["from minwm.core.trajectory import parse", "from minwm.session import generate_clips"]
+        code[1:1] = ["from minwm.session.generate import generate_clips"]
         code += [
-            f'track = parse("{route}").track(model.config.motion, model.config.intrinsics)',
+            f'track = minwm.parse("{route}").track(model.config.motion, model.config.intrinsics)',
             'video = generate_clips(model, None, ["a red tower"], [track], seed=0)[0]  # n h w 3, uint8',
         ]
     else:

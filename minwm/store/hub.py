@@ -36,23 +36,23 @@ def resolve(name: str | Path) -> Path:
 from_pretrained = load
 
 
-def save_pretrained(model: Model, folder: Path, licence: str | None = None) -> None:
+def save_pretrained(model: Model, folder: Path, license: str | None = None) -> None:
     """Write a model folder and its card; `load` and `push` read it."""
     save_model(folder, model.config, model.net, model.codec)
-    write_card(folder, licence=licence)
+    write_card(folder, license=license)
 
 
-def push_to_hub(model: Model, repo: str, *, private: bool = False, licence: str | None = None) -> str:
+def push_to_hub(model: Model, repo: str, *, private: bool = False, license: str | None = None) -> str:
     """`push` of a model that is in memory; what its training left beside its weights is not known then."""
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, Path(folder), licence)
-        return push(Path(folder), repo, private=private, licence=licence)
+        save_pretrained(model, Path(folder), license)
+        return push(Path(folder), repo, private=private, license=license)
 
 
-def push(folder: Path, repo: str, *, private: bool = False, licence: str | None = None) -> str:
+def push(folder: Path, repo: str, *, private: bool = False, license: str | None = None) -> str:
     """Write the card of a model folder, and put both into a repository of the Hub; returns its address.
 
-    A new repository is private if asked, else what the account has as its default. `licence` is an identifier of the
+    A new repository is private if asked, else what the account has as its default. `license` is an identifier of the
     Hub, such as apache-2.0; without one, that of the card before stays. Who pushes, HF_TOKEN or `hf auth login` says.
     Raises CheckpointError if the folder is no whole model; HubError if the Hub refuses, or shows to all what was to be
     private, or if the model reads its prompts with an encoder that only this machine has: then nothing is uploaded.
@@ -65,5 +65,5 @@ def push(folder: Path, repo: str, *, private: bool = False, licence: str | None 
             f"{folder}/model.json names {text.source} as text.source, which nobody else has; write there the "
             f"repository of the Hub that it came from, such as {HUB}{BASES['wan2.1-1.3b']}"
         )
-    write_card(folder, repo, licence)
+    write_card(folder, repo, license)
     return upload(folder, repo, [*FILES, CARD], f"Model and card, by minwm {minwm.__version__}", private)

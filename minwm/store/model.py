@@ -35,7 +35,7 @@ class ModelConfig:
     network: WanConfig
     sampler: Sampler
     codec: AnyCodecConfig
-    motion: Motion
+    motion: Motion = field(default_factory=Motion)
     """Speeds and frame rate: a key means the same motion for every model trained on them."""
     text: WordText | Umt5Text = field(default_factory=WordText)
     negative: str | None = None
@@ -90,10 +90,13 @@ class Model:
     net: Backbone
     codec: AnyCodec | TinyDecoder
 
-    def ready(self) -> "Model":
-        """The model on this machine's device, in place; on a GPU in bfloat16, which is what its kernels are for."""
-        device = pick_device()
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def ready(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Model":
+        """The model, moved in place to a device (this machine's GPU, else its CPU) in a type of numbers.
+
+        That type is by default bfloat16 on a GPU, which its kernels are made for, and float32 elsewhere.
+        """
+        device = torch.device(device) if device else pick_device()
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         for part in (self.net, self.codec):
             part.to(device, dtype)
         return self

@@ -5,7 +5,6 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from minwm.cameras.trajectory import Motion
 from minwm.core.config import UserError
 from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
@@ -25,7 +24,6 @@ from minwm.train.config import Init, OptimConfig, RecipeConfig, Run
 
 SHIFT = 3.0
 """A clip of the demo has 144 tokens where Wan's has 31,200: less noise destroys it, so times are shifted less."""
-MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
 
 
 def tiny_model() -> ModelConfig:
@@ -36,7 +34,6 @@ def tiny_model() -> ModelConfig:
         network=network,
         sampler=sampler,
         codec=CodecConfig(),
-        motion=MOTION,
         text=WordText(),
         stream=StreamConfig(chunk=2, first_chunk=1),
     )
@@ -196,7 +193,7 @@ def _pipeline(
         seed=1,
     )
     render = RenderConfig(
-        seed=worlds_seed, motion=MOTION, latents=base.latents, height=base.height, width=base.width, clips_per_world=1
+        seed=worlds_seed, motion=base.motion, latents=base.latents, height=base.height, width=base.width
     )
     stages = tuple(
         replace(run, steps=steps[run.name], batch=batch, init=replace(run.init, codec=str(out / "codec")))
