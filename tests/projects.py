@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from minwm.cameras.trajectory import Motion
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
-from minwm.families.wan import convert as formats
-from minwm.families.wan.convert import open_published
+from minwm.families.wan.convert import RELEASES
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVaeConfig
@@ -24,7 +23,8 @@ from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
-from minwm.store.folder import adopt, load_codec
+from minwm.store.folder import load_codec, save_published
+from minwm.store.layouts import open_published
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import BidirectionalSampler, FewStepSampler
 from minwm.train.build import train
@@ -85,7 +85,7 @@ def copied(project: Path, tmp_path: Path) -> Path:
 def adopting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A published transformer, of a size that counts as Wan's for once, with its VAE."""
     plain = replace(NETWORK, camera="none", text_length=512)
-    monkeypatch.setitem(formats.SIZES, "wan2.1-1.3b", plain)
+    monkeypatch.setitem(RELEASES, "wan2.1-1.3b", replace(RELEASES["wan2.1-1.3b"], config=plain))
     files = {"transformer": plain, "vae": VAE}
     for name, config in files.items():
         save_file(config.build().state_dict(), tmp_path / f"{name}.safetensors")
@@ -99,7 +99,7 @@ def adopting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         latents=8,
     )
     published = open_published(tmp_path / "transformer.safetensors", heads=2)
-    adopt(published, config, tmp_path / "vae.safetensors", tmp_path / "model")
+    save_published(tmp_path / "model", config, published, tmp_path / "vae.safetensors")
     return tmp_path / "model"
 
 

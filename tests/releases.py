@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minwm.core.types import Condition
-from minwm.families.wan.convert import diffusers_names
+from minwm.core.weights import load_tensors
+from minwm.families.base import Published
+from minwm.families.wan.convert import CAMERA_PARAMETERS, diffusers_names
 from minwm.families.wan.transformer import Wan, WanConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -57,6 +59,12 @@ def assert_same_function(ours: Wan, theirs: nn.Module) -> None:
 def assert_equal(a: State, b: State) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def load_into(opened: Published, net: nn.Module) -> list[str]:
+    """Load strictly, but for cameras if there are none in the file; returns the parameters that it lacks."""
+    new = CAMERA_PARAMETERS if opened.config.camera == "none" else ()
+    return load_tensors(net, opened.tensors, opened.weights.path, new)
 
 
 def plain_state() -> State:

@@ -13,7 +13,7 @@ from minwm.cameras.trajectory import Motion
 from minwm.core.config import ConfigError
 from minwm.core.types import Condition
 from minwm.core.weights import CheckpointError
-from minwm.families.wan.convert import CAMERA
+from minwm.families.wan.convert import CAMERA_PARAMETERS
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import Codec, CodecConfig
@@ -153,7 +153,7 @@ def test_only_the_camera_branch_may_be_new_and_it_is_listed(tmp_path: Path) -> N
     path, plain = tmp_path / "model.safetensors", PLAIN.build()
     save_file(plain.state_dict(), path)
     net = CONFIG.network.build()
-    new = load_weights(net, path, may_be_new=CAMERA)
+    new = load_weights(net, path, allow_missing=CAMERA_PARAMETERS)
     assert new == [f"blocks.{i}.self_attn.prope_o.{part}" for i in range(2) for part in ("bias", "weight")]
     assert all(net.state_dict()[key].abs().max() == 0 for key in new)
     assert all(torch.equal(net.state_dict()[key], value) for key, value in plain.state_dict().items())
@@ -162,7 +162,7 @@ def test_only_the_camera_branch_may_be_new_and_it_is_listed(tmp_path: Path) -> N
     lacking = {key: value for key, value in plain.state_dict().items() if not key.startswith("head.")}
     save_file(lacking, path)
     with pytest.raises(CheckpointError, match=r"3 missing: head\.head\.bias"):
-        load_weights(net, path, may_be_new=CAMERA)
+        load_weights(net, path, allow_missing=CAMERA_PARAMETERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

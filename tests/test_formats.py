@@ -19,6 +19,7 @@ from releases import (
     assert_equal,
     assert_same_function,
     halves,
+    load_into,
     network,
     plain_state,
     prefixed,
@@ -33,8 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minwm.core.weights import CheckpointError, read_weights, write_shards
-from minwm.families.wan.convert import PROPE, diffusers_names, export, open_published
+from minwm.families.wan.convert import PROPE, diffusers_names, export
 from minwm.families.wan.transformer import WanConfig
+from minwm.store.layouts import open_published
 
 state = pytest.fixture(plain_state, scope="module")
 seeing = pytest.fixture(seeing_state, scope="module")
@@ -67,7 +69,7 @@ def test_pickles(form: str, suffix: str, state: State, tmp_path: Path) -> None:
     gan = {"_gan_ca_blocks.0.weight", "_cls_pred_branch.0.weight", "_register_tokens.register_tokens"}
     assert set(opened.ignored) == (gan if form == "discriminator" else set())
     net = PLAIN.build()
-    assert opened.load_into(net) == []
+    assert load_into(opened, net) == []
     assert_equal(net.state_dict(), state)
 
 
@@ -95,7 +97,7 @@ def test_safetensors_of_any_type(dtype: torch.dtype, state: State, tmp_path: Pat
     opened = open_published(tmp_path, heads=2)
     assert_equal(opened.tensors, rounded)
     net = PLAIN.build()
-    opened.load_into(net)
+    load_into(opened, net)
     assert_equal(net.state_dict(), {key: value.float() for key, value in rounded.items()})
 
 
@@ -117,8 +119,6 @@ def test_heads_are_assumed_and_said(tmp_path: Path) -> None:
     assert opened.config == net.config and "heads=2 is assumed" in opened.notes[0]
     other = open_published(tmp_path, heads=4)
     assert other.config.heads == 4 and not other.notes
-    with pytest.raises(CheckpointError, match="is read as 4 heads, and the network has 2"):
-        other.load_into(net)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_diffusers_saves(place: str, limit: str, tmp_path: Path) -> None:
     opened = open_published(tmp_path)
     assert (opened.config, opened.layout, opened.notes) == (PLAIN, "diffusers", ())
     net = PLAIN.build()
-    assert opened.load_into(net) == []
+    assert load_into(opened, net) == []
     assert_same_function(net, theirs)
 
 
@@ -158,11 +158,9 @@ def test_worldplay(seeing: State, tmp_path: Path) -> None:
     assert_equal(opened.tensors, seeing | ACTIONS)
     assert sorted(opened.action) == sorted(ACTIONS) and not opened.mismatches()
     net = SEEING.build()
-    with pytest.raises(CheckpointError, match=r"4 trained parameters of discrete actions .* drop_action=True"):
-        opened.load_into(net)
     dropped = open_published(path, heads=2, drop_action=True)
     assert set(dropped.ignored) == set(ACTIONS) and any("left out" in note for note in dropped.notes)
-    assert dropped.load_into(net) == []
+    assert load_into(dropped, net) == []
     assert_equal(net.state_dict(), seeing)
 
 
@@ -171,14 +169,14 @@ def test_cameras_may_be_new_and_nothing_else(state: State, seeing: State, tmp_pa
     save_file(seeing, tmp_path / "seeing.safetensors")
     plain, cameras = (open_published(tmp_path / f"{name}.safetensors", heads=2) for name in ("plain", "seeing"))
     net = SEEING.build()
-    assert sorted(plain.load_into(net)) == sorted(f"blocks.{i}.self_attn.{leaf}" for i in range(2) for leaf in PROPE)
+    assert sorted(load_into(plain, net)) == sorted(f"blocks.{i}.self_attn.{leaf}" for i in range(2) for leaf in PROPE)
     assert not net.state_dict()["blocks.1.self_attn.prope_o.weight"].any()
     with pytest.raises(CheckpointError, match=r"another architecture than Wan: 4 unexpected: blocks\.0.*prope_o"):
-        cameras.load_into(PLAIN.build())
+        load_into(cameras, PLAIN.build())
     partial = {key: x for key, x in seeing.items() if key != "blocks.1.self_attn.prope_o.bias"}
     save_file(partial, tmp_path / "seeing.safetensors")
     with pytest.raises(CheckpointError, match=r"than Wan: 1 missing: blocks\.1\.self_attn\.prope_o\.bias"):
-        open_published(tmp_path / "seeing.safetensors", heads=2).load_into(net)
+        load_into(open_published(tmp_path / "seeing.safetensors", heads=2), net)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_other_weights_are_refused(change: str, problem: str, state: State, tmp_
     net = PLAIN.build()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(CheckpointError, match=f"another architecture than Wan: {problem}"):
-        opened.load_into(net)
+        load_into(opened, net)
     assert_equal(net.state_dict(), before)
     with pytest.raises(CheckpointError, match=f"is not written, as this is no whole network: {problem}"):
         export(opened.tensors, opened.config, tmp_path / "out", "original")

@@ -15,6 +15,7 @@ from releases import (
     assert_equal,
     assert_same_function,
     diffusers,
+    load_into,
     network,
     plain_state,
     reference,
@@ -30,11 +31,12 @@ from minwm.cameras.trajectory import Motion
 from minwm.cli import main
 from minwm.core.config import UserError
 from minwm.core.weights import CheckpointError
-from minwm.families.wan.convert import SIZES, diffusers_names, export, identify, open_published, size_name
+from minwm.families.wan.convert import RELEASES, diffusers_names, export
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import CodecConfig
 from minwm.store.folder import save_model
+from minwm.store.layouts import describe, open_published, release_name
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import FewStepSampler
 
@@ -81,9 +83,7 @@ def test_single_branch_cameras_need_their_config(state: State, tmp_path: Path) -
     cfg = replace(PLAIN, camera="single")
     export(state, cfg, tmp_path / "x", "original")
     opened = open_published(tmp_path / "x")
-    assert opened.config == cfg and opened.load_into(cfg.build()) == []
-    with pytest.raises(CheckpointError, match="has camera=single, and the network camera=none"):
-        opened.load_into(PLAIN.build())
+    assert opened.config == cfg and load_into(opened, cfg.build()) == []
     with pytest.raises(CheckpointError, match="camera=dual, not none"):
         open_published(write_original(tmp_path / "y", state, camera="dual"))
 
@@ -109,14 +109,15 @@ COUNTS = {"wan2.1-1.3b": (825, 1_418_996_800), "wan2.1-14b": (1095, 14_288_491_5
 COUNTS |= {"wan2.2-ti2v-5b": (825, 4_999_787_712)}
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", RELEASES)
 def test_full_sizes_have_the_names_and_shapes_of_the_release(name: str) -> None:
+    config = RELEASES[name].config
     with torch.device("meta"):
-        ours, theirs = SIZES[name].build().state_dict(), reference(SIZES[name]).state_dict()
-    names = diffusers_names(SIZES[name].layers)
+        ours, theirs = config.build().state_dict(), reference(config).state_dict()
+    names = diffusers_names(config.layers)
     assert {names[key]: value.shape for key, value in ours.items()} == {key: x.shape for key, x in theirs.items()}
     assert (len(ours), sum(x.numel() for x in ours.values())) == COUNTS[name]
-    assert size_name(replace(SIZES[name], camera="dual")) == name and size_name(PLAIN) is None
+    assert release_name(replace(config, camera="dual")) == name and release_name(PLAIN) is None
 
 
 def test_names_are_one_to_one() -> None:
@@ -136,15 +137,15 @@ def test_other_files_are_recognised() -> None:
         large = diffusers.AutoencoderKLWan(
             base_dim=160, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
         )
-    assert identify(small.state_dict()) == "a Wan2.1 VAE (diffusers names)"
-    assert identify(large.state_dict()) == "a Wan2.2 VAE (diffusers names)"
-    assert identify(["conv1.bias", "encoder.downsamples.0.residual.0.gamma"]) == "a Wan2.1 VAE (original names)"
+    assert describe(small.state_dict()) == "a Wan2.1 VAE (diffusers names)"
+    assert describe(large.state_dict()) == "a Wan2.2 VAE (diffusers names)"
+    assert describe(["conv1.bias", "encoder.downsamples.0.residual.0.gamma"]) == "a Wan2.1 VAE (original names)"
     t5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-    assert identify(["shared.weight", t5]) == "a UMT5 text encoder (transformers names)"
-    assert identify(["token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"]).startswith("a UMT5")
-    assert identify(["encoder.0.weight", "decoder.3.conv.0.weight"]) == "a TAEHV tiny autoencoder"
-    assert identify(["double_blocks.0.img_attn_q.weight"]).startswith("a HunyuanVideo-1.5 transformer")
-    assert identify(["b", "a"]) == "something unknown (a, b)"
+    assert describe(["shared.weight", t5]) == "a UMT5 text encoder (transformers names)"
+    assert describe(["token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"]).startswith("a UMT5")
+    assert describe(["encoder.0.weight", "decoder.3.conv.0.weight"]) == "a TAEHV tiny autoencoder"
+    assert describe(["double_blocks.0.img_attn_q.weight"]).startswith("a HunyuanVideo-1.5 transformer")
+    assert describe(["b", "a"]) == "something unknown (a, b)"
 
 
 def run(*words: object) -> int:
@@ -167,7 +168,7 @@ def test_inspect(state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("inspect", tmp_path / "vae.pth") == 0
     assert "holds: a Wan2.1 VAE (original names)" in capsys.readouterr().out
     assert run("convert", tmp_path / "vae.pth", tmp_path / "out", "--to", "original") == 2
-    assert "is no Wan transformer but a Wan2.1 VAE" in capsys.readouterr().err
+    assert "is no transformer of a known family (wan) but a Wan2.1 VAE" in capsys.readouterr().err
 
 
 def test_convert(seeing: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

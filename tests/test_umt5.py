@@ -145,7 +145,8 @@ def test_states_from_elsewhere_need_no_encoder(tmp_path: Path, source: str, caps
     with pytest.raises(UserError, match=r"no text encoder in nowhere to encode 'a dome', which is new"):
         text.encode([caption, "a dome"])
     with pytest.raises(ConfigError, match=r"shape \(3, 8\); this model reads \(1 to 12, 32\)"):
-        text.keep("x", torch.zeros(3, 8))
+        save_file({"states": torch.zeros(3, 8)}, tmp_path / "narrow.safetensors", {"caption": "x"})
+        text.import_states(tmp_path / "narrow.safetensors")
     save_file({"states": torch.zeros(2, 32)}, tmp_path / "bare.safetensors")
     (tmp_path / "prompts.txt").write_text("a dome\n\nthe dome\n")
     for given, told in (("bare.safetensors", "a `caption` in the metadata"), ("prompts.txt", "to encode 'a dome'")):

@@ -29,7 +29,6 @@ from torch import nn
 
 from minwm.core.memory import MemoryMeter, ShapeOnlyMode
 from minwm.core.types import Clip, Condition
-from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets import layers
 from minwm.nets.codec import Codec, State
 from minwm.nets.taehv import TAEHV
@@ -300,13 +299,10 @@ def _shorter_clip(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
 
 
 def _tiny_codec(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    fits = [
-        (name, tiny) for name, tiny in TAEHV.items() if (tiny.channels, tiny.scale) == (cfg.codec.channels, cfg.scale)
-    ]
-    if not fits or not isinstance(cfg.codec, WanVaeConfig):
+    name = cfg.codec.tiny
+    if name is None:
         return None
-    (name, tiny), *_ = fits
-    return f"the tiny codec {name}: pictures less sharp", (replace(cfg, codec=tiny),)
+    return f"the tiny codec {name}: pictures less sharp", (replace(cfg, codec=TAEHV[name]),)
 
 
 def _half(cfg: ModelConfig) -> int:

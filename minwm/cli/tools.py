@@ -69,16 +69,14 @@ def data_prompts(
     model: Annotated[Path, arg(metavar="DIR", help="model folder, which says what encodes them")],
 ) -> None:
     """Encode prompts ahead, or take encoded ones: training and play then never load the text encoder for them."""
-    from minwm.families.wan.text import Umt5Text, read_states
     from minwm.store.folder import load_config
 
     text, lines = load_config(model).text, list[str]()
-    if not isinstance(text, Umt5Text):
+    if text.source is None:
         raise UserError(f"{model} reads prompts without an encoder: there is nothing to do ahead")
     for file in files:
         if file.suffix == ".safetensors":
-            caption, states = read_states(file)
-            text.keep(caption, states)
+            text.import_states(file)
         elif file.suffix == ".txt":
             lines += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:

@@ -11,29 +11,25 @@ from minwm.cli.models import inspect_model
 from minwm.core.config import UserError, override, to_dict
 
 if TYPE_CHECKING:
-    from minwm.families.wan.convert import Published
+    from minwm.families.base import Published
 
 Source = Annotated[Positional[Path], arg(metavar="SRC", help="checkpoint: a file or folder in any published layout")]
 Role = Annotated[str | None, arg(metavar="NAME", help="the network to read, if a file holds several")]
 Heads = Annotated[int | None, arg(metavar="N", help="if no config.json says, and they are not 128 wide")]
 
 
-VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae")
-"""Where the releases keep their VAE."""
-
-
 @command(app, "inspect")
 def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json: Json = None) -> None:
     """Say what is in a checkpoint or a model folder, without loading it."""
     from minwm.core.weights import read_weights
-    from minwm.families.wan.convert import identify, layout_of, understand
+    from minwm.store import layouts
 
     if (source / "model.json").exists():
         return inspect_model(source, json)
     weights = read_weights(source, role)
     values: dict[str, Any] = {
         "file": str(weights.path),
-        "holds": identify(weights.tensors),
+        "holds": layouts.describe(weights.tensors),
         "role": weights.role,
         "roles": list(weights.roles),
         "wrappers": list(weights.wrappers),
@@ -43,26 +39,22 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
         "ignored": list(weights.ignored),
     }
     notes: tuple[str, ...] = ()
-    if layout_of(weights.tensors):
-        published = understand(weights, heads)
-        values, notes = values | _architecture(published), published.notes
+    if family := layouts.detect_family(weights.tensors):
+        published = family.read_transformer(weights, heads, drop_action=False)
+        camera = sum(name.endswith(family.CAMERA_PARAMETERS) for name in published.tensors)
+        values |= {
+            "layout": published.layout,
+            "size": layouts.release_name(published.config),
+            "camera_tensors": camera,
+            "action_tensors": len(published.action),
+            **{f"tensors {kind}": names for kind, names in published.mismatches().items()},
+            "config": to_dict(published.config),
+        }
+        notes = published.notes
     numbers({name: _short(value) for name, value in values.items() if value}, None)
     for note in notes:
         say(f"note: {note}")
     return write_numbers(values | {"notes": list(notes)}, json)
-
-
-def _architecture(published: "Published") -> dict[str, Any]:
-    from minwm.families.wan.convert import CAMERA, size_name
-
-    return {
-        "layout": published.layout,
-        "size": size_name(published.config),
-        "camera_tensors": sum(name.endswith(CAMERA) for name in published.tensors),
-        "action_tensors": len(published.action),
-        **{f"tensors {kind}": names for kind, names in published.mismatches().items()},
-        "config": to_dict(published.config),
-    }
 
 
 def _short(value: Any) -> Any:
@@ -92,12 +84,12 @@ def convert_weights(
     """Write a checkpoint or a model folder in another layout; with --to minwm, any field of the model can be set."""
     import torch
 
-    from minwm.families.wan.convert import export, open_published
     from minwm.store.folder import load_model
+    from minwm.store.layouts import FAMILIES, open_published
 
     if to == "minwm":
         published = open_published(source, role, heads, drop_action)
-        return _adopt(published, preset, codec, target, fields)
+        return _write_model(published, preset, codec, target, fields)
     if preset or codec or fields:
         raise UserError("--preset, --codec and fields of the model go with --to minwm")
     if (source / "model.json").exists():
@@ -107,34 +99,34 @@ def convert_weights(
         published = open_published(source, role, heads, drop_action)
         tensors, cfg, notes = published.tensors, published.config, published.notes
     types = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    for note in (*notes, *export(tensors, cfg, target, to, types[dtype])):
+    for note in (*notes, *FAMILIES[cfg.kind].export(tensors, cfg, target, to, types[dtype])):
         say(f"note: {note}")
     return say(f"{target}: {len(tensors)} tensors in {to} names")
 
 
-def _adopt(
+def _write_model(
     published: "Published", preset: str | None, codec: Path | None, target: Path, fields: tuple[str, ...]
 ) -> None:
-    """A model folder from a published transformer, its VAE, and what a preset says of the rest."""
+    """A model folder from a published transformer, its VAE, and a preset for the rest."""
     from minwm.experiments import presets
-    from minwm.families.wan.convert import size_name
-    from minwm.families.wan.text import has_encoder
-    from minwm.store.folder import adopt
+    from minwm.store.folder import save_published
+    from minwm.store.layouts import FAMILIES, release_name
 
-    preset = preset or size_name(published.config)
+    file, family = published.weights.path, FAMILIES[published.config.kind]
+    preset = preset or release_name(published.config)
     if preset is None:
-        raise UserError(f"{published.weights.path} is of no published size: give --preset, such as wan2.1-1.3b/dmd")
-    config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.wan.wan_model(preset)
-    beside = published.weights.path.parent
-    for folder in (beside, beside.parent):
-        if has_encoder(folder):
+        raise UserError(f"{file} is of no published size: give --preset, such as wan2.1-1.3b/dmd")
+    config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.published(preset)
+    folders = (file.parent, file.parent.parent)
+    for folder in folders:
+        if family.has_text_encoder(folder):
             config = override(config, {"text.source": str(folder)})
-    codec = codec or next(
-        (folder / name for folder in (beside, beside.parent) for name in VAES if (folder / name).exists()), None
-    )
+    vaes = (folder / name for folder in folders for name in family.VAE_FILES)
+    codec = codec or next((path for path in vaes if path.exists()), None)
     if codec is None:
-        raise UserError(f"no VAE ({', '.join(VAES)}) beside {published.weights.path}: give --codec FILE")
-    for note in adopt(published, override(config, changes(fields)), codec, target):
+        raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")
+    save_published(target, override(config, changes(fields)), published, codec)
+    for note in published.notes:
         say(f"note: {note}")
     say(f"{target}: a model folder, codec from {codec}")
 

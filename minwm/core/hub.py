@@ -10,6 +10,8 @@ from minwm.core.runtime import require
 
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """USER/NAME."""
+SCHEME = "hf://"
+"""What a path on the Hub begins with: hf://USER/NAME."""
 
 
 class HubError(UserError):

@@ -229,31 +229,35 @@ def mismatches(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[
     return {kind: keys for kind, keys in kinds.items() if keys}
 
 
-def describe(problems: Mapping[str, list[str]]) -> str:
+def describe_mismatches(problems: Mapping[str, list[str]]) -> str:
     """Mismatches in words: how many of each kind, and the first of them."""
     return "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
 
 
-def check(net: nn.Module, tensors: Mapping[str, Tensor], source: Path, may_be_new: tuple[str, ...] = ()) -> list[str]:
-    """The missing parameters, whose names all end in one of `may_be_new`.
+def check(
+    net: nn.Module, tensors: Mapping[str, Tensor], source: Path, allow_missing: tuple[str, ...] = ()
+) -> list[str]:
+    """The missing parameters, whose names all end in one of `allow_missing`.
 
     Any other mismatch raises CheckpointError, naming `source`.
     """
     problems = mismatches(net, tensors)
     missing = problems.get("missing", [])
-    new = [key for key in missing if may_be_new and key.endswith(may_be_new)]
+    new = [key for key in missing if allow_missing and key.endswith(allow_missing)]
     problems["missing"] = [key for key in missing if key not in new]
-    if found := describe(problems):
+    if found := describe_mismatches(problems):
         raise CheckpointError(f"{source} is of another architecture than {type(net).__name__}: {found}")
     return new
 
 
-def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: Path, may_be_new: tuple[str, ...] = ()) -> list[str]:
+def load_tensors(
+    net: nn.Module, tensors: Mapping[str, Tensor], source: Path, allow_missing: tuple[str, ...] = ()
+) -> list[str]:
     """Load strictly, as `check` demands; returns the parameters that keep their initialisation.
 
     This is how a zero-initialised camera branch joins a model without one.
     """
-    new = check(net, tensors, source, may_be_new)
+    new = check(net, tensors, source, allow_missing)
     net.load_state_dict(dict(tensors), strict=False)
     return new
 

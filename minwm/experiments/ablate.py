@@ -25,10 +25,10 @@ from minwm.eval.run import Say
 from minwm.experiments.ablations import Ablation, Arm, shipped
 from minwm.experiments.pipeline import PipelinePart, collect_for, part_seconds
 from minwm.experiments.presets.demo import demo, tiny_model
-from minwm.families.wan.convert import CAMERA
 from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model, load_weights, save_model
+from minwm.store.layouts import FAMILIES
 from minwm.store.model import Model
 from minwm.train.build import build_recipe, load_role, train
 from minwm.train.config import Run
@@ -119,7 +119,8 @@ def _start(folder: Path) -> None:
     """
     if not folder.exists():
         tensors = read_weights(shipped("camera") / "model.safetensors").tensors
-        kept = {name: value for name, value in tensors.items() if not name.endswith(CAMERA)}
+        camera = FAMILIES[tiny_model().network.kind].CAMERA_PARAMETERS
+        kept = {name: value for name, value in tensors.items() if not name.endswith(camera)}
         write_safetensors(folder / "model.safetensors", kept)
 
 

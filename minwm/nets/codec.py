@@ -56,6 +56,8 @@ class CodecConfig:
     """Shape of the small codec and of its loss."""
 
     kind: ClassVar[str] = "small"
+    tiny: ClassVar[None] = None
+    """It has no published tiny decoder."""
     scale: ClassVar[int] = 8
     """Rows and columns of pixels per row and column of latents."""
     channels: int = 16

@@ -32,6 +32,8 @@ class TaehvConfig:
     """Shape of a tiny codec; `TAEHV` has those of the published files."""
 
     kind: ClassVar[str] = "taehv"
+    tiny: ClassVar[None] = None
+    """It is one itself."""
 
     channels: int = 16
     """Channels of a latent."""

@@ -40,6 +40,8 @@ class WordText:
     """
 
     kind: ClassVar[str] = "words"
+    source: ClassVar[None] = None
+    """Where its weights are: it has none."""
     dim: int = 64
     """Width of a state."""
     length: int = 24

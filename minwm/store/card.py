@@ -17,19 +17,12 @@ from minwm.core.config import to_dict
 from minwm.core.files import read_json, write_text
 from minwm.core.hub import HubError
 from minwm.core.weights import check, read_weights
-from minwm.families.wan.convert import size_name
-from minwm.families.wan.text import Umt5Text
 from minwm.store.folder import FILES, load_config
+from minwm.store.layouts import FAMILIES, release_name
 from minwm.store.model import ModelConfig
 
 CARD = "README.md"
 KEPT = "<!-- minwm writes what is above. What is below is yours, and kept when the card is written again. -->"
-BASES = {
-    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B",
-    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B",
-    "wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B",
-}
-"""Hub names of the releases in `formats.SIZES`."""
 TIMES = ("fps", "chunk_ms", "chunk_p90_ms", "decode_ms", "first_pixel_ms", "memory_gb")
 MEASURED = {"sampler", "passes", "parameters", "threads", "versions", "date", *TIMES}
 """By which a file that `minwm bench --json` wrote is known."""
@@ -99,7 +92,8 @@ class _Facts:
         unknown = [path for path, record in history.items() if not record]
         start = _first(folder, history)
         published = not history[start] and (start / "model.json").exists()
-        base = BASES.get(size_name(config.network) or "") if published else None
+        release = release_name(config.network) if published else None
+        base = release and FAMILIES[config.network.kind].RELEASES[release].repo
         return cls(config, own, codec, ", ".join(dtypes), runs, unknown, base)
 
     @property
@@ -298,10 +292,10 @@ def _limits(cfg: ModelConfig) -> Iterator[str]:
             f"{cfg.stream.window} chunks and its first {cfg.stream.sink}: what has left them is forgotten."
         )
     yield f"Pictures have {cfg.width}x{cfg.height} pixels and nothing else."
-    if isinstance(cfg.text, Umt5Text):
+    if cfg.text.source:
         yield (
-            "The text encoder, UMT5, is not among the files: `text.source` in model.json names the folder in which it "
-            "is looked for."
+            f"The text encoder, {cfg.text.kind.upper()}, is not among the files: `text.source` in model.json names the "
+            "folder in which it is looked for."
         )
     else:
         yield f"A prompt has at most {cfg.text.length} words, and those that training did not see mean nothing."

@@ -16,17 +16,17 @@ from minwm.core.config import choose, dumps, loads
 from minwm.core.files import new_folder, write_text
 from minwm.core.weights import (
     CheckpointError,
-    describe,
-    fill,
+    describe_mismatches,
+    load_tensors,
     mismatches,
     read_weights,
     write_safetensors,
 )
-from minwm.families.wan.convert import Published
-from minwm.families.wan.vae import WanVaeConfig, diffusers_names
+from minwm.families.base import Published
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.taehv import TAEHV
-from minwm.store.model import AnyCodec, AnyCodecConfig, Model, ModelConfig
+from minwm.store.layouts import FAMILIES, AnyCodec, AnyCodecConfig
+from minwm.store.model import Model, ModelConfig
 
 FILES = ("model.json", "model.safetensors", "codec.safetensors")
 """What a model folder is made of; a run directory holds more, which stays at home."""
@@ -56,44 +56,44 @@ def load_config(folder: Path) -> ModelConfig:
     return loads(ModelConfig, path.read_text())
 
 
-def adopt(source: Published, config: ModelConfig, codec: Path, target: Path) -> list[str]:
-    """Make a model folder of a published transformer and codec; returns sentences about what was chosen.
+def save_published(target: Path, config: ModelConfig, published: Published, codec: Path) -> None:
+    """Write a model folder from a published transformer and a published codec.
 
-    `config` says all but the network, which is the file's own; its codec may be another than what `codec` holds
-    (`read_codec`). Raises CheckpointError if anything does not fit; then nothing is written.
+    `config` gives everything but the network, whose architecture is the file's own; its codec may be another than
+    what `codec` holds (`read_codec`). Raises CheckpointError if anything does not fit; then nothing is written.
     """
-    if problems := source.mismatches():
-        raise CheckpointError(f"{source.weights.path} is no whole network: {describe(problems)}")
-    if source.action:
+    file = published.weights.path
+    if problems := published.mismatches():
+        raise CheckpointError(f"{file} is no whole network: {describe_mismatches(problems)}")
+    if published.action:
         raise CheckpointError(
-            f"{source.weights.path} has {len(source.action)} trained parameters of discrete actions, for which no "
-            "network here has a place; --drop-action leaves them out, and changes what it does"
+            f"{file} has {len(published.action)} trained parameters of discrete actions, for which no network here has "
+            "a place; --drop-action leaves them out, and changes what it does"
         )
-    network = replace(source.config, rounded=config.network.rounded)  # the file does not know how it was run
-    codec_config, tensors = read_codec(codec, config.codec)
-    if codec_config.channels != source.config.channels:
+    network = replace(published.config, rounded=config.network.rounded)  # no file says how it was run
+    codec_config, tensors = read_codec(codec, config)
+    if codec_config.channels != network.channels:
         raise CheckpointError(
-            f"{codec} has latents of {codec_config.channels} channels, {source.weights.path} of "
-            f"{source.config.channels}: they do not belong together"
+            f"{codec} has latents of {codec_config.channels} channels, {file} of {network.channels}: they do not "
+            "belong together"
         )
     with new_folder(target) as folder:
         write_safetensors(folder / "codec.safetensors", tensors)
-        write_safetensors(folder / "model.safetensors", source.tensors)
+        write_safetensors(folder / "model.safetensors", published.tensors)
         write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
-    return list(source.notes)
 
 
-def read_codec(path: Path, expected: AnyCodecConfig) -> tuple[AnyCodecConfig, dict[str, Tensor]]:
-    """Config and tensors, by our names, of a published codec: a Wan VAE in either naming, or a tiny TAEHV."""
-    tensors = read_weights(path).tensors
-    config = TAEHV.get(path.stem, expected)
-    if isinstance(config, WanVaeConfig) and "quant_conv.weight" in tensors:
-        names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
-        tensors = {names.get(name, name): value for name, value in tensors.items()}
+def read_codec(path: Path, model: ModelConfig) -> tuple[AnyCodecConfig, dict[str, Tensor]]:
+    """Config and tensors, by our names, of a published codec: a tiny TAEHV by its file's name, else the model's own.
+
+    Raises CheckpointError if the tensors are not those of that config.
+    """
+    config = TAEHV.get(path.stem, model.codec)
+    tensors = FAMILIES[model.network.kind].rename_codec(config, read_weights(path).tensors)
     with torch.device("meta"):
-        skeleton = config.build()
-    if problems := mismatches(skeleton, tensors):
-        raise CheckpointError(f"{path} does not fit {type(skeleton).__name__}: {describe(problems)}")
+        codec = config.build()
+    if problems := mismatches(codec, tensors):
+        raise CheckpointError(f"{path} does not fit {type(codec).__name__}: {describe_mismatches(problems)}")
     return config, tensors
 
 
@@ -102,9 +102,9 @@ def tiny_decoder(model: Model, name: str, random: bool = False) -> Model:
     if random:
         tiny = TAEHV[choose(name, TAEHV, "tiny codec")].build()
     else:
-        config, tensors = read_codec(Path(name), model.config.codec)
+        config, tensors = read_codec(Path(name), model.config)
         tiny = config.build()
-        fill(tiny, tensors, Path(name))
+        load_tensors(tiny, tensors, Path(name))
     return replace(model, codec=TinyDecoder(model.codec, tiny.eval().requires_grad_(False)))
 
 
@@ -126,12 +126,12 @@ def load_codec(folder: Path) -> AnyCodec:
     return codec.eval().requires_grad_(False)
 
 
-def load_weights(net: nn.Module, path: Path, may_be_new: tuple[str, ...] = ()) -> list[str]:
-    """Load strictly; parameters whose name ends in one of `may_be_new` may be missing, and are listed.
+def load_weights(net: nn.Module, path: Path, allow_missing: tuple[str, ...] = ()) -> list[str]:
+    """Load strictly; parameters whose name ends in one of `allow_missing` may be missing, and are listed.
 
     Those keep their initialisation: this is how a zero-initialised camera branch joins a model without one.
     """
-    return fill(net, _load(path), path, may_be_new)
+    return load_tensors(net, _load(path), path, allow_missing)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@ import tempfile
 from pathlib import Path
 
 import minwm
-from minwm.core.hub import REPO, HubError, fetch, upload
-from minwm.families.wan.text import HUB, Umt5Text
-from minwm.store.card import BASES, CARD, write_card
+from minwm.core.hub import REPO, SCHEME, HubError, fetch, upload
+from minwm.store.card import CARD, write_card
 from minwm.store.folder import FILES, load_config, load_model, save_model
+from minwm.store.layouts import FAMILIES
 from minwm.store.model import Model
 
 
@@ -59,11 +59,13 @@ def push(folder: Path, repo: str, *, private: bool = False, license: str | None 
     """
     if not REPO.fullmatch(repo):
         raise HubError(f"{repo} is no name of a repository; give USER/NAME")
-    text = load_config(folder).text
-    if isinstance(text, Umt5Text) and not text.source.startswith(HUB):
+    config = load_config(folder)
+    source = config.text.source
+    if source and not source.startswith(SCHEME):
+        example, *_ = FAMILIES[config.network.kind].RELEASES.values()
         raise HubError(
-            f"{folder}/model.json names {text.source} as text.source, which nobody else has; write there the "
-            f"repository of the Hub that it came from, such as {HUB}{BASES['wan2.1-1.3b']}"
+            f"{folder}/model.json names {source} as text.source, which nobody else has; write there the "
+            f"repository of the Hub that it came from, such as {SCHEME}{example.repo}"
         )
     write_card(folder, repo, license)
     return upload(folder, repo, [*FILES, CARD], f"Model and card, by minwm {minwm.__version__}", private)

@@ -10,20 +10,15 @@ from torch import Tensor
 
 from minwm.cameras.trajectory import Motion
 from minwm.core.runtime import pick_device
-from minwm.families.wan.text import Umt5Text
-from minwm.families.wan.transformer import WanConfig
-from minwm.families.wan.vae import WanVae, WanVaeConfig
 from minwm.nets.attention import Geometry, StreamConfig
 from minwm.nets.backbone import Backbone
-from minwm.nets.codec import Codec, CodecConfig, TinyDecoder
-from minwm.nets.taehv import Taehv, TaehvConfig
+from minwm.nets.codec import TinyDecoder
 from minwm.nets.text import WordText
+from minwm.store.layouts import AnyCodec, AnyCodecConfig, NetworkConfig, TextConfig
 from minwm.stream.solvers import Sampler
 
 Prompts = list[str] | Float[Tensor, "b l d"]
 """As text, or encoded already."""
-AnyCodecConfig = CodecConfig | WanVaeConfig | TaehvConfig
-AnyCodec = Codec | WanVae | Taehv
 SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
 """Focal lengths of square pictures, 70 degrees wide."""
 
@@ -32,12 +27,12 @@ SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
 class ModelConfig:
     """All that turns noise, a prompt and a trajectory into video, except the weights."""
 
-    network: WanConfig
+    network: NetworkConfig
     sampler: Sampler
     codec: AnyCodecConfig
     motion: Motion = field(default_factory=Motion)
     """Speeds and frame rate: a key means the same motion for every model trained on them."""
-    text: WordText | Umt5Text = field(default_factory=WordText)
+    text: TextConfig = field(default_factory=WordText)
     negative: str | None = None
     """Prompt of the unconditional branch of guidance; None: states of zeros."""
     latents: int = 9

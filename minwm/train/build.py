@@ -16,7 +16,6 @@ from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, pick_device, rank, versions, world_size
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import RawDataset, ShardDataset, loader
-from minwm.families.wan.convert import CAMERA
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import Codec
 from minwm.recipes.base import Recipe
@@ -32,6 +31,7 @@ from minwm.recipes.dmd import Dmd, DmdConfig
 from minwm.recipes.ode import Ode, OdeConfig
 from minwm.store.card import write_card
 from minwm.store.folder import load_codec, load_weights, save_codec, save_model
+from minwm.store.layouts import FAMILIES
 from minwm.train.config import Run, Summary
 from minwm.train.loop import loop
 from minwm.train.state import States
@@ -159,7 +159,8 @@ def load_role(run: Run, device: torch.device, role: str) -> Backbone:
         if role != "student":
             raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
         return net.to(device)
-    load_weights(net, Path(source) / "model.safetensors", may_be_new=CAMERA if role == "student" else ())
+    new = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS if role == "student" else ()
+    load_weights(net, Path(source) / "model.safetensors", allow_missing=new)
     return net.to(device)
 
 

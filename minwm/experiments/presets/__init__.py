@@ -7,13 +7,13 @@ from pathlib import Path
 from minwm.core.config import ConfigError, choose
 from minwm.experiments.presets import demo, wan
 from minwm.experiments.presets.base import Pipeline
-from minwm.families.wan.convert import SIZES
+from minwm.families.wan.convert import RELEASES
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": wan.self_forcing}
 """Models that no pipeline makes: to be measured with random weights."""
-
+PUBLISHED: dict[str, Callable[[], ModelConfig]] = {size: partial(wan.wan_model, size) for size in RELEASES}
 
 PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo": demo.demo,
@@ -21,12 +21,17 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "world": demo.world,
     "world-64": demo.world_64,
     "smoke": demo.smoke,
-    **{size: partial(wan.wan, size) for size in SIZES},
+    **{size: partial(wan.wan, size) for size in RELEASES},
 }
 
 
 def pipeline(name: str, out: Path) -> Pipeline:
     return PIPELINES[choose(name, PIPELINES, "pipeline")](out)
+
+
+def published(size: str) -> ModelConfig:
+    """A published model as it is before any training here."""
+    return PUBLISHED[choose(size, PUBLISHED, "published model")]()
 
 
 def stage(name: str, out: Path) -> Run:

@@ -7,7 +7,7 @@ from minwm.cameras.trajectory import Motion
 from minwm.core.config import choose
 from minwm.data.encode import EncodeConfig
 from minwm.experiments.presets.base import Pipeline
-from minwm.families.wan.convert import SIZES
+from minwm.families.wan.convert import RELEASES
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.vae import WAN22, WanVaeConfig
 from minwm.nets.attention import StreamConfig
@@ -33,7 +33,7 @@ WAN_NEGATIVE = (
 
 def wan_model(size: str) -> ModelConfig:
     """A published Wan model, bidirectional and without cameras, as minWM trains on: 20 latents in chunks of 4."""
-    network = SIZES[choose(size, SIZES, "size of Wan")]
+    network = RELEASES[choose(size, RELEASES, "size of Wan")].config
     base = ModelConfig(
         network=network,
         sampler=BidirectionalSampler(steps=50, guidance=8.0, shift=5.0),

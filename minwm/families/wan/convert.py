@@ -1,8 +1,8 @@
-"""Published checkpoints of Wan transformers: in from any file, wrapping and naming, out in two layouts.
+"""Published checkpoints of Wan: in from any file, wrapping and naming, out in two layouts (`families.base.Family`).
 
-`core/weights.py` finds the file, the network in it and its own parameter names. Here the layout is told (whose names
-they are), and the architecture from shapes, and from a config.json if there is one. Canonical names are those of the
-original release, which `families/wan/transformer.py` has too; HunyuanVideo's layouts will join in the same form.
+`core/weights.py` finds the file, the network in it and its own parameter names. Here the layout is detected (whose
+names they are), and the architecture from shapes, and from a config.json if there is one. Canonical names are those
+of the original release, which `families/wan/transformer.py` has too.
 
 Facts: Wan2.1 `wan/modules/model.py`, diffusers `scripts/convert_wan_to_diffusers.py`, minWM `wan_inference.py`,
 HY-WorldPlay `wan/generate.py`.
@@ -10,9 +10,8 @@ HY-WorldPlay `wan/generate.py`.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,37 +21,38 @@ from minwm.core.files import new_folder, read_json, write_json
 from minwm.core.weights import (
     CheckpointError,
     Weights,
-    describe,
-    fill,
+    describe_mismatches,
     mismatches,
-    read_weights,
     write_safetensors,
     write_shards,
 )
+from minwm.families.base import Layout, Published, Release
+from minwm.families.wan.text import has_text_encoder as has_text_encoder
 from minwm.families.wan.transformer import Wan, WanConfig
+from minwm.families.wan.vae import WanVaeConfig
+from minwm.families.wan.vae import diffusers_names as vae_names
 
-Layout = Literal["original", "diffusers"]
 MARKS: dict[Layout, str] = {"original": "blocks.{}.self_attn.q.weight", "diffusers": "blocks.{}.attn1.to_q.weight"}
-"""A parameter of every block, by which a layout is told and blocks are counted."""
+"""A parameter of every block, by which a layout is detected and blocks are counted."""
 OTHERS = {
-    r"double_blocks\.0\.img_attn_q\.": "a HunyuanVideo-1.5 transformer (original names)",
-    r"transformer_blocks\.0\.attn\.add_q_proj\.": "a HunyuanVideo-1.5 transformer (diffusers names)",
     r"encoder\.downsamples\.0\.residual\.": "a Wan2.1 VAE (original names)",
     r"encoder\.downsamples\.0\.downsamples\.": "a Wan2.2 VAE (original names)",
     r"encoder\.down_blocks\.0\.norm1\.gamma": "a Wan2.1 VAE (diffusers names)",
     r"encoder\.down_blocks\.0\.downsampler\.resample\.": "a Wan2.2 VAE (diffusers names)",
     r"blocks\.0\.pos_embedding\.embedding\.": "a UMT5 text encoder (original names)",
     r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention": "a UMT5 text encoder (transformers names)",
-    r"(en|de)coder\.\d+\.": "a TAEHV tiny autoencoder",
 }
-"""What else is published beside transformers, by how a parameter's name begins."""
-SIZES = {
-    "wan2.1-1.3b": WanConfig(),
-    "wan2.1-14b": WanConfig(dim=5120, heads=40, layers=40, ffn=13824),
-    "wan2.2-ti2v-5b": WanConfig(dim=3072, heads=24, layers=30, ffn=14336, channels=48),
+"""What is published beside the transformers, by how a parameter's name begins."""
+RELEASES: Mapping[str, Release] = {
+    "wan2.1-1.3b": Release("Wan-AI/Wan2.1-T2V-1.3B", WanConfig()),
+    "wan2.1-14b": Release("Wan-AI/Wan2.1-T2V-14B", WanConfig(dim=5120, heads=40, layers=40, ffn=13824)),
+    "wan2.2-ti2v-5b": Release(
+        "Wan-AI/Wan2.2-TI2V-5B", WanConfig(dim=3072, heads=24, layers=30, ffn=14336, channels=48)
+    ),
 }
+VAE_FILES: tuple[str, ...] = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae")
 PROPE = ("prope_o.weight", "prope_o.bias")
-CAMERA = (*PROPE, "plucker.weight", "plucker.bias")
+CAMERA_PARAMETERS: tuple[str, ...] = (*PROPE, "plucker.weight", "plucker.bias")
 """Ends of the names of camera parameters."""
 ACTION = (
     "action_embedding.0.weight",
@@ -111,83 +111,35 @@ def _names(layout: Layout, layers: int) -> dict[str, str]:
     return names if layout == "diffusers" else {name: name for name in names}
 
 
-def layout_of(names: Collection[str]) -> Layout | None:
+def detect_layout(names: Collection[str]) -> Layout | None:
     """The layout of a Wan transformer with such parameter names; None if they are of something else."""
     return next((layout for layout, mark in MARKS.items() if mark.format(0) in names), None)
 
 
-def identify(names: Collection[str]) -> str:
-    """What has such parameter names, in words."""
-    if layout := layout_of(names):
+def describe(names: Collection[str]) -> str | None:
+    """What of Wan has such parameter names, in words; None if nothing."""
+    if layout := detect_layout(names):
         return f"a Wan transformer ({layout} names)"
-    known = (what for start, what in OTHERS.items() if any(re.match(start, name) for name in names))
-    return next(known, f"something unknown ({', '.join(sorted(names)[:3])})")
+    return next((what for start, what in OTHERS.items() if any(re.match(start, name) for name in names)), None)
 
 
-def size_name(cfg: WanConfig) -> str | None:
-    """The release that has these sizes."""
-    return next((name for name, size in SIZES.items() if replace(cfg, camera="none") == size), None)
+def rename_codec(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Wan VAE in either naming under those of the release; of other codecs, as they are."""
+    if not isinstance(config, WanVaeConfig) or "quant_conv.weight" not in tensors:
+        return tensors
+    names = {theirs: ours for ours, theirs in vae_names(config).items()}
+    return {names.get(name, name): value for name, value in tensors.items()}
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published Wan transformer, understood."""
+def read_transformer(weights: Weights, heads: int | None = None, drop_action: bool = False) -> Published:
+    """The Wan transformer in `weights`, under canonical names; its tensors are not read yet.
 
-    weights: Weights
-    """As saved."""
-    layout: Layout
-    config: WanConfig
-    tensors: dict[str, Tensor]
-    """By canonical name, memory-mapped; what no Wan transformer has goes by its own name."""
-    ignored: tuple[str, ...]
-    """Entries of the file that are left out."""
-    notes: tuple[str, ...]
-    """Sentences about what was chosen, assumed or left out."""
-
-    @property
-    def action(self) -> list[str]:
-        """Parameters of discrete actions."""
-        return [name for name in self.tensors if name in ACTION]
-
-    def mismatches(self) -> dict[str, list[str]]:
-        """What keeps the file from being a whole network: parameters missing, unexpected or of another shape."""
-        return mismatches(_skeleton(self.config), _without_actions(self.tensors))
-
-    def load_into(self, net: Wan) -> list[str]:
-        """Load strictly; returns the names of parameters that keep their initialisation.
-
-        Those are the camera branches of a network that has some, if the checkpoint has none at all. Any other
-        difference raises CheckpointError, also one that shapes do not show.
-        """
-        path, mine, its = self.weights.path, self.config, net.config
-        if mine.heads != its.heads:
-            raise CheckpointError(f"{path} is read as {mine.heads} heads, and the network has {its.heads}")
-        if mine.camera == "single" and its.camera != "single":
-            raise CheckpointError(f"{path} has camera=single, and the network camera={its.camera}")
-        if self.action:
-            raise CheckpointError(
-                f"{path} has {len(self.action)} trained parameters of discrete actions ({self.action[0]}, ...), for "
-                "which the network has no place; drop_action=True leaves them out, and changes what it does"
-            )
-        return fill(net, self.tensors, path, may_be_new=CAMERA if mine.camera == "none" else ())
-
-
-def open_published(
-    path: Path, role: str | None = None, heads: int | None = None, drop_action: bool = False
-) -> Published:
-    """Understand the published checkpoint of a Wan transformer in a file or folder; its tensors are not read yet.
-
-    `role` chooses among the networks in a file. `heads` serves a checkpoint without config.json whose heads are not
-    128 wide. `drop_action` leaves out HY-WorldPlay's embedding of discrete actions. Raises CheckpointError.
+    `heads` serves a file without config.json whose heads are not 128 wide. `drop_action` leaves out HY-WorldPlay's
+    embedding of discrete actions. Raises CheckpointError for variants that are not supported.
     """
-    return understand(read_weights(path, role), heads, drop_action)
-
-
-def understand(weights: Weights, heads: int | None = None, drop_action: bool = False) -> Published:
-    """The second half of `open_published`."""
-    layout = layout_of(weights.tensors)
+    layout = detect_layout(weights.tensors)
     if layout is None:
-        raise CheckpointError(f"{weights.path} is no Wan transformer but {identify(weights.tensors)}")
+        raise CheckpointError(f"{weights.path} is no Wan transformer")
     if image := [name for name in weights.tensors if any(part in name for part in IMAGE)]:
         raise CheckpointError(f"{weights.path} attends to an image ({image[0]}, ...): such variants are not supported")
     layers = 1
@@ -204,10 +156,10 @@ def understand(weights: Weights, heads: int | None = None, drop_action: bool = F
     if action := tuple(name for name in tensors if name in ACTION):
         notes.append(f"{len(action)} trained parameters of discrete actions, for which no network here has a place")
         if drop_action:
-            tensors, ignored = _without_actions(tensors), (*ignored, *action)
+            tensors, ignored, action = _without_actions(tensors), (*ignored, *action), ()
             notes[-1] += ", are left out: the network will do something else than the checkpoint"
     config, assumed = _infer(tensors, layers, layout, weights.path, heads)
-    return Published(weights, layout, config, tensors, ignored, (*notes, *assumed))
+    return Published(weights, layout, config, tensors, action, ignored, (*notes, *assumed))
 
 
 def _without_actions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -288,7 +240,7 @@ def _config_json(cfg: WanConfig, layout: Layout) -> dict[str, Any]:
 
 def export(
     tensors: Mapping[str, Tensor],
-    cfg: WanConfig,
+    config: WanConfig,
     target: Path,
     layout: Layout,
     dtype: torch.dtype | None = None,
@@ -301,22 +253,25 @@ def export(
     sentences about what other readers will miss. Raises CheckpointError if the tensors are not exactly those of such
     a network, or if the target exists.
     """
-    if problems := mismatches(_skeleton(cfg), _without_actions(tensors)):
-        raise CheckpointError(f"{target} is not written, as this is no whole network: {describe(problems)}")
-    names = _names(layout, cfg.layers)
+    if problems := mismatches(_skeleton(config), _without_actions(tensors)):
+        raise CheckpointError(f"{target} is not written, as this is no whole network: {describe_mismatches(problems)}")
+    names = _names(layout, config.layers)
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     if target.suffix == ".safetensors":
         if target.exists():
             raise CheckpointError(f"{target} exists; delete it, or give another name")
         write_safetensors(target, renamed, dtype)
-        return [*_missed(tensors, cfg, layout), f"a file has no config.json: readers must know of {cfg.heads} heads"]
-    name = {"_class_name": "WanModel", "model_type": "ti2v" if cfg.channels == 48 else "t2v"}
+        return [
+            *_missed(tensors, config, layout),
+            f"a file has no config.json: readers must know of {config.heads} heads",
+        ]
+    name = {"_class_name": "WanModel", "model_type": "ti2v" if config.channels == 48 else "t2v"}
     if layout == "diffusers":
         name = {"_class_name": "WanTransformer3DModel"}
     with new_folder(target) as folder:
         write_shards(folder, "diffusion_pytorch_model", renamed, dtype, shard)
-        write_json(folder / "config.json", {**name, **_config_json(cfg, layout)})
-    return _missed(tensors, cfg, layout)
+        write_json(folder / "config.json", {**name, **_config_json(config, layout)})
+    return _missed(tensors, config, layout)
 
 
 def _missed(tensors: Mapping[str, Tensor], cfg: WanConfig, layout: Layout) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError
 from minwm.core.files import atomic, write_text
-from minwm.core.hub import HubError
+from minwm.core.hub import SCHEME, HubError
 from minwm.core.hub import fetch as fetch_files
 from minwm.core.runtime import pick_device, progress, require
 from minwm.core.weights import CheckpointError, check, read_weights
@@ -32,8 +32,6 @@ LAYOUTS = (
     ("google/umt5-xxl/tokenizer.json", "models_t5_umt5-xxl-enc-bf16.pth"),
 )
 """Where tokenizer and weights are: Hugging Face in one file, in several, and the original release."""
-HUB = "hf://"
-"""What a source on the Hugging Face Hub begins with."""
 
 RENAMES = (
     (r"^token_embedding\.", "shared."),
@@ -89,11 +87,12 @@ class Umt5Text:
             row[: len(known)] = known
         return states
 
-    def keep(self, caption: str, states: Float[Tensor, "t d"]) -> None:
-        """Take states that were encoded elsewhere, without their padding, as those of a caption.
+    def import_states(self, path: Path) -> None:
+        """Take the states of a caption that were encoded elsewhere, without their padding, from a file (`read_states`).
 
         Without the encoder at hand there is nothing to check them against but their shape (ConfigError).
         """
+        caption, states = read_states(path)
         if states.ndim != 2 or not 1 <= len(states) <= self.length or states.shape[1] != self.dim:
             raise ConfigError(
                 f"states of {caption[:60]!r} have shape {tuple(states.shape)}; "
@@ -108,7 +107,7 @@ class Umt5Text:
         they may never have been here.
         """
         root = Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser() / "prompts"
-        name = self.source if self.source.startswith(HUB) else str(Path(self.source).expanduser().absolute())
+        name = self.source if self.source.startswith(SCHEME) else str(Path(self.source).expanduser().absolute())
         note = root / f"{_digest(name)}-{self.length}.txt"
         known = note.read_text() if note.exists() else None
         if found := _find(self.source, fetch=not (known or given)):
@@ -218,13 +217,13 @@ def build_encoder(weights: dict[str, Tensor], source: Path) -> Any:
     )
     with torch.device("meta"):
         encoder = transformers.UMT5EncoderModel(config)
-    check(encoder, weights, source, may_be_new=("embed_tokens.weight",))  # a second name of shared.weight
+    check(encoder, weights, source, allow_missing=("embed_tokens.weight",))  # a second name of shared.weight
     encoder.load_state_dict(weights, strict=False, assign=True)
     encoder.set_input_embeddings(encoder.shared)
     return encoder.eval()
 
 
-def has_encoder(folder: Path) -> bool:
+def has_text_encoder(folder: Path) -> bool:
     """Whether a folder holds a text encoder with its tokenizer."""
     return folder.is_dir() and _find(str(folder)) is not None
 
@@ -243,7 +242,7 @@ def read_states(path: Path) -> tuple[str, Float[Tensor, "t d"]]:
 def _find(source: str, fetch: bool = False) -> tuple[Path, Path] | None:
     """The files of the tokenizer and of the weights (of shards, their index), if the source has both; `fetch` lets
     them come from the Hub, else only what came before counts."""
-    folder, repo = Path(source).expanduser(), source.removeprefix(HUB)
+    folder, repo = Path(source).expanduser(), source.removeprefix(SCHEME)
     if repo != source:
         files = [*dict(LAYOUTS), "text_encoder/*.safetensors*", LAYOUTS[-1][1]]
         try:

@@ -97,6 +97,11 @@ class WanVaeConfig:
         """Frames per latent, after the first."""
         return 2 ** sum(self.temporal)
 
+    @property
+    def tiny(self) -> str | None:
+        """The published tiny codec (`nets.taehv.TAEHV`) of the same latents, if there is one."""
+        return {16: "taew2_1", 48: "taew2_2"}.get(self.channels)
+
     def build(self) -> "WanVae":
         return WanVae(self)
 

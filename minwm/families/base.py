@@ -1,0 +1,89 @@
+"""What every family provides in its `convert.py`, and what reading its published weights gives.
+
+`store/layouts.py` lists the families; other wings go through it and name none.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from minwm.core.weights import Weights, mismatches
+
+Layout = Literal["original", "diffusers"]
+"""Whose parameter names: those of the release, or those of diffusers."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published transformer."""
+
+    repo: str
+    """Its repository on the Hugging Face Hub."""
+    config: Any
+    """Its architecture: a network config without cameras."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published transformer as read from a file."""
+
+    weights: Weights
+    """As saved."""
+    layout: Layout
+    config: Any
+    """The network config: architecture, and how cameras enter."""
+    tensors: dict[str, Tensor]
+    """By canonical name, memory-mapped; those that the network does not have keep their own names."""
+    action: tuple[str, ...]
+    """Names in `tensors` of trained parameters for discrete actions, which no network here has."""
+    ignored: tuple[str, ...]
+    """Entries of the file that are left out."""
+    notes: tuple[str, ...]
+    """Sentences about what was chosen, assumed or left out."""
+
+    def mismatches(self) -> dict[str, list[str]]:
+        """Parameters that are missing, unexpected or of another shape, by kind; empty for a whole network."""
+        with torch.device("meta"):
+            network = self.config.build()
+        return mismatches(network, {name: x for name, x in self.tensors.items() if name not in self.action})
+
+
+class Family(Protocol):
+    """The module `convert` of a family. `config` is always its network config."""
+
+    RELEASES: Mapping[str, Release]
+    """Published transformers by the names that presets and the command line use."""
+    CAMERA_PARAMETERS: tuple[str, ...]
+    """Ends of the names of camera parameters, which published transformers lack."""
+    VAE_FILES: tuple[str, ...]
+    """Where the releases keep their VAE: names of files and folders."""
+
+    def describe(self, names: Collection[str]) -> str | None:
+        """What of this family has such parameter names, in words; None if nothing."""
+        ...
+
+    def detect_layout(self, names: Collection[str]) -> Layout | None:
+        """The layout of a transformer of this family with such parameter names; None if it is none."""
+        ...
+
+    def read_transformer(self, weights: Weights, heads: int | None, drop_action: bool) -> Published:
+        """The transformer in `weights`, under canonical names; see `store.layouts.read_published`."""
+        ...
+
+    def export(
+        self, tensors: Mapping[str, Tensor], config: Any, target: Path, layout: Layout, dtype: torch.dtype | None = None
+    ) -> list[str]:
+        """Write a transformer in a published layout; returns sentences about what its other readers will miss."""
+        ...
+
+    def rename_codec(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a published codec under the names of `config.build()`."""
+        ...
+
+    def has_text_encoder(self, folder: Path) -> bool:
+        """Whether a folder holds the family's text encoder with its tokenizer."""
+        ...

@@ -1,0 +1,75 @@
+"""The table of families: whose published files are read and written. Other wings ask it and name no family."""
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from minwm.core.weights import CheckpointError, Weights, read_weights
+from minwm.families.base import Family, Published
+from minwm.families.wan import convert as wan
+from minwm.families.wan.text import Umt5Text
+from minwm.families.wan.transformer import WanConfig
+from minwm.families.wan.vae import WanVae, WanVaeConfig
+from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.taehv import Taehv, TaehvConfig
+from minwm.nets.text import WordText
+
+FAMILIES: dict[str, Family] = {WanConfig.kind: wan}
+"""By the kind of their network config."""
+NetworkConfig = WanConfig
+AnyCodecConfig = CodecConfig | WanVaeConfig | TaehvConfig
+AnyCodec = Codec | WanVae | Taehv
+TextConfig = WordText | Umt5Text
+
+OTHERS = {
+    r"double_blocks\.0\.img_attn_q\.": "a HunyuanVideo-1.5 transformer (original names)",
+    r"transformer_blocks\.0\.attn\.add_q_proj\.": "a HunyuanVideo-1.5 transformer (diffusers names)",
+    r"(en|de)coder\.\d+\.": "a TAEHV tiny autoencoder",
+}
+"""What no family above describes, by how a parameter's name begins."""
+
+
+def describe(names: Collection[str]) -> str:
+    """What has such parameter names, in words."""
+    for family in FAMILIES.values():
+        if found := family.describe(names):
+            return found
+    known = (what for start, what in OTHERS.items() if any(re.match(start, name) for name in names))
+    return next(known, f"something unknown ({', '.join(sorted(names)[:3])})")
+
+
+def detect_family(names: Collection[str]) -> Family | None:
+    """The family of a transformer with such parameter names; None for anything else."""
+    return next((family for family in FAMILIES.values() if family.detect_layout(names)), None)
+
+
+def open_published(
+    path: Path, role: str | None = None, heads: int | None = None, drop_action: bool = False
+) -> Published:
+    """The published transformer in a file or folder; `role` chooses among the networks in a file.
+
+    Its tensors are not read yet. The other arguments are those of `read_published`. Raises CheckpointError.
+    """
+    return read_published(read_weights(path, role), heads, drop_action)
+
+
+def read_published(weights: Weights, heads: int | None = None, drop_action: bool = False) -> Published:
+    """The published transformer in `weights`, under canonical names.
+
+    `heads`: attention heads, where the file does not say. `drop_action` leaves out parameters of discrete actions.
+    Raises CheckpointError if it is no transformer of a family here, or a variant that is not supported.
+    """
+    family = detect_family(weights.tensors)
+    if family is None:
+        raise CheckpointError(
+            f"{weights.path} is no transformer of a known family ({', '.join(FAMILIES)}) but "
+            f"{describe(weights.tensors)}"
+        )
+    return family.read_transformer(weights, heads, drop_action)
+
+
+def release_name(config: NetworkConfig) -> str | None:
+    """The name of the release with these sizes, with or without cameras."""
+    plain = replace(config, camera="none")
+    return next((name for name, release in FAMILIES[config.kind].RELEASES.items() if release.config == plain), None)
