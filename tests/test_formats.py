@@ -33,6 +33,7 @@ from releases import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minwm.core.config import UserError
 from minwm.core.weights import CheckpointError, read_weights, write_shards
 from minwm.families.wan.convert import PROPE, diffusers_names, export
 from minwm.families.wan.transformer import WanConfig
@@ -256,7 +257,7 @@ def test_truncated_files_are_refused(suffix: str, keep: int, state: State, tmp_p
 
 def test_places_without_weights_are_named(state: State, tmp_path: Path) -> None:
     def refused(path: Path, problem: str) -> None:
-        with pytest.raises(CheckpointError, match=problem):
+        with pytest.raises(UserError, match=problem):
             open_published(path)
 
     refused(tmp_path / "nowhere", "nowhere does not exist")

@@ -103,7 +103,7 @@ def test_one_walks_through_it_from_the_prompt_alone(release: Path, tmp_path: Pat
 
 
 def test_an_image_of_any_size_starts_it(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", "--first", "1", "--latents", "9") == 0
+    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", "--stream.first_chunk", "1", "--latents", "9") == 0
     write_image(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     assert generate(tmp_path / "model", tmp_path / "a.mp4", "w*8", "--image", str(tmp_path / "x.png")) == 0
     assert "40x40 pixels, cropped in the middle and resized to the model's 48x32" in capsys.readouterr().out
@@ -143,6 +143,15 @@ def test_every_naming_gives_the_same_model(release: Path, tmp_path: Path) -> Non
         for other in others:
             assert first.keys() == other.keys() and all(torch.equal(first[k], other[k]) for k in first)
     assert models[0].config.text.length == models[2].config.text.length == 12
+
+
+def test_actions_are_left_out_when_asked(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = release / "diffusion_pytorch_model.safetensors"
+    actions = {f"action_embedding.{i}.{leaf}": torch.ones(48) for i in (0, 2) for leaf in ("weight", "bias")}
+    save_file(state(NETWORK.build()) | actions, file)
+    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd") == 2
+    assert "has 4 trained parameters of discrete actions" in capsys.readouterr().err
+    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", "--drop-action") == 0
 
 
 BAD = {

@@ -6,7 +6,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Published:
         return mismatches(network, {name: x for name, x in self.tensors.items() if name not in self.action})
 
 
+@runtime_checkable
 class Family(Protocol):
     """The module `convert` of a family. `config` is always its network config."""
 
