@@ -137,6 +137,8 @@ def test_two_models_on_the_same_inputs_and_a_picture_of_ones_own(chromium: Any, 
     try:
         for page in visit(chromium, server.url):
             assert page.locator("[data-testid=views] canvas").count() == 2
+            canvas = "() => getComputedStyle(document.querySelector('[data-testid=canvas]'))"
+            assert page.evaluate(f"{canvas}.imageRendering") == "auto", "frames are scaled smoothly"
             write_image(tmp_path / "red.png", np.full((90, 120, 3), (200, 30, 20), np.uint8))
             page.set_input_files("[data-testid=image]", tmp_path / "red.png")
             page.wait_for_function("() => window.last.frame < 30 && minwm.stats.fps > 0")

@@ -229,6 +229,11 @@ def test_the_first_frames_of_a_chunk_are_sent_before_the_last_are_decoded(model:
     assert (*loop.scheduler.costs, *loop.scheduler.delays) == pytest.approx((0.2, 0.2 - 4 / MOTION.fps))
 
 
+def test_a_step_before_the_start_is_refused(model: Model) -> None:
+    with pytest.raises(UserError, match=r"call start\(\) before step\(\)"):
+        Session(ModelEngine(model, start_image(), "a red room")).step(Action.of("w"))
+
+
 def test_after_a_rewind_the_same_inputs_give_the_same_frames(model: Model) -> None:
     loop, _ = started(learned(model))
     before = keys(loop, *"wjdw")
@@ -305,8 +310,8 @@ def test_both_views_apply_the_same_inputs(model: Model) -> None:
     assert all((a.frame, a.seq) == (b.frame, b.seq) and np.array_equal(a.c2w, b.c2w) for a, b in pairs)
     loop.apply(Rewind(chunks=2))
     assert np.array_equal(*keys(loop, "i")[0])
-    other = replace(model, config=replace(model.config, motion=replace(model.config.motion, fps=8.0)))
-    with pytest.raises(UserError, match="motion is"):
+    other = replace(model, config=replace(model.config, stream=StreamConfig(chunk=2)))
+    with pytest.raises(UserError, match="chunk is 1 here and 2 there"):
         model_scenario(model, "tiny", StartState(), other=other)
 
 

@@ -23,11 +23,12 @@ from minwm.cli.play import WORLD
 from minwm.core.config import UserError
 from minwm.core.media import png_bytes, read_video, write_image
 from minwm.play.client import Client, ReceivedFrame
+from minwm.play.loop import PlayLoop
 from minwm.play.protocol import State
 from minwm.play.rtc import BAD_OFFER, rtc_available
 from minwm.play.scenario import Scenario, spawn_world, world_scenario
 from minwm.play.server import PlayServer
-from minwm.play.transport import UPLOAD_LIMIT, Access, WebSocket, connect, connect_rtc, serve
+from minwm.play.transport import UPLOAD_LIMIT, Access, WebSocket, connect, connect_rtc, endpoint, serve
 from minwm.store.folder import save_model
 
 quiet = pytest.fixture(quiet_threads, autouse=True)
@@ -106,6 +107,59 @@ def test_pages_of_other_sites_are_refused() -> None:
             assert not ws.closed
 
     visit(scene)
+
+
+@pytest.mark.parametrize(
+    ("access", "origin", "host", "allowed"),
+    [
+        ({}, None, "localhost:7860", True),
+        ({}, "http://localhost:7860", "localhost:7860", True),
+        ({}, "https://example.org", "example.org:443", True),
+        ({}, "https://example.org", "example.org:8443", False),
+        ({}, "https://example.org", "127.0.0.1:7860", False),
+        ({}, "null", "localhost:7860", False),
+        ({}, "https://[", "localhost:7860", False),
+        ({"public_url": "https://Example.org:443/play/"}, "https://example.org", "127.0.0.1:7860", True),
+        ({"public_url": "https://example.org"}, "http://example.org", "127.0.0.1:7860", False),
+        ({"embed": "http://localhost:8888/lab"}, "http://localhost:8888", "localhost:7860", True),
+        ({"embed": "http://localhost:8888"}, "http://localhost:9999", "localhost:7860", False),
+        ({"embed": "*"}, "null", "localhost:7860", True),
+    ],
+)
+def test_the_origin_must_be_the_servers_or_allowed(
+    access: dict[str, str], origin: str | None, host: str, allowed: bool
+) -> None:
+    refusal = Access("secret", **access).refusal("secret", origin, host)
+    assert refusal is None if allowed else refusal and "--public-url" in refusal and "--embed" in refusal
+    assert "token is wrong" in (Access("secret", **access).refusal("wrong", origin, host) or "")
+
+
+@pytest.mark.parametrize(
+    ("embed", "ancestors"),
+    [(None, "'none'"), ("http://localhost:8888/lab", "http://localhost:8888"), ("*", "*")],
+)
+def test_the_page_can_be_embedded_only_where_allowed(embed: str | None, ancestors: str) -> None:
+    async def scene(_: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
+        async with session.get(f"{address}/?token=secret") as answer:
+            assert answer.headers["Content-Security-Policy"].endswith(f"frame-ancestors {ancestors}")
+
+    visit(scene, access=Access("secret", embed=embed))
+
+
+def test_behind_a_reverse_proxy_the_public_url_is_printed_and_its_origin_accepted() -> None:
+    access = Access("secret", public_url="https://example.org/play")
+
+    async def scene(_: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
+        async with session.ws_connect(f"{address}/ws?token=secret", origin="https://example.org") as ws:
+            assert (await Client.join(WebSocket(ws))).role == "player"
+        printed: asyncio.Queue[str] = asyncio.Queue()
+        server = asyncio.create_task(serve(painted(), "127.0.0.1", 0, 5, access, printed.put_nowait))
+        assert await printed.get() == "painted: https://example.org/play/?token=secret"
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
+
+    visit(scene, access=access)
+    assert endpoint("https://example.org/play/?token=secret", "ws") == "https://example.org/play/ws?token=secret"
 
 
 def test_a_tunnel_needs_no_option() -> None:
@@ -191,6 +245,10 @@ def test_a_recording_can_be_downloaded(tmp_path: Path) -> None:
         ("--model {pipeline} --steps 0", "steps=0: at least 1"),
         ("--world -1", "numbered from 0"),
         ("--world 7 --size 4", "at least 16"),
+        ("--world 7 --port 70000", "--port 70000: give 0 to 65535"),
+        ("--world 7 --port -5", "--port -5: give 0 to 65535"),
+        ("--world 7 --public-url example.org", "--public-url example.org: give an http or https URL"),
+        ("--world 7 --embed null", "--embed null: give an http or https URL"),
         ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
         ("--model {pipeline} --world 1 --image x.png", "not both"),
         ("--model {pipeline} --image {picture} --compare truth --prompt room", "procedural world"),
@@ -265,6 +323,21 @@ def test_the_default_model_is_the_shipped_one_or_else_that_of_the_demo(
     torch.set_num_threads(threads)
     assert [scenario.title for scenario in inputs] == ["demo/dmd", "world/dmd", "runs/demo"]
     assert inputs[0].start.prompt == spawn_world(WORLD, model.config).world.caption and inputs[1].takes_image
+
+
+def test_a_model_without_camera_control_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def serve(scenario: Scenario, *_: Any) -> None:
+        assert not PlayLoop(scenario).capabilities.camera
+
+    monkeypatch.setattr("minwm.play.transport.serve", serve)
+    config = replace(SMALL, network=replace(SMALL.network, camera="none"))
+    save_model(tmp_path, config, config.network.build(), config.codec.build())
+    threads = torch.get_num_threads()
+    assert main(["play", "--model", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    assert "this model has no camera control" in capsys.readouterr().out
 
 
 def test_received_frames_match_the_renderer() -> None:

@@ -50,7 +50,7 @@ def play_table() -> str:
     results = json.loads((ROOT / "results" / "play-cpu.json").read_text())
     names = {"minwm/assets/world/dmd": "the model that comes with the package, 64x64, chunks of 8 frames"}
     names |= {"world 7, 128x128": "a rendered world, 128x128, chunks of 4"}
-    rows = ["| | frames/s | key to picture, p50 | p95 | chunk | decode | encode |", "|---|--:|--:|--:|--:|--:|--:|"]
+    rows = ["| | frames/s | input to photon, p50 | p95 | chunk | decode | encode |", "|---|--:|--:|--:|--:|--:|--:|"]
     for name, what in names.items():
         row = results[name]
         photon = f"{row['input_to_photon_p50_ms']:.0f} ms | {row['input_to_photon_p95_ms']:.0f} ms"

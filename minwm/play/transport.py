@@ -28,7 +28,6 @@ from minwm.play.server import PlayServer, Transport
 
 if TYPE_CHECKING:
     from aiohttp import ClientWebSocketResponse, web
-    from yarl import URL
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -75,7 +74,7 @@ async def connect(url: str) -> AsyncIterator[WebSocket]:
 
     async with ClientSession() as session:
         try:
-            ws = await session.ws_connect(_endpoint(url, "ws"), max_msg_size=64 << 20)
+            ws = await session.ws_connect(endpoint(url, "ws"), max_msg_size=64 << 20)
         except ClientError as error:
             raise UserError(f"no play server at {url}: {error}") from error
         async with ws:
@@ -90,7 +89,7 @@ async def connect_rtc(url: str) -> AsyncIterator[Peer]:
     peer = Peer()
     try:
         offer = await peer.offer()
-        async with ClientSession() as session, session.post(_endpoint(url, "rtc"), data=offer) as answer:
+        async with ClientSession() as session, session.post(endpoint(url, "rtc"), data=offer) as answer:
             if not answer.ok:
                 raise UserError(f"no WebRTC at {url}: {await answer.text()}")
             await peer.accept(await answer.text())
@@ -99,7 +98,7 @@ async def connect_rtc(url: str) -> AsyncIterator[Peer]:
         await peer.close()
 
 
-def _endpoint(url: str, name: str) -> str:
+def endpoint(url: str, name: str) -> str:
     """The URL of a route, relative to that of the page."""
     parts = urlsplit(url)
     return parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}").geturl()
@@ -123,7 +122,7 @@ class Access:
     @property
     def frame_ancestors(self) -> str:
         """Value of the CSP directive of that name."""
-        return "'none'" if self.embed is None else str(_origin(self.embed) or "*")
+        return "'none'" if self.embed is None else _origin(self.embed) or "*"
 
     def refusal(self, token: str, origin: str | None, host: str) -> str | None:
         """Why a request with this token, and these Origin and Host headers, is refused; None: it is allowed.
@@ -143,12 +142,12 @@ class Access:
         )
 
 
-def _origin(url: str) -> URL | None:
+def _origin(url: str) -> str | None:
     """Scheme, host and port of an http(s) URL, without a default port; None for anything else, such as `null`."""
     from yarl import URL
 
     try:
-        return URL(url).origin() if url.startswith(("http://", "https://")) else None
+        return str(URL(url).origin()) if url.startswith(("http://", "https://")) else None
     except ValueError:
         return None
 

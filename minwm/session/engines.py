@@ -143,6 +143,7 @@ class ModelEngine:
         self.device = next(model.net.parameters()).device
         self.engine, self.opened, self.decode = engine, None, decoder(engine, model.codec)
         self.side_task: SideTask | None = CudaSideStream(self.device) if engine.overlap else None
+        self.uncommitted: tuple[Any, ...] | None = None
         self.begin(self.read(image, prompt, seed))
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
         self.timer = StageTimer(self.device)
@@ -207,7 +208,7 @@ class ModelEngine:
     @property
     def stream(self) -> Stream:
         if self.opened is None:
-            raise UserError("the walk has not begun; call start() first")
+            raise UserError("the engine has no first frame yet: call start() before step()")
         return self.opened
 
     def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
