@@ -48,7 +48,7 @@ def test_an_estimator_errs_slowly_in_scale_and_now_and_then_wildly() -> None:
     assert np.abs(np.diff(rot)).mean() < 0.3 and 1 < rot[:, 16:].mean() < 4
     _, trans = errors(PoseNoise(log_scale=0.5))
     assert trans[:, 0].max() == 0 and errors(PoseNoise(log_scale=0.5))[0].max() < 1e-5
-    ends = trans[:, -1] / np.linalg.norm(TRACK.anchored().c2w[-1, :3, 3])
+    ends = trans[:, -1] / np.linalg.norm(TRACK.relative_to_first().c2w[-1, :3, 3])
     assert 0.2 < ends.mean() < 0.8
     rot, _ = errors(PoseNoise(outliers=0.05, outlier_deg=15.0))
     assert np.median(np.diff(rot)) < 1e-5

@@ -12,6 +12,7 @@ from minwm.cameras.track import (
     CameraTrack,
     from_quaternion,
     intrinsics,
+    latent_cameras,
     look_at,
     pose_errors,
     quaternion,
@@ -22,7 +23,6 @@ from minwm.cameras.track import (
     slerp,
     so3_exp,
     so3_log,
-    views,
 )
 
 K = intrinsics(60.0, 64, 64)
@@ -118,17 +118,17 @@ def test_intrinsics_put_the_field_of_view_on_the_image_border() -> None:
 
 def test_anchored_and_relative_do_not_see_the_world_frame() -> None:
     path, world = track(), random_poses(1, seed=7)[0]
-    there = path.moved(world)
+    there = path.transformed(world)
     np.testing.assert_allclose(there.relative(), path.relative(), atol=1e-12)
-    np.testing.assert_allclose(there.anchored().c2w, path.anchored().c2w, atol=1e-12)
-    assert np.array_equal(there.anchored().c2w[0], np.eye(4))
+    np.testing.assert_allclose(there.relative_to_first().c2w, path.relative_to_first().c2w, atol=1e-12)
+    assert np.array_equal(there.relative_to_first().c2w[0], np.eye(4))
     assert there.path_length() == pytest.approx(path.path_length())
     assert max(pose_errors(path, there)["trans"]) > 0.1  # absolute poses do differ
 
     rebuilt = [np.eye(4)]
     for step in path.relative():
         rebuilt.append(rebuilt[-1] @ step)
-    np.testing.assert_allclose(rebuilt, path.anchored().c2w, atol=1e-12)
+    np.testing.assert_allclose(rebuilt, path.relative_to_first().c2w, atol=1e-12)
 
 
 def test_latent_poses_are_those_of_frames_0_4_8() -> None:
@@ -168,8 +168,8 @@ def test_pose_errors_measure_a_known_offset() -> None:
 
 def test_views_are_anchored_before_they_lose_digits() -> None:
     near = track(frames=9, seed=4)
-    far = near.moved(rigid(np.eye(3), np.array([1e6, 0.0, -1e6])))
-    w2c, k = views([near, far], stride=4)
+    far = near.transformed(rigid(np.eye(3), np.array([1e6, 0.0, -1e6])))
+    w2c, k = latent_cameras([near, far], stride=4)
     assert w2c.shape == (2, 3, 4, 4) and k.shape == (2, 3, 4) and w2c.dtype == k.dtype == torch.float32
     assert torch.equal(w2c[:, 0], torch.eye(4).expand(2, 4, 4))
     torch.testing.assert_close(w2c[0], w2c[1], atol=1e-6, rtol=0)
@@ -177,7 +177,7 @@ def test_views_are_anchored_before_they_lose_digits() -> None:
     seen = w2c[0, 2].double().numpy() @ se3_inverse(near.c2w[0]) @ point
     np.testing.assert_allclose(seen, [0.1, 0.2, 2.0, 1.0], atol=1e-5)
     with pytest.raises(CameraError, match="one length"):
-        views([near, near.slice(0, 5)], stride=4)
+        latent_cameras([near, near.slice(0, 5)], stride=4)
 
 
 def test_save_and_load_lose_nothing(tmp_path: Path) -> None:

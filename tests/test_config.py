@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minwm.core.config import ConfigError, UserError, choose, dumps, from_dict, loads, override, to_dict
+from minwm.core.config import ConfigError, UserError, dumps, from_dict, loads, lookup, override, to_dict
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ def test_mistaken_overrides_are_named(key: str, text: str, message: str) -> None
     assert message in str(error.value)
 
 
-def test_choose_suggests() -> None:
-    assert choose("demo", {"demo": 1}, "preset") == "demo"
+def test_lookup_suggests() -> None:
+    assert lookup({"demo": 1}, "demo", "preset") == 1
     with pytest.raises(UserError, match=r"there is no preset 'dmeo'; did you mean 'demo'\?"):
-        choose("dmeo", ["demo", "wan"], "preset")
+        lookup({"demo": 1, "wan": 2}, "dmeo", "preset")
     with pytest.raises(UserError, match=r"there is no preset 'zzz' \(demo, wan\)"):
-        choose("zzz", ["demo", "wan"], "preset")
+        lookup({"demo": 1, "wan": 2}, "zzz", "preset")

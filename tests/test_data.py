@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from minwm.cameras.track import intrinsics, views
+from minwm.cameras.track import intrinsics, latent_cameras
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import to_pixels
@@ -260,7 +260,7 @@ def test_a_batch_is_what_the_codec_and_the_text_encoder_gave(made: Path, codec: 
     with torch.no_grad():
         torch.testing.assert_close(clip.latents, codec.encode(to_pixels(frames)))
     assert torch.equal(clip.cond.text, TEXT.encode([r.caption for r in records]))
-    w2c, K = views([r.track for r in records], 4)
+    w2c, K = latent_cameras([r.track for r in records], 4)
     assert clip.cond.w2c is not None and clip.cond.K is not None and clip.cond.first_latent is not None
     assert torch.equal(clip.cond.w2c, w2c) and torch.equal(clip.cond.K, K)
     assert torch.equal(clip.cond.first_latent, clip.latents[:, :1])

@@ -39,7 +39,7 @@ def suite() -> Suite:
         world, track = World(seed), parse(route).track(MOTION, K)
         placement = world.spawn(rng, track)
         assert placement is not None
-        cases.append(Case(world, track.moved(placement)))
+        cases.append(Case(world, track.transformed(placement)))
     return prepare(cases, 64, 64, choices=2, config=FAST)
 
 

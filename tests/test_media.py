@@ -117,7 +117,7 @@ def test_images(tmp_path: Path) -> None:
     np.testing.assert_array_equal(media.read_image(tmp_path / "x.png"), frame)
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(media.png_bytes(frame)))), frame)
     media.write_image(tmp_path / "x.jpg", frame)
-    assert (tmp_path / "x.jpg").read_bytes()[:2] == media.jpeg(frame)[:2] == b"\xff\xd8"
+    assert (tmp_path / "x.jpg").read_bytes()[:2] == media.jpeg_bytes(frame)[:2] == b"\xff\xd8"
     assert psnr(media.read_image(tmp_path / "x.jpg"), frame) > 30
 
 

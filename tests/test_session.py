@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import minwm
-from minwm.cameras.track import CameraTrack, views
+from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.cameras.trajectory import Action, Motion, parse
 from minwm.core.config import UserError
 from minwm.core.media import to_frames as to_frames
@@ -96,7 +96,7 @@ def test_session_makes_what_generation_makes(
     shape = (sampler.num_noise_samples(geometry), *CONFIG.latent_shape(1, 2))
     noise = torch.cat([torch.randn(shape, generator=draws) for _ in ACTIONS], dim=2)
     noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
-    w2c, K = views([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
+    w2c, K = latent_cameras([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
     first = model.codec.encode(to_pixels(image)[None, None])
     cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first)
     latents = generate_latents(model.net, sampler, noise, cond, geometry)
@@ -252,7 +252,7 @@ def test_a_renderer_is_an_engine(place: tuple[World, np.ndarray, CameraTrack]) -
     engine: Engine = RendererEngine(world, origin, CONFIG.intrinsics, CONFIG.motion, 2, (16, 24))
     session = Session(engine)
     walked = np.concatenate(list(session.play(ACTIONS)))
-    assert different(walked, world.render(track.moved(origin), 16, 24).frames) <= 1
+    assert different(walked, world.render(track.transformed(origin), 16, 24).frames) <= 1
     session.rewind(2)
     assert np.array_equal(np.concatenate([session.step(a) for a in ACTIONS[1:]]), walked[9:])
 

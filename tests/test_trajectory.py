@@ -12,7 +12,7 @@ from minwm.cameras.trajectory import (
     Action,
     Motion,
     TrajectoryError,
-    drive,
+    integrate_actions,
     parse,
     random_track,
     random_trajectory,
@@ -112,7 +112,7 @@ def test_positive_pitch_looks_up(key: str, sign: int) -> None:
 
 def test_roll_is_clockwise() -> None:
     """The world's up leans to the left in the picture of a camera that rolls clockwise."""
-    last = se3_inverse(drive(np.eye(4), [Action(roll=1.0)], DEMO, 1.0)[-1])
+    last = se3_inverse(integrate_actions(np.eye(4), [Action(roll=1.0)], DEMO, 1.0)[-1])
     assert (last @ [0, -1, 5, 1])[0] < 0
 
 
@@ -132,11 +132,11 @@ def test_driving_on_equals_one_trajectory() -> None:
     whole = trajectory.track(DEMO, K).c2w
     pose, parts = np.eye(4), []
     for action in trajectory.actions():
-        poses = drive(pose, [action] * 4, DEMO)
+        poses = integrate_actions(pose, [action] * 4, DEMO)
         parts.append(poses)
         pose = poses[-1]
     np.testing.assert_allclose(np.concatenate(parts), whole[1:], atol=1e-14)
-    assert drive(pose, [], DEMO).shape == (0, 4, 4)
+    assert integrate_actions(pose, [], DEMO).shape == (0, 4, 4)
 
 
 def test_out_and_back_returns() -> None:
@@ -228,7 +228,7 @@ def test_actions_add_up_and_opposites_cancel() -> None:
     assert Action.of(["left", "j"]) == KEYS["j"]
     with pytest.raises(TrajectoryError, match="'space' is not a key"):
         Action.of(["space"])
-    half = drive(np.eye(4), [Action(move_z=0.5)] * 16, DEMO)
+    half = integrate_actions(np.eye(4), [Action(move_z=0.5)] * 16, DEMO)
     np.testing.assert_allclose(half[-1, :3, 3], [0, 0, 0.25])  # half of 0.5 units/s for a second
 
 

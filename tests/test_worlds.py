@@ -29,7 +29,7 @@ def track(frames: int = 9, yaw: float = 0.0, right: float = 0.0, forward: float 
 def placed(world: World, path: CameraTrack, seed: int = 0) -> CameraTrack:
     placement = world.spawn(np.random.default_rng(seed), path)
     assert placement is not None
-    return path.moved(placement)
+    return path.transformed(placement)
 
 
 def bilinear(image: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_spawned_paths_are_free_and_show_something(seed: int) -> None:
     assert world.free(view.c2w[:, :3, 3]).all()
     clip = world.render(view, 32, 32)
     assert clip.depth.min() > 0.2 * CLEARANCE
-    bare = world.render(track(frames=1).moved(_far_away()), 32, 32).depth[0]
+    bare = world.render(track(frames=1).transformed(_far_away()), 32, 32).depth[0]
     solid = np.array([(depth < 12) & (depth < bare - 0.02) for depth in clip.depth])
     assert solid.mean((1, 2)).min() > 0.02 and solid.mean((1, 2)).max() < 0.8
     assert clip.frames.std((1, 2)).max(1).min() > 15  # no view of one colour
@@ -145,7 +145,7 @@ def test_clearance_agrees_with_the_pictures() -> None:
         pose[:3, 3] = pose[0, 3], -0.5, pose[1, 3]
         if not world.free(pose[:3, 3]):
             continue
-        depth = world.render(track(frames=1).moved(pose), 24, 24).depth[0]
+        depth = world.render(track(frames=1).transformed(pose), 24, 24).depth[0]
         rows, columns = (np.mgrid[:24, :24] + 0.5) / 24
         reach = np.sqrt(1 + ((columns - 0.5) / K[0]) ** 2 + ((rows - 0.5) / K[1]) ** 2) * depth
         assert reach.min() > world.clearance(pose[:3, 3]) - 1e-4

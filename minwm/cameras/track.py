@@ -195,11 +195,11 @@ class CameraTrack:
             )
         return replace(self, c2w=self.c2w[start:stop], K=self.K[start:stop])
 
-    def moved(self, T: Float[Array, "4 4"]) -> CameraTrack:
+    def transformed(self, T: Float[Array, "4 4"]) -> CameraTrack:
         """The same cameras after a rigid change T of the world (new_from_old)."""
         return replace(self, c2w=T @ self.c2w)
 
-    def anchored(self) -> CameraTrack:
+    def relative_to_first(self) -> CameraTrack:
         """The same path with the first camera at the identity."""
         c2w = se3_inverse(self.c2w[0]) @ self.c2w
         c2w[0] = np.eye(4)
@@ -318,7 +318,7 @@ def _check_intrinsics(K: Array) -> None:
 
 def pose_errors(a: CameraTrack, b: CameraTrack) -> dict[str, Array]:
     """Per-frame differences `rot_deg` [n] and `trans` [n] (in the tracks' unit). Nothing is aligned first:
-    compare `a.anchored()` with `b.anchored()` when only the motion counts."""
+    compare `a.relative_to_first()` with `b.relative_to_first()` when only the motion counts."""
     if len(a) != len(b):
         raise CameraError(f"cannot compare {len(a)} poses with {len(b)}; slice or resample to one length")
     way = so3_log(a.c2w[:, :3, :3].swapaxes(1, 2) @ b.c2w[:, :3, :3])
@@ -328,7 +328,9 @@ def pose_errors(a: CameraTrack, b: CameraTrack) -> dict[str, Array]:
     }
 
 
-def views(tracks: Sequence[CameraTrack], stride: int) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
+def latent_cameras(
+    tracks: Sequence[CameraTrack], stride: int
+) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
     """What a network sees of pixel-rate tracks: w2c and K per latent in float32.
 
     Anchored at frame 0 while still in float64, so that a far-away world origin costs no digits.
@@ -336,6 +338,6 @@ def views(tracks: Sequence[CameraTrack], stride: int) -> tuple[Float[Tensor, "b 
     lengths = sorted({len(track) for track in tracks})
     if len(lengths) != 1:
         raise CameraError(f"a batch needs tracks of one length, got lengths {lengths}; slice them first")
-    latent = [track.anchored().at_latent_rate(stride) for track in tracks]
+    latent = [track.relative_to_first().at_latent_rate(stride) for track in tracks]
     w2c, K = np.stack([track.w2c() for track in latent]), np.stack([track.K for track in latent])
     return torch.from_numpy(w2c.astype(np.float32)), torch.from_numpy(K.astype(np.float32))

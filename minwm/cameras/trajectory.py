@@ -76,7 +76,7 @@ class Action:
         canonical = {ALIASES.get(name, name) for name in names}
         unknown = sorted(canonical - KEYS.keys())
         if unknown:
-            raise TrajectoryError(f"{unknown[0]!r} is not a key; {WAY_OUT}")
+            raise TrajectoryError(f"{unknown[0]!r} is not a key; {HINT}")
         held = [astuple(KEYS[key]) for key in canonical]
         return cls(*(sum(axis) for axis in zip(*held, strict=True))) if held else cls()
 
@@ -95,13 +95,13 @@ KEYS: dict[str, Action] = {
     "static": Action(),
 }
 ALIASES = {"left": "j", "right": "l", "up": "i", "down": "k", "none": "static", ".": "static"}
-WAY_OUT = (
+HINT = (
     "use w s a d (move), u dn (rise, sink), j l i k or left right up down (turn, look), static; "
     "for example w*8 or w+j*4,a*2"
 )
 
 
-def drive(
+def integrate_actions(
     start: Float[np.ndarray, "4 4"],
     actions: Sequence[Action],
     motion: Motion,
@@ -181,7 +181,7 @@ class Trajectory:
             raise TrajectoryError(f"steps_per_latent = {steps}; use 1 (latent rate) or {motion.stride} (pixel rate)")
         rate = motion.fps * steps / motion.stride
         actions = [action for action in self.actions() for _ in range(steps)]
-        poses = drive(np.eye(4), actions, motion, 1 / rate)
+        poses = integrate_actions(np.eye(4), actions, motion, 1 / rate)
         return CameraTrack(c2w=np.concatenate([np.eye(4)[None], poses]), K=K, fps=rate)
 
 
@@ -221,10 +221,10 @@ _SEGMENT = re.compile(r"([a-z.]+(?:\s*\+\s*[a-z.]+)*)\s*(?:([*:-])\s*(.*))?", re
 
 def _segment(text: str, stride: int) -> Segment:
     if not text:
-        raise _SegmentError(f"empty segment; {WAY_OUT}")
+        raise _SegmentError(f"empty segment; {HINT}")
     match = _SEGMENT.fullmatch(text.lower())
     if match is None:
-        raise _SegmentError(f"{text!r} is not keys*count; {WAY_OUT}")
+        raise _SegmentError(f"{text!r} is not keys*count; {HINT}")
     keys, sign, count = match.groups()
     chord = _chord([key.strip() for key in keys.split("+")])
     return Segment(chord, 1 if sign is None else _latents("+".join(chord), sign, count.strip(), stride))
@@ -234,7 +234,7 @@ def _chord(names: list[str]) -> tuple[str, ...]:
     keys = [ALIASES.get(name, name) for name in names]
     for index, (name, key) in enumerate(zip(names, keys, strict=True)):
         if key not in KEYS:
-            raise _SegmentError(f"{name!r} is not a key; {WAY_OUT}")
+            raise _SegmentError(f"{name!r} is not a key; {HINT}")
         if key == "static" and len(keys) > 1:
             raise _SegmentError(f"{name!r} cannot be held with another key; drop it")
         if key in keys[:index]:
@@ -332,7 +332,7 @@ def smooth_track(
     forward = 0.7 * forward + rng.choice([-0.3, 0.3], p=[0.2, 0.8])  # mostly ahead, as people walk
     still = np.zeros(frames)
     intent = np.stack([0.7 * right, still, forward, yaw, still, still], -1)[1:]
-    c2w = np.concatenate([np.eye(4)[None], drive(np.eye(4), [Action(*row) for row in intent], motion)])
+    c2w = np.concatenate([np.eye(4)[None], integrate_actions(np.eye(4), [Action(*row) for row in intent], motion)])
     # Looking up and down is drawn as an angle, not as a speed, so that it stays bounded over any length
     swing = float(rate[3, 0, 0])
     reach = min(np.radians(15.0), np.radians(motion.turn) / swing) * rng.choice([-1.0, 1.0])

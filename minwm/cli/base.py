@@ -155,7 +155,7 @@ def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory 
     if not text.endswith(".json"):
         route = parse(text, stride=cfg.motion.stride)
         return route.track(cfg.motion, cfg.intrinsics), route
-    track = CameraTrack.load(text).anchored()
+    track = CameraTrack.load(text).relative_to_first()
     if track.fps != cfg.motion.fps:
         say(f"{text}: {track.fps:g} poses per second, resampled to the model's {cfg.motion.fps:g}")
         track = track.resample(cfg.motion.fps)

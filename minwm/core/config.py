@@ -11,11 +11,12 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 class UserError(Exception):
@@ -26,9 +27,12 @@ class ConfigError(UserError):
     """A config names something that does not exist or holds a value of the wrong type."""
 
 
-def choose(name: str, options: Iterable[str], what: str) -> str:
-    """Return `name` if it is one of `options`; else raise ConfigError with the nearest one, or with all."""
-    return _one_of(name, list(options), f"there is no {what} {name!r}")
+def lookup(table: Mapping[str, V], name: str, what: str) -> V:
+    """The entry `name` of a table; ConfigError with the nearest name, or with all, if there is none.
+
+    `what` says in the error what the table holds.
+    """
+    return table[_one_of(name, list(table), f"there is no {what} {name!r}")]
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -148,8 +152,8 @@ def _decode_union(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, Mapping) and classes:
         if len(classes) > 1 and "kind" not in value:
             raise ConfigError(f"{where} needs a 'kind', one of {', '.join(map(repr, classes))}")
-        kind = choose(str(value.get("kind", next(iter(classes)))), classes, f"{where} of kind")
-        return _decode(classes[kind], value, where)
+        cls = lookup(classes, str(value.get("kind", next(iter(classes)))), f"{where} of kind")
+        return _decode(cls, value, where)
     for member in sorted(members, key=lambda m: m is not type(value)):  # 3 for `float | int` stays an int
         with contextlib.suppress(ConfigError):
             return _decode(member, value, where)

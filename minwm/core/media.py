@@ -81,7 +81,7 @@ def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: 
         container.mux(stream.encode(None))
 
 
-class LiveVideo:
+class H264Encoder:
     """H.264 for a live view: a frame in, its access unit (Annex B) out, nothing held back. Sides must be even."""
 
     def __init__(self, height: int, width: int, fps: float, crf: int = 23) -> None:
@@ -132,7 +132,7 @@ def write_image(path: str | Path, image: Frame) -> None:
     """Write a PNG, or a JPEG if the suffix is .jpg or .jpeg."""
     lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
     with atomic(path) as temporary:
-        temporary.write_bytes(jpeg(image, quality=95) if lossy else png_bytes(image))
+        temporary.write_bytes(jpeg_bytes(image, quality=95) if lossy else png_bytes(image))
 
 
 def read_image(
@@ -154,7 +154,7 @@ def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) 
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
-def jpeg(frame: Frame, quality: int = 85) -> bytes:
+def jpeg_bytes(frame: Frame, quality: int = 85) -> bytes:
     """One frame as a JPEG; from quality 90 on with full colour detail."""
     buffer = io.BytesIO()
     Image.fromarray(_numpy(frame)).save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)

@@ -31,7 +31,7 @@ from minwm.core.runtime import git_commit, versions
 SCHEMA = 1
 CRF = 4
 """x264 quality of the master pixels, stored 4:4:4. Coloured textures of small frames suffer first."""
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 MOTION_WORDS = re.compile(
     r"\b(camera|pans?|panning|zoom(s|ing)?|dolly|tilt(s|ing)|rotat(es|ing)|turn(s|ing)|mov(es|ing)"
     r"|walk(s|ing)|(for|back)wards?|orbit(s|ing)?)\b",
@@ -40,7 +40,7 @@ MOTION_WORDS = re.compile(
 """A caption says what is there. Words of motion would leak the camera control into the text."""
 
 
-WAY_OUT = "delete the clip's .json and run the command that made the folder again"
+HINT = "delete the clip's .json and run the command that made the folder again"
 
 
 class DataError(UserError):
@@ -84,7 +84,7 @@ class ClipRecord:
     quality: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not ID.fullmatch(self.id):
+        if not CLIP_ID.fullmatch(self.id):
             raise DataError(f"clip id {self.id!r}: use up to 80 letters, digits, '-' and '_'")
 
     def meta(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class ClipFolder:
 
     def ids(self) -> list[str]:
         """Ids of all finished clips, sorted."""
-        return sorted(p.stem for p in self.clips.glob("*.json") if ID.fullmatch(p.stem))
+        return sorted(p.stem for p in self.clips.glob("*.json") if CLIP_ID.fullmatch(p.stem))
 
     def record(self, clip: str) -> ClipRecord:
         path = self.clips / f"{clip}.json"
@@ -163,18 +163,18 @@ class ClipFolder:
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such clip; {len(self.ids())} others are there") from error
         except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error}); {WAY_OUT}") from error
+            raise DataError(f"{path}: not readable as JSON ({error}); {HINT}") from error
         return ClipRecord.from_json(values, str(path))
 
     def frames(self, clip: str) -> np.ndarray:
         """Pixels of one clip: n h w 3 uint8. Raises DataError where they do not match the record."""
         path, record = self.clips / f"{clip}.mp4", self.record(clip)
         if not path.exists():
-            raise DataError(f"{path}: missing; {WAY_OUT}")
+            raise DataError(f"{path}: missing; {HINT}")
         frames, _ = read_video(path)
         expected = (len(record.track), *record.hw, 3)
         if frames.shape != expected:
-            raise DataError(f"{path}: frames {frames.shape}, the record says {expected}; {WAY_OUT}")
+            raise DataError(f"{path}: frames {frames.shape}, the record says {expected}; {HINT}")
         return frames
 
     def write(self, record: ClipRecord, frames: np.ndarray) -> None:

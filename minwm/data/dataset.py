@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.cameras.track import views
+from minwm.cameras.track import latent_cameras
 from minwm.core.config import UserError
 from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Clip, Condition
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of
 from minwm.data.noise import PoseNoise
-from minwm.data.shards import WAY_OUT, Entry, list_shards, read_index, read_record
+from minwm.data.shards import HINT, IndexEntry, list_shards, read_index, read_record
 
 Split = Literal["train", "val"]
 T_co = TypeVar("T_co", covariant=True)
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Example:
+class Sample:
     """One decoded record."""
 
     id: str
@@ -66,7 +66,7 @@ class ShardDataset:
             raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
         if not self.manifest.get("complete"):
             raise DataError(f"{path} is unfinished; to go on, run again what makes it: {self.manifest['command']}")
-        self.entries: list[tuple[Path, Entry]] = []
+        self.entries: list[tuple[Path, IndexEntry]] = []
         for shard in list_shards(path):
             if shard.name.startswith(split):
                 self.entries += [(shard, entry) for entry in read_index(shard).records]
@@ -76,15 +76,15 @@ class ShardDataset:
         self.ids = [entry.id for _, entry in self.entries]
         for one, two in zip(self.ids, self.ids[1:], strict=False):
             if one == two:
-                raise DataError(f"{path}: record {one} is in two shards; {WAY_OUT}")
+                raise DataError(f"{path}: record {one} is in two shards; {HINT}")
         self.fingerprint = zlib.crc32("\n".join(self.ids).encode())
         size = sum(entry.tensors.size for _, entry in self.entries)
-        self._cache: dict[int, Example] | None = {} if size <= cache_bytes else None
+        self._cache: dict[int, Sample] | None = {} if size <= cache_bytes else None
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int) -> Sample:
         if self._cache is not None and i in self._cache:
             return self._cache[i]
         example = self._read(*self.entries[i])
@@ -92,20 +92,20 @@ class ShardDataset:
             self._cache[i] = example
         return example
 
-    def _read(self, shard: Path, entry: Entry) -> Example:
+    def _read(self, shard: Path, entry: IndexEntry) -> Sample:
         meta, tensors = read_record(shard, entry)
         where = f"{shard}: record {entry.id}"
         missing = {"latent", "text", "c2w", "K"} - set(tensors)
         if missing:
-            raise DataError(f"{where}: {', '.join(sorted(missing))} missing; {WAY_OUT}")
+            raise DataError(f"{where}: {', '.join(sorted(missing))} missing; {HINT}")
         cameras = {"c2w": tensors["c2w"].numpy(), "K": tensors["K"].numpy()}
         record = ClipRecord.from_json(meta | cameras, where)
         latents, stride = tensors["latent"].float(), self.manifest["codec"]["stride"]
         if len(record.track) != stride * (len(latents) - 1) + 1:
             sizes = f"{len(record.track)} cameras, {len(latents)} latents of {stride} frames"
-            raise DataError(f"{where}: {sizes} do not fit; {WAY_OUT}")
+            raise DataError(f"{where}: {sizes} do not fit; {HINT}")
         states = tensors["trajectory"].float() if "trajectory" in tensors else None
-        return Example(entry.id, latents, tensors["text"].float(), record, states)
+        return Sample(entry.id, latents, tensors["text"].float(), record, states)
 
     def batch(self, indices: Sequence[int]) -> Clip:
         """Those records as one Clip on the CPU. All must have one latent shape."""
@@ -118,7 +118,7 @@ class ShardDataset:
         tracks = [e.record.track for e in examples]
         if self.noise:
             tracks = [self.noise(track, e.id) for track, e in zip(tracks, examples, strict=True)]
-        w2c, K = views(tracks, self.manifest["codec"]["stride"])
+        w2c, K = latent_cameras(tracks, self.manifest["codec"]["stride"])
         text = torch.zeros(len(examples), self.manifest["text"]["length"], self.manifest["text"]["dim"])
         for row, example in zip(text, examples, strict=True):
             row[: len(example.text)] = example.text
@@ -161,7 +161,7 @@ class RawDataset:
 
 
 @runtime_checkable
-class Batches(Protocol[T_co]):
+class BatchSource(Protocol[T_co]):
     """Anything that a loader can draw from."""
 
     fingerprint: int
@@ -175,7 +175,7 @@ class Batches(Protocol[T_co]):
 class Loader(Generic[T]):
     """Endless iterator over batches; `state` and `load` resume it bit-exactly."""
 
-    def __init__(self, dataset: Batches[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, dataset: BatchSource[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         """`batch` is per rank."""
         if batch < 1 or not 0 <= rank < world:
             raise DataError(f"loader: batch={batch}, rank={rank}, world={world}; need batch > 0, rank < world")
@@ -221,7 +221,7 @@ class Loader(Generic[T]):
         self._order = self._shuffled(self.epoch)
 
 
-def loader(dataset: Batches[T], batch: int, seed: int = 0, rank: int = 0, world: int = 1) -> Loader[T]:
+def loader(dataset: BatchSource[T], batch: int, seed: int = 0, rank: int = 0, world: int = 1) -> Loader[T]:
     """The stream of batches of rank `rank`; see `Loader`."""
     return Loader(dataset, batch, seed=seed, rank=rank, world=world)
 
@@ -239,7 +239,7 @@ def check_shards(path: Path) -> list[str]:
     return problems
 
 
-def _record_problems(shard: Path, entries: Sequence[Entry]) -> list[str]:
+def _record_problems(shard: Path, entries: Sequence[IndexEntry]) -> list[str]:
     problems = []
     for entry in entries:
         try:
@@ -250,7 +250,7 @@ def _record_problems(shard: Path, entries: Sequence[Entry]) -> list[str]:
         where = f"{shard}: record {entry.id}"
         latent = tensors["latent"].float()
         if not latent.isfinite().all():
-            problems.append(f"{where}: latents are not finite; {WAY_OUT}")
+            problems.append(f"{where}: latents are not finite; {HINT}")
         elif latent.abs().mean() > 10 or latent.std() < 1e-3:
             size, spread = latent.abs().mean(), latent.std()
             problems.append(f"{where}: latents of mean size {size:.3g}, std {spread:.3g}")

@@ -21,7 +21,7 @@ from minwm.core.config import ConfigError, to_dict
 from minwm.core.media import to_pixels
 from minwm.core.runtime import progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
-from minwm.data.shards import NAME, Item, list_shards, read_index, summarise, write_shard
+from minwm.data.shards import SHARD_NAME, ShardRecord, list_shards, read_index, shard_stats, write_shard
 from minwm.nets.codec import VideoCodec
 from minwm.nets.text import TextEncoder
 
@@ -94,10 +94,10 @@ class _Encoder:
 
     def shard(self, path: Path, records: Sequence[ClipRecord]) -> None:
         items = [item for batch in _batches(records, self.cfg.batch) for item in self.items(batch)]
-        write_shard(path, items, summarise(items, self.psnr(records[0])))
+        write_shard(path, items, shard_stats(items, self.psnr(records[0])))
 
     @torch.inference_mode()
-    def items(self, records: Sequence[ClipRecord]) -> Iterator[Item]:
+    def items(self, records: Sequence[ClipRecord]) -> Iterator[ShardRecord]:
         """Records of one size."""
         frames = np.stack([self.folder.frames(r.id) for r in records])
         latents = self.codec.encode(to_pixels(torch.from_numpy(frames)).to(self.device)).cpu()
@@ -112,7 +112,7 @@ class _Encoder:
                 "c2w": torch.from_numpy(record.track.c2w),
                 "K": torch.from_numpy(record.track.K),
             }
-            yield Item(record.id, record.meta(), tensors)
+            yield ShardRecord(record.id, record.meta(), tensors)
 
     @torch.inference_mode()
     def psnr(self, record: ClipRecord) -> float:
@@ -138,7 +138,7 @@ def _next_name(out: Path, split: str) -> Path:
     """The number after the last finished shard of this split and rank; unfinished ones are overwritten."""
     numbers = [-1]
     for shard in list_shards(out):
-        match = NAME.fullmatch(shard.name)
+        match = SHARD_NAME.fullmatch(shard.name)
         if match and match[1] == split and int(match[2]) == rank():
             numbers.append(int(match[3]))
     return out / f"{split}-{rank():04d}-{max(numbers) + 1:06d}.tar"

@@ -48,7 +48,7 @@ class PoseNoise:
     def __call__(self, track: CameraTrack, clip: str) -> CameraTrack:
         """The track as it would have been estimated, anchored at its first frame."""
         rng = np.random.default_rng([self.seed, zlib.crc32(clip.encode())])
-        anchored, count = track.anchored(), len(track)
+        anchored, count = track.relative_to_first(), len(track)
         c2w = anchored.c2w.copy()
         c2w[:, :3, 3] *= np.exp(self.log_scale * rng.normal())
         jitter = self._twist(rng.normal(size=(count, 6)), self.jitter_units, self.jitter_deg)
@@ -57,7 +57,7 @@ class PoseNoise:
         slow = self._twist(_waves(rng, count, track.fps), self.slow_units, self.slow_deg)
         off = rng.normal(size=(count, 6)) * (rng.random((count, 1)) < self.outliers)
         error = jitter + drift + slow + self._twist(off, self.outlier_units, self.outlier_deg)
-        return replace(anchored, c2w=c2w @ se3_exp(error)).anchored()
+        return replace(anchored, c2w=c2w @ se3_exp(error)).relative_to_first()
 
     @staticmethod
     def _twist(x: Float[np.ndarray, "n 6"], units: float, degrees: float) -> Float[np.ndarray, "n 6"]:

@@ -174,7 +174,7 @@ class WorldSource:
     def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
         seed = self.seed(index)
         track, trajectory, origin = self.place(index)
-        rendered = _render(seed, track.moved(origin), (self.cfg.height, self.cfg.width), self.cfg.supersample)
+        rendered = _render(seed, track.transformed(origin), (self.cfg.height, self.cfg.width), self.cfg.supersample)
         record = ClipRecord(
             id=self.clip_id(index),
             source="procedural",
@@ -236,7 +236,7 @@ def reproduce(record: ClipRecord, track: CameraTrack | None = None, *, supersamp
     if record.seed is None or record.origin is None:
         raise DataError(f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again")
     anchored = track if track is not None else record.track
-    return _render(record.seed, anchored.moved(record.origin), record.hw, supersample)
+    return _render(record.seed, anchored.transformed(record.origin), record.hw, supersample)
 
 
 def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) -> list[str]:

@@ -23,12 +23,12 @@ from minwm.core.files import atomic, write_json
 from minwm.data.clips import DataError
 
 SCHEMA = 1
-NAME = re.compile(r"(train|val)-(\d{4})-(\d{6})\.tar")
-WAY_OUT = "delete the shard with its .idx.json and run `minwm data encode` again"
+SHARD_NAME = re.compile(r"(train|val)-(\d{4})-(\d{6})\.tar")
+HINT = "delete the shard with its .idx.json and run `minwm data encode` again"
 
 
 @dataclass(frozen=True)
-class Member:
+class ByteRange:
     """Bytes of one file inside the tar."""
 
     offset: int
@@ -37,16 +37,16 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """One record: its id and where its two members lie."""
 
     id: str
-    meta: Member
-    tensors: Member
+    meta: ByteRange
+    tensors: ByteRange
 
 
 @dataclass(frozen=True)
-class Summary:
+class ShardStats:
     """What the manifest wants to know about a shard without opening it."""
 
     values: int
@@ -66,12 +66,12 @@ class ShardIndex:
     schema: int
     bytes: int
     """Size of the tar; another one means that it was cut off."""
-    summary: Summary
-    records: tuple[Entry, ...]
+    summary: ShardStats
+    records: tuple[IndexEntry, ...]
 
 
 @dataclass(frozen=True)
-class Item:
+class ShardRecord:
     """A record on its way into a shard."""
 
     id: str
@@ -79,10 +79,10 @@ class Item:
     tensors: dict[str, Tensor]
 
 
-def summarise(items: Sequence[Item], psnr: float) -> Summary:
+def shard_stats(items: Sequence[ShardRecord], psnr: float) -> ShardStats:
     """Sums over the latents of the items, per channel, in float64."""
     latents = [item.tensors["latent"].double().transpose(0, 1).flatten(1) for item in items]  # c (f h w)
-    return Summary(
+    return ShardStats(
         values=sum(x.shape[1] for x in latents),
         total=tuple(torch.stack([x.sum(1) for x in latents]).sum(0).tolist()),
         square=tuple(torch.stack([x.square().sum(1) for x in latents]).sum(0).tolist()),
@@ -91,7 +91,7 @@ def summarise(items: Sequence[Item], psnr: float) -> Summary:
     )
 
 
-def write_shard(path: Path, items: Sequence[Item], summary: Summary) -> ShardIndex:
+def write_shard(path: Path, items: Sequence[ShardRecord], summary: ShardStats) -> ShardIndex:
     """Write the tar, then its index; both appear whole or not at all."""
     entries = []
     with atomic(path) as temporary:
@@ -99,19 +99,19 @@ def write_shard(path: Path, items: Sequence[Item], summary: Summary) -> ShardInd
             for item in items:
                 meta = _add(tar, f"{item.id}.json", json.dumps(item.meta).encode())
                 tensors = _add(tar, f"{item.id}.safetensors", safetensors.torch.save(item.tensors))
-                entries.append(Entry(item.id, meta, tensors))
+                entries.append(IndexEntry(item.id, meta, tensors))
         size = temporary.stat().st_size
     index = ShardIndex(SCHEMA, size, summary, tuple(entries))
     write_json(index_path(path), to_dict(index), indent=None)
     return index
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Member:
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> ByteRange:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
     blocks = -(-len(data) // tarfile.BLOCKSIZE)
-    return Member(tar.offset - blocks * tarfile.BLOCKSIZE, len(data), zlib.crc32(data))
+    return ByteRange(tar.offset - blocks * tarfile.BLOCKSIZE, len(data), zlib.crc32(data))
 
 
 def index_path(shard: Path) -> Path:
@@ -121,7 +121,7 @@ def index_path(shard: Path) -> Path:
 def list_shards(folder: Path) -> list[Path]:
     """Paths of all tars that have an index, sorted."""
     indexed = (p.with_name(p.name.removesuffix(".idx.json")) for p in folder.glob("*.tar.idx.json"))
-    return sorted(p for p in indexed if NAME.fullmatch(p.name))
+    return sorted(p for p in indexed if SHARD_NAME.fullmatch(p.name))
 
 
 def read_index(shard: Path) -> ShardIndex:
@@ -130,35 +130,35 @@ def read_index(shard: Path) -> ShardIndex:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({error}); {WAY_OUT}") from error
+        raise DataError(f"{path}: not readable ({error}); {HINT}") from error
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         found = values.get("schema") if isinstance(values, dict) else values
-        raise DataError(f"{path}: schema {found!r}, this version reads {SCHEMA}; {WAY_OUT}")
+        raise DataError(f"{path}: schema {found!r}, this version reads {SCHEMA}; {HINT}")
     try:
         index = from_dict(ShardIndex, values)
     except ConfigError as error:
-        raise DataError(f"{path}: {error}; {WAY_OUT}") from error
+        raise DataError(f"{path}: {error}; {HINT}") from error
     if not shard.exists():
-        raise DataError(f"{shard}: missing though its index is there; {WAY_OUT}")
+        raise DataError(f"{shard}: missing though its index is there; {HINT}")
     size = shard.stat().st_size
     if size != index.bytes:
-        raise DataError(f"{shard}: {size} bytes, its index says {index.bytes} (cut off?); {WAY_OUT}")
+        raise DataError(f"{shard}: {size} bytes, its index says {index.bytes} (cut off?); {HINT}")
     return index
 
 
-def read_record(shard: Path, entry: Entry) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_record(shard: Path, entry: IndexEntry) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of one record, checked by crc32."""
     try:
         with shard.open("rb") as file:
             meta, tensors = (_read(file, m) for m in (entry.meta, entry.tensors))
     except OSError as error:
-        raise DataError(f"{shard}: record {entry.id}: {error}; {WAY_OUT}") from error
+        raise DataError(f"{shard}: record {entry.id}: {error}; {HINT}") from error
     for data, member, suffix in ((meta, entry.meta, "json"), (tensors, entry.tensors, "safetensors")):
         if len(data) != member.size or zlib.crc32(data) != member.crc32:
-            raise DataError(f"{shard}: record {entry.id}: wrong checksum of its {suffix}; {WAY_OUT}")
+            raise DataError(f"{shard}: record {entry.id}: wrong checksum of its {suffix}; {HINT}")
     return json.loads(meta), safetensors.torch.load(tensors)
 
 
-def _read(file: io.BufferedReader, member: Member) -> bytes:
+def _read(file: io.BufferedReader, member: ByteRange) -> bytes:
     file.seek(member.offset)
     return file.read(member.size)

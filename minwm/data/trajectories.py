@@ -11,7 +11,7 @@ from minwm.core.runtime import progress
 from minwm.core.types import Clip
 from minwm.data.clips import DataError, read_manifest, write_manifest
 from minwm.data.dataset import ShardDataset
-from minwm.data.shards import Item, list_shards, read_record, summarise, write_shard
+from minwm.data.shards import ShardRecord, list_shards, read_record, shard_stats, write_shard
 
 Collect = Callable[[Clip, int], Float[Tensor, "k b f c h w"]]
 """Trajectories of a batch of clips; the second argument is the batch's number, for its random draws."""
@@ -41,12 +41,12 @@ def collect_trajectories(
             indices = range(start, min(start + batch, clips))
             states = collect(source.batch(indices), number)
             items = [_item(source, i, states[:, j]) for j, i in enumerate(indices)]
-            summary = summarise(items, psnr=source.manifest["codec_psnr"])
+            summary = shard_stats(items, psnr=source.manifest["codec_psnr"])
             write_shard(out / f"train-0000-{number:06d}.tar", items, summary)
             bar.advance()
 
 
-def _item(source: ShardDataset, index: int, states: Float[Tensor, "k f c h w"]) -> Item:
+def _item(source: ShardDataset, index: int, states: Float[Tensor, "k f c h w"]) -> ShardRecord:
     shard, entry = source.entries[index]
     meta, tensors = read_record(shard, entry)
-    return Item(entry.id, meta, {**tensors, "trajectory": states.cpu().contiguous()})
+    return ShardRecord(entry.id, meta, {**tensors, "trajectory": states.cpu().contiguous()})

@@ -61,7 +61,7 @@ class Clips:
         made = [source.make(i) for i in range(len(trajectories))]
         records = [record for record, _ in made]
         cases = [
-            Case(World(int(r.seed or 0)), r.track.moved(np.asarray(r.origin)), name)
+            Case(World(int(r.seed or 0)), r.track.transformed(np.asarray(r.origin)), name)
             for r, name in zip(records, trajectories, strict=True)
         ]
         truth = np.stack([frames for _, frames in made])
@@ -137,7 +137,7 @@ def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple
     names = [f"{action}*{(latents or config.latents) - 1}" for action in ACTIONS]
     tracks = [parse(name, stride=config.motion.stride).track(config.motion, config.intrinsics) for name in names]
     world, origin, caption = _open_place(tracks)
-    truth = np.stack([world.render(t.moved(origin), config.height, config.width).frames for t in tracks])
+    truth = np.stack([world.render(t.transformed(origin), config.height, config.width).frames for t in tracks])
     same = [generate_clips(model, truth[:1, 0], [caption], [track], seed)[0] for track in tracks]
     videos = np.stack(same)
     return videos, truth, confusion(videos, truth, ACTIONS)

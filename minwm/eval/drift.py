@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
 from minwm.cameras.track import CameraTrack
-from minwm.cameras.trajectory import Action, drive, parse
+from minwm.cameras.trajectory import Action, integrate_actions, parse
 from minwm.eval.cases import ANCHORS, HELD_OUT, through
 from minwm.eval.image import colour_distance, psnr, sharpness
 from minwm.eval.stats import Bootstrap, Interval
@@ -85,7 +85,7 @@ class Normal:
             world = World(seed)
             origin = world.spawn(np.random.default_rng(seed), look)
             if origin is not None:
-                found.append(world.render(look.moved(origin), config.height, config.width).frames[0])
+                found.append(world.render(look.transformed(origin), config.height, config.width).frames[0])
             seed += 1
         true = np.stack(found)
         known = patches(np.concatenate([true, through(codec, true[:, None])[:, 0]])).flatten(0, 1)
@@ -151,7 +151,7 @@ class LongRun:
         truth, coded = {}, {}
         for route, paths in tracks.items():
             full = np.stack(
-                [_film(config, world, p.moved(at)) for (world, at, _), p in zip(places, paths, strict=True)]
+                [_film(config, world, p.transformed(at)) for (world, at, _), p in zip(places, paths, strict=True)]
             )
             truth[route] = full[:, :: config.motion.stride]
             coded[route] = through(codec, full)[:, :: config.motion.stride]
@@ -254,7 +254,7 @@ def stroll(world: World, origin: Array, rng: np.random.Generator, config: ModelC
     while len(poses) <= latents * motion.stride:
         hold = motion.stride * int(rng.integers(2, 7))
         keys = str(rng.choice(STROLL)).split("+")
-        ahead = drive(poses[-1], [Action.of(keys)] * hold, motion)
+        ahead = integrate_actions(poses[-1], [Action.of(keys)] * hold, motion)
         at = (origin @ ahead)[:, :3, 3]
         if world.free(at).all() and np.hypot(at[-1, 0], at[-1, 2]) < REACH:
             poses = np.concatenate([poses, ahead])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minwm.control.prope import Mode
-from minwm.core.config import ConfigError, choose
+from minwm.core.config import ConfigError, lookup
 from minwm.data.noise import PoseNoise
 from minwm.experiments.presets.demo import SHIFT, demo, starting_checkpoint
 from minwm.store.model import ModelConfig
@@ -213,4 +213,4 @@ ABLATIONS: dict[str, Callable[[Path], Ablation]] = {
 
 
 def ablation(name: str, out: Path) -> Ablation:
-    return ABLATIONS[choose(name, ABLATIONS, "ablation")](out)
+    return lookup(ABLATIONS, name, "ablation")(out)

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from minwm.cameras.trajectory import drive
+from minwm.cameras.trajectory import integrate_actions
 from minwm.core.config import UserError
 from minwm.play.inputs import InputAccumulator
 from minwm.play.protocol import (
@@ -221,7 +221,7 @@ class PlayLoop:
                 chunk = ChunkInput(self.accumulator.take(self.frames / self.motion.fps), self.next_start.prompt)
         if chunk.prompt != self.prompt:
             self._set_prompt(chunk.prompt)
-        poses = drive(self.sessions[0].pose, [chunk.action] * self.frames, self.motion)
+        poses = integrate_actions(self.sessions[0].pose, [chunk.action] * self.frames, self.motion)
         self.inputs.append(chunk)
         self.serial += 1
         first, delay, made = self.frame_count, 0.0, []

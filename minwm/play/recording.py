@@ -87,7 +87,7 @@ class Recording:
     def _track(self) -> CameraTrack:
         poses = np.concatenate([poses for poses, _ in self.parts])
         config = self.scenario.config
-        return CameraTrack(c2w=poses, K=config.intrinsics, fps=config.motion.fps).anchored()
+        return CameraTrack(c2w=poses, K=config.intrinsics, fps=config.motion.fps).relative_to_first()
 
     def _record(self, track: CameraTrack) -> ClipRecord:
         config = self.scenario.config

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from minwm.core.media import Frame, LiveVideo, jpeg
+from minwm.core.media import Frame, H264Encoder, jpeg_bytes
 from minwm.play.protocol import H264, H264_KEY, JPEG, Error, Header, State, to_json
 
 Codec = Literal["jpeg", "h264"]
@@ -22,13 +22,13 @@ class Encoder:
 
     def __init__(self, codec: Codec, height: int, width: int, fps: float) -> None:
         small = height * width <= SMALL
-        self.video = LiveVideo(height, width, fps, crf=14 if small else 23) if codec == "h264" else None
+        self.video = H264Encoder(height, width, fps, crf=14 if small else 23) if codec == "h264" else None
         self.quality = 92 if small else 80
 
     def __call__(self, frame: Frame, key: bool) -> tuple[int, bytes]:
         """Kind (see `Header`) and payload; `key` requests a key frame."""
         if self.video is None:
-            return JPEG, jpeg(frame, self.quality)
+            return JPEG, jpeg_bytes(frame, self.quality)
         payload, is_key = self.video.encode(frame, key)
         return H264_KEY if is_key else H264, payload
 

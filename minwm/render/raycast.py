@@ -47,7 +47,7 @@ class Light:
 
 
 @dataclass(frozen=True)
-class Scene:
+class RaycastScene:
     solids: tuple[Solid, ...]
     ground: Ground
     light: Light
@@ -176,7 +176,7 @@ def _sky_colour(sky: Tensor, grid: Grid, d: Float[Tensor, "3 k"]) -> Float[Tenso
     return functional.grid_sample(sky[None], where, padding_mode="border", align_corners=False)[0, :, 0]
 
 
-def _background(scene: Scene, grid: Grid) -> tuple[Float[Tensor, "3 k"], Float[Tensor, "k"]]:
+def _background(scene: RaycastScene, grid: Grid) -> tuple[Float[Tensor, "3 k"], Float[Tensor, "k"]]:
     """Colour and z-depth of ground and sky through every cell."""
     whole = grid.whole()
     d = (whole.across + whole.down).flatten(1)
@@ -191,7 +191,7 @@ def _background(scene: Scene, grid: Grid) -> tuple[Float[Tensor, "3 k"], Float[T
     return colour, torch.full_like(d[0], torch.inf).index_copy_(0, ground, t)
 
 
-def _image(scene: Scene, coarse: Grid, fine: Grid, colour: Tensor) -> Tensor:
+def _image(scene: RaycastScene, coarse: Grid, fine: Grid, colour: Tensor) -> Tensor:
     """n h w 3 uint8: supersampled solids over the background `colour` 3 k."""
     depth = torch.full((fine.size,), torch.inf, device=fine.device)
     solids = torch.zeros(4, fine.size, device=fine.device)  # colour and coverage
@@ -207,7 +207,7 @@ def _image(scene: Scene, coarse: Grid, fine: Grid, colour: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def render(
-    scene: Scene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
+    scene: RaycastScene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames n h w 3 uint8 and the exact z-depth of the pixel-centre rays n h w (inf: sky)."""
     images, depths = [], []

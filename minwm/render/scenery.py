@@ -23,7 +23,7 @@ CREAM, CHARCOAL, BARK, LAMP = (0.96, 0.93, 0.84), (0.30, 0.31, 0.37), (0.45, 0.3
 
 
 @dataclass(frozen=True)
-class Soil:
+class GroundColours:
     """Ground colours, and the paint that would not stand out on them."""
 
     first: Colour
@@ -32,20 +32,20 @@ class Soil:
     hides: str = ""
 
 
-GROUNDS: dict[str, Soil] = {
-    "sandy": Soil((0.90, 0.78, 0.56), (0.74, 0.58, 0.38), (0.86, 0.75, 0.52), "yellow"),
-    "stone": Soil((0.76, 0.76, 0.76), (0.52, 0.54, 0.58), (0.56, 0.66, 0.44)),
-    "grassy": Soil((0.56, 0.74, 0.38), (0.38, 0.58, 0.30), (0.44, 0.62, 0.34), "green"),
-    "brick": Soil((0.82, 0.52, 0.40), (0.62, 0.34, 0.28), (0.60, 0.62, 0.40), "red"),
-    "marble": Soil((0.92, 0.92, 0.90), (0.46, 0.52, 0.62), (0.66, 0.70, 0.62), "white"),
-    "mossy": Soil((0.70, 0.74, 0.60), (0.36, 0.50, 0.46), (0.40, 0.54, 0.40), "green"),
-    "lilac": Soil((0.82, 0.76, 0.88), (0.58, 0.50, 0.70), (0.60, 0.62, 0.56), "purple"),
-    "snowy": Soil((0.94, 0.96, 0.99), (0.70, 0.78, 0.88), (0.88, 0.91, 0.95), "white"),
+GROUNDS: dict[str, GroundColours] = {
+    "sandy": GroundColours((0.90, 0.78, 0.56), (0.74, 0.58, 0.38), (0.86, 0.75, 0.52), "yellow"),
+    "stone": GroundColours((0.76, 0.76, 0.76), (0.52, 0.54, 0.58), (0.56, 0.66, 0.44)),
+    "grassy": GroundColours((0.56, 0.74, 0.38), (0.38, 0.58, 0.30), (0.44, 0.62, 0.34), "green"),
+    "brick": GroundColours((0.82, 0.52, 0.40), (0.62, 0.34, 0.28), (0.60, 0.62, 0.40), "red"),
+    "marble": GroundColours((0.92, 0.92, 0.90), (0.46, 0.52, 0.62), (0.66, 0.70, 0.62), "white"),
+    "mossy": GroundColours((0.70, 0.74, 0.60), (0.36, 0.50, 0.46), (0.40, 0.54, 0.40), "green"),
+    "lilac": GroundColours((0.82, 0.76, 0.88), (0.58, 0.50, 0.70), (0.60, 0.62, 0.56), "purple"),
+    "snowy": GroundColours((0.94, 0.96, 0.99), (0.70, 0.78, 0.88), (0.88, 0.91, 0.95), "white"),
 }
 
 
 @dataclass(frozen=True)
-class Hour:
+class TimeOfDay:
     """Sky and light of one time of day."""
 
     zenith: Colour
@@ -62,20 +62,20 @@ class Hour:
     glow: float = 0.0
 
 
-HOURS: dict[str, Hour] = {
-    "blue day": Hour((0.20, 0.47, 0.88), (0.76, 0.89, 0.98), (1.0, 0.97, 0.85), (0.62, 0.65, 0.71),
+TIMES_OF_DAY: dict[str, TimeOfDay] = {
+    "blue day": TimeOfDay((0.20, 0.47, 0.88), (0.76, 0.89, 0.98), (1.0, 0.97, 0.85), (0.62, 0.65, 0.71),
                      (0.48, 0.45, 0.38), (0.40, 0.52, 0.70), (0.98, 0.99, 1.0), (24, 36)),
-    "pink dusk": Hour((0.38, 0.33, 0.66), (1.0, 0.72, 0.68), (1.0, 0.90, 0.72), (0.62, 0.54, 0.66),
+    "pink dusk": TimeOfDay((0.38, 0.33, 0.66), (1.0, 0.72, 0.68), (1.0, 0.90, 0.72), (0.62, 0.54, 0.66),
                       (0.48, 0.36, 0.28), (0.46, 0.34, 0.56), (1.0, 0.82, 0.78), (11, 20)),
-    "orange sunset": Hour((0.34, 0.44, 0.66), (1.0, 0.74, 0.42), (1.0, 0.94, 0.68), (0.60, 0.54, 0.56),
+    "orange sunset": TimeOfDay((0.34, 0.44, 0.66), (1.0, 0.74, 0.42), (1.0, 0.94, 0.68), (0.60, 0.54, 0.56),
                           (0.56, 0.40, 0.20), (0.56, 0.34, 0.34), (1.0, 0.84, 0.60), (10, 18)),
-    "dark night": Hour((0.05, 0.08, 0.24), (0.24, 0.31, 0.54), (0.95, 0.96, 0.90), (0.42, 0.47, 0.68),
+    "dark night": TimeOfDay((0.05, 0.08, 0.24), (0.24, 0.31, 0.54), (0.95, 0.96, 0.90), (0.42, 0.47, 0.68),
                        (0.26, 0.28, 0.32), (0.10, 0.13, 0.29), (0.28, 0.34, 0.55), (18, 30), 5.0, 0.45),
-    "golden dawn": Hour((0.36, 0.64, 0.80), (1.0, 0.90, 0.66), (1.0, 0.97, 0.80), (0.63, 0.62, 0.62),
+    "golden dawn": TimeOfDay((0.36, 0.64, 0.80), (1.0, 0.90, 0.66), (1.0, 0.97, 0.80), (0.63, 0.62, 0.62),
                         (0.48, 0.41, 0.27), (0.46, 0.58, 0.62), (1.0, 0.96, 0.86), (12, 22)),
-    "grey cloudy": Hour((0.50, 0.57, 0.65), (0.82, 0.86, 0.89), (1.0, 1.0, 1.0), (0.72, 0.74, 0.77),
+    "grey cloudy": TimeOfDay((0.50, 0.57, 0.65), (0.82, 0.86, 0.89), (1.0, 1.0, 1.0), (0.72, 0.74, 0.77),
                         (0.28, 0.27, 0.25), (0.46, 0.53, 0.59), (0.93, 0.94, 0.95), (40, 50), 0.0),
-    "green evening": Hour((0.10, 0.36, 0.44), (0.72, 0.90, 0.72), (1.0, 0.98, 0.80), (0.56, 0.64, 0.60),
+    "green evening": TimeOfDay((0.10, 0.36, 0.44), (0.72, 0.90, 0.72), (1.0, 0.98, 0.80), (0.56, 0.64, 0.60),
                           (0.44, 0.42, 0.30), (0.16, 0.40, 0.42), (0.84, 0.96, 0.82), (12, 24)),
 }  # fmt: skip
 
@@ -146,7 +146,7 @@ def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count:
     return cover * cover * (3 - 2 * cover)
 
 
-def haze_colour(hour: Hour) -> Colour:
+def haze_colour(hour: TimeOfDay) -> Colour:
     """The colour that far ground and the foot of the skyline fade to."""
     r, g, b = 0.86 * np.array(hour.horizon) + 0.14 * np.array(hour.ridge)
     return float(r), float(g), float(b)
@@ -158,7 +158,7 @@ def _over(picture: np.ndarray, colour: np.ndarray, share: np.ndarray) -> None:
 
 
 def paint_sky(
-    rng: np.random.Generator, hour: Hour, skyline: str, sun: Float[np.ndarray, "3"]
+    rng: np.random.Generator, hour: TimeOfDay, skyline: str, sun: Float[np.ndarray, "3"]
 ) -> Float[Tensor, "3 rows columns"]:
     """Panorama for `Scene.sky`; `sun` is the unit vector towards the disc, world axes."""
     azimuth = ((np.arange(SKY_COLUMNS, dtype=np.float32) + 0.5) / SKY_COLUMNS * 2 - 1) * np.float32(np.pi)

@@ -168,11 +168,11 @@ class Grid:
         return Window(origin, across[:, :, None, :], down[:, :, :, None], flat)
 
 
-Entry = tuple[Tensor, Tensor]
+RayEntries = tuple[Tensor, Tensor]
 """Which rays of a window (flattened) enter a solid, and at what t."""
 
 
-def _enter_block(solid: Solid, window: Window, grid: Grid) -> Entry:
+def _enter_block(solid: Solid, window: Window, grid: Grid) -> RayEntries:
     """Clip by six planes; 1/t = speed / gap. Rays enter by the last plane faced, leave by the first other."""
     normals, offsets = solid.planes
     gap = offsets[:, None] - normals @ window.origin.T  # f m; negative: the camera is on the outer side
@@ -193,7 +193,7 @@ def _enter_block(solid: Solid, window: Window, grid: Grid) -> Entry:
     return rays, 1 / take(enter, rays)
 
 
-def _enter_round(solid: Solid, window: Window, grid: Grid) -> Entry:
+def _enter_round(solid: Solid, window: Window, grid: Grid) -> RayEntries:
     """Quadric a t^2 + 2 b t + c <= 0: a sphere, or a cone x^2 + z^2 = r(height)^2 between two heights."""
     dx, dh, dz = window.across + window.down
     ball = solid.kind == "ball"

@@ -8,18 +8,18 @@ import numpy as np
 from minwm.render.scenery import BARK, CHARCOAL, CREAM, LAMP, PAINTS
 from minwm.render.solids import Colour, Pattern, Solid
 
-GAP = 0.6
+MIN_GAP = 0.6
 """Least free ground between two objects, world units: wide enough to walk through."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 STRIPES = (Pattern(1, 0.34), Pattern(2, 0.5), Pattern(3, 0.5), Pattern(1, 1.0, 2, 0.5))
 WINDOWS = (Pattern(3, 0.5, 2, 0.5), Pattern(4, 0.5, 2, 0.46), Pattern(3, 0.5, 1, 0.5))
 
-Draw = np.random.Generator
+Rng = np.random.Generator
 Parts = list[Solid]
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object: the number of its family, its place, its radius on the ground, the solids it is made of."""
 
     family: int
@@ -42,30 +42,30 @@ def _ball(middle: float, radius: float, paint: Colour) -> Solid:
     return Solid("ball", 0, 0, 0, middle - radius, middle + radius, size, size, paint, paint)
 
 
-def _one_of(rng: Draw, *options: Pattern) -> Pattern:
+def _one_of(rng: Rng, *options: Pattern) -> Pattern:
     return options[int(rng.integers(len(options)))]
 
 
-def _tower(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _tower(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     a, h = rng.uniform(0.32, 0.44), rng.uniform(1.6, 2.3)
     body = replace(_block(0, h, (a, a), (a, a), paint), accent=accent, pattern=_one_of(rng, *WINDOWS))
     roof = CHARCOAL if accent == LAMP else accent
     return [body, _block(h, h + rng.uniform(0.3, 0.7), (1.22 * a, 1.22 * a), (0, 0), roof)]
 
 
-def _box(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _box(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     a, b, h = rng.uniform(0.3, 0.46), rng.uniform(0.3, 0.46), rng.uniform(0.5, 0.85)
     return [replace(_block(0, h, (a, b), (a, b), paint), accent=accent, pattern=_one_of(rng, *STRIPES))]
 
 
-def _house(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _house(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     a, b, h = rng.uniform(0.42, 0.55), rng.uniform(0.36, 0.46), rng.uniform(0.55, 0.7)
     window = LAMP if accent == LAMP else CHARCOAL
     walls = replace(_block(0, h, (a, b), (a, b), CREAM), accent=window, pattern=Pattern(1, 0.46, 2, 0.42))
     return [walls, _block(h, h + 0.5, (1.18 * a, 1.18 * b), (0.5 * a, 0), paint)]
 
 
-def _column(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _column(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     r, h = rng.uniform(0.2, 0.27), rng.uniform(1.2, 1.9)
     rows = Pattern(int(rng.integers(2, 4)), 0.5)
     return [
@@ -74,53 +74,53 @@ def _column(rng: Draw, paint: Colour, accent: Colour) -> Parts:
     ]
 
 
-def _turret(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _turret(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     r, h = rng.uniform(0.34, 0.44), rng.uniform(1.1, 1.6)
     rows = Pattern(int(rng.integers(1, 3)), 0.4)
     body = replace(_round(0, h, r, r, accent), accent=paint, pattern=rows)
     return [body, _round(h, h + rng.uniform(0.55, 0.8), 1.3 * r, 0, paint)]
 
 
-def _gate(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _gate(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     half, h = rng.uniform(0.55, 0.7), rng.uniform(1.25, 1.5)
     posts = [replace(_block(0, h, (0.14, 0.14), (0.14, 0.14), paint), x=side * half) for side in (-1, 1)]
     return [*posts, _block(h, h + 0.26, (half + 0.3, 0.2), (half + 0.3, 0.2), accent)]
 
 
-def _drum(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _drum(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     r, h = rng.uniform(0.38, 0.5), rng.uniform(0.45, 0.65)
     stripes = _one_of(rng, Pattern(1, 0.4), Pattern(1, 1, 4, 0.5))
     return [replace(_round(0, h, r, r, paint), accent=accent, pattern=stripes)]
 
 
-def _sphere(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _sphere(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     r = rng.uniform(0.38, 0.52)
     return [replace(_ball(r, r, paint), accent=accent, pattern=_one_of(rng, STRIPES[0], Pattern(1, 1, 3, 0.5)))]
 
 
-def _dome(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _dome(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     return [replace(_ball(0.1, rng.uniform(0.55, 0.72), paint), accent=accent, pattern=Pattern(1, 1, 4, 0.5))]
 
 
-def _cone(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _cone(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     cone = _round(0, rng.uniform(1.0, 1.4), rng.uniform(0.36, 0.46), 0, paint)
     return [replace(cone, accent=accent, pattern=Pattern(2, 0.45))]
 
 
-def _pyramid(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _pyramid(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     a = rng.uniform(0.55, 0.7)
     pyramid = _block(0, rng.uniform(0.85, 1.2), (a, a), (0, 0), paint)
     return [replace(pyramid, accent=accent, pattern=Pattern(2, 0.5))]
 
 
-def _tree(rng: Draw, paint: Colour, accent: Colour) -> Parts:
+def _tree(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     trunk, r = rng.uniform(0.4, 0.6), rng.uniform(0.36, 0.48)
     if accent == CREAM:  # one crown shape per family
         return [_round(0, trunk, 0.09, 0.09, BARK), _round(0.7 * trunk, trunk + 2.2 * r, r, 0, paint)]
     return [_round(0, trunk + 0.1, 0.09, 0.08, BARK), _ball(trunk + 0.75 * r, r, paint)]
 
 
-Builder = Callable[[Draw, Colour, Colour], Parts]
+Builder = Callable[[Rng, Colour, Colour], Parts]
 TALL: dict[str, Builder] = {"tower": _tower, "column": _column, "turret": _turret, "gate": _gate}
 LOW: dict[str, Builder] = {
     "box": _box, "house": _house, "drum": _drum, "ball": _sphere, "dome": _dome, "cone": _cone,
@@ -134,7 +134,7 @@ def article(word: str) -> str:
 
 
 @dataclass(frozen=True)
-class Family:
+class ObjectGroup:
     """Objects of one kind and colour."""
 
     kind: str
@@ -147,11 +147,11 @@ class Family:
         name = self.kind if self.count == 1 else plural
         return f"{NUMBERS.get(self.count, article(self.paint))} {self.paint} {name}"
 
-    def build(self, rng: Draw) -> Parts:
+    def build(self, rng: Rng) -> Parts:
         return BUILDERS[self.kind](rng, PAINTS[self.paint], self.accent)
 
 
-def draw_families(rng: Draw, hidden: str, night: bool) -> tuple[Family, ...]:
+def draw_groups(rng: Rng, hidden: str, night: bool) -> tuple[ObjectGroup, ...]:
     """A tall landmark, two low families, one more; four colours, none of them `hidden` (the ground's own)."""
     paints = [str(paint) for paint in rng.permutation(list(PAINTS)) if paint != hidden][:4]
     tall, low = rng.permutation(list(TALL)), rng.permutation(list(LOW))
@@ -163,11 +163,11 @@ def draw_families(rng: Draw, hidden: str, night: bool) -> tuple[Family, ...]:
     families = []
     for kind, paint, count in zip(kinds, paints, counts, strict=True):
         dark = rng.random() < 0.15 or paint == "white"
-        families.append(Family(kind, paint, LAMP if night else CHARCOAL if dark else CREAM, count))
+        families.append(ObjectGroup(kind, paint, LAMP if night else CHARCOAL if dark else CREAM, count))
     return tuple(families)
 
 
-def _stand(family: int, parts: Parts, scale: float, x: float, z: float, yaw: float) -> Thing:
+def _stand(family: int, parts: Parts, scale: float, x: float, z: float, yaw: float) -> SceneObject:
     """Scale parts built around the origin and move them to their place."""
     c, s = scale * np.cos(yaw), scale * np.sin(yaw)
     placed, radius = [], 0.0
@@ -179,19 +179,19 @@ def _stand(family: int, parts: Parts, scale: float, x: float, z: float, yaw: flo
         reach = float(np.hypot(*solid.reach)) if p.kind == "block" else solid.reach[0]
         radius = max(radius, float(np.hypot(dx, dz)) + reach)
         placed.append(solid)
-    return Thing(family, x, z, radius, tuple(placed))
+    return SceneObject(family, x, z, radius, tuple(placed))
 
 
-def lay_out(rng: Draw, families: tuple[Family, ...]) -> tuple[Thing, ...]:
+def lay_out(rng: Rng, families: tuple[ObjectGroup, ...]) -> tuple[SceneObject, ...]:
     """Objects in every direction around the centre, at least GAP apart, then a ring of larger ones."""
     queue = [i for i, family in enumerate(families) for _ in range(family.count)]
     queue = [queue[i] for i in rng.permutation(len(queue))]
-    things: list[Thing] = []
+    things: list[SceneObject] = []
 
     def place(family: int, angle: float, radius: float, scale: float) -> bool:
         parts, yaw = families[family].build(rng), rng.uniform(0, 2 * np.pi)
         new = _stand(family, parts, scale, radius * np.sin(angle), radius * np.cos(angle), yaw)
-        free = all(np.hypot(t.x - new.x, t.z - new.z) > t.radius + new.radius + GAP for t in things)
+        free = all(np.hypot(t.x - new.x, t.z - new.z) > t.radius + new.radius + MIN_GAP for t in things)
         if free:
             things.append(new)
         return free

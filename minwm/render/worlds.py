@@ -11,15 +11,15 @@ from jaxtyping import Bool, Float
 
 from minwm.cameras.track import CameraTrack
 from minwm.render import raycast
-from minwm.render.raycast import Ground, Light, Scene
-from minwm.render.scenery import GROUNDS, HOURS, SKYLINES, haze_colour, paint_shadow, paint_sky
-from minwm.render.things import article, draw_families, lay_out
+from minwm.render.raycast import Ground, Light, RaycastScene
+from minwm.render.scenery import GROUNDS, SKYLINES, TIMES_OF_DAY, haze_colour, paint_shadow, paint_sky
+from minwm.render.things import article, draw_groups, lay_out
 
 CLEARANCE = 0.25
 """Least distance of a camera from anything, world units."""
 HAZE_DISTANCE = 15.0
 PLAZA_RADIUS = 6.0
-LOOK_AROUND = 64
+MAX_SPAWN_CANDIDATES = 64
 """A spawn is the most interesting of this many places: good views that still differ between draws."""
 LIGHT_ELEVATION = 0.6
 """Objects are lit from at least this height (radians), or a low sun would leave the ground dark."""
@@ -38,16 +38,16 @@ class World:
 
     >>> world = World(7)
     >>> placement = world.spawn(np.random.default_rng(0), track)
-    >>> clip = world.render(track.moved(placement), 64, 64)
+    >>> clip = world.render(track.transformed(placement), 64, 64)
     """
 
     def __init__(self, seed: int):
         rng = np.random.default_rng([seed, 0x3D])
         hour_name, ground_name, skyline, pattern = (
-            str(rng.choice(list(names))) for names in (HOURS, GROUNDS, SKYLINES, raycast.GROUND_PATTERNS)
+            str(rng.choice(list(names))) for names in (TIMES_OF_DAY, GROUNDS, SKYLINES, raycast.GROUND_PATTERNS)
         )
-        hour, soil = HOURS[hour_name], GROUNDS[ground_name]
-        families = draw_families(rng, soil.hides, hour.glow > 0)
+        hour, soil = TIMES_OF_DAY[hour_name], GROUNDS[ground_name]
+        families = draw_groups(rng, soil.hides, hour.glow > 0)
         self.things = lay_out(rng, families)
         self.solids = tuple(solid for thing in self.things for solid in thing.solids)
         self.family = np.array([thing.family for thing in self.things])
@@ -57,7 +57,9 @@ class World:
         cell, yaw = rng.uniform(1.3, 1.8), rng.uniform(0, np.pi)
         shadow = paint_shadow(self.solids, sun)
         ground = Ground(pattern, cell, yaw, (soil.first, soil.second), soil.field, PLAZA_RADIUS, shadow)
-        self.scene = Scene(self.solids, ground, light, paint_sky(rng, hour, skyline, _direction(azimuth, elevation)))
+        self.scene = RaycastScene(
+            self.solids, ground, light, paint_sky(rng, hour, skyline, _direction(azimuth, elevation))
+        )
         self.caption = (
             f"{families[0].words()} and {families[1].words()} on a {ground_name} {pattern} plaza "
             f"under {article(hour_name)} {hour_name} sky with {skyline}"
@@ -84,7 +86,7 @@ class World:
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 256) -> np.ndarray | None:
         """World pose (4x4) of the first frame such that the whole path is free and the views are good.
 
-        `track` is anchored (first pose identity); its world version is `track.moved(placement)`. None when no
+        `track` is anchored (first pose identity); its world version is `track.transformed(placement)`. None when no
         free path was found in `tries` random placements.
         """
         radius, angle = 3.8 * np.sqrt(rng.random(tries)), rng.uniform(0, 2 * np.pi, tries)
@@ -95,7 +97,7 @@ class World:
         placements[:, :3, 3] = np.stack([radius * np.sin(angle), -eye, radius * np.cos(angle)], 1)
         few = np.linspace(0, len(track) - 1, 5).round().astype(int)
         poses = placements[:, None] @ track.c2w[few]
-        likely = np.flatnonzero(self.free(poses[..., :3, 3]).all(1))[:LOOK_AROUND]
+        likely = np.flatnonzero(self.free(poses[..., :3, 3]).all(1))[:MAX_SPAWN_CANDIDATES]
         for i in likely[np.argsort(-self._interest(poses[likely]), kind="stable")]:
             if self.free((placements[i] @ track.c2w)[:, :3, 3]).all():
                 return placements[i]

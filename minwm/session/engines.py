@@ -106,7 +106,7 @@ class RendererEngine:
             yield self._render(part)
 
     def _render(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
-        track = CameraTrack(c2w, self.K, self.motion.fps).moved(self.origin)
+        track = CameraTrack(c2w, self.K, self.motion.fps).transformed(self.origin)
         frames = self.world.render(track, *self.size).frames
         self.timer.record("diffuse")
         return frames

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from minwm.cameras.track import CameraTrack, views
+from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.core.config import UserError
 from minwm.core.media import to_frames as to_frames
 from minwm.core.media import to_pixels
@@ -51,7 +51,7 @@ def sampling_inputs(
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device
-    w2c, K = views(tracks, cfg.motion.stride)
+    w2c, K = latent_cameras(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
     first = None
     if images is not None:

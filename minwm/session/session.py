@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from minwm.cameras.trajectory import Action, drive
+from minwm.cameras.trajectory import Action, integrate_actions
 from minwm.core.config import UserError
 from minwm.core.media import read_image, resize_and_crop
 from minwm.session.engines import Engine, Frames, ModelEngine, Pose
@@ -41,7 +41,7 @@ class Session:
         """The same, latent by latent: the first frames can be shown before the last are drawn. Take all."""
         self.past.append((self.pose, self.engine.snapshot()))
         frames = self.engine.chunk * self.engine.motion.stride
-        c2w = drive(self.pose, [action] * frames, self.engine.motion)
+        c2w = integrate_actions(self.pose, [action] * frames, self.engine.motion)
         self.pose = c2w[-1]
         yield from self.engine.advance(c2w)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minwm.core.config import choose, dumps, loads
+from minwm.core.config import dumps, loads, lookup
 from minwm.core.files import new_folder, write_text
 from minwm.core.weights import (
     CheckpointError,
@@ -100,7 +100,7 @@ def read_codec(path: Path, model: ModelConfig) -> tuple[AnyCodecConfig, dict[str
 def tiny_decoder(model: Model, name: str, random: bool = False) -> Model:
     """The model with the decoder of a tiny codec: a published file, or of random weights by its name, as `taew2_1`."""
     if random:
-        tiny = TAEHV[choose(name, TAEHV, "tiny codec")].build()
+        tiny = lookup(TAEHV, name, "tiny codec").build()
     else:
         config, tensors = read_codec(Path(name), model.config)
         tiny = config.build()

@@ -284,7 +284,7 @@ def distractors(index: int, tracks: Sequence[CameraTrack], count: int) -> list[C
     kept = [own, _static(own)]
     for offset in range(1, len(tracks)):
         other = tracks[(index + offset) % len(tracks)]
-        path = CameraTrack(own.c2w[0] @ other.anchored().c2w, own.K, own.fps, own.unit)
+        path = CameraTrack(own.c2w[0] @ other.relative_to_first().c2w, own.K, own.fps, own.unit)
         if all(_distinct(path, known) for known in kept):
             kept.append(path)
         if len(kept) == count + 2:

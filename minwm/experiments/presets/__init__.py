@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from minwm.core.config import ConfigError, choose
+from minwm.core.config import ConfigError, lookup
 from minwm.experiments.presets import demo, wan
 from minwm.experiments.presets.base import Pipeline
 from minwm.families.wan.convert import RELEASES
@@ -26,12 +26,12 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
 
 
 def pipeline(name: str, out: Path) -> Pipeline:
-    return PIPELINES[choose(name, PIPELINES, "pipeline")](out)
+    return lookup(PIPELINES, name, "pipeline")(out)
 
 
 def published(size: str) -> ModelConfig:
     """A published model as it is before any training here."""
-    return PUBLISHED[choose(size, PUBLISHED, "published model")]()
+    return lookup(PUBLISHED, size, "published model")()
 
 
 def stage(name: str, out: Path) -> Run:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minwm.core.config import choose
+from minwm.core.config import lookup
 from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
 from minwm.train.config import Run
@@ -43,4 +43,4 @@ class Pipeline:
 
     def stage(self, name: str) -> Run:
         runs = {run.name: run for run in (self.codec, *self.stages) if run}
-        return runs[choose(name, runs, "stage")]
+        return lookup(runs, name, "stage")

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minwm.cameras.trajectory import Motion
-from minwm.core.config import choose
+from minwm.core.config import lookup
 from minwm.data.encode import EncodeConfig
 from minwm.experiments.presets.base import Pipeline
 from minwm.families.wan.convert import RELEASES
@@ -33,7 +33,7 @@ WAN_NEGATIVE = (
 
 def wan_model(size: str) -> ModelConfig:
     """A published Wan model, bidirectional and without cameras, as minWM trains on: 20 latents in chunks of 4."""
-    network = RELEASES[choose(size, RELEASES, "size of Wan")].config
+    network = lookup(RELEASES, size, "size of Wan").config
     base = ModelConfig(
         network=network,
         sampler=BidirectionalSampler(steps=50, guidance=8.0, shift=5.0),
