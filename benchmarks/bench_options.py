@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 import minwm
-from minwm.bench.stream import trial
 from minwm.core.runtime import git_commit, versions
 from minwm.eval.cases import Clips, patterns
 from minwm.eval.image import psnr
 from minwm.eval.stats import Bootstrap
+from minwm.session.prepare import fp8_trial
 from minwm.store.folder import load_model
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import EngineConfig, Fp8, prepare_network
@@ -32,7 +32,7 @@ FOLDER = Path(minwm.__file__).parent / "assets" / "world" / "dmd"
 def model(change: Callable[[ModelConfig], ModelConfig] = lambda cfg: cfg, fp8: Fp8 = "none") -> Model:
     loaded = load_model(FOLDER)
     loaded = replace(loaded, config=change(loaded.config))
-    prepare_network(EngineConfig(fp8=fp8), loaded.net, loaded.config.geometry, trial(loaded))
+    prepare_network(EngineConfig(fp8=fp8), loaded.net, loaded.config.geometry, fp8_trial(loaded))
     return loaded
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minwm.bench.latency import random_model
+from minwm.bench.stream import random_model
 from minwm.cameras.track import intrinsics, se3_exp, se3_inverse, se3_log
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main

@@ -14,12 +14,12 @@ from contracts.backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, small
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import minwm
-from minwm.bench.stream import trial
 from minwm.core.config import ConfigError
 from minwm.nets import fp8
 from minwm.nets.attention import Cached, Geometry, KVArena, ReadOnlyCache
 from minwm.nets.backbone import Backbone
 from minwm.nets.fp8 import Fp8Arena, Linear, scaled
+from minwm.session.prepare import fp8_trial
 from minwm.store.folder import load_model
 from minwm.store.model import Model
 from minwm.stream.accelerate import EngineConfig, Fp8, Fp8Trial, GraphedStream, check_fp8, prepare_network
@@ -222,7 +222,7 @@ def shipped() -> Model:
 
 @pytest.mark.parametrize("what", ["linears", "cache", "all"])
 def test_the_shipped_model_passes_the_gate(shipped: Model, what: Fp8) -> None:
-    _, raced, kept = prepare_network(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
+    _, raced, kept = prepare_network(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, fp8_trial(shipped))
     assert raced is None and kept and kept.psnr and 0.001 < kept.error < kept.limit and kept.psnr > 35
     in_fp8 = any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert (in_fp8, shipped.net.arena_type is Fp8Arena) == (what != "cache", what != "linears")
@@ -239,7 +239,7 @@ def test_a_broken_scale_does_not_pass_and_leaves_the_network_plain(
 
     monkeypatch.setattr(fp8, "scaled", broken)
     with pytest.raises(ConfigError, match=rf"engine\.fp8={what} changes .* and the limit is engine\.fp8_limit=0\.1"):
-        check_fp8(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, trial(shipped))
+        check_fp8(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, fp8_trial(shipped))
     assert not any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert shipped.net.arena_type is KVArena
 

@@ -151,8 +151,8 @@ def test_speed_is_what_bench_measured(copy: Path) -> None:
     cells = row(speed, f"{found['versions']['cpu']}, 1 used")
     assert cells[1] == torch.__version__ and cells[-1] == found["date"][:10] and cells[-2] == ""
     assert float(cells[2].replace(",", "")) == pytest.approx(found["fps"], rel=0.01)
-    assert float(cells[3].replace(",", "")) == pytest.approx(found["chunk_ms"], rel=0.01)
-    gpu = found | {"memory_gb": 1.25, "versions": found["versions"] | {"gpu": "H200"}}
+    assert float(cells[3].replace(",", "")) == pytest.approx(found["chunk"]["median_ms"], rel=0.01)
+    gpu = found | {"allocated_gb": 1.25, "versions": found["versions"] | {"gpu": "H200"}}
     (copy / "gpu.json").write_text(json.dumps(gpu))
     (copy / "other.json").write_text(json.dumps(found | {"passes": 100, "versions": {"gpu": "other", "torch": ""}}))
     assert row(card(copy), "H200")[-2] == "1.25" and "| other |" not in card(copy)

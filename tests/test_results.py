@@ -23,7 +23,7 @@ def table() -> str:
         follow, bench, quality = row["follow"], row["bench"], row["quality"]
         score = follow["score"]
         rows.append(
-            f"| {name}: {what} | {bench['passes']} | {bench['first_ms']:.0f} | {bench['fps']:.0f} "
+            f"| {name}: {what} | {bench['passes']} | {bench['first_chunk']['median_ms']:.0f} | {bench['fps']:.0f} "
             f"| {score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}] "
             f"| {100 * follow['retrieval']['value']:.0f}% | {quality['psnr']:.1f} |"
         )
@@ -137,13 +137,13 @@ def race_table() -> str:
 
 def speed_table() -> str:
     """The same page: stages of a chunk beside their bounds."""
-    speed = json.loads((ROOT / "results" / "speed-cpu.json").read_text())["speed"]
+    speed = json.loads((ROOT / "results" / "speed-cpu.json").read_text())
     rows = ["| | median | p90 | GFLOP | of the roofline |", "|---|--:|--:|--:|--:|"]
     named = {
-        **speed["rows"],
-        "M1, first chunk": speed["m1_first_chunk"],
-        "M2, steady chunk": speed["m2_chunk"],
-        "M5, action to pixel": speed["m5_action_to_pixel"],
+        **{name.replace("_", " "): stage for name, stage in speed["stages"].items()},
+        "M1, first chunk": speed["first_chunk"],
+        "M2, steady chunk": speed["chunk"],
+        "M5, action to pixel": speed["action_to_pixel"],
     }
     for name, row in named.items():
         bound = f"{row['gflop']:.2f} | {row['percent']:.0f}%" if row["gflop"] else "|"
@@ -202,14 +202,14 @@ def world_table() -> str:
     head = ["", "passes", "first chunk", "times as fast", "camera score [95%]", "turn missed", "direction missed"]
     head += ["PSNR after 1 s", "5 s", "long streams that collapsed"]
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
-    slowest = results["camera"]["bench"]["first_ms"]
+    slowest = results["camera"]["bench"]["first_chunk"]["median_ms"]
     for name, row in results.items():
         if name == "ground truth":
             continue
         bench, score, motion = row["bench"], row["follow"]["score"], row["follow"]["motion"]["overall"]
         cells = [f"*{name}*", "", "", ""]
         if bench:
-            first = bench["first_ms"]
+            first = bench["first_chunk"]["median_ms"]
             cells = [f"{name}: {WAYS[name]}", f"{bench['passes']}", f"{first:.0f} ms", f"{slowest / first:.1f}"]
         cells.append(f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]")
         cells.append(f"{100 * motion['turn_error']['value']:.0f} %")

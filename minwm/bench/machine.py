@@ -1,14 +1,23 @@
-"""What this machine can do: the rate of large products and copies, the roof of every measurement."""
+"""What this machine can do, the roof of every measurement; and what a measurement took of it."""
 
 import os
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage cannot do without."""
+
+    flops: float
+    bytes: float = 0
+    """Read from memory at least once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +34,14 @@ class Machine:
     clocks: str | None
     """Clocks, limits and power of the GPU as its driver says, under load; None without one."""
 
+    def seconds(self, work: Work) -> float:
+        """Roofline: the least time that this work takes."""
+        return max(work.flops / self.tflops / 1e12, work.bytes / self.gbytes / 1e9)
 
-# ------------------------------------------------------------------------------------------------ the roofline
+
+def faster(a: Machine, b: Machine) -> Machine:
+    """The better rates of two measurements of one machine; all else of the second."""
+    return replace(b, tflops=max(a.tflops, b.tflops), gbytes=max(a.gbytes, b.gbytes))
 
 
 @torch.no_grad()
@@ -52,7 +67,7 @@ def measure_machine(like: Tensor, repeats: int = 8) -> Machine:
     )
 
 
-def _timed(run: Any, cuda: bool) -> float:
+def _timed(run: Callable[[], object], cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -71,3 +86,22 @@ def _clocks() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> tuple[float | None, float | None]:
+    """Peak of allocated and of reserved GPU memory in GB; None on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile made in this process so far."""
+    from torch._dynamo.utils import counters  # it takes a second to import
+
+    return counters["stats"]["unique_graphs"]

@@ -1,192 +1,261 @@
-"""How fast a causal model plays, and how near that is to what this machine could do.
+"""How fast a model makes video, and how near that is to what this machine could do: one stream, batch 1, warm.
 
-A steady chunk is measured with the ring full, so nothing about it changes any more however long one plays; stages are
-those of the player's own clock (`ModelEngine.timer`):
+A causal model walks with its camera turning. Its stages are those of the player's own clock (`ModelEngine.timer`):
 
-encode     prompt and image to what the network reads; once per walk
-diffuse    noise to latents: all network passes of the chunk
-decode     latents to pixels on the device
-copy       pixels to uint8 frames on the host
-finalize   the pass that writes the finished chunk into the cache; frames do not wait for it
+encode         prompt and image to what the network reads; once per walk
+diffuse        noise to latents: all network passes of the chunk
+decode         latents to pixels on the device
+copy           pixels to uint8 frames on the host
+cache_update   the pass that writes the finished chunk into the cache; frames do not wait for it
+
+A chunk is steady when the cache is full: nothing about it changes any more however long one walks. A bidirectional
+model makes whole clips, with the first four stages.
 
 The bound of a stage is the time that its matrix products would take at the rate of one large product measured in the
 same run, or its unavoidable reads at the rate of a large copy, whichever is longer. Attention and
 small products never run at that rate; convolutions, counted as direct, may pass it, and so may products in FP8: the
 rate is that of the network's dtype.
 
-Where the engine overlaps decoding with the commit, stages (and M2) are measured in turn all the same; M3, M4 and M5
-are those of the walk as it is played.
+Where the engine overlaps decoding with the cache update, stages (and M2) are measured in turn all the same; M3, M4 and
+M5 are those of the walk as it is played.
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwm.bench.machine import Machine, measure_machine
+from minwm.bench.machine import Machine, Work, compiled_graphs, faster, measure_machine, peak_memory, reset_peak_memory
 from minwm.cameras.trajectory import Action, parse
 from minwm.core.config import UserError
-from minwm.session.engines import ModelEngine, RendererEngine
+from minwm.core.media import to_uint8
+from minwm.core.runtime import StageTimer, git_commit, versions
+from minwm.nets.text import WordText
+from minwm.session.engines import ModelEngine
 from minwm.session.generate import sampling_inputs
+from minwm.session.prepare import prepare_model
 from minwm.session.session import Session
-from minwm.store.model import Model
-from minwm.stream import accelerate as engines
-from minwm.stream.accelerate import EngineConfig, Fp8Fidelity, Fp8Trial, KernelTimes
+from minwm.store.model import Model, ModelConfig
+from minwm.stream.accelerate import PLAIN, EngineConfig, Fp8Fidelity, KernelTimes
+from minwm.stream.rollout import generate_latents
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One stage, or one metric of performance: milliseconds over all measured chunks."""
+class Timing:
+    """Milliseconds of a stage or a metric, over all repeats or chunks."""
 
     median_ms: float
-    p90_ms: float
-    p99_ms: float
+    p90_ms: float | None = None
+    p99_ms: float | None = None
     gflop: float | None = None
     bound_ms: float | None = None
+    """The least time by the roofline; None where it was not measured."""
     percent: float | None = None
     """Of the roofline: 100 x bound / median."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedResult:
-    """All rows of one machine. `rows` holds the stages; M1 to M7 are named as in docs/performance.md."""
+class BenchResult:
+    """What a model costs on one machine. M1 to M7 are the metrics of docs/performance.md."""
 
-    engine: EngineConfig
-    machine: Machine
-    attention: KernelTimes | None
-    fp8: Fp8Fidelity | None
-    """What a trial said, before anything was measured; None if nothing is in FP8."""
+    sampler: str
     passes: int
-    """Of the network for a steady chunk: `diffuse` and `finalize`, both branches of guidance counted."""
-    chunks: int
-    """Steady chunks measured."""
-    visible: int
-    """Latent frames that a steady chunk sees, itself included."""
+    """Network passes per chunk (bidirectional: per clip), both branches of guidance counted; no cache update."""
+    parameters: int
+    """Of the network."""
+    pass_gflop: float
+    """One network pass without guidance, of a steady chunk or a clip; a multiply-add is two."""
+    chunk_frames: int
+    """Frames that a chunk adds."""
     frames: int
-    """Pixel frames of a chunk."""
-    rows: dict[str, Row]
-    m1_first_chunk: Row
-    """All passes of the first generated chunk; the clock of the paper's table 1."""
-    m2_chunk: Row
-    """Diffuse and finalize of a steady chunk."""
-    m3_fps: float
-    """Frames over the time of a walk from its start, everything included, until the ring was filled twice."""
-    m4_first_pixel_ms: float
-    """From the prompt's states to the first generated frames on the host, warm."""
-    m5_action_to_pixel: Row
-    """From an action to its frames on the host, when the chunk before has been finalized."""
-    m6_allocated_gb: float | None
-    m6_reserved_gb: float | None
-    m7_cold_start_s: float
-    """From the model in memory to a stream that has visited every regime."""
-    m7_recompiles: int
-    """Graphs compiled after that; the promise is 0."""
-    seed: int = 0
+    """Generated frames over which `fps` was measured; a given first frame does not count."""
+    visible: int | None = None
+    """Latent frames that a steady chunk (or a clip) sees, itself included."""
+    stages: dict[str, Timing]
+    """Of a steady chunk (bidirectional: of a clip); `encode` of a start."""
+    first_chunk: Timing
+    """M1, the clock of the paper's table 1: all network passes from noise to the first generated latents. Those of a
+    bidirectional model are the whole clip."""
+    chunk: Timing
+    """M2: `diffuse` and `cache_update` of a steady chunk; if bidirectional, those of the clip divided by its chunks."""
+    fps: float
+    """M3: frames per second of a walk until the cache was filled twice, or of a clip, everything included."""
+    first_pixel: Timing
+    """M4: from the prompt's states to the first generated frames on the host."""
+    action_to_pixel: Timing | None = None
+    """M5: from an action to its first frames on the host, the cache being up to date; None if bidirectional."""
+    allocated_gb: float | None
+    """M6: peak of allocated GPU memory; None on a CPU."""
+    reserved_gb: float | None = None
+    cold_start_s: float | None = None
+    """M7: from the model in memory to a stream that has visited every regime, or to a clip of one step."""
+    recompiles: int | None = None
+    """M7: graphs compiled after that; the promise is 0."""
+    engine: EngineConfig = PLAIN
+    attention: KernelTimes | None = None
+    """Where the fastest kernel was to be chosen."""
+    fp8: Fp8Fidelity | None = None
+    """Found before anything was measured; None if nothing is in FP8."""
+    machine: Machine | None = None
+    """The roofline; None if it was not measured."""
+    threads: int
+    """CPU threads that torch uses."""
+    repeats: int
+    """Starts, or clips."""
+    chunks: int | None = None
+    """Steady chunks measured; None if bidirectional."""
+    date: str
+    commit: str | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Seconds; a list has an entry per repeat or chunk."""
+
+    stages: dict[str, list[float]]
+    first_chunk: list[float]
+    chunk: list[float]
+    first_pixel: list[float]
+    action_to_pixel: list[float] | None = None
+    frames: int
+    frames_s: float
+    """To make so many frames."""
+    cold_start_s: float
+    graphs_before: int
+    """Compiled when the cold start was over."""
+    attention: KernelTimes | None = None
+    fp8: Fp8Fidelity | None = None
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Model:
+    """A model with fresh weights: as fast as a trained one. Its prompts are words: no text encoder has to be there."""
+    torch.manual_seed(seed)
+    words = WordText(dim=config.text.dim, length=config.text.length)
+    config = replace(config, text=words, negative=None)
+    net, codec = config.network.build(), config.codec.build()
+    return Model(config, net.eval().requires_grad_(False), codec.eval().requires_grad_(False))
 
 
 @torch.no_grad()
-def measure_speed(model: Model, cfg: EngineConfig, chunks: int = 20, seed: int = 0) -> SpeedResult:
-    """Play a model on its device with its camera turning; `chunks` steady ones are measured."""
-    if not model.config.sampler.causal:
-        raise UserError("a bidirectional model makes whole clips: there is no stream to measure")
-    geometry, device = model.config.geometry, next(model.net.parameters()).device
-    like, began = next(model.net.parameters()), time.perf_counter()
-    before = measure_machine(like)
-    chosen, raced, fp8 = make_ready(model, cfg)
-    image = (
-        np.zeros((model.config.height, model.config.width, 3), np.uint8) if geometry.first_chunk_frames == 1 else None
-    )
-    engine = ModelEngine(model, image, "a room", seed, chosen)
-    session = Session(engine, history=0)
-    engine.warm_up()
-    cold = time.perf_counter() - began
-    graphs = _compiled()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    first, filled = [_first(session, image is not None) for _ in range(5)], _walk(session, 2 * geometry.slots)
-    played = [_step(session) for _ in range(chunks)]
-    engine.side_task = None  # a stage by itself has a time, stages at once have none
-    alone = [_step(session) for _ in range(chunks)] if cfg.overlap else played
-    spent = {name: [lap[name] for lap, _ in alone] for name in alone[0][0]}
-    after = measure_machine(like)
-    machine = replace(after, tflops=max(before.tflops, after.tflops), gbytes=max(before.gbytes, after.gbytes))
-    bounds = _bounds(model, machine)
-    rows = {
-        name: _row(spent[name], *bounds.get(name, (None, None))) for name in ("diffuse", "decode", "copy", "finalize")
-    }
-    rows = {"encode": _row([lap["encode"] for lap, _ in first])} | rows
-    per_chunk = [a + b for a, b in zip(spent["diffuse"], spent["finalize"], strict=True)]
-    frames, cuda = model.config.stream.chunk * model.config.motion.stride, device.type == "cuda"
-    return SpeedResult(
-        engine=cfg,
+def bench_model(
+    model: Model, engine: EngineConfig = PLAIN, repeats: int = 5, chunks: int | None = None, roofline: bool = False
+) -> BenchResult:
+    """Measure a model on its device: `repeats` starts, and `chunks` steady chunks (four per repeat if not given).
+
+    What is seen does not change the speed: the image is black, the prompt any. With `roofline` the machine is measured
+    before and after. Raises UserError for engine options with a bidirectional model, which has no stream.
+    """
+    cfg, net, repeats = model.config, model.net, max(1, repeats)
+    weight, causal = next(net.parameters()), cfg.sampler.causal
+    machine = measure_machine(weight) if roofline else None
+    if causal:
+        found = _measure_walk(model, engine, repeats, chunks or 4 * repeats)
+    elif engine == PLAIN:
+        found = _measure_clips(model, repeats)
+    else:
+        raise UserError("engine options are for streams, and a bidirectional model makes whole clips: leave them out")
+    (allocated, reserved), recompiles = peak_memory(weight.device), compiled_graphs() - found.graphs_before
+    machine = machine and faster(machine, measure_machine(weight))
+    work = _work(model) if machine and causal else {}
+
+    def timing(name: str, seconds: list[float]) -> Timing:
+        return _timing(seconds, machine, work.get(name))
+
+    geometry = cfg.geometry
+    size, visible = (geometry.chunk, geometry.start(geometry.slots)) if causal else (cfg.latents, cfg.latents)
+    return BenchResult(
+        sampler=cfg.sampler.kind,
+        passes=cfg.sampler.passes,
+        parameters=sum(p.numel() for p in net.parameters()),
+        pass_gflop=net.flops(size, geometry.tokens, visible * geometry.tokens) / 1e9,
+        chunk_frames=geometry.chunk * cfg.motion.stride,
+        frames=found.frames,
+        visible=visible,
+        stages={name: timing(name, seconds) for name, seconds in found.stages.items()},
+        first_chunk=timing("first_chunk", found.first_chunk),
+        chunk=timing("chunk", found.chunk),
+        fps=found.frames / found.frames_s,
+        first_pixel=timing("first_pixel", found.first_pixel),
+        action_to_pixel=timing("action_to_pixel", found.action_to_pixel) if found.action_to_pixel else None,
+        allocated_gb=allocated,
+        reserved_gb=reserved,
+        cold_start_s=found.cold_start_s,
+        recompiles=recompiles,
+        engine=engine,
+        attention=found.attention,
+        fp8=found.fp8,
         machine=machine,
-        attention=raced,
+        threads=torch.get_num_threads(),
+        repeats=repeats,
+        chunks=len(found.chunk) if causal else None,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=git_commit(),
+        versions=versions(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the clock
+
+
+@dataclass(frozen=True)
+class _Step:
+    stages: dict[str, float]
+    first_pixel: float
+    """Seconds until the first frames are on the host."""
+
+
+def _measure_walk(model: Model, cfg: EngineConfig, repeats: int, chunks: int) -> _Measured:
+    """Start a walk several times; then go on until the cache was filled twice and `chunks` steady chunks are made."""
+    start, slots = time.perf_counter(), model.config.geometry.slots
+    prepared, attention, fp8 = prepare_model(model, cfg)
+    engine = ModelEngine(model, _image(model.config), "a room", engine=prepared)
+    engine.warm_up()
+    cold_start, graphs = time.perf_counter() - start, compiled_graphs()
+    reset_peak_memory(engine.device)
+    session = Session(engine, history=0)
+    starts = [_start(session) for _ in range(repeats)]
+    begun = time.perf_counter()
+    steps = [_step(session) for _ in range(2 * slots)]
+    engine.timer.record("cache_update")  # where it overlaps with decoding, it may still be under way
+    frames_s = time.perf_counter() - begun
+    steady = [*steps[slots:], *(_step(session) for _ in range(chunks - slots))][:chunks]
+    engine.side_task = None  # stages at once have no times of their own
+    alone = [_step(session) for _ in range(chunks)] if cfg.overlap else steady
+    stages = {name: [step.stages[name] for step in alone] for name in ("diffuse", "decode", "copy", "cache_update")}
+    return _Measured(
+        stages={"encode": [step.stages["encode"] for step in starts]} | stages,
+        first_chunk=[step.stages["diffuse"] for step in starts],
+        chunk=[a + b for a, b in zip(stages["diffuse"], stages["cache_update"], strict=True)],
+        first_pixel=[step.first_pixel for step in starts],
+        action_to_pixel=[step.first_pixel for step in steady],
+        frames=2 * slots * model.config.stream.chunk * model.config.motion.stride,
+        frames_s=frames_s,
+        cold_start_s=cold_start,
+        graphs_before=graphs,
+        attention=attention,
         fp8=fp8,
-        passes=model.config.sampler.passes + (0 if geometry.merged_refresh else _branches(model)),
-        chunks=chunks,
-        visible=geometry.start(geometry.slots),
-        frames=frames,
-        rows=rows,
-        m1_first_chunk=_row([lap["diffuse"] for lap, _ in first], *bounds["first"]),
-        m2_chunk=_row(per_chunk, *(_sum(bounds["diffuse"], bounds["finalize"]))),
-        m3_fps=2 * geometry.slots * frames / filled,
-        m4_first_pixel_ms=1000 * float(np.median([seconds for _, seconds in first])),
-        m5_action_to_pixel=_row([seconds for _, seconds in played], *_sum(bounds["diffuse"], bounds["first pixel"])),
-        m6_allocated_gb=torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None,
-        m6_reserved_gb=torch.cuda.max_memory_reserved(device) / 1e9 if cuda else None,
-        m7_cold_start_s=cold,
-        m7_recompiles=_compiled() - graphs,
-        seed=seed,
     )
 
 
-def make_ready(model: Model, cfg: EngineConfig) -> tuple[EngineConfig, KernelTimes | None, Fp8Fidelity | None]:
-    """`engine.ready`, with a trial if there is anything to judge."""
-    return engines.prepare_network(cfg, model.net, model.config.geometry, trial(model) if cfg.fp8 != "none" else None)
-
-
-def trial(model: Model, seed: int = 0) -> Fp8Trial:
-    """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
-    cfg, sampler, image, prompt = model.config, model.config.sampler, None, "a room"
-    latents = cfg.geometry.start(cfg.geometry.sink + 3)
-    track, turn = (
-        parse(f"{keys}*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
-        for keys in ("w+l", "l")
-    )
-    if cfg.geometry.first_chunk_frames == 1:
-        place = RendererEngine.spawn(seed, turn, cfg)  # whatever is ahead of it: nothing is judged but a difference
-        image, prompt = place.start(), place.world.caption
-    noise, cond = sampling_inputs(model, image, [prompt], [track], seed)
-    return Fp8Trial(cond, noise, sampler, model.codec.decode)
-
-
-def _first(session: Session, image: bool) -> tuple[dict[str, float], float]:
-    """Laps of the start and of the first generated chunk, and the seconds until its first frames."""
+def _start(session: Session) -> _Step:
+    """Begin anew, up to the first generated chunk."""
     start = time.perf_counter()
-    session.start()
-    laps, seconds = dict(session.engine.timer.seconds), time.perf_counter() - start
-    if image:  # which was the start
-        more, after = _step(session)
-        laps, seconds = laps | more, seconds + after
-    return laps, seconds
+    first = session.start()
+    stages, seconds = dict(session.engine.timer.seconds), time.perf_counter() - start
+    if len(first) > 1:
+        return _Step(stages, seconds)
+    step = _step(session)  # one frame is the image
+    return _Step(stages | step.stages, seconds + step.first_pixel)
 
 
-def _walk(session: Session, chunks: int) -> float:
-    start = time.perf_counter()
-    for _ in range(chunks):
-        session.step(Action.of("l"))
-    session.engine.update_cache()
-    session.engine.timer.record("finalize")  # all of it
-    return time.perf_counter() - start
-
-
-def _step(session: Session) -> tuple[dict[str, float], float]:
-    """Laps of a chunk, and the seconds until its first frames."""
+def _step(session: Session) -> _Step:
+    """Make a chunk, and write it into the cache."""
     start = time.perf_counter()
     parts = session.step_by_latent(Action.of("l"))
     next(parts)
@@ -194,109 +263,96 @@ def _step(session: Session) -> tuple[dict[str, float], float]:
     for _ in parts:
         pass
     session.engine.update_cache()
-    return dict(session.engine.timer.seconds), seconds
+    return _Step(dict(session.engine.timer.seconds), seconds)
 
 
-def _compiled() -> int:
-    from torch._dynamo.utils import counters  # it takes a second to import
+def _measure_clips(model: Model, repeats: int) -> _Measured:
+    """Make whole clips of the length of training."""
+    cfg, start = model.config, time.perf_counter()
+    given = 1 if cfg.geometry.first_chunk_frames == 1 else 0
+    _time_clip(replace(model, config=replace(cfg, sampler=replace(cfg.sampler, steps=1))))
+    cold_start, graphs = time.perf_counter() - start, compiled_graphs()
+    reset_peak_memory(next(model.net.parameters()).device)
+    clips = [_time_clip(model) for _ in range(repeats)]
+    stages = {name: [clip[name] for clip in clips] for name in clips[0]}
+    generated = len(cfg.geometry.chunks(cfg.latents)) - given
+    totals = [sum(clip.values()) for clip in clips]
+    return _Measured(
+        stages=stages,
+        first_chunk=stages["diffuse"],
+        chunk=[seconds / generated for seconds in stages["diffuse"]],
+        first_pixel=totals,
+        frames=cfg.motion.stride * (cfg.latents - 1) + 1 - given,
+        frames_s=float(np.median(totals)),
+        cold_start_s=cold_start,
+        graphs_before=graphs,
+    )
 
-    return counters["stats"]["unique_graphs"]
+
+def _time_clip(model: Model) -> dict[str, float]:
+    """Seconds by stage."""
+    cfg, image = model.config, _image(model.config)
+    track = parse(f"l*{cfg.latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
+    prompt = cfg.encode_prompts(["a room"])["text"]
+    timer = StageTimer(next(model.net.parameters()).device)
+    noise, cond = sampling_inputs(model, image if image is None else image[None], prompt, [track], seed=0)
+    timer.record("encode")
+    latents = generate_latents(model.net, cfg.sampler, noise, cond, cfg.geometry)
+    timer.record("diffuse")
+    frames = to_uint8(model.codec.decode(latents))
+    timer.record("decode")
+    frames.cpu()
+    timer.record("copy")
+    return timer.seconds
 
 
-def _branches(model: Model) -> int:
-    return 1 if model.config.sampler.guidance == 1 else 2
+def _image(cfg: ModelConfig) -> UInt8[np.ndarray, "h w 3"] | None:
+    """A black one, if the model starts from an image."""
+    return np.zeros((cfg.height, cfg.width, 3), np.uint8) if cfg.geometry.first_chunk_frames == 1 else None
 
 
-Bound = tuple[float, float]
-"""FLOPs, and seconds that they need at least."""
+# ------------------------------------------------------------------------------------------------ the roofline
 
 
-def _bounds(model: Model, machine: Machine) -> dict[str, Bound]:
-    """Of the passes of a steady chunk, of its commit, of its decoding, of that of its first latent, and of the passes
-    of the first chunk."""
+def _timing(seconds: list[float], machine: Machine | None, work: list[Work] | None) -> Timing:
+    median, p90, p99 = (1000 * float(x) for x in np.percentile(seconds, (50, 90, 99)))
+    if not machine or not work:
+        return Timing(median_ms=median, p90_ms=p90, p99_ms=p99)
+    bound = 1000 * sum(machine.seconds(part) for part in work)
+    gflop = sum(part.flops for part in work) / 1e9
+    return Timing(median_ms=median, p90_ms=p90, p99_ms=p99, gflop=gflop, bound_ms=bound, percent=100 * bound / median)
+
+
+def _work(model: Model) -> dict[str, list[Work]]:
+    """Of the stages and metrics of a stream."""
     cfg, geometry, net = model.config, model.config.geometry, model.net
-    branches = _branches(model)
-    weights = sum(p.nbytes for p in net.parameters())
+    branches = 1 if cfg.sampler.guidance == 1 else 2
+    weights, itemsize = sum(p.nbytes for p in net.parameters()), next(net.parameters()).itemsize
 
-    def network(seen: int, passes: int) -> Bound:
-        rows = 2 * net.layers * net.cache_heads * seen * net.head_width * next(net.parameters()).itemsize
-        flops = passes * branches * net.flops(geometry.chunk, geometry.tokens, seen)
-        read = passes * (weights + branches * rows)
-        return flops, max(flops / machine.tflops / 1e12, read / machine.gbytes / 1e9)
+    def network(rows: int, passes: int) -> Work:
+        """Passes of one chunk that sees so many rows of the cache."""
+        flops = passes * branches * net.flops(geometry.chunk, geometry.tokens, rows)
+        cache = 2 * net.layers * net.cache_heads * rows * net.head_width * itemsize
+        return Work(flops, passes * (weights + branches * cache))
 
-    decoding = _decoder_flops(model)
+    decode, steps = _decoder_flops(model), cfg.sampler.steps
     first = geometry.first_chunk_frames + (geometry.chunk if geometry.first_chunk_frames != geometry.chunk else 0)
-    steps = cfg.sampler.steps
+    diffuse, cache_update = network(geometry.rows, steps), network(geometry.rows, 0 if geometry.merged_refresh else 1)
     return {
-        "diffuse": network(geometry.rows, steps),
-        "finalize": network(geometry.rows, 0 if geometry.merged_refresh else 1),
-        "decode": (decoding, decoding / machine.tflops / 1e12),
-        "first pixel": (decoding // geometry.chunk, decoding / geometry.chunk / machine.tflops / 1e12),
-        "first": network(first * geometry.tokens, steps),
+        "diffuse": [diffuse],
+        "decode": [Work(decode)],
+        "cache_update": [cache_update],
+        "first_chunk": [network(first * geometry.tokens, steps)],
+        "chunk": [diffuse, cache_update],
+        "action_to_pixel": [diffuse, Work(decode / geometry.chunk)],
     }
 
 
 def _decoder_flops(model: Model) -> float:
-    latents = torch.zeros(
-        model.config.latent_shape(1, model.config.stream.chunk), device=next(model.net.parameters()).device
-    )
+    """Of a chunk that is not the first."""
+    shape = model.config.latent_shape(1, model.config.stream.chunk)
+    latents = torch.zeros(shape, device=next(model.net.parameters()).device)
     _, state = model.codec.decode_next(latents)
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.codec.decode_next(latents, state)
     return counter.get_total_flops()
-
-
-def _sum(*bounds: Bound) -> Bound:
-    return sum(flops for flops, _ in bounds), sum(seconds for _, seconds in bounds)
-
-
-def _row(seconds: list[float], flops: float | None = None, bound: float | None = None) -> Row:
-    median, p90, p99 = (1000 * float(x) for x in np.percentile(seconds, (50, 90, 99)))
-    return Row(
-        median_ms=median,
-        p90_ms=p90,
-        p99_ms=p99,
-        gflop=flops and flops / 1e9,
-        bound_ms=bound and 1000 * bound,
-        percent=bound and 1e5 * bound / median,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ showing it
-
-
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Lines that set two files of `minwm bench --json` side by side; more than 1 means that the second is faster."""
-    one, two = a["speed"], b["speed"]
-    names = [*one["rows"], "m1_first_chunk", "m2_chunk", "m5_action_to_pixel"]
-    pairs = ((name, *({**x["rows"], **x}[name]["median_ms"] for x in (one, two))) for name in names)
-    lines = [f"{name}: {x:.3g} ms -> {y:.3g} ms, {x / y:.2f}x" for name, x, y in pairs]
-    for name in ("engine", "machine"):
-        x, y = one[name], two[name]  # an older file may have fewer fields
-        lines += [f"{name}.{k}: {x.get(k)} -> {y.get(k)}" for k in {**x, **y} if x.get(k) != y.get(k)]
-    if a["versions"] != b["versions"]:
-        lines.append("measured on different machines or versions: ratios say nothing about the code alone")
-    return lines
-
-
-def plot(result: SpeedResult) -> str:
-    """An SVG: every stage of a chunk as a bar, the part that the roofline demands dark."""
-    rows = {**result.rows, "chunk": result.m2_chunk, "action to pixel": result.m5_action_to_pixel}
-    ends = [max(row.median_ms, row.bound_ms or 0) for row in rows.values()]
-    longest, step = max(ends), 26
-    width, left, height = 640, 120, step * len(rows) + 34
-    size = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>']
-    parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
-    for i, (name, row) in enumerate(rows.items()):
-        y, scale = 8 + step * i, (width - left - 200) / longest
-        share = f", {row.percent:.0f}% of the roofline" if row.percent else ""
-        parts += [
-            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{name}</text>',
-            f'<rect x="{left}" y="{y}" width="{row.median_ms * scale:.1f}" height="18" fill="#9ecae1"/>',
-            f'<rect x="{left}" y="{y}" width="{(row.bound_ms or 0) * scale:.1f}" height="18" fill="#08519c"/>',
-            f'<text x="{left + ends[i] * scale + 6:.1f}" y="{y + 14}">{row.median_ms:.3g} ms{share}</text>',
-        ]
-    note = f"dark: {result.machine.tflops:.3g} TFLOP/s, {result.machine.gbytes:.3g} GB/s, measured in the same run"
-    return "\n".join([*parts, f'<text x="{left}" y="{height - 8}">{note}</text>', "</svg>"]) + "\n"

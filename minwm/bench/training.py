@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minwm.bench.machine import Machine, measure_machine
+from minwm.bench.machine import Machine, compiled_graphs, faster, measure_machine, peak_memory, reset_peak_memory
 from minwm.bench.memory import random_batch
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
@@ -105,11 +105,12 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
     trainer = Trainer(run, recipe, device)
     with count_flops(recipe.networks.values()) as passes:
         _steps(trainer, range(warmup), passes)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        graphs, timed = _compiled(), _steps(trainer, range(warmup, warmup + steps), passes)
-        graphs, memory = _compiled() - graphs, _peak_memory(device)
-    machine = max(before, measure_machine(like), key=lambda machine: machine.tflops)
+        reset_peak_memory(device)
+        graphs_before = compiled_graphs()
+        timed = _steps(trainer, range(warmup, warmup + steps), passes)
+        graphs = compiled_graphs() - graphs_before
+        allocated, reserved = peak_memory(device)
+    machine = faster(before, measure_machine(like))
     roles = {role: [step for step in timed if step.role == role] for role in recipe.trained}
     clips, tflops = run.batch * run.accumulate * steps / sum(step.seconds for step in timed), _tflops(timed)
     return StepTime(
@@ -123,8 +124,8 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
         tflops=tflops,
         mfu=100 * tflops / machine.tflops,
         mfu_of_peak=peak and 100 * tflops / peak,
-        allocated_gb=memory[0],
-        reserved_gb=memory[1],
+        allocated_gb=allocated,
+        reserved_gb=reserved,
         graphs=graphs,
     )
 
@@ -210,19 +211,6 @@ def _row(steps: list[_Step], machine: Machine) -> Steps:
 
 def _tflops(steps: list[_Step]) -> float:
     return sum(step.flops for step in steps) / sum(step.seconds for step in steps) / 1e12
-
-
-def _peak_memory(device: torch.device) -> tuple[float | None, float | None]:
-    """Gigabytes allocated and reserved."""
-    if device.type != "cuda":
-        return None, None
-    return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
-
-
-def _compiled() -> int:
-    from torch._dynamo.utils import counters  # it takes a second to import
-
-    return counters["stats"]["unique_graphs"]
 
 
 def headline(name: str, time: StepTime) -> list[str]:

@@ -232,13 +232,13 @@ def bench(
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
     """Measure latency and frames per second, and how near they are to what the machine can do."""
-    from minwm.bench import stream as speed
-    from minwm.bench.latency import bench_model, random_model
+    from minwm.bench import report
+    from minwm.bench.stream import bench_model, random_model
     from minwm.core.files import read_json, write_text
     from minwm.store.folder import tiny_decoder
 
     if compare:
-        return say("\n".join(speed.compare(*(read_json(path) for path in compare))))
+        return say("\n".join(report.compare(*(read_json(path) for path in compare))))
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
@@ -253,15 +253,12 @@ def bench(
     if decoder:
         loaded = tiny_decoder(loaded, decoder, random_weights)
     loaded.ready()
-    found = to_dict(bench_model(loaded, repeats=repeats))
-    if loaded.config.sampler.causal:
-        if random_weights and engine.fp8 != "none":
-            say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
-        measured = speed.measure_speed(loaded, engine.config(), chunks)
-        found["speed"] = to_dict(measured)
-        if plot:
-            write_text(plot, speed.plot(measured))
-    return numbers(found, json)
+    if random_weights and engine.fp8 != "none":
+        say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
+    result = bench_model(loaded, engine.config(), repeats, chunks, roofline=True)
+    if plot:
+        write_text(plot, report.plot(result))
+    return numbers(to_dict(result), json)
 
 
 def with_steps(model: "Model", steps: int | None) -> "Model":

@@ -82,8 +82,8 @@ def _model_scenario(
     engine: EngineFlags,
     decoder: str | None,
 ) -> "Scenario":
-    from minwm.bench.stream import make_ready
     from minwm.play.scenario import StartState, model_scenario, spawn_world
+    from minwm.session.prepare import prepare_model
 
     model = with_steps(_load(name, decoder), steps)
     cfg = model.config
@@ -102,7 +102,7 @@ def _model_scenario(
     start, title = StartState(seed=seed, prompt=prompt, image=first), "/".join(Path(name).parts[-2:])
     if cfg.network.camera == "none":
         say("this model has no camera control: keys and mouse do not move its camera")
-    chosen, raced, fp8 = make_ready(model, engine.config())
+    chosen, raced, fp8 = prepare_model(model, engine.config())
     if fp8:
         say(f"FP8 changes the latents of a trial by {fp8.error:.3g} of their norm, its frames by {fp8.psnr:.1f} dB")
     if raced:
@@ -112,7 +112,7 @@ def _model_scenario(
         return model_scenario(model, title, start, truth=truth, engine=chosen)
     other = _load(compare, decoder) if compare else None
     if other:
-        make_ready(other, chosen)
+        prepare_model(other, chosen)
     return model_scenario(model, title, start, other=other, engine=chosen)
 
 

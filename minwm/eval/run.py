@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minwm.bench.latency import BenchResult, bench_model
+from minwm.bench.stream import BenchResult, bench_model
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import Frame, contact_sheet
 from minwm.eval.camera.follow import Confusion, FollowResult

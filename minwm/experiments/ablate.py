@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minwm.bench.latency import BenchResult, bench_model
+from minwm.bench.stream import BenchResult, bench_model
 from minwm.core.config import dumps, loads
 from minwm.core.files import write_text
 from minwm.core.runtime import generator, pick_device

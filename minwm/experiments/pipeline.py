@@ -11,7 +11,7 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from minwm.bench.latency import bench_model
+from minwm.bench.stream import bench_model
 from minwm.core.config import dumps, loads
 from minwm.core.files import atomic, write_text
 from minwm.core.runtime import generator, pick_device

@@ -115,7 +115,9 @@ def _summary(out: Path, run: Run) -> Summary:
 def _latency(name: str, row: Evaluated, pipeline: Pipeline) -> Latency:
     bench, sampler = row.bench, pipeline.stage(name).model.sampler
     assert bench is not None
-    return Latency(name, sampler.passes, bench.first_ms, bench.chunk_ms, bench.chunk_p90_ms, bench.fps)
+    return Latency(
+        name, sampler.passes, bench.first_chunk.median_ms, bench.chunk.median_ms, bench.chunk.p90_ms, bench.fps
+    )
 
 
 def _examples(pipeline: Pipeline, out: Path) -> list[Example]:

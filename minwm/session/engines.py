@@ -50,7 +50,7 @@ class Engine(Protocol):
     """Latents per step."""
     timer: StageTimer
     """Seconds of the newest chunk by stage: encode (at the start), diffuse (or render), decode, copy to the host; then
-    finalize."""
+    cache_update."""
 
     def start(self) -> Frames:
         """The first frame, seen from the identity pose."""
@@ -259,7 +259,7 @@ class ModelEngine:
         """Write the newest chunk into the cache, if that has not been begun: its frames need not wait for this pass."""
         if self.uncommitted:
             self._commit()
-            self.timer.record("finalize")
+            self.timer.record("cache_update")
 
     def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
         """The prompt, and cameras at these poses."""

@@ -23,8 +23,8 @@ from minwm.store.model import ModelConfig
 
 CARD = "README.md"
 KEPT = "<!-- minwm writes what is above. What is below is yours, and kept when the card is written again. -->"
-TIMES = ("fps", "chunk_ms", "chunk_p90_ms", "decode_ms", "first_pixel_ms", "memory_gb")
-MEASURED = {"sampler", "passes", "parameters", "threads", "versions", "date", *TIMES}
+MEASURED = {"sampler", "passes", "parameters", "threads", "versions", "date"}
+MEASURED |= {"fps", "chunk", "stages", "first_pixel", "allocated_gb"}
 """By which a file that `minwm bench --json` wrote is known."""
 
 
@@ -257,7 +257,9 @@ def _bench(facts: _Facts, path: Path) -> dict[str, Any] | None:
 
 def _measurement(found: Mapping[str, Any]) -> list[str]:
     where = found["versions"].get("gpu") or f"{found['versions']['cpu']}, {found['threads']} used"
-    values = (found[name] for name in TIMES)
+    chunk, decode, first_pixel = found["chunk"], found["stages"]["decode"], found["first_pixel"]
+    times = chunk["median_ms"], chunk["p90_ms"], decode["median_ms"], first_pixel["median_ms"]
+    values = found["fps"], *times, found["allocated_gb"]
     shown = ("" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in values)
     return [where, found["versions"]["torch"], *shown, found["date"][:10]]
 

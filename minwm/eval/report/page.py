@@ -90,7 +90,9 @@ def _examples(result: Evaluation) -> list[Example]:
 def _latency(models: Rows) -> Iterator[Latency]:
     for name, row in models.items():
         if (bench := row.bench) is not None:
-            yield Latency(name, bench.passes, bench.first_ms, bench.chunk_ms, bench.chunk_p90_ms, bench.fps)
+            yield Latency(
+                name, bench.passes, bench.first_chunk.median_ms, bench.chunk.median_ms, bench.chunk.p90_ms, bench.fps
+            )
 
 
 def table(head: Sequence[str], body: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -77,7 +77,7 @@ class Latency:
     """Until the first chunk exists, codec excluded."""
     chunk_ms: float
     """Median of the later chunks; for a bidirectional model its one time divided by its chunks."""
-    p90_ms: float
+    p90_ms: float | None
     fps: float
     """Frames per second from noise to pixels."""
 
@@ -243,7 +243,7 @@ def _speed(rows: Sequence[Latency]) -> str:
     body = "".join(
         f"<tr><th>{escape(r.name)}</th><td>{r.passes}</td><td>{number(r.first_ms)}</td>"
         f"<td>{number(base.first_ms / r.first_ms)}&times;</td><td>{number(r.chunk_ms)}</td>"
-        f"<td>{number(r.p90_ms)}</td>"
+        f"<td>{'' if r.p90_ms is None else number(r.p90_ms)}</td>"
         f"<td>{number(r.fps)}</td><td>{number(r.fps / base.fps)}&times;</td></tr>"
         for r in rows
     )
