@@ -23,14 +23,14 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="the browser tests need
 WATCH = """() => {
     minwm.client.addEventListener("state", ({ detail }) => (window.state = detail));
     const show = minwm.playback.show;
-    minwm.playback.show = (view, picture, frame) => {
-        show(view, picture, frame);
+    minwm.playback.show = (view, image, frame) => {
+        show(view, image, frame);
         if (!view) window.last = frame;
-        if (!view && frame.flush) window.begun = (window.begun ?? 0) + 1;
+        if (!view && frame.flush) window.flushes = (window.flushes ?? 0) + 1;
     };
 }"""
 """Keeps the newest state message and the frame on the screen in `window`, and counts flushes."""
-PICTURE = "() => document.querySelector('[data-testid=canvas]').toDataURL('image/png')"
+READ_CANVAS = "() => document.querySelector('[data-testid=canvas]').toDataURL('image/png')"
 
 
 def launched() -> Iterator[Any]:
@@ -61,10 +61,10 @@ class ServerProcess:
         command = [sys.executable, "-m", "minwm", "play", *words, "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout
-        said = ""
-        while not (found := re.findall(r"http\S+", said)):  # a model prints its warm-up first
-            said = self.process.stdout.readline()
-            assert said, "the server ended"
+        line = ""
+        while not (found := re.findall(r"http\S+", line)):  # a model prints its warm-up first
+            line = self.process.stdout.readline()
+            assert line, "the server ended"
         self.url = found[0]
 
     def close(self) -> None:
@@ -125,8 +125,8 @@ def resting(page: Any) -> np.ndarray:
     raise AssertionError("the camera does not come to rest")
 
 
-def picture(page: Any) -> np.ndarray:
-    data = page.evaluate(PICTURE).partition(",")[2]
+def pixels(page: Any) -> np.ndarray:
+    data = page.evaluate(READ_CANVAS).partition(",")[2]
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
 

@@ -108,7 +108,7 @@ def learned(model: Model) -> Scenario:
     return model_scenario(model, "tiny", StartState(seed=3, prompt="a red room", image=start_image()))
 
 
-def said(seq: int, held: str = "", total: float = 0.0, look: tuple[float, float] = (0.0, 0.0)) -> Input:
+def make_input(seq: int, held: str = "", total: float = 0.0, look: tuple[float, float] = (0.0, 0.0)) -> Input:
     """An input message; `held` is w, s or nothing."""
     down = {"w": 1.0, "s": -1.0, "": 0.0}[held]
     return Input(seq=seq, t=10.0 * seq, held=(0, 0, down, 0, 0, 0), total=(0, 0, total, 0, 0, 0), look=look)

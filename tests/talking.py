@@ -1,4 +1,4 @@
-"""Conversations with the player's server, over memory, WebSockets and WebRTC, and what a test says in them."""
+"""Clients of a play server over memory, WebSockets and WebRTC, for tests."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ class Pipe(Transport):
 
     async def close(self) -> None:
         self.open = self.other.open = False
-        while not self.inbox.empty():  # whoever waits to send to us goes on, and finds us gone
+        while not self.inbox.empty():  # unblocks a waiting sender, which then raises
             self.inbox.get_nowait()
         for end in (self, self.other):
             if end.inbox.empty():
@@ -89,20 +89,19 @@ async def over_rtc(server: PlayServer) -> AsyncIterator[Dial]:
     gc.collect()  # what is left of a connection must not be collected at a bad moment
 
 
-WIRES = {"memory": in_memory, "websocket": over_sockets, "webrtc": over_rtc}
-wires = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+TRANSPORTS = {"memory": in_memory, "websocket": over_sockets, "webrtc": over_rtc}
+over_every_transport = pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS)
 
 
-def talk(
-    scene: Callable[[PlayServer, Dial], Awaitable[None]], wire: Any, scenario: Scenario | None = None, **how: Any
-) -> Callable[[], None]:
+def run_scene(
+    scene: Callable[[PlayServer, Dial], Awaitable[None]], transport: Any, scenario: Scenario | None = None, **how: Any
+) -> None:
     async def main() -> None:
         server = PlayServer(scenario or painted(), **how)
-        async with wire(server) as dial:
+        async with transport(server) as dial:
             await scene(server, dial)
 
     asyncio.run(asyncio.wait_for(main(), 60))
-    return lambda: None
 
 
 async def until(client: Client, found: Callable[[Any], bool]) -> Any:

@@ -1,4 +1,4 @@
-"""The loop as a visitor has it: headless Chromium, the real server, real keys; and what the network does to it."""
+"""The page in headless Chromium: a real server, real keys, and connections that fail."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from browsing import (
     launched,
     needs_chromium,
     pause,
-    picture,
+    pixels,
     settle,
     until,
     visit,
@@ -73,26 +73,26 @@ def truth(c2w: np.ndarray) -> np.ndarray:
     return next(spawn_world(WORLD, _world_config(SIZE)).advance(c2w[None]))[0]
 
 
-def test_keys_move_the_camera_and_the_picture_is_what_it_sees(page: Any) -> None:
+def test_keys_move_the_camera_and_the_canvas_shows_its_view(page: Any) -> None:
     pause(page)
-    before = picture(page)
+    before = pixels(page)
     page.click("[data-testid=pause]")
     hold(page, 1.0, "KeyW", "ArrowRight")
     pause(page)
-    after, c2w = picture(page), camera(page)
+    after, c2w = pixels(page), camera(page)
     assert c2w[2, 3] > 0.2 and np.arctan2(c2w[0, 2], c2w[2, 2]) > 0.2, "forward, and turned to the right"
     assert psnr(after, truth(c2w)) > 30 > psnr(before, after) + 8
 
 
-def test_rewind_goes_back_and_replay_gives_the_same_pictures(page: Any) -> None:
-    page.evaluate("() => (window.begun = 0)")
+def test_rewind_goes_back_and_replay_gives_the_same_frames(page: Any) -> None:
+    page.evaluate("() => (window.flushes = 0)")
     page.click("[data-testid=reset]")
-    until(page, "window.begun")
+    until(page, "window.flushes")
     page.keyboard.down("KeyD")
     page.wait_for_timeout(1500)
     pause(page)
     page.keyboard.up("KeyD")
-    far, seen = camera(page), picture(page)
+    far, seen = camera(page), pixels(page)
     frame = page.evaluate("() => window.last.frame")
     page.click("[data-testid=rewind]")
     until(page, f"window.last.frame < {frame}")
@@ -101,12 +101,12 @@ def test_rewind_goes_back_and_replay_gives_the_same_pictures(page: Any) -> None:
     page.click("[data-testid=pause]")
     hold(page, 1.0, "KeyA")
     pause(page)
-    other = picture(page), camera(page)
+    other = pixels(page), camera(page)
     page.evaluate("() => (window.last = null)")
     page.click("[data-testid=replay]")
     settle(page)
-    assert np.array_equal(camera(page), other[1]) and np.array_equal(picture(page), other[0])
-    assert not np.array_equal(picture(page), seen)
+    assert np.array_equal(camera(page), other[1]) and np.array_equal(pixels(page), other[0])
+    assert not np.array_equal(pixels(page), seen)
 
 
 def test_a_recording_is_a_clip(page: Any, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_recording_is_a_clip(page: Any, tmp_path: Path) -> None:
     assert subprocess.run(check, check=False, capture_output=True).returncode == 0
 
 
-def test_two_models_on_the_same_inputs_and_a_picture_of_ones_own(chromium: Any, models: Path, tmp_path: Path) -> None:
+def test_two_models_on_the_same_inputs_and_an_uploaded_image(chromium: Any, models: Path, tmp_path: Path) -> None:
     words = ("--model", str(models / "one"), "--compare", str(models / "two"), "--world", "5")
     server = ServerProcess(*words)
     try:
@@ -160,30 +160,30 @@ def test_a_slow_page_falls_behind_and_catches_up(page: Any) -> None:
     assert page.evaluate("() => minwm.stats.p50") < 1500
 
 
-def test_who_may_not_come_in_is_told_why(chromium: Any, world: ServerProcess) -> None:
+def test_a_refused_visitor_sees_the_reason(chromium: Any, world: ServerProcess) -> None:
     page = chromium.new_page()
     answer = page.goto(world.url.partition("?")[0] + "?token=wrong")
     assert answer.status == 403 and "token" in page.inner_text("body")
     page.close()
 
 
-def test_garbage_ends_its_own_connection_alone(page: Any) -> None:
-    said = page.evaluate(
+def test_an_invalid_message_closes_only_its_connection(page: Any) -> None:
+    replies = page.evaluate(
         """() => new Promise((resolve) => {
             const socket = new WebSocket(location.href.replace("http", "ws").replace("/?", "/ws?"));
-            const heard = [];
+            const received = [];
             socket.onopen = () => socket.send("{]");
-            socket.onmessage = ({ data }) => heard.push(data);
-            socket.onclose = () => resolve(heard.join());
+            socket.onmessage = ({ data }) => received.push(data);
+            socket.onclose = () => resolve(received.join());
         })"""
     )
-    assert '"fatal":true' in said.replace(" ", "")
+    assert '"fatal":true' in replies.replace(" ", "")
     before = page.evaluate("() => window.last.frame")
     page.wait_for_function(f"() => window.last.frame > {before}")
 
 
 @pytest.mark.usefixtures("page")
-def test_second_visitor_watches(chromium: Any, world: ServerProcess) -> None:
+def test_a_second_client_watches(chromium: Any, world: ServerProcess) -> None:
     other = chromium.new_page()
     other.goto(world.url)
     wait_for(other, "watching")
@@ -205,7 +205,7 @@ def test_everything_fits_on_the_screen(size: tuple[int, int], chromium: Any, wor
 
 
 # ---------------------------------------------------------------------------------------------
-# Other ways over the network, and what becomes of them
+# Codecs, WebRTC, and connections that fail
 
 
 def test_h264_where_the_browser_has_it(chromium: Any, host: Any) -> None:
@@ -213,7 +213,7 @@ def test_h264_where_the_browser_has_it(chromium: Any, host: Any) -> None:
         assert page.evaluate("() => window.last.kind") in ("key", "delta")
         hold(page, 0.8, "KeyW")
         far = ahead(page)
-        green = float(picture(page)[..., 1].mean())
+        green = float(pixels(page)[..., 1].mean())
         assert green == pytest.approx(128 + 40 * far, abs=6) and green > 134
 
 
@@ -238,7 +238,7 @@ def test_webrtc_where_the_server_has_it(chromium: Any, host: Any) -> None:
         hold(page, 0.8, "KeyW")
         far = ahead(page)
         assert far > 0.3 and page.evaluate("() => minwm.client.overRtc")
-        server.cut()  # and when it breaks, the walk goes on over a WebSocket
+        server.cut()  # the session continues over a WebSocket
         page.wait_for_selector("#toast:has-text('the connection broke. Using the WebSocket instead.')")
         wait_for(page, "live")
         assert not page.evaluate("() => minwm.client.overRtc") and ahead(page) >= far
@@ -247,7 +247,7 @@ def test_webrtc_where_the_server_has_it(chromium: Any, host: Any) -> None:
     context.close()
 
 
-def test_where_no_packet_comes_through_the_websocket_stays(chromium: Any, host: Any) -> None:
+def test_where_webrtc_cannot_connect_the_websocket_stays(chromium: Any, host: Any) -> None:
     pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
     context = chromium.new_context()
     context.add_init_script(
@@ -260,7 +260,7 @@ def test_where_no_packet_comes_through_the_websocket_stays(chromium: Any, host: 
     context.close()
 
 
-def test_a_lost_connection_comes_back_to_the_same_walk(chromium: Any, host: Any) -> None:
+def test_a_lost_connection_resumes_the_session(chromium: Any, host: Any) -> None:
     server = host()
     for page in visit(chromium, server.url):
         hold(page, 0.5, "KeyW")
@@ -274,7 +274,7 @@ def test_a_lost_connection_comes_back_to_the_same_walk(chromium: Any, host: Any)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_failure_is_told_and_another_walk_can_begin(chromium: Any, host: Any) -> None:
+def test_a_failure_is_shown_and_the_page_can_start_again(chromium: Any, host: Any) -> None:
     for page in visit(chromium, host(painted(fails_at=100)).url):
         wait_for(page, "fatal")
         assert "generation failed (RuntimeError: out of memory)" in page.inner_text("#message-text")

@@ -1,4 +1,4 @@
-"""All that a visitor has at hand: keys, mouse, gamepad, thumbs, a picture to drop; each does what it says."""
+"""The page's inputs in headless Chromium: keys, mouse, gamepad, touch sticks, dropped images, buttons."""
 
 import base64
 from typing import Any
@@ -31,19 +31,19 @@ DROP = """([name, type, bytes, event]) => {
 }"""
 
 
-def test_a_dropped_picture_is_where_the_walk_begins(chromium: Any, host: Any) -> None:
+def test_a_dropped_image_becomes_the_start_image(chromium: Any, host: Any) -> None:
     server = host()
     red = base64.b64encode(png_bytes(np.full((90, 120, 3), (200, 30, 20), np.uint8))).decode()
     for page in visit(chromium, server.url):
         hold(page, 0.3, "KeyW")
         page.evaluate(DROP, ["red.png", "image/png", red, "dragover"])
         assert page.evaluate("() => getComputedStyle(document.body, '::after').content") == '"Drop the start image"'
-        begun = page.evaluate("() => window.begun ?? 0")
+        flushes = page.evaluate("() => window.flushes ?? 0")
         page.evaluate(DROP, ["red.png", "image/png", red, "drop"])
-        until(page, f"window.begun > {begun}")
+        until(page, f"window.flushes > {flushes}")
         image = server.play_server.loop.next_start.image
         assert image.shape == (16, 16, 3) and abs(image.mean((0, 1)) - (200, 30, 20)).max() < 6
-        text = base64.b64encode(b"no picture").decode()
+        text = base64.b64encode(b"no image").decode()
         for event in ("dragover", "drop"):
             page.evaluate(DROP, ["a.txt", "text/plain", text, event])
         page.wait_for_selector("#toast:has-text('a.txt cannot be the start image')")
@@ -58,7 +58,7 @@ PAD = """() => {
 }"""
 
 
-def test_a_gamepad_walks_turns_and_pauses(chromium: Any, host: Any) -> None:
+def test_a_gamepad_moves_turns_and_pauses(chromium: Any, host: Any) -> None:
     for page in visit(chromium, host().url):
         page.evaluate(PAD)
         page.evaluate("() => (pad.axes = [0.1, -0.1, 0, 0])")  # a worn stick at rest
@@ -66,7 +66,7 @@ def test_a_gamepad_walks_turns_and_pauses(chromium: Any, host: Any) -> None:
         page.evaluate("() => (pad.axes = [0, -1, 1, 0])")
         page.wait_for_timeout(700)
         page.evaluate("() => (pad.axes = [0, 0, 0, 0])")
-        assert ahead(page) > 0.2 and to_the_right(page) > 0.2, "left stick walks, right stick turns"
+        assert ahead(page) > 0.2 and to_the_right(page) > 0.2, "left stick moves, right stick turns"
         page.evaluate("() => push(7, true)")
         page.wait_for_timeout(400)
         page.evaluate("() => push(7, false)")
@@ -78,7 +78,7 @@ def test_a_gamepad_walks_turns_and_pauses(chromium: Any, host: Any) -> None:
             page.wait_for_timeout(100)
 
 
-def test_two_thumbs_on_two_sticks(chromium: Any, host: Any) -> None:
+def test_two_touch_sticks_at_once(chromium: Any, host: Any) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     for page in visit(chromium, host().url, **phone):
         finger = page.context.new_cdp_session(page)
@@ -113,7 +113,7 @@ def test_mouse_look_by_dragging_and_with_a_locked_pointer(chromium: Any, host: A
         assert to_the_right(page) > np.radians(15), "no button is held"
 
 
-def test_keys_can_be_bound_anew_and_stay_so(chromium: Any, host: Any) -> None:
+def test_key_bindings_can_be_changed_and_are_kept(chromium: Any, host: Any) -> None:
     context = chromium.new_context()
     for page in visit(context, host().url):
         page.click("#settings-button")

@@ -21,7 +21,7 @@ from minwm.cameras.trajectory import Action
 from minwm.cli import main
 from minwm.cli.base import EngineFlags
 from minwm.cli.models import _preset
-from minwm.cli.play import _warm_up
+from minwm.cli.play import _model_scenario, _warm_up
 from minwm.core.config import ConfigError, UserError
 from minwm.experiments.presets.demo import model_to_play
 from minwm.families.wan.vae import WanVaeConfig

@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from playing import MOTION, SMALL, Clock, learned, painted, said, start_image, tiny_model
+from playing import MOTION, SMALL, Clock, learned, make_input, painted, start_image, tiny_model
 
 from minwm.cameras.trajectory import Action
 from minwm.core.config import UserError
@@ -56,22 +56,22 @@ def model() -> Model:
 def test_generation_stays_within_one_chunk_of_playback_and_keeps_up(cost: float, delay: float, lag: float) -> None:
     clock, fps, frames = Clock(), 16.0, 8
     scheduler = ChunkScheduler(fps, frames, clock)
-    begun, shows = [], []
+    starts, shows = [], []
     for k in range(40):
         while (wait := scheduler.wait()) > 0:
             clock.now += min(wait, 0.01)
-            if begun:
+            if starts:
                 now = int((clock.now - lag - shows[-1]) * fps)  # frame of the newest chunk on the screen
                 scheduler.shown = (k - 1) * frames + (min(now, frames - 1) if now >= 0 else -1)
         if k > 1:
             assert clock.now >= shows[-1], f"chunk {k} starts before chunk {k - 1} is on the screen"
-        begun.append(clock.now)
+        starts.append(clock.now)
         clock.now += cost
         scheduler.chunk_done(k * frames, frames, cost, delay)
         shows.append(scheduler.display_start)
-    gaps = np.diff(begun[20:])
+    gaps = np.diff(starts[20:])
     assert gaps.mean() == pytest.approx(frames / fps, abs=0.01)
-    assert min(s - b for s, b in zip(shows[20:], begun[20:], strict=True)) < delay + 0.1, "as late as possible"
+    assert min(s - b for s, b in zip(shows[20:], starts[20:], strict=True)) < delay + 0.1, "as late as possible"
 
 
 def test_generation_waits_for_a_screen_that_lags_but_not_forever() -> None:
@@ -195,14 +195,14 @@ def vector(text: str) -> tuple[float, float, float, float, float, float]:
 def test_a_chunk_applies_the_newest_input_and_its_frames_name_it() -> None:
     loop, _ = started(painted())
     screen = Screen(loop)
-    loop.set_input(said(1, "s"))
-    loop.set_input(said(2, "w"))
+    loop.set_input(make_input(1, "s"))
+    loop.set_input(make_input(2, "w"))
     loop.step()
     assert {h.seq for h in screen.headers} == {2} and {h.t for h in screen.headers} == {20.0}
     assert [h.frame for h in screen.headers] == [1, 2, 3, 4] and {h.chunk for h in screen.headers} == {1}
     z = [h.c2w[2, 3] for h in screen.headers]
     assert np.allclose(z, np.arange(1, 5) / MOTION.fps)
-    loop.set_input(said(3, ""))
+    loop.set_input(make_input(3, ""))
     late = Screen(loop)
     loop.apply(ResendFrame())
     assert [(h.frame, h.seq, h.flush) for h in late.headers] == [(4, 2, True)], "no chunk reflects the third yet"
@@ -221,7 +221,7 @@ def test_the_first_frames_of_a_chunk_are_sent_before_the_last_are_decoded(model:
     slow = lambda *args: (setattr(clock, "now", clock.now + 0.1), decode(*args))[1]  # noqa: E731
     session.engine.decode = slow  # type: ignore[attr-defined]
     screen.queue.on_put = lambda: (screen.drain(), left.append((len(screen.shots), round(clock.now - 100, 3))))
-    loop.set_input(said(1, "w"))
+    loop.set_input(make_input(1, "w"))
     loop.step()
     assert left[3] == (4, 0.1) and left[-1] == (8, 0.2)
     assert [h.frame for h in screen.headers] == [*range(1, 9)] and {h.chunk for h in screen.headers} == {1}
@@ -365,7 +365,7 @@ def test_a_recording_of_a_world_is_a_clip_that_passes_every_check(tmp_path: Path
     keys(loop, *"wl")
     loop.apply(SimpleCommand(name="record"))
     keys(loop, "w", ".", "wj", "w")
-    loop.set_input(said(100, "", 0.004))  # a tap: slower than everything else
+    loop.set_input(make_input(100, "", 0.004))  # a tap: slower than everything else
     loop.step()
     loop.apply(SimpleCommand(name="stop"))
     folder = unpacked(loop, tmp_path)
@@ -377,8 +377,8 @@ def test_a_recording_of_a_world_is_a_clip_that_passes_every_check(tmp_path: Path
     inputs = json.loads((folder / "actions.json").read_text())
     assert len(inputs["chunks"]) == 7 and inputs["recorded_from"] == 2
     assert loop.recorded
-    (tmp_path / "walk.mp4").write_bytes(loop.recorded.mp4())
-    assert read_video(tmp_path / "walk.mp4")[0].shape == (21, 320, 480, 3)
+    (tmp_path / "play.mp4").write_bytes(loop.recorded.mp4())
+    assert read_video(tmp_path / "play.mp4")[0].shape == (21, 320, 480, 3)
 
 
 def test_a_recording_of_a_model_says_whose_terms_it_inherits(model: Model, tmp_path: Path) -> None:
@@ -397,8 +397,8 @@ def test_a_recording_of_a_model_says_whose_terms_it_inherits(model: Model, tmp_p
     inputs = json.loads((folder / "actions.json").read_text())
     session = Session(ModelEngine(model, start_image(), inputs["prompt"], inputs["seed"]))
     actions = [Action(*chunk["action"]) for chunk in inputs["chunks"]]
-    walked = np.concatenate(list(session.play(actions)))
-    assert np.array_equal(walked, loop.recorded.views()[0]), "the recorded inputs give the recorded frames"
+    frames = np.concatenate(list(session.play(actions)))
+    assert np.array_equal(frames, loop.recorded.views()[0]), "the recorded inputs give the recorded frames"
 
 
 def test_a_recording_that_grows_too_large_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from minwm.play.server import PlayServer
 
 
 def unhurried(examples: int) -> settings:
-    """Other jobs may hold up this machine."""
+    """No deadline: the machine may be busy."""
     return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -218,5 +218,5 @@ def test_an_offer_is_answered_or_refused(a: int, b: int, new: str) -> None:
         finally:
             await peer.close()
 
-    said = asyncio.run(answer(OFFER[: min(a, b)] + new + OFFER[max(a, b) :]))
-    assert said.startswith("v=0") or said == BAD_OFFER
+    reply = asyncio.run(answer(OFFER[: min(a, b)] + new + OFFER[max(a, b) :]))
+    assert reply.startswith("v=0") or reply == BAD_OFFER

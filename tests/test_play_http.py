@@ -190,24 +190,24 @@ def test_a_tunnel_needs_no_option() -> None:
 
 def test_start_images_are_checked() -> None:
     async def scene(server: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
-        async with connect(f"{address}/?token=secret") as wire:
-            client = await Client.join(wire)
+        async with connect(f"{address}/?token=secret") as transport:
+            client = await Client.join(transport)
             image = f"{address}/image?token=secret&session={client.welcome.session}"
-            picture = png_bytes(np.zeros((40, 60, 3), np.uint8))
+            png = png_bytes(np.zeros((40, 60, 3), np.uint8))
             gif = b"GIF89a" + bytes(100)
-            huge = picture[:16] + (100_000).to_bytes(4, "big") * 2 + picture[24:]  # says that it is 100000 x 100000
-            for data, status in ((gif, 400), (b"", 400), (picture[:60], 400), (huge, 400)):
+            huge = png[:16] + (100_000).to_bytes(4, "big") * 2 + png[24:]  # says that it is 100000 x 100000
+            for data, status in ((gif, 400), (b"", 400), (png[:60], 400), (huge, 400)):
                 async with session.post(image, data=data) as answer:
                     assert answer.status == status and "cannot be read" in (await answer.json())["error"]
             async with session.post(image, data=bytes(UPLOAD_LIMIT + 1)) as answer:
                 assert answer.status == 413 and "8 MiB" in (await answer.json())["error"]
-            async with session.post(f"{address}/image?token=secret&session=other", data=picture) as answer:
+            async with session.post(f"{address}/image?token=secret&session=other", data=png) as answer:
                 assert answer.status == 400 and "no such session" in (await answer.json())["error"]
             await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > 2)
-            async with session.post(image, data=picture) as answer:
+            async with session.post(image, data=png) as answer:
                 assert answer.status == 200 and await answer.json() == {}
-            begun = await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.flush)
-            assert begun.header.chunk == 0 and server.loop
+            restarted = await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.flush)
+            assert restarted.header.chunk == 0 and server.loop
             assert server.loop.next_start.image is not None and server.loop.next_start.image.shape == (16, 16, 3)
 
     visit(scene)
@@ -215,8 +215,8 @@ def test_start_images_are_checked() -> None:
 
 def test_a_recording_can_be_downloaded(tmp_path: Path) -> None:
     async def scene(server: PlayServer, address: str, session: aiohttp.ClientSession) -> None:
-        async with connect(f"{address}/?token=secret") as wire:
-            client = await Client.join(wire)
+        async with connect(f"{address}/?token=secret") as transport:
+            client = await Client.join(transport)
             query = f"?token=secret&session={client.welcome.session}"
             async with session.get(f"{address}/recording{query}") as answer:
                 assert answer.status == 404 and "nothing is recorded" in (await answer.json())["error"]
@@ -251,8 +251,8 @@ def test_a_recording_can_be_downloaded(tmp_path: Path) -> None:
         ("--world 7 --embed null", "--embed null: give an http or https URL"),
         ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
         ("--model {pipeline} --world 1 --image x.png", "not both"),
-        ("--model {pipeline} --image {picture} --compare truth --prompt room", "procedural world"),
-        ("--model {pipeline} --image {picture}", "give --prompt"),
+        ("--model {pipeline} --image {image} --compare truth --prompt room", "procedural world"),
+        ("--model {pipeline} --image {image}", "give --prompt"),
     ],
 )
 def test_the_command_refuses_bad_options(
@@ -262,9 +262,9 @@ def test_the_command_refuses_bad_options(
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
     save_model(tmp_path / "dmd", model.config, model.net, model.codec)
-    write_image(tmp_path / "picture.png", np.zeros((9, 9, 3), np.uint8))
+    write_image(tmp_path / "start.png", np.zeros((9, 9, 3), np.uint8))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        names = {"pipeline": tmp_path, "picture": tmp_path / "picture.png", "taken": server.getsockname()[1]}
+        names = {"pipeline": tmp_path, "image": tmp_path / "start.png", "taken": server.getsockname()[1]}
         threads = torch.get_num_threads()
         assert main(["play", *words.format(**names).split()]) == 2
         torch.set_num_threads(threads)
@@ -281,16 +281,16 @@ def test_the_command_serves_the_last_stage_of_a_pipeline(
     async def visit(
         scenario: Scenario, host: str, port: int, rewind: int, access: Access, announce: Callable[[str], Any]
     ) -> None:
-        said = asyncio.Event()
+        started = asyncio.Event()
 
         def heard(line: str) -> None:
             announce(line)
-            said.set()
+            started.set()
 
         server = asyncio.create_task(serve(scenario, host, port, rewind, access, heard))
-        await said.wait()
-        async with connect(capsys.readouterr().out.split()[-1]) as wire:
-            client = await Client.join(wire)
+        await started.wait()
+        async with connect(capsys.readouterr().out.split()[-1]) as transport:
+            client = await Client.join(transport)
             assert client.welcome.views == ["model", "world"] and client.welcome.capabilities.rewind == 5
             await client.hold(Action.of("w"))
             await until(client, lambda m: isinstance(m, ReceivedFrame) and m.header.view == 1 and m.header.seq == 1)
@@ -345,8 +345,8 @@ def test_received_frames_match_the_renderer() -> None:
     scenario = world_scenario(7, replace(SMALL, height=48, width=64, focal=(0.6, 0.8)))
 
     async def scene(_: PlayServer, address: str, __: aiohttp.ClientSession) -> None:
-        async with connect(f"{address}/?token=secret") as wire:
-            client = await Client.join(wire)
+        async with connect(f"{address}/?token=secret") as transport:
+            client = await Client.join(transport)
             await client.hold(Action.of("wl"))
             shots = []
             async for shot in client.frames():

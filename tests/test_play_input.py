@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playing import MOTION, said
+from playing import MOTION, make_input
 
 from minwm.cameras.trajectory import Action
 from minwm.play.inputs import MAX_LOOK_RATE, InputAccumulator
@@ -39,7 +39,7 @@ CHUNK = 0.5
 # ---------------------------------------------------------------------------------------------
 # Protocol
 
-INPUT = to_json(said(1, "w"))
+INPUT = to_json(make_input(1, "w"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_hostile_texts_are_refused_with_a_reason(text: str | bytes, reason: str)
     "message",
     [
         Hello(v=VERSION, codecs=["h264", "jpeg"], resume="abc"),
-        said(7, "s", -0.25, (3.0, -1.5)),
+        make_input(7, "s", -0.25, (3.0, -1.5)),
         Shown(frame=9),
         SimpleCommand(name="replay"),
         Rewind(chunks=4),
@@ -150,58 +150,58 @@ def test_the_header_has_the_documented_layout() -> None:
 # InputAccumulator. A chunk lasts half a second here.
 
 
-def walked(accumulator: InputAccumulator) -> float:
+def forward(accumulator: InputAccumulator) -> float:
     """Seconds at full speed that the next chunk goes forward."""
     return accumulator.take(CHUNK).move_z * CHUNK
 
 
 def test_a_tap_between_two_boundaries_moves_its_own_duration() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0))
-    accumulator.add(said(2, "", 0.03))
-    assert walked(accumulator) == pytest.approx(0.03)
-    assert walked(accumulator) == 0
+    accumulator.add(make_input(1, "w", 0.0))
+    accumulator.add(make_input(2, "", 0.03))
+    assert forward(accumulator) == pytest.approx(0.03)
+    assert forward(accumulator) == 0
 
 
 def test_a_held_key_acts_for_whole_chunks_and_is_not_applied_twice() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0))
-    assert [walked(accumulator), walked(accumulator)] == [
+    accumulator.add(make_input(1, "w", 0.0))
+    assert [forward(accumulator), forward(accumulator)] == [
         CHUNK,
         CHUNK,
     ]  # held across two boundaries: no news in between
-    accumulator.add(said(2, "", 0.9))  # released 0.1 s before the second chunk is over
-    assert walked(accumulator) == 0
-    accumulator.add(said(3, "w", 0.9))
-    accumulator.add(said(4, "", 0.93))
-    assert walked(accumulator) == pytest.approx(0.03), "what was granted too much is forgotten, not taken back"
+    accumulator.add(make_input(2, "", 0.9))  # released 0.1 s before the second chunk is over
+    assert forward(accumulator) == 0
+    accumulator.add(make_input(3, "w", 0.9))
+    accumulator.add(make_input(4, "", 0.93))
+    assert forward(accumulator) == pytest.approx(0.03), "what was applied too early is dropped, not undone"
 
 
 def test_a_key_released_after_the_boundary_gets_the_rest_of_its_time() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0))  # 0.3 s before the boundary
-    assert walked(accumulator) == CHUNK
-    accumulator.add(said(2, "", 0.7))  # 0.4 s after it: 0.7 s were made, half a second was given
-    assert walked(accumulator) == pytest.approx(0.2)
-    assert walked(accumulator) == 0
+    accumulator.add(make_input(1, "w", 0.0))  # 0.3 s before the boundary
+    assert forward(accumulator) == CHUNK
+    accumulator.add(make_input(2, "", 0.7))  # 0.4 s after it: 0.7 s were made, half a second was given
+    assert forward(accumulator) == pytest.approx(0.2)
+    assert forward(accumulator) == 0
 
 
 def test_time_before_the_boundary_is_part_of_a_held_chunk() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0))
-    accumulator.add(said(2, "w", 0.2))  # said again: the page may repeat itself
-    assert walked(accumulator) == CHUNK, "no faster than the model goes"
-    accumulator.add(said(3, "", 0.5))
-    assert walked(accumulator) == 0
+    accumulator.add(make_input(1, "w", 0.0))
+    accumulator.add(make_input(2, "w", 0.2))  # said again: the page may repeat itself
+    assert forward(accumulator) == CHUNK, "at most full speed"
+    accumulator.add(make_input(3, "", 0.5))
+    assert forward(accumulator) == 0
 
 
 def test_opposite_keys_within_a_chunk_both_count() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0))
-    assert walked(accumulator) == CHUNK
-    accumulator.add(said(2, "s", 0.1))  # 0.4 s too much were given: forgotten
-    accumulator.add(said(3, "", 0.1 - 0.25))
-    assert walked(accumulator) == pytest.approx(-0.25)
+    accumulator.add(make_input(1, "w", 0.0))
+    assert forward(accumulator) == CHUNK
+    accumulator.add(make_input(2, "s", 0.1))  # 0.4 s too much were given: forgotten
+    accumulator.add(make_input(3, "", 0.1 - 0.25))
+    assert forward(accumulator) == pytest.approx(-0.25)
 
 
 def test_chords_act_on_their_own_axes() -> None:
@@ -212,8 +212,8 @@ def test_chords_act_on_their_own_axes() -> None:
 
 def test_an_older_input_changes_nothing() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(2, "s", -0.1))
-    accumulator.add(said(1, "w", 0.0))
+    accumulator.add(make_input(2, "s", -0.1))
+    accumulator.add(make_input(1, "w", 0.0))
     assert accumulator.newest.seq == 2 and accumulator.take(CHUNK).move_z == -1
 
 
@@ -224,28 +224,28 @@ def test_mouse_look_is_limited_and_one_chunk_of_the_rest_carries_over() -> None:
         action = accumulator.take(CHUNK)
         return action.yaw * MOTION.turn * CHUNK, action.pitch * MOTION.turn * CHUNK
 
-    accumulator.add(said(1, look=(15.0, -5.0)))
+    accumulator.add(make_input(1, look=(15.0, -5.0)))
     assert turned() == pytest.approx((15.0, -5.0))
-    accumulator.add(said(2, look=(15.0 + reach + 10, -5.0)))
+    accumulator.add(make_input(2, look=(15.0 + reach + 10, -5.0)))
     assert turned() == pytest.approx((reach, 0))
     assert turned() == pytest.approx((10, 0))
-    accumulator.add(said(3, look=(2000.0, -5.0)))
+    accumulator.add(make_input(3, look=(2000.0, -5.0)))
     assert [turned()[0] for _ in range(3)] == pytest.approx([reach, reach, 0])
 
 
 def test_a_pause_and_a_turn_drop_unapplied_input() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0))
-    accumulator.add(said(2, "", 0.4, (30.0, 0.0)))
+    accumulator.add(make_input(1, "w", 0.0))
+    accumulator.add(make_input(2, "", 0.4, (30.0, 0.0)))
     accumulator.clear()
     assert accumulator.take(CHUNK) == Action()
-    accumulator.reset(None)  # somebody who has watched for long, and pressed keys
-    accumulator.add(said(900, "w", 55.0, (500.0, 0.0)))
+    accumulator.reset(None)  # the next player was a spectator who pressed keys
+    accumulator.add(make_input(900, "w", 55.0, (500.0, 0.0)))
     assert accumulator.take(CHUNK) == Action(move_z=1)
 
 
 def test_in_slow_motion_a_second_at_the_keys_is_less_in_the_world() -> None:
     accumulator = InputAccumulator(MOTION)
-    accumulator.add(said(1, "w", 0.0), 0.25)
-    accumulator.add(said(2, "", 0.2), 0.25)
-    assert walked(accumulator) == pytest.approx(0.05)
+    accumulator.add(make_input(1, "w", 0.0), 0.25)
+    accumulator.add(make_input(2, "", 0.2), 0.25)
+    assert forward(accumulator) == pytest.approx(0.05)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from playing import Clock, learned, painted, tiny_model
-from talking import Dial, frame_with, in_memory, over_sockets, quiet_threads, talk, until, wires
+from talking import Dial, frame_with, in_memory, over_every_transport, over_sockets, quiet_threads, run_scene, until
 
 from minwm.cameras.trajectory import Action
 from minwm.nets.attention import KVArena
@@ -36,8 +36,8 @@ from minwm.session.session import Session
 quiet = pytest.fixture(quiet_threads, autouse=True)
 
 
-@wires
-def test_the_first_client_plays(wire: Any) -> None:
+@over_every_transport
+def test_the_first_client_plays(transport: Any) -> None:
     async def scene(_: PlayServer, dial: Dial) -> None:
         client = await Client.join(await dial())
         assert client.welcome.role == "player" and client.welcome.fps == 64 and client.welcome.chunk == 4
@@ -53,11 +53,11 @@ def test_the_first_client_plays(wire: Any) -> None:
         state = await until(client, lambda m: isinstance(m, State) and m.paused)
         assert state.role == "player" and state.chunk > 4 and state.rewind == min(state.chunk, 60), state
 
-    talk(scene, wire)
+    run_scene(scene, transport)
 
 
-@wires
-def test_a_bad_client_is_refused_and_disturbs_nobody(wire: Any) -> None:
+@over_every_transport
+def test_a_bad_client_is_refused_and_disturbs_nobody(transport: Any) -> None:
     async def scene(server: PlayServer, dial: Dial) -> None:
         client = await Client.join(await dial())
         for text in (
@@ -81,7 +81,7 @@ def test_a_bad_client_is_refused_and_disturbs_nobody(wire: Any) -> None:
         await until(client, frame_with(1))
         assert [client.id for client in server.clients] == [client.welcome.session]
 
-    talk(scene, wire)
+    run_scene(scene, transport)
 
 
 def test_too_many_messages_close_the_connection() -> None:
@@ -93,11 +93,11 @@ def test_too_many_messages_close_the_connection() -> None:
         gone = await until(client, lambda m: isinstance(m, Error))
         assert gone.fatal and "in a second" in gone.reason
 
-    talk(scene, over_sockets)
+    run_scene(scene, over_sockets)
 
 
-@wires
-def test_the_second_client_watches_and_gets_its_turn(wire: Any) -> None:
+@over_every_transport
+def test_the_second_client_watches_and_gets_its_turn(transport: Any) -> None:
     clock = Clock()
 
     async def scene(_: PlayServer, dial: Dial) -> None:
@@ -117,14 +117,14 @@ def test_the_second_client_watches_and_gets_its_turn(wire: Any) -> None:
         await until(second, lambda m: isinstance(m, ReceivedFrame) and m.header.c2w[0, 3] > 0.05)
         await second.transport.close()
         await asyncio.sleep(0.05)
-        clock.now += 10  # who left loses the turn when somebody waits
+        clock.now += 10  # a disconnected player loses the turn if others wait
         await until(first, lambda m: isinstance(m, State) and m.role == "player")
 
-    talk(scene, wire, clock=clock)
+    run_scene(scene, transport, clock=clock)
 
 
-@wires
-def test_a_reconnected_player_resumes_its_session(wire: Any) -> None:
+@over_every_transport
+def test_a_reconnected_player_resumes_its_session(transport: Any) -> None:
     clock = Clock()
 
     async def scene(server: PlayServer, dial: Dial) -> None:
@@ -135,7 +135,7 @@ def test_a_reconnected_player_resumes_its_session(wire: Any) -> None:
         while server.clients[0].disconnected_at is None:
             await asyncio.sleep(0.01)
         clock.now += 60
-        await asyncio.sleep(0.3)  # nobody looks: nothing is made
+        await asyncio.sleep(0.3)  # without clients nothing is generated
         made = len(server.loop.inputs) if server.loop else 0
         await asyncio.sleep(0.2)
         assert server.loop and len(server.loop.inputs) == made >= last.header.chunk
@@ -153,11 +153,11 @@ def test_a_reconnected_player_resumes_its_session(wire: Any) -> None:
         server.check_timeouts()
         assert loop and loop.closed and server.loop is None and not server.clients
 
-    talk(scene, wire, clock=clock)
+    run_scene(scene, transport, clock=clock)
 
 
-@wires
-def test_a_failing_engine_is_reported_and_the_server_goes_on(wire: Any, caplog: pytest.LogCaptureFixture) -> None:
+@over_every_transport
+def test_a_failing_engine_is_reported_and_the_server_goes_on(transport: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def scene(_: PlayServer, dial: Dial) -> None:
         for _turn in range(2):
             client = await Client.join(await dial())
@@ -165,12 +165,12 @@ def test_a_failing_engine_is_reported_and_the_server_goes_on(wire: Any, caplog: 
             assert gone.fatal and "RuntimeError: out of memory" in gone.reason
             assert await client.receive() is None
 
-    talk(scene, wire, painted(fails_at=6))
+    run_scene(scene, transport, painted(fails_at=6))
     assert "generation failed" in caplog.text
 
 
-@wires
-def test_a_slow_client_does_not_slow_generation(wire: Any) -> None:
+@over_every_transport
+def test_a_slow_client_does_not_slow_generation(transport: Any) -> None:
     async def scene(server: PlayServer, dial: Dial) -> None:
         slow, quick = await Client.join(await dial()), await Client.join(await dial())
         before = await until(quick, lambda m: isinstance(m, ReceivedFrame) and m.header.chunk > 1)
@@ -181,10 +181,10 @@ def test_a_slow_client_does_not_slow_generation(wire: Any) -> None:
             shot = await until(slow, lambda m: isinstance(m, ReceivedFrame))
             chunks.append(shot.header.chunk)
         assert chunks == sorted(chunks)
-        if wire is in_memory:  # the kernel would hold some for a socket
+        if transport is in_memory:  # the kernel would hold some for a socket
             assert np.diff(chunks).max() > 1, "some chunks were dropped, and then it went on"
 
-    talk(scene, wire)
+    run_scene(scene, transport)
 
 
 def test_a_hundred_spectators_leak_nothing() -> None:
@@ -215,7 +215,7 @@ def test_a_hundred_spectators_leak_nothing() -> None:
         after = await count()
         assert after == before
 
-    talk(scene, in_memory)
+    run_scene(scene, in_memory)
 
 
 def test_a_hundred_rollouts_leak_nothing() -> None:
@@ -255,7 +255,7 @@ def test_a_hundred_rollouts_leak_nothing() -> None:
         assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
         assert all(counts[1][kind] <= count for kind, count in counts[0].items()), counts
 
-    talk(scene, in_memory, scenario, clock=clock)
+    run_scene(scene, in_memory, scenario, clock=clock)
 
 
 def test_a_full_server_refuses_clients() -> None:
@@ -265,4 +265,4 @@ def test_a_full_server_refuses_clients() -> None:
         with pytest.raises(ProtocolError, match="the server is full"):
             await Client.join(await dial())
 
-    talk(scene, in_memory)
+    run_scene(scene, in_memory)

@@ -1,4 +1,4 @@
-"""Long play stays as quick and as small as it began: seconds of it here, ten minutes with `make test-all`."""
+"""Speed, memory and threads stay constant in long play: for seconds here, for ten minutes with `make test-all`."""
 
 from typing import Any
 

@@ -128,7 +128,7 @@ class PlayLoop:
             self.lock.notify()
 
     def attach(self, queue: SendQueue) -> None:
-        """Send all frames to this queue from now on, beginning with the newest one."""
+        """Send all frames to this queue from now on, the newest one first."""
         with self.lock:
             self.queues = (*self.queues, queue)
             self.commands.append(ResendFrame())
