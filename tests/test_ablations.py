@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from poses import pose_errors
 
-from minwm.cameras.track import intrinsics, pose_errors
+from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError
 from minwm.data.noise import PoseNoise

@@ -1,7 +1,7 @@
-"""Cameras: one convention, its checks, and the rigid-motion maths behind it.
+"""Camera tracks in one checked convention, and the SE(3) functions behind them.
 
-OpenCV axes (x right, y down, z forward). Poses are camera-to-world (c2w) 4x4 float64; `K` is
-(fx/W, fy/H, cx/W, cy/H). World-to-camera exists only at the door of the networks (`views`).
+OpenCV axes (x right, y down, z forward). Poses are camera-to-world (c2w) 4x4 float64; `K` is (fx/W, fy/H, cx/W, cy/H).
+World-to-camera matrices are made only for the networks, by `latent_cameras`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Intrinsics = Float[Array, "4"]
 
 
 class CameraError(UserError):
-    """A camera breaks the convention; names the frame, the value and the way out."""
+    """A camera breaks the convention; the message names the frame, the value and a remedy."""
 
 
 # ---------------------------------------------------------------------------------------------
-# Rigid motions. All take any number of leading dimensions.
+# SE(3) and SO(3). All functions take any number of leading dimensions.
 
 
 def se3_inverse(T: Matrix) -> Matrix:
@@ -59,7 +59,7 @@ def _cross_matrix(v: Array) -> Array:
 
 
 def so3_exp(v: Float[Array, "*n 3"]) -> Float[Array, "*n 3 3"]:
-    """Rotation about the axis v by |v| radians (Rodrigues)."""
+    """Rotation about the axis v by |v| radians (Rodrigues' formula)."""
     angle = np.linalg.norm(v, axis=-1)[..., None, None]
     W = _cross_matrix(v)
     # np.sinc(x) is sin(pi x)/(pi x): no branch, and no loss of digits near zero
@@ -67,7 +67,7 @@ def so3_exp(v: Float[Array, "*n 3"]) -> Float[Array, "*n 3 3"]:
 
 
 def so3_log(R: Float[Array, "*n 3 3"]) -> Float[Array, "*n 3"]:
-    """Axis times angle, angle in [0, pi]. Through a quaternion, so that it is exact near 0 and near pi."""
+    """Rotation vector (axis times angle, angle in [0, pi]), by way of a quaternion: accurate near 0 and near pi."""
     q = quaternion(R)
     v, w = q[..., :3], q[..., 3:]
     size = np.linalg.norm(v, axis=-1, keepdims=True)
@@ -83,13 +83,13 @@ def _left_jacobian(v: Array) -> Array:
 
 
 def se3_exp(twist: Float[Array, "*n 6"]) -> Float[Array, "*n 4 4"]:
-    """Motion after one unit of time at a constant velocity (translation 3, rotation 3) in the body frame."""
+    """Pose of a twist (translation 3, rotation 3 in radians): constant body velocity for one unit of time."""
     move, turn = twist[..., :3], twist[..., 3:]
     return rigid(so3_exp(turn), (_left_jacobian(turn) @ move[..., None])[..., 0])
 
 
 def se3_log(T: Float[Array, "*n 4 4"]) -> Float[Array, "*n 6"]:
-    """The velocity (translation 3, rotation 3) that `se3_exp` turns into T."""
+    """Twist (translation 3, rotation 3 in radians) of a pose; the inverse of `se3_exp`."""
     turn = so3_log(T[..., :3, :3])
     move = np.linalg.solve(_left_jacobian(turn), T[..., :3, 3:])[..., 0]
     return np.concatenate([move, turn], -1)
@@ -120,9 +120,9 @@ def from_quaternion(q: Float[Array, "*n 4"]) -> Float[Array, "*n 3 3"]:
 def slerp(
     a: Float[Array, "*n 3 3"], b: Float[Array, "*n 3 3"], t: float | Float[Array, "*n"]
 ) -> Float[Array, "*n 3 3"]:
-    """Rotation the fraction t of the shortest way from a to b, at constant angular speed."""
-    way = so3_log(a.swapaxes(-1, -2) @ b)
-    return a @ so3_exp(np.asarray(t)[..., None] * way)
+    """Spherical interpolation from a (t = 0) to b (t = 1) along the shortest rotation."""
+    rotation = so3_log(a.swapaxes(-1, -2) @ b)
+    return a @ so3_exp(np.asarray(t)[..., None] * rotation)
 
 
 def look_at(
@@ -130,7 +130,7 @@ def look_at(
     target: Sequence[float] | Array,
     up: Sequence[float] | Array = (0.0, -1.0, 0.0),
 ) -> Float[Array, "4 4"]:
-    """c2w of a camera at `eye` that looks at `target`; the default `up` suits a world with y down."""
+    """Camera-to-world pose at `eye`, looking at `target`. The default `up` is that of a world with y down."""
     eye = np.asarray(eye, np.float64)
     forward = np.asarray(target, np.float64) - eye
     right = np.cross(forward, np.asarray(up, np.float64))
@@ -158,7 +158,7 @@ def intrinsics(fov_x_deg: float, width: int, height: int) -> Intrinsics:
 
 @dataclass(frozen=True, eq=False)
 class CameraTrack:
-    """The camera of every frame of a clip. Checks itself and raises CameraError."""
+    """The camera of every frame of a clip. Raises CameraError for poses or intrinsics out of the convention."""
 
     c2w: Array
     """n 4 4 float64: camera-to-world, OpenCV."""
@@ -188,7 +188,7 @@ class CameraTrack:
         return len(self.c2w)
 
     def slice(self, start: int, stop: int) -> CameraTrack:
-        """Frames start..stop-1. Raises CameraError beyond the ends (never a shorter track)."""
+        """Frames [start, stop). Raises CameraError beyond the ends instead of returning fewer frames."""
         if not 0 <= start < stop <= len(self):
             raise CameraError(
                 f"frames {start}..{stop} of a track of {len(self)}; need 0 <= start < stop <= {len(self)}"
@@ -196,17 +196,20 @@ class CameraTrack:
         return replace(self, c2w=self.c2w[start:stop], K=self.K[start:stop])
 
     def transformed(self, T: Float[Array, "4 4"]) -> CameraTrack:
-        """The same cameras after a rigid change T of the world (new_from_old)."""
+        """The same cameras in another world frame; T maps old world coordinates to new ones."""
         return replace(self, c2w=T @ self.c2w)
 
     def relative_to_first(self) -> CameraTrack:
-        """The same path with the first camera at the identity."""
+        """The same path in the coordinates of its first camera, whose pose becomes the identity."""
         c2w = se3_inverse(self.c2w[0]) @ self.c2w
         c2w[0] = np.eye(4)
         return replace(self, c2w=c2w)
 
     def at_latent_rate(self, stride: int) -> CameraTrack:
-        """One camera per latent: latent i has the pose of pixel frame `stride * i`. Only here."""
+        """One camera per latent: latent i has the pose of pixel frame `stride * i`.
+
+        Raises CameraError unless the track has `stride * k + 1` frames.
+        """
         extra = (len(self) - 1) % stride
         if extra:
             raise CameraError(
@@ -216,15 +219,15 @@ class CameraTrack:
         return replace(self, c2w=self.c2w[::stride], K=self.K[::stride], fps=self.fps / stride)
 
     def resample(self, fps: float) -> CameraTrack:
-        """The path at another rate: interpolates camera centres and rotations, never w2c translations."""
+        """The path at another frame rate: camera centres are interpolated linearly, rotations by `slerp`."""
         if not (np.isfinite(fps) and fps > 0):
             raise CameraError(f"cannot resample to fps = {fps}; give a positive rate")
         last = len(self) - 1
         count = int(np.floor(last * fps / self.fps + 1e-9)) + 1
-        place = np.minimum(np.arange(count) * (self.fps / fps), last)
-        a = np.minimum(place.astype(int), max(last - 1, 0))
+        position = np.minimum(np.arange(count) * (self.fps / fps), last)
+        a = np.minimum(position.astype(int), max(last - 1, 0))
         b = np.minimum(a + 1, last)
-        part = (place - a)[:, None]
+        part = (position - a)[:, None]
         R = slerp(self.c2w[a, :3, :3], self.c2w[b, :3, :3], part[:, 0])
         t = (1 - part) * self.c2w[a, :3, 3] + part * self.c2w[b, :3, 3]
         return replace(self, c2w=rigid(R, t), K=(1 - part) * self.K[a] + part * self.K[b], fps=fps)
@@ -234,7 +237,7 @@ class CameraTrack:
         return se3_inverse(self.c2w)
 
     def relative(self) -> Float[Array, "m 4 4"]:
-        """Motion from each frame to the next in the camera's own axes (n-1); free of the world frame."""
+        """Pose of each frame in the coordinates of the frame before it (n - 1); independent of the world frame."""
         return se3_inverse(self.c2w[:-1]) @ self.c2w[1:]
 
     def path_length(self) -> float:
@@ -242,13 +245,13 @@ class CameraTrack:
         return float(np.linalg.norm(np.diff(self.c2w[:, :3, 3], axis=0), axis=-1).sum())
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, without loss, in one piece or not at all."""
+        """Write as JSON, without loss of digits; the file appears whole or not at all."""
         head = {"schema": SCHEMA, "convention": CONVENTION, "fps": self.fps, "unit": self.unit}
         write_json(path, {**head, "K": self.K.tolist(), "c2w": self.c2w.tolist()}, indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> CameraTrack:
-        """Read what `save` wrote. Raises CameraError for anything else: no convention is ever guessed."""
+        """Read a file that `save` wrote. Raises CameraError for any other: conventions are never guessed."""
         try:
             record = json.loads(Path(path).read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -316,24 +319,12 @@ def _check_intrinsics(K: Array) -> None:
         )
 
 
-def pose_errors(a: CameraTrack, b: CameraTrack) -> dict[str, Array]:
-    """Per-frame differences `rot_deg` [n] and `trans` [n] (in the tracks' unit). Nothing is aligned first:
-    compare `a.relative_to_first()` with `b.relative_to_first()` when only the motion counts."""
-    if len(a) != len(b):
-        raise CameraError(f"cannot compare {len(a)} poses with {len(b)}; slice or resample to one length")
-    way = so3_log(a.c2w[:, :3, :3].swapaxes(1, 2) @ b.c2w[:, :3, :3])
-    return {
-        "rot_deg": np.degrees(np.linalg.norm(way, axis=-1)),
-        "trans": np.linalg.norm(a.c2w[:, :3, 3] - b.c2w[:, :3, 3], axis=-1),
-    }
-
-
 def latent_cameras(
     tracks: Sequence[CameraTrack], stride: int
 ) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
-    """What a network sees of pixel-rate tracks: w2c and K per latent in float32.
+    """The network's camera input of a batch of pixel-rate tracks: world-to-camera matrices and K per latent, float32.
 
-    Anchored at frame 0 while still in float64, so that a far-away world origin costs no digits.
+    Poses become relative to the first frame while still in float64, so a far world origin costs no precision.
     """
     lengths = sorted({len(track) for track in tracks})
     if len(lengths) != 1:

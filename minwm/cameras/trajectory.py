@@ -1,10 +1,10 @@
-"""Intent to cameras: actions, one grammar that reads every trajectory dialect, and random paths.
+"""Keys to camera poses: actions, their integration, and one grammar for every trajectory dialect.
 
-A trajectory is a list of segments, keys held for a number of latents: `w+j*8,a*4`. It says how the camera
-moves *after* the first latent, so it fills `latents` + 1 latents and `stride * latents` + 1 pixel frames.
+A trajectory is a list of segments, each holding keys for a number of latents: `w+j*8,a*4`. It describes the motion
+*after* the first latent, so it covers `latents + 1` latents and `stride * latents + 1` pixel frames.
 
-Keys: w s a d move forward, back, left, right; u dn rise and sink; j l turn left and right; i k look up and
-down; static stands still. The words left right up down are turns, as in WorldPlay: j l i k.
+Keys: w s a d move forward, back, left, right; u dn rise and sink; j l turn left and right; i k look up and down;
+static stands still. The words left, right, up, down are turns (j l i k), as in HY-WorldPlay.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from minwm.cameras.track import CameraTrack, Intrinsics, so3_exp
 from minwm.core.config import ConfigError, UserError
 
 MAX_LATENTS = 100_000
-"""Longer trajectories are refused: a typing error must not fill the memory."""
+"""Longest trajectory that `parse` accepts; a mistyped count must not exhaust the memory."""
 
 
 class TrajectoryError(UserError):
-    """A trajectory cannot be read or used; shows the offending segment and the way out."""
+    """A trajectory cannot be parsed or used; the message shows the offending segment and a remedy."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """How fast intent moves the camera. Part of a model's config, so that a key means the same everywhere."""
+    """Camera speeds and frame rate of a model: what one key press means in world units, degrees and frames."""
 
     move: float = 0.5
     """World units per second."""
@@ -54,7 +54,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Action:
-    """Intent, in multiples of the motion's speed; the axes are those of the camera."""
+    """Camera velocity along and about the camera's own axes, in multiples of the speeds in `Motion`."""
 
     move_x: float = 0.0
     """To the right."""
@@ -71,7 +71,7 @@ class Action:
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> Action:
-        """The sum of keys held at once: opposite keys cancel, a key held twice counts once."""
+        """The sum of keys held at once: opposite keys cancel, a key given twice counts once."""
         names = {key.strip().lower() for key in keys}
         canonical = {ALIASES.get(name, name) for name in names}
         unknown = sorted(canonical - KEYS.keys())
@@ -107,16 +107,19 @@ def integrate_actions(
     motion: Motion,
     step_seconds: float | None = None,
 ) -> Float[np.ndarray, "n 4 4"]:
-    """c2w after each action, one step each (default: one pixel frame). Rotate first, then move along the new
-    axes: R <- R Ry(yaw) Rx(pitch) Rz(roll), t <- t + R (right, -up, forward)."""
+    """Camera-to-world poses after each of n actions, each held for `step_seconds` (default: one pixel frame).
+
+    A step rotates first, then moves along the new axes:
+    R <- R Ry(yaw) Rx(pitch) Rz(roll), t <- t + R (right, -up, forward).
+    """
     dt = 1 / motion.fps if step_seconds is None else step_seconds
-    intent = np.array([astuple(action) for action in actions], np.float64).reshape(-1, 6)
-    steps = intent[:, :3] * [1, -1, 1] * (motion.move * dt)
+    velocity = np.array([astuple(action) for action in actions], np.float64).reshape(-1, 6)
+    steps = velocity[:, :3] * [1, -1, 1] * (motion.move * dt)
     # y is down and z forward: a positive angle about y turns right, about x looks up, about z rolls clockwise
-    angle = intent[:, 3:, None] * np.radians(motion.turn * dt)
+    angle = velocity[:, 3:, None] * np.radians(motion.turn * dt)
     yaw, pitch, roll = angle[:, 0] * [0, 1, 0], angle[:, 1] * [1, 0, 0], angle[:, 2] * [0, 0, 1]
     turns = so3_exp(yaw) @ so3_exp(pitch) @ so3_exp(roll)
-    poses = np.tile(np.eye(4), (len(intent), 1, 1))
+    poses = np.tile(np.eye(4), (len(velocity), 1, 1))
     R, t = start[:3, :3], start[:3, 3]
     for pose, turn, step in zip(poses, turns, steps, strict=True):
         R = R @ turn
@@ -126,7 +129,7 @@ def integrate_actions(
 
 
 class Segment(NamedTuple):
-    """Keys (canonical, in canonical order) held for some latents."""
+    """Keys (canonical names in canonical order) held for a number of latents."""
 
     keys: tuple[str, ...]
     latents: int
@@ -134,7 +137,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Segments in order; made by `parse`. Equal motion means equal value."""
+    """A parsed trajectory. Adjacent segments with the same keys are merged, so equal motions compare equal."""
 
     segments: tuple[Segment, ...]
     stride: int = 4
@@ -150,10 +153,11 @@ class Trajectory:
         return self.stride * self.latents + 1
 
     def canonical(self) -> str:
+        """The canonical text, which `parse` reads back to an equal trajectory."""
         return ",".join(f"{'+'.join(segment.keys)}*{segment.latents}" for segment in self.segments)
 
     def describe(self) -> str:
-        """One line: the canonical form and the length it asks for."""
+        """One line: the canonical text and the number of latents and frames."""
         return f"{self.canonical()} ({self.latents} latents after the first, {self.frames} frames)"
 
     def actions(self) -> list[Action]:
@@ -161,7 +165,7 @@ class Trajectory:
         return [Action.of(segment.keys) for segment in self.segments for _ in range(segment.latents)]
 
     def keys_per_frame(self) -> list[tuple[str, ...]]:
-        """For each pixel frame the keys that led to it; none for frame 0, and none while standing still."""
+        """The keys held while each pixel frame was reached; empty for frame 0 and for `static`."""
         frames: list[tuple[str, ...]] = [()]
         for segment in self.segments:
             held = tuple(key for key in segment.keys if key != "static")
@@ -169,8 +173,10 @@ class Trajectory:
         return frames
 
     def track(self, motion: Motion, K: Intrinsics, steps_per_latent: int | None = None) -> CameraTrack:
-        """Cameras from the identity on, at pixel rate, or with another number of equal steps per latent
-        (1 is the convention of the reference). Raises TrajectoryError if the strides disagree."""
+        """The camera track from the identity on, at pixel rate or with `steps_per_latent` equal steps per latent.
+
+        One step per latent is the convention of minWM and HY-WorldPlay. Raises TrajectoryError if the strides differ.
+        """
         if motion.stride != self.stride:
             raise TrajectoryError(
                 f"trajectory was read for {self.stride} frames per latent, the motion has {motion.stride}; "
@@ -190,11 +196,11 @@ class Trajectory:
 
 
 def parse(text: str, *, stride: int = 4) -> Trajectory:
-    """Read a trajectory in any dialect: `w*8,a*4` and `w-8, right-3` count latents, `W:24` counts pixel
-    frames (a multiple of `stride`), `w+j*8` holds two keys, a bare `w` is one latent.
+    """Parse a trajectory in any dialect.
 
-    Raises TrajectoryError, with a caret under the segment, for an unknown or contradictory key or for a count
-    that is not a positive whole number: nothing is ever rounded.
+    `w*8,a*4` and `w-8, right-3` count latents; `W:24` counts pixel frames (a multiple of `stride`); `w+j*8` holds two
+    keys; a bare `w` lasts one latent. Raises TrajectoryError, with a caret under the segment, for an unknown or
+    contradictory key and for a count that is not a positive whole number. Counts are never rounded.
     """
     segments: list[Segment] = []
     begin = 0
@@ -213,7 +219,7 @@ def parse(text: str, *, stride: int = 4) -> Trajectory:
 
 
 class _SegmentError(Exception):
-    """What is wrong with one segment; `parse` adds where."""
+    """What is wrong with one segment; `parse` adds its position."""
 
 
 _SEGMENT = re.compile(r"([a-z.]+(?:\s*\+\s*[a-z.]+)*)\s*(?:([*:-])\s*(.*))?", re.DOTALL)
@@ -266,75 +272,3 @@ def _point_at(text: str, begin: int, part: str, problem: str) -> str:
     line = re.sub(r"\s", " ", text)  # a line break would move the caret
     begin += len(part) - len(part.lstrip())
     return f"trajectory: {problem}\n  {line}\n  {' ' * begin}{'^' * max(1, len(part.strip()))}"
-
-
-# ---------------------------------------------------------------------------------------------
-# Random paths
-
-# Left and right weigh the same, so that no model learns a drift. No rise or sink: scenes are walked, and the
-# reference data has none. Looking up or down is rare: the horizon must stay in view.
-_SINGLE = {"w": 4.0, "s": 2.0, "a": 2.0, "d": 2.0, "j": 3.0, "l": 3.0, "i": 2.0, "k": 2.0, "static": 1.0}
-_CHORDS = {"w+j": 2.0, "w+l": 2.0, "s+j": 0.5, "s+l": 0.5, "a+l": 0.5, "d+j": 0.5, "w+a": 0.5, "w+d": 0.5}
-_MAX_PITCH_DEG = 25.0
-
-
-def random_trajectory(
-    rng: np.random.Generator, latents: int, *, max_pitch: int = 4, whole: float = 0.4, stride: int = 4
-) -> Trajectory:
-    """A trajectory of that many latents: with probability `whole` one key throughout, else keys and chords
-    held for 1 to 6 latents each. Looking up or down stays within `max_pitch` latents of level."""
-    if latents < 1:
-        raise TrajectoryError(f"a random trajectory of {latents} latents; it needs at least 1")
-    pitch, left, last, parts = 0, latents, "", []
-    table = _SINGLE if rng.random() < whole else _SINGLE | _CHORDS
-    while left:
-        room = {"i": max_pitch - pitch, "k": max_pitch + pitch}
-        hold = left if table is _SINGLE else min(left, int(rng.integers(1, 7)))
-        if table is _SINGLE:  # one key throughout: only those that may be held so long
-            choices = {key: weight for key, weight in table.items() if room.get(key, hold) >= hold}
-        else:
-            choices = {key: weight for key, weight in table.items() if key != last and room.get(key, 1) > 0}
-        weights = np.array(list(choices.values()))
-        last = str(rng.choice(list(choices), p=weights / weights.sum()))
-        hold = min(hold, room.get(last, hold))
-        pitch += hold * int(KEYS[last].pitch) if last in KEYS else 0
-        parts.append(f"{last}*{hold}")
-        left -= hold
-    return parse(",".join(parts), stride=stride)
-
-
-def random_track(
-    rng: np.random.Generator, frames: int, motion: Motion, K: Intrinsics
-) -> tuple[CameraTrack, Trajectory]:
-    """A random trajectory and its pixel-rate track, which never looks more than 25 degrees up or down."""
-    if frames < motion.stride + 1 or (frames - 1) % motion.stride:
-        raise TrajectoryError(f"{frames} frames do not fill whole latents; use {motion.stride} * k + 1, k >= 1")
-    per_latent = motion.turn * motion.stride / motion.fps
-    max_pitch = int(_MAX_PITCH_DEG / per_latent) if per_latent > 0 else frames
-    while True:  # turning after looking up tilts the axes, so the sum of angles is not yet the elevation
-        latents = frames // motion.stride
-        trajectory = random_trajectory(rng, latents, max_pitch=max_pitch, stride=motion.stride)
-        track = trajectory.track(motion, K)
-        if np.degrees(np.abs(np.arcsin(track.c2w[:, 1, 2].clip(-1, 1)))).max() <= _MAX_PITCH_DEG:
-            return track, trajectory
-
-
-def smooth_track(
-    rng: np.random.Generator, frames: int, motion: Motion, K: Intrinsics, *, period: float = 4.0
-) -> CameraTrack:
-    """A path like that of a hand or a mouse, where `random_track` is like keys: no axis exceeds the motion's
-    speed, and no velocity swings faster than once in `period` seconds. Looks up and down by 15 degrees."""
-    if frames < 1:
-        raise TrajectoryError(f"a path of {frames} frames; it needs at least 1")
-    time = np.arange(frames) / motion.fps
-    rate = 2 * np.pi / period * rng.uniform(0.2, 1.0, (4, 3, 1))  # 4 axes, 3 waves each, radians per second
-    right, forward, yaw, _ = np.sin(rate * time + rng.uniform(0, 2 * np.pi, rate.shape)).mean(1)
-    forward = 0.7 * forward + rng.choice([-0.3, 0.3], p=[0.2, 0.8])  # mostly ahead, as people walk
-    still = np.zeros(frames)
-    intent = np.stack([0.7 * right, still, forward, yaw, still, still], -1)[1:]
-    c2w = np.concatenate([np.eye(4)[None], integrate_actions(np.eye(4), [Action(*row) for row in intent], motion)])
-    # Looking up and down is drawn as an angle, not as a speed, so that it stays bounded over any length
-    swing = float(rate[3, 0, 0])
-    reach = min(np.radians(15.0), np.radians(motion.turn) / swing) * rng.choice([-1.0, 1.0])
-    c2w[:, :3, :3] = c2w[:, :3, :3] @ so3_exp(np.outer(reach * np.sin(swing * time), [1.0, 0.0, 0.0]))
-    return CameraTrack(c2w=c2w, K=K, fps=motion.fps)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from minwm.cameras.random_paths import random_track
 from minwm.cameras.track import CameraTrack, intrinsics
-from minwm.cameras.trajectory import Motion, Trajectory, parse, random_track
+from minwm.cameras.trajectory import Motion, Trajectory, parse
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.runtime import git_commit, progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError
