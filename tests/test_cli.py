@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-import minwm.core.media
+import minwm.core.files
 import minwm.core.weights
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
@@ -82,7 +82,10 @@ BAD = [
     ("train smoke/camera --steps 0", "run.steps=0: must be at least 1"),
     ("train smoke/camera --steps", "--steps needs a value"),
     ("train smoke/camera steps", "'steps' is no field; write --FIELD VALUE"),
-    ("trian smoke/camera", "Unrecognized options: trian"),
+    ("trian smoke/camera", "there is no command 'trian'; did you mean 'train'?"),
+    ("camera chek", "Expected one of {check, show}; run minwm --help"),
+    ("camera check x --jsn y", "there is no option '--jsn'; did you mean '--json'?"),
+    ("play --grpahs", "there is no option '--grpahs'; did you mean '--graphs'?"),
     ("generate", "Missing from minwm generate: --model DIR"),
     ("camera show w*2,q*3", "'q' is not a key; use w s a d"),
     ("camera show none.json", "none.json: cannot read a camera track"),
@@ -199,7 +202,7 @@ def test_a_full_disk_leaves_nothing(
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(minwm.core.media, "_sync", full)
+    monkeypatch.setattr(minwm.core.files, "_sync", full)
     assert run("camera", "show", "w", "--out", tmp_path / "x.json") == 2
     assert re.search(r"no space left to write .*x\.json: \d+ bytes are free", line())
     assert train(project, tmp_path / "run") == 2
@@ -258,11 +261,24 @@ def test_numbers_are_written(project: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--help") == 0 and run("train", "--help") == 0
-    shown = capsys.readouterr().out
-    assert "minwm pipeline demo" in shown and "--FIELD VALUE" in shown
+    assert run("--help") == 0
+    assert "minwm pipeline demo" in capsys.readouterr().out
     script = "import sys, minwm.cli; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_help_lists_pipelines_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("pipeline", "train", "bench-train"):
+        assert run(words, "--help") == 0
+        shown = capsys.readouterr().out
+        assert "smoke " in shown and "Every line of the pipeline in under a minute" in shown
+    assert run("train", "smoke/dmd", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--optim.lr FLOAT" in shown and "Clips per step and rank" in shown and "--recipe.guidance FLOAT" in shown
+    for words in (("eval",), ("data", "render"), ("data", "encode")):
+        assert run(*words, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--clips INT" in shown and "--fov FLOAT" in shown and "--shard-size INT" in shown
 
 
 def documented() -> list[str]:

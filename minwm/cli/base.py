@@ -12,15 +12,24 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import (
+    AvoidSubcommands,
+    Fixed,
+    FlagConversionOff,
+    FlagCreatePairsOff,
+    Positional,
+    Suppress,
+    arg,
+    subcommand,
+)
 
-from minwm.core.config import UserError, from_dict
+from minwm.core.config import UserError, from_dict, lookup
 
 if TYPE_CHECKING:
     from minwm.cameras.track import CameraTrack
@@ -46,10 +55,8 @@ Count = Annotated[int, arg(metavar="N")]
 Flag = FlagCreatePairsOff[bool]
 Steps = Annotated[int | None, arg(metavar="N", help="denoising passes per chunk; the model's own if not given")]
 Show = Annotated[Flag, arg(help="print every field with its value, and stop")]
-Fields = Annotated[
-    Positional[tuple[str, ...]],
-    arg(metavar="[--FIELD VALUE ...]", help="any field, dotted if nested: --optim.lr 1e-4; --show lists them"),
-]
+Fields = Annotated[tuple[str, ...], Suppress, Fixed]
+"""Options beside those that a verb declares; `parse_fields` reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,74 +84,104 @@ Decoder = Annotated[
     str | None, arg(metavar="FILE", help="tiny decoder, such as taew2_1.pth (with --random-weights: taew2_1)")
 ]
 
-app, data, camera = (tyro.extras.SubcommandApp() for _ in range(3))
-app.command(data, name="data", help="Training clips: render, encode, check, report.")
-app.command(camera, name="camera", help="Poses and trajectories: check a file, show a path.")
-
-
 Verb = Callable[..., None]
-OPEN: dict[tuple[str, ...], Verb] = {}
-"""Verbs with `Fields`."""
+Details = Callable[[list[str]], None]
+VERBS: dict[tuple[str, ...], Callable[..., Callable[[], None]]] = {}
+"""By the words that call them. Called by tyro they do not run: they return themselves with their arguments bound."""
+DETAILS: dict[tuple[str, ...], Details] = {}
+"""What follows the help of some verbs: functions that print it, given the other words on the command line."""
+GROUPS = {
+    "data": "Training clips: render, encode, check, report.",
+    "camera": "Poses and trajectories: check a file, show a path.",
+}
 
 
-def command(group: tyro.extras.SubcommandApp, *words: str) -> Callable[[Verb], Verb]:
-    """Register a function as the verb `words`; parsing returns it with arguments bound, not yet called."""
+def command(*words: str, details: Details | None = None) -> Callable[[Verb], Verb]:
+    """Register a function as the verb `words`. One with a parameter `fields` gets the options that it does not have."""
 
     def register(function: Verb) -> Verb:
         @functools.wraps(function)
         def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
             return functools.partial(function, *args, **kwargs)
 
-        group.command(name=words[-1])(bind)
-        if "fields" in inspect.signature(function).parameters:
-            OPEN[words] = function
+        VERBS[words] = bind
+        if details:
+            DETAILS[words] = details
         return function
 
     return register
 
 
 def parse(argv: list[str]) -> Callable[[], None]:
-    """The command with its arguments bound. What tyro says about bad ones is a box; it becomes one line."""
-    said = io.StringIO()
+    """The verb with its arguments bound; UserError for bad ones. Asked for help, it prints that and exits."""
+    if argv and not argv[0].startswith("-"):
+        lookup({words[0]: words for words in VERBS}, argv[0], "command")
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return app.cli(prog="minwm", description=DESCRIPTION, args=_fields_as_pairs(argv))
+        with contextlib.redirect_stderr(errors):
+            verb, others = tyro.cli(
+                _subcommands(), prog="minwm", description=DESCRIPTION, args=argv, return_unknown_args=True
+            )
     except SystemExit as stop:
-        if not stop.code:
-            raise  # help was asked for, and printed
-        plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]+", " ", said.getvalue().partition("\n")[2])
-        problem, _, way_out = " ".join(plain.split()).partition(" For full helptext, ")
-        raise UserError(f"{problem}; {way_out or 'run minwm --help'}") from None
+        if stop.code:
+            raise UserError(_one_line(errors.getvalue())) from None
+        if words := next((words for words in DETAILS if tuple(argv[: len(words)]) == words), None):
+            DETAILS[words]([word for word in argv[len(words) :] if word not in ("-h", "--help")])
+        raise
+    options = _options(verb.func)
+    if "--fields" in options:
+        return functools.partial(verb, fields=tuple(others))
+    for option in others:
+        lookup(dict.fromkeys(options), option.partition("=")[0], "option")
+    return verb
 
 
-def _fields_as_pairs(argv: list[str]) -> list[str]:
-    """For verbs with `Fields`: each `--name value` that is no option of the verb becomes one `name=value`."""
-    words = next((words for words in OPEN if tuple(argv[: len(words)]) == words), None)
-    if words is None:
-        return argv
-    own = inspect.signature(OPEN[words]).parameters
-    positionals, options, pairs = [], [], []
-    rest = iter(argv[len(words) :])
-    for token in rest:
-        name, equals, value = token.removeprefix("--").partition("=")
-        if token in ("-h", "--help") or (name in own and own[name].default is False):
-            options.append(token)
-        elif not token.startswith("--"):
-            positionals.append(token)
-        elif not equals and (value := next(rest, "--")).startswith("--"):
-            raise UserError(f"{token} needs a value")
-        elif name in own:
-            options += [f"--{name}", value]
+def _options(verb: Verb) -> list[str]:
+    """The options of a verb; those in a dataclass stand beside the others."""
+    names: list[str] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        names += vars(parameter.default) if is_dataclass(parameter.default) else [name]
+    return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def _subcommands(group: tuple[str, ...] = ()) -> Any:
+    """The verbs of a group as a type that tyro parses: a union with a member for each."""
+    members = []
+    for name in dict.fromkeys(words[len(group)] for words in VERBS if words[: len(group)] == group):
+        words = (*group, name)
+        if words in VERBS:
+            members.append(Annotated[Any, subcommand(name, constructor=VERBS[words])])
         else:
-            pairs.append(f"{name.replace('-', '_')}={value}")
-    return [*words, *positionals, *pairs, *options]
+            members.append(Annotated[Any, subcommand(name, description=GROUPS[name], constructor=_subcommands(words))])
+    return Union[tuple(members)]  # noqa: UP007  (they are known at run time only)
 
 
-def changes(fields: tuple[str, ...]) -> dict[str, str]:
-    for field in fields:
-        if "=" not in field:
-            raise UserError(f"{field!r} is no field; write --FIELD VALUE, such as --steps 200")
-    return dict(field.split("=", 1) for field in fields)
+def _one_line(box: str) -> str:
+    """tyro's message without the box around it, for which tyro has no public form."""
+    lines = (line.strip("│| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:])
+    words = " ".join(line for line in lines if line.strip("─╰╯-+")).split()
+    problem, _, help_command = " ".join(words).partition(" For full helptext, ")
+    return f"{problem.rstrip('.')}; {help_command or 'run minwm --help'}"
+
+
+def parse_fields(options: tuple[str, ...]) -> dict[str, str]:
+    """The values of fields in `--name value`, `--name=value` or `name=value`: {"optim.lr": "1e-4"}."""
+    fields, rest = {}, iter(options)
+    for option in rest:
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not equals and not option.startswith("--"):
+            raise UserError(f"{option!r} is no field; write --FIELD VALUE, such as --steps 200")
+        if not equals and (value := next(rest, "--")).startswith("--"):
+            raise UserError(f"{option} needs a value")
+        fields[name.replace("-", "_")] = value
+    return fields
+
+
+def print_fields(config: Any, verb: str) -> None:
+    """Print every field of a config with what it is and its value, as the help of the verb that sets them."""
+    markers = (AvoidSubcommands, FlagConversionOff)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(type(config), default=config, prog=f"minwm {verb}", args=["--help"], config=markers)
 
 
 def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory | None]":

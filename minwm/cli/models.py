@@ -19,11 +19,11 @@ from minwm.cli.base import (
     Route,
     Show,
     Steps,
-    app,
-    changes,
     command,
     command_line,
     numbers,
+    parse_fields,
+    print_fields,
     read_track,
     refuse_existing,
     say,
@@ -38,9 +38,34 @@ if TYPE_CHECKING:
     from minwm.store.model import Model, ModelConfig
 
 
-@command(app, "pipeline")
+def list_pipelines(_words: list[str]) -> None:
+    """Print every pipeline with a line about it."""
+    from minwm.experiments.presets import PIPELINES
+
+    for name, make in PIPELINES.items():
+        say(f"  {name:<15} {(make.__doc__ or '').partition(chr(10))[0]}")
+
+
+def list_fields(words: list[str]) -> None:
+    """Print the fields of the stage that is named first, or else every pipeline."""
+    from minwm.experiments import presets
+
+    stage = next(iter(words), "")
+    if "/" not in stage:
+        say("--FIELD VALUE sets any field of a stage; PIPELINE/STAGE --help lists them. Pipelines:")
+        return list_pipelines(words)
+    return print_fields(presets.stage(stage, Path("runs") / stage.partition("/")[0]), f"train {stage}")
+
+
+def list_eval_fields(_words: list[str]) -> None:
+    from minwm.eval.run import EvalConfig
+
+    print_fields(EvalConfig(), "eval")
+
+
+@command("pipeline", details=list_pipelines)
 def pipeline(
-    name: Annotated[Positional[str], arg(metavar="NAME", help="demo, demo-scratch or smoke")],
+    name: Annotated[Positional[str], arg(metavar="NAME", help="one of those below")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of everything; runs/NAME if not given")] = None,
     until: Annotated[str | None, arg(metavar="STAGE", help="stop after this stage")] = None,
     json: Json = None,
@@ -61,7 +86,7 @@ def pipeline(
         say(f"report: {report(plan, out, rows)}")
 
 
-@command(app, "train")
+@command("train", details=list_fields)
 def train(
     stage: Annotated[Positional[str], arg(metavar="PIPELINE/STAGE")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of the run; ROOT/STAGE if not given")] = None,
@@ -79,7 +104,7 @@ def train(
     from minwm.train.build import train as run_training
 
     root = root or Path("runs") / stage.partition("/")[0]
-    run = override(presets.stage(stage, root), changes(fields))
+    run = override(presets.stage(stage, root), parse_fields(fields))
     if show:
         return say(dumps(run))
     out = out or root / run.name
@@ -89,7 +114,7 @@ def train(
     return numbers(asdict(run_training(run, out)), json)
 
 
-@command(app, "generate")
+@command("generate")
 def generate(
     model: ModelFolder,
     trajectory: Route,
@@ -142,7 +167,7 @@ def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']
     return resize_and_crop(image, cfg.height, cfg.width)[None]
 
 
-@command(app, "eval")
+@command("eval", details=list_eval_fields)
 def evaluate(
     model: Annotated[list[Path], UseAppendAction, arg(metavar="DIR|USER/NAME", help="may be given several times")],
     json: Json = None,
@@ -151,10 +176,7 @@ def evaluate(
     quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
     fields: Fields = (),
 ) -> None:
-    """Measure camera following, quality, memory, drift and speed in worlds that no stage has seen.
-
-    Sizes are fields: --clips, --revisits, --walks, --seconds, --seeds, --bench-repeats, --seed.
-    """
+    """Measure camera following, quality, memory, drift and speed in worlds that no stage has seen."""
     from minwm.core.media import write_image
     from minwm.core.runtime import git_commit, versions
     from minwm.eval.cases import HELD_OUT
@@ -162,7 +184,7 @@ def evaluate(
     from minwm.eval.run import QUICK, EvalConfig, best_and_worst, targets
     from minwm.eval.run import evaluate as evaluate_models
 
-    cfg = override(QUICK if quick else EvalConfig(), changes(fields))
+    cfg = override(QUICK if quick else EvalConfig(), parse_fields(fields))
     names = _names(model)
     result = evaluate_models({name: _load(path) for name, path in names.items()}, cfg, say)
     teacher = next((r for r in result.rows.values() if r.bench and r.bench.sampler == "autoregressive"), None)
@@ -193,7 +215,7 @@ def _names(models: list[Path]) -> dict[str, Path]:
     return {str(Path(*path.parts[-depth:])): path for path in models}
 
 
-@command(app, "ablate")
+@command("ablate")
 def ablate(
     name: Annotated[Positional[str], arg(metavar="NAME", help="poses, steps, batch, camera, distill or sampling")],
     out: Annotated[Path, arg(metavar="DIR", help="folder of all ablations; they share their clips")] = Path(
@@ -215,7 +237,7 @@ def ablate(
             write_text(svg, draw(plan, results))
 
 
-@command(app, "bench")
+@command("bench")
 def bench(
     model: ModelFolder | None = None,
     preset: Annotated[str | None, arg(metavar="NAME", help="a pipeline, PIPELINE/STAGE, or self-forcing")] = None,
@@ -268,7 +290,7 @@ def with_steps(model: "Model", steps: int | None) -> "Model":
     return replace(model, config=replace(model.config, sampler=replace(model.config.sampler, steps=steps)))
 
 
-@command(app, "bench-train")
+@command("bench-train", details=list_fields)
 def bench_train(
     preset: Annotated[Positional[str], arg(metavar="PIPELINE[/STAGE]", help="a stage, or all of a pipeline")],
     steps: Annotated[int, arg(metavar="N", help="steps that are timed, at least")] = 10,
@@ -288,7 +310,7 @@ def bench_train(
     runs = [presets.stage(preset, Path())] if slash else presets.pipeline(pipeline, Path()).stages
     measured = {}
     for run in runs:
-        measured[run.name] = measure_steps(override(run, changes(fields)), steps, warmup, peak)
+        measured[run.name] = measure_steps(override(run, parse_fields(fields)), steps, warmup, peak)
         say("\n".join(headline(f"{pipeline}/{run.name}", measured[run.name])))
     write_numbers({"stages": {name: to_dict(found) for name, found in measured.items()}}, json)
 

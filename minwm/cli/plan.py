@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from minwm.cli.base import Json, app, command, write_numbers
+from minwm.cli.base import Json, command, write_numbers
 from minwm.core.config import UserError, to_dict
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Preset = Annotated[str, arg(metavar="PIPELINE[/STAGE]", help="demo: a line for each stage; demo/dmd: all about one")]
 
 
-@command(app, "plan")
+@command("plan")
 def plan(
     preset: Preset,
     gpu_memory: Annotated[float, arg(metavar="GIB", help="of the GPU: 24 for a card sold with 24 GB")] = 24.0,

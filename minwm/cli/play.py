@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, app, command, say
+from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, command, say
 from minwm.cli.models import first_frame, with_steps
 from minwm.core.config import UserError
 
@@ -22,7 +22,7 @@ WORLD = 7
 LAST_STAGE = "dmd"
 
 
-@command(app, "play")
+@command("play")
 def play(
     model: Annotated[
         str | None,

@@ -13,11 +13,10 @@ from minwm.cli.base import (
     Json,
     Out,
     Show,
-    camera,
-    changes,
     command,
-    data,
     numbers,
+    parse_fields,
+    print_fields,
     read_track,
     refuse_existing,
     say,
@@ -26,19 +25,31 @@ from minwm.cli.base import (
 from minwm.core.config import UserError, dumps, override
 
 
-@command(data, "data", "render")
+def list_render_fields(_words: list[str]) -> None:
+    from minwm.data.rerender import RenderConfig
+
+    print_fields(RenderConfig(), "data render")
+
+
+def list_encode_fields(_words: list[str]) -> None:
+    from minwm.data.encode import EncodeConfig
+
+    print_fields(EncodeConfig(), "data encode")
+
+
+@command("data", "render", details=list_render_fields)
 def data_render(out: Out, clips: Count = 64, workers: Count = 1, show: Show = False, fields: Fields = ()) -> None:
     """Render clips of procedural worlds, with exact cameras."""
     from minwm.data.rerender import RenderConfig, render_worlds
 
-    cfg = override(RenderConfig(), changes(fields))
+    cfg = override(RenderConfig(), parse_fields(fields))
     if show:
         return say(dumps(cfg))
     folder = render_worlds(out, cfg, clips=clips, workers=workers)
     return say(f"{out}: {len(folder.ids())} clips")
 
 
-@command(data, "data", "encode")
+@command("data", "encode", details=list_encode_fields)
 def data_encode(
     raw: Folder,
     codec: Annotated[Path, arg(metavar="DIR", help="codec folder, or model folder, whose text encoder is used too")],
@@ -52,7 +63,7 @@ def data_encode(
     from minwm.nets.text import WordText
     from minwm.store.folder import load_codec, load_config
 
-    cfg, device = override(EncodeConfig(), changes(fields)), pick_device()
+    cfg, device = override(EncodeConfig(), parse_fields(fields)), pick_device()
     if show:
         return say(dumps(cfg))
     text = load_config(codec).text if (codec / "model.json").exists() else WordText()
@@ -60,7 +71,7 @@ def data_encode(
     return say(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 
-@command(data, "data", "prompts")
+@command("data", "prompts")
 def data_prompts(
     files: Annotated[
         Positional[tuple[Path, ...]],
@@ -86,7 +97,7 @@ def data_prompts(
     say(f"{len(lines)} prompts encoded, {sum(file.suffix == '.safetensors' for file in files)} taken as they are")
 
 
-@command(data, "data", "check")
+@command("data", "check")
 def data_check(folder: Folder, json: Json = None) -> None:
     """Look for anything wrong in raw clips or latent shards."""
     from minwm.data.clips import ClipFolder, check, read_manifest
@@ -105,7 +116,7 @@ def data_check(folder: Folder, json: Json = None) -> None:
     say(f"{folder}: nothing wrong")
 
 
-@command(data, "data", "report")
+@command("data", "report")
 def data_report(
     folder: Folder,
     sheet: Annotated[Path | None, arg(metavar="PNG", help="draw some of the clips here")] = None,
@@ -120,7 +131,7 @@ def data_report(
         write_image(sheet, clips.sheet(folder))
 
 
-@command(camera, "camera", "check")
+@command("camera", "check")
 def camera_check(file: File, json: Json = None) -> None:
     """Check a pose file, and say in words what its camera does."""
     import numpy as np
@@ -151,7 +162,7 @@ def camera_check(file: File, json: Json = None) -> None:
         say("note: it moves backwards; if it should not, these poses are world-to-camera: invert them")
 
 
-@command(camera, "camera", "show")
+@command("camera", "show")
 def camera_show(
     trajectory: Annotated[Positional[str], arg(metavar='"KEYS"|FILE.json')],
     model: Annotated[Path | None, arg(metavar="DIR", help="take the speeds of this model's keys")] = None,

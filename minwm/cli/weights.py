@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from minwm.cli.base import Fields, Flag, Json, app, changes, command, numbers, say, write_numbers
+from minwm.cli.base import Fields, Flag, Json, command, numbers, parse_fields, say, write_numbers
 from minwm.cli.models import inspect_model
 from minwm.core.config import UserError, override, to_dict
 
@@ -18,7 +18,7 @@ Role = Annotated[str | None, arg(metavar="NAME", help="the network to read, if a
 Heads = Annotated[int | None, arg(metavar="N", help="if no config.json says, and they are not 128 wide")]
 
 
-@command(app, "inspect")
+@command("inspect")
 def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json: Json = None) -> None:
     """Say what is in a checkpoint or a model folder, without loading it."""
     from minwm.core.weights import read_weights
@@ -64,7 +64,7 @@ def _short(value: Any) -> Any:
     return ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "")
 
 
-@command(app, "convert")
+@command("convert")
 def convert_weights(
     source: Source,
     target: Annotated[Positional[Path], arg(metavar="DST", help="new folder, or file ending in .safetensors")],
@@ -125,13 +125,13 @@ def _write_model(
     codec = codec or next((path for path in vaes if path.exists()), None)
     if codec is None:
         raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")
-    save_published(target, override(config, changes(fields)), published, codec)
+    save_published(target, override(config, parse_fields(fields)), published, codec)
     for note in published.notes:
         say(f"note: {note}")
     say(f"{target}: a model folder, codec from {codec}")
 
 
-@command(app, "push")
+@command("push")
 def push_model(
     repo: Annotated[Positional[str], arg(metavar="USER/NAME", help="repository on the Hugging Face Hub")],
     model: Annotated[Path, arg(metavar="DIR", help="model folder, such as runs/demo/dmd")],

@@ -1,7 +1,7 @@
 """Named runs, as functions; paths follow from `out`."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 
 from minwm.core.config import ConfigError, lookup
@@ -21,7 +21,7 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "world": demo.world,
     "world-64": demo.world_64,
     "smoke": demo.smoke,
-    **{size: partial(wan.wan, size) for size in RELEASES},
+    **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in RELEASES},
 }
 
 
