@@ -300,12 +300,11 @@ def test_without_a_gpu_nothing_overlaps_and_it_is_said() -> None:
         ModelEngine(tiny_model(), start_image(), "a room", engine=EngineConfig(overlap=True))
 
 
-def test_a_kernel_of_attention_is_chosen_for_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_of_attention_is_chosen_for_the_network_alone() -> None:
     """A codec's attention is wider than fast kernels are; a race must have been run."""
     model, flash = tiny_model(), torch.backends.cuda.flash_sdp_enabled
     seen: dict[str, set[bool]] = {"network": set(), "codec": set()}
-    velocity = type(model.net).velocity
-    monkeypatch.setattr(type(model.net), "velocity", lambda *args: (seen["network"].add(flash()), velocity(*args))[1])
+    model.net.register_forward_pre_hook(lambda *_: seen["network"].add(flash()))
     engine = ModelEngine(model, start_image(), "a room", engine=EngineConfig(attention="math"))
     decode = engine.decode
     engine.decode = lambda *args: (seen["codec"].add(flash()), decode(*args))[1]

@@ -34,4 +34,3 @@ def test_patches_hold_the_rays_of_their_pixels() -> None:
     patches, whole = rays.patches(2, 3, 2), rays.plucker(4, 6)
     assert patches.shape == (1, 1, 6, 24)
     torch.testing.assert_close(patches[0, 0, 4].view(6, 2, 2), whole[0, 0, :, 2:4, 2:4])
-    assert torch.equal(rays.twice().patches(2, 3, 2), torch.cat([patches] * 2, 1))

@@ -11,7 +11,7 @@ Prompts and times, which are read once per pass, and the optimiser are left out:
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -23,10 +23,9 @@ from torch import nn
 from minwm.bench.machine import Machine, compiled_graphs, faster, measure_machine, peak_memory, reset_peak_memory
 from minwm.bench.memory import random_batch
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times
 from minwm.core.runtime import StageTimer, pick_device
 from minwm.nets.attention import AttentionScope, Cached, Full, Masked, ReadOnlyCache
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition
+from minwm.nets.backbone import Backbone
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.dmd import DmdConfig
 from minwm.train.build import build_recipe
@@ -162,20 +161,16 @@ def count_flops(networks: Iterable[Backbone]) -> Iterator[list[int]]:
     """Useful FLOPs of every pass that the networks make meanwhile, the backward pass included if there is one."""
     flops, networks = list[int](), list(networks)
 
-    def counting(net: Backbone, plain: Callable[..., Latents]) -> Callable[..., Latents]:
-        def velocity(x: Latents, t: Times | Modulation, bound: PreparedCondition, scope: AttentionScope) -> Latents:
-            flops.append((3 if torch.is_grad_enabled() else 1) * pass_flops(net, x.shape, scope))
-            return plain(x, t, bound, scope)
+    def count(net: Any, args: Any) -> None:
+        scope = args[3] if len(args) > 3 else FULL
+        flops.append((3 if torch.is_grad_enabled() else 1) * pass_flops(net, args[0].shape, scope))
 
-        return velocity
-
-    for net in networks:
-        net.velocity = counting(net, net.velocity)
+    hooks = [net.register_forward_pre_hook(count) for net in networks]
     try:
         yield flops
     finally:
-        for net in networks:
-            del net.velocity  # the one of its class is there again
+        for hook in hooks:
+            hook.remove()
 
 
 def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> int:

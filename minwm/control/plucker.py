@@ -29,10 +29,6 @@ class Rays:
     def from_cameras(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Rays":
         return cls(w2c.float(), K.float())
 
-    def twice(self) -> "Rays":
-        """For a teacher-forced sequence: both halves are seen by the same cameras."""
-        return Rays(torch.cat([self.w2c] * 2, 1), torch.cat([self.K] * 2, 1))
-
     def plucker(self, height: int, width: int) -> Float[Tensor, "b f 6 {height} {width}"]:
         """(d, o x d) of the rays through the pixel centres of a picture of that size, float32."""
         place = {"device": self.w2c.device, "dtype": torch.float32}

@@ -37,10 +37,6 @@ class Projection:
         forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
         return cls(torch.stack([forward, inverse.mT, forward.mT]))
 
-    def twice(self) -> "Projection":
-        """For a teacher-forced sequence [clean | noisy]: both halves are seen by the same cameras."""
-        return type(self)(torch.cat([self.matrices] * 2, dim=2))
-
     def queries(self, q: Tokens) -> Tokens:
         return _per_frame(q, self.matrices[0])  # rows: (P^T q)^T = q^T P
 

@@ -42,6 +42,12 @@ class Condition:
             else replace(self, w2c=self.w2c[:, start:stop], K=self.K[:, start:stop])
         )
 
+    def repeat_frames(self, times: int) -> "Condition":
+        """The condition of a sequence that holds the same frames so many times, one after the other."""
+        if self.w2c is None or self.K is None:
+            return self
+        return replace(self, w2c=self.w2c.repeat(1, times, 1, 1), K=self.K.repeat(1, times, 1))
+
     def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""
         return replace(self, text=torch.zeros_like(self.text) if self.null is None else self.null)

@@ -187,6 +187,9 @@ class Full:
         return softmax_attention(q, k, v)
 
 
+FULL = Full()
+
+
 class Masked:
     """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them.
 

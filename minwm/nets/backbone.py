@@ -1,7 +1,7 @@
-"""Backbone: embed -> blocks -> unembed under an attention scope, and the teacher-forced pass built on it."""
+"""The contract of a backbone: embed -> blocks -> unembed under an attention scope; the teacher-forced pass on it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -21,36 +21,50 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Condition
-from minwm.nets.attention import AttentionScope, Full, Geometry, Heads, KVArena, Masked, teacher_forcing
+from minwm.nets.attention import (
+    FULL,
+    AttentionScope,
+    Geometry,
+    Heads,
+    KVArena,
+    Masked,
+    StreamConfig,
+    teacher_forcing,
+)
 from minwm.nets.fp8 import Linear
 
-TextKV = list[tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]]
+Timesteps = Float[Tensor, "#b #f"]
+"""Per latent frame, or one for all."""
+TextKV = tuple[Float[Tensor, "b heads l e"], Float[Tensor, "b heads l e"]]
+"""Text keys and values of one layer."""
 
 
 @dataclass(frozen=True)
 class PreparedCondition:
-    """A condition made ready for the network: text keys and values per layer, cameras as projections or rays."""
+    """A condition with what depends on it alone worked out, for many passes over the same frames."""
 
-    text: TextKV
+    text: Sequence[TextKV]
+    """Per layer."""
     camera: Projection | Rays | None
     rope: Tensor | None = None
-    """Table of the positions of the frames, as `places` makes it; None: the network asks the scope."""
+    """`Backbone.rope_table` of the frames; None: the network asks the scope for their positions."""
 
 
 ShiftScaleGate = tuple[Float[Tensor, "#b #f 1 d"], ...]
+"""adaLN modulation of one layer."""
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """What time does to every layer, made ready: samplers ask at the same few times again and again."""
+    """The adaLN modulation of every layer at one timestep: samplers come back to the same few."""
 
-    layers: list[ShiftScaleGate]
+    layers: Sequence[ShiftScaleGate]
     head: ShiftScaleGate
 
 
 Checkpointing = Literal[False, True, "attention"]
 """What of a block is kept for the backward pass: everything; its inputs alone, so that all of it is computed again; or
-its inputs and what attention among the video's tokens found, so that this, most of the work, is not done again."""
+its inputs and the output of attention among video tokens, so that this, most of the work, is not done again."""
 ATTENTION_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -62,44 +76,85 @@ ATTENTION_OPS = (
 
 
 def keep_attention(_context: Any, operator: Any, *args: Any, **_options: Any) -> CheckpointPolicy:
-    """Keep what attention found, but for that to a prompt: its few keys (args[1]) are soon asked again."""
+    """Keep the output of self-attention; cross-attention has few keys (args[1]): cheap to repeat."""
     costly = operator in ATTENTION_OPS and args[1].shape[-2] >= args[0].shape[-2]
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Backbone(nn.Module, ABC):
-    """A video diffusion transformer that predicts velocity.
+    """A video diffusion transformer that predicts the velocity v = eps - x_0.
 
-    `layers`, `heads` (attention heads of one pass, both camera branches stacked) and `head_width` size its arena.
+    `forward` is the one pass, whatever the attention scope. What many passes share can be worked out before: text keys
+    and values once per prompt, camera matrices once per chunk, modulation once per timestep. `layers`, `cache_heads`
+    (attention heads of one pass, both camera branches stacked) and `head_width` size the KV arena.
     """
 
     layers: int
     cache_heads: int
     head_width: int
     needs_first_frame_coordinates: bool = False
-    """Wants cameras in the frame of the first one: a stream may not move its cache to another."""
+    """Cameras must be given relative to the first frame: a stream may not move the world frame of its cache."""
     checkpointing: Checkpointing = False
     arena_type: type[KVArena] = KVArena
-    """What its streams keep keys and values in."""
+    """The KV cache of its streams."""
 
     @abstractmethod
-    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
+    def forward(
+        self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
+    ) -> Latents:
+        """v at x_t. `t`: per frame, or the modulation of one timestep for all of them."""
+
+    @abstractmethod
+    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> list[TextKV]:
         """Text keys and values of every layer; they depend on the prompt alone."""
 
     @abstractmethod
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
-        """Camera matrices of the condition's frames; None for a network without camera control."""
+        """Cameras of the condition's frames as attention takes them; None for a network without camera control."""
 
-    def adaln_modulation(self, t: Float[Tensor, "#b #f"]) -> Times | Modulation:
-        """What to give to `velocity` for times that are asked for often: per frame, or one for all (1 x 1)."""
+    def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
+        """What `forward` may be given in place of one timestep t, `(1, 1)`; by default t itself."""
         return t
 
+    def prepare(self, cond: Condition) -> PreparedCondition:
+        """The condition for many passes over the same frames."""
+        return PreparedCondition(self.project_text_kv(cond.text), self.camera_matrices(cond))
+
+    def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
+        """Methods besides `forward` that read parameters, with the module that owns these.
+
+        Who shards parameters makes their hooks run here too (`torch.distributed.fsdp.register_fsdp_forward_method`).
+        """
+        yield from ((self, "project_text_kv"), (self, "adaln_modulation"))
+
+    @abstractmethod
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens per latent frame of height x width latents."""
+
+    @abstractmethod
+    def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
+        """Cached keys as if their frames came `frames` later."""
+
+    @abstractmethod
+    def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+        """Cached keys or values after the world frame has moved to the pose `frame` (camera-to-world)."""
+
+    def rope_table(self, x: Latents, scope: AttentionScope) -> Tensor | None:
+        """Rotary angles of the tokens of x, for `PreparedCondition.rope`; None for a network without any."""
+        return None
+
+    def flops(self, frames: int, tokens: int, visible: int) -> int:
+        """FLOPs of one forward pass over `frames` x `tokens` tokens that attend to `visible` tokens, themselves
+        included; no guidance. A multiply-add is two; matrix products alone count. Text keys and values and the
+        modulation are taken as worked out before."""
+        raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
+
     def use_kernels(self) -> None:
-        """Let hand-written kernels do what they can in streams, in place; no fallback."""
+        """Use hand-written kernels in streams, in place; no fallback."""
         raise ConfigError(f"{type(self).__name__} has no kernels of its own; leave engine.kernels off")
 
     def use_fp8(self, on: bool = True) -> None:
-        """Let every `fp8.Linear` take its products in FP8, in place, once the network is where it runs."""
+        """Compute every `fp8.Linear` in FP8, in place, once the network is on its device."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         if not linears:
             raise ConfigError(f"{type(self).__name__} has no linears for FP8; leave engine.fp8 off")
@@ -110,93 +165,44 @@ class Backbone(nn.Module, ABC):
         for linear in linears:
             linear.use_fp8(on)
 
-    def rope_table(self, x: Latents, scope: AttentionScope) -> Tensor | None:
-        """The network's table of the positions of x's frames, if it has any: for `Bound`."""
-        return None
-
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile the blocks, in place. One graph must serve all layers and chunks; no fallback."""
         raise ConfigError(f"{type(self).__name__} has no compiled form; leave engine.compile off")
 
-    def flops(self, frames: int, tokens: int, seen: int) -> int:
-        """Of one pass over `frames` of `tokens` each that sees `seen` tokens, itself included, for one branch.
-
-        A multiply-add is two; matrix products alone count. The prompt is read and time looked at beforehand.
-        """
-        raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
-
-    @abstractmethod
-    def velocity(
-        self, x: Latents, t: Float[Tensor, "#b #f"] | Modulation, bound: PreparedCondition, scope: AttentionScope
-    ) -> Latents:
-        """v at x_t. The one forward pass, whatever the scope."""
-
-    @abstractmethod
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens per latent frame of height x width latents."""
-
-    @abstractmethod
-    def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
-        """Cached keys, had their frames come `frames` later in time."""
-
-    @abstractmethod
-    def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
-        """Cached keys or values after the world's frame has moved to the pose `frame`."""
-
     def maybe_checkpoint(self, block: nn.Module, *args: Any) -> Tensor:
+        """block(*args), under activation checkpointing where gradients flow and `checkpointing` asks for it."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(*args)
-        kept = partial(create_selective_checkpoint_contexts, keep_attention)
-        context = kept if self.checkpointing == "attention" else noop_context_fn
+        selective = partial(create_selective_checkpoint_contexts, keep_attention)
+        context = selective if self.checkpointing == "attention" else noop_context_fn
         return cast(Tensor, checkpoint(block, *args, use_reentrant=False, context_fn=context))
 
-    def prepare(self, cond: Condition) -> PreparedCondition:
-        return PreparedCondition(self.project_text_kv(cond.text), self.camera_matrices(cond))
-
-    def forward(
-        self,
-        x: Latents,
-        t: Float[Tensor, "#b #f"] | Modulation,
-        cond: Condition | PreparedCondition,
-        scope: AttentionScope | None = None,
-    ) -> Latents:
-        bound = self.prepare(cond) if isinstance(cond, Condition) else cond
-        return self.velocity(x, t, bound, scope or Full())
-
     def arena(self, geometry: Geometry, batch: int) -> KVArena:
+        """An empty KV cache in the dtype of the keys, on the device of the weights."""
         weight = next(self.parameters())
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return self.arena_type(
-            geometry,
-            self.layers,
-            batch,
-            self.cache_heads,
-            self.head_width,
-            dtype=dtype,
-            device=weight.device,
-        )
+        sizes = self.layers, batch, self.cache_heads, self.head_width
+        return self.arena_type(geometry, *sizes, dtype=dtype, device=weight.device)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What later chunks are given of earlier ones: the clip at times t, 0 or little more."""
+    """The past that chunks are given in training: the clip at timesteps t, 0 (clean) or little more."""
 
     latents: Latents
     t: Times
 
 
 def teacher_forced(
-    net: Backbone, past: Context, noisy: Latents, t: Times, cond: Condition, geometry: Geometry
+    net: Backbone, context: Context, noisy: Latents, t: Times, cond: Condition, stream: StreamConfig
 ) -> Latents:
     """Velocity of every noisy chunk given the true chunks before it, all chunks in one pass (paper, stage 1).
 
-    The sequence is [past | noisy at t]; both halves have the same positions and cameras.
+    The sequence is [context | noisy at t]; both halves have the same positions and cameras.
     """
     frames = noisy.shape[1]
-    scope = Masked(teacher_forcing(geometry, frames), 2 * frames, period=frames)
-    bound = net.prepare(cond)
-    bound = PreparedCondition(bound.text, bound.camera and bound.camera.twice())
-    both = net.velocity(torch.cat([past.latents, noisy], 1), torch.cat([past.t, t], 1), bound, scope)
+    scope = Masked(teacher_forcing(stream, frames), 2 * frames, period=frames)
+    both = net(torch.cat([context.latents, noisy], 1), torch.cat([context.t, t], 1), cond.repeat_frames(2), scope)
     return both[:, frames:]

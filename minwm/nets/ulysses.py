@@ -16,10 +16,10 @@ from torch import Tensor
 from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times
+from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import AttentionScope, Cached, Full, Heads
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, TextKV
+from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Heads
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, TextKV, Timesteps
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Ulysses(Backbone):
             raise ConfigError(f"{net.cache_heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
         self.layers, self.cache_heads, self.head_width = net.layers, net.cache_heads // self.ranks, net.head_width
 
-    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
+    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> list[TextKV]:
         return self.net.project_text_kv(text)
 
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
@@ -66,7 +66,7 @@ class Ulysses(Backbone):
     def tokens_per_frame(self, height: int, width: int) -> int:
         return self.net.tokens_per_frame(height, width)
 
-    def adaln_modulation(self, t: Float[Tensor, "#b #f"]) -> Times | Modulation:
+    def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
         return self.net.adaln_modulation(t)
 
     def rope_table(self, x: Latents, scope: AttentionScope) -> Tensor | None:
@@ -90,14 +90,17 @@ class Ulysses(Backbone):
         whole[:, first : first + self.cache_heads] = kv
         return change(whole)[:, first : first + self.cache_heads]
 
-    def velocity(self, x: Latents, t: Times | Modulation, bound: PreparedCondition, scope: AttentionScope) -> Latents:
+    def forward(
+        self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
+    ) -> Latents:
         if not isinstance(scope, Cached | Full):  # others know where in the sequence a frame is
             raise ConfigError(f"ranks share streams and bidirectional passes, not {type(scope).__name__}")
         if x.shape[-2] % self.ranks or self.net.tokens_per_frame(*x.shape[-2:]) % self.ranks:
             raise ConfigError(f"{x.shape[-2]} rows of latents cannot be shared by {self.ranks} ranks evenly")
-        rope = self.rope_table(x, scope) if bound.rope is None else bound.rope
+        prepared = self.prepare(cond) if isinstance(cond, Condition) else cond
+        rope = self.rope_table(x, scope) if prepared.rope is None else prepared.rope
         rows = x.chunk(self.ranks, dim=-2)[self.rank]
-        mine = self.net.velocity(rows, t, replace(bound, rope=rope), Exchanged(scope, self.ranks)).contiguous()
+        mine = self.net(rows, t, replace(prepared, rope=rope), Exchanged(scope, self.ranks)).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(parts, mine)
         return torch.cat(parts, dim=-2)

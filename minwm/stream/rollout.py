@@ -1,6 +1,6 @@
-"""From noise to video: ODE solvers, the bidirectional sampler, and the chunk-by-chunk rollout.
+"""From noise to latents: all frames at once, or chunk by chunk with a KV cache.
 
-One rollout serves generation, live play and the self-rollout of DMD; only who asks for gradients differs.
+One rollout serves generation, live play, the collection of ODE trajectories and the self-rollout of DMD.
 """
 
 from collections.abc import Iterator
@@ -16,22 +16,22 @@ from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, guide, interpolate
 from minwm.core.types import Condition
-from minwm.nets.attention import AttentionScope, Cached, Full, Geometry, ReadOnlyCache
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition
+from minwm.nets.attention import FULL, AttentionScope, Cached, Geometry, ReadOnlyCache
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps
 from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 
 def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: Condition) -> Latents:
     """All frames at once; an image start is held clean at t = 0."""
     guided = sampler.guidance != 1
-    bound = net.prepare(Condition.stack(cond, cond.unconditional()) if guided else cond)
-    held = 0 if cond.first_latent is None else 1
+    prepared = net.prepare(Condition.stack(cond, cond.unconditional()) if guided else cond)
+    given = 0 if cond.first_latent is None else 1
 
     def velocity(x: Latents, t: float) -> Latents:
         times = x.new_full(x.shape[:2], t)
-        times[:, :held] = 0
-        v = guided_velocity(net, x, times, bound, Full(), sampler.guidance)
-        v[:, :held] = 0
+        times[:, :given] = 0
+        v = guided_velocity(net, x, times, prepared, FULL, sampler.guidance)
+        v[:, :given] = 0
         return v
 
     start = noise if cond.first_latent is None else torch.cat([cond.first_latent.to(noise), noise[:, 1:]], dim=1)
@@ -40,14 +40,14 @@ def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: 
 
 
 def guided_velocity(
-    net: Backbone, x: Latents, t: Tensor | Modulation, bound: PreparedCondition, scope: AttentionScope, scale: float
+    net: Backbone, x: Latents, t: Timesteps | Modulation, cond: PreparedCondition, scope: AttentionScope, scale: float
 ) -> Latents:
-    """Velocity under guidance; `bound` holds [cond | uncond] stacked on the batch unless scale is 1."""
+    """Velocity under classifier-free guidance; `cond` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
-        return net(x, t, bound, scope)
+        return net(x, t, cond, scope)
     both = t if isinstance(t, Modulation) else t.expand(len(x), -1).repeat(2, 1)
-    cond, uncond = net(x.repeat(2, 1, 1, 1, 1), both, bound, scope).chunk(2)
-    return guide(cond, uncond, scale)
+    v, v_uncond = net(x.repeat(2, 1, 1, 1, 1), both, cond, scope).chunk(2)
+    return guide(v, v_uncond, scale)
 
 
 REACH = 8.0
@@ -58,11 +58,11 @@ Projective keys and queries grow with that distance while their products do not;
 
 
 class Stream:
-    """A network unrolled chunk by chunk: its arena, its prompt, and the index of the next chunk.
+    """A network unrolled chunk by chunk: its KV arena, its prompt, and the index of the current chunk.
 
-    The chunk functions are pure in (noise, cameras, chunk index, arena). `commit` moves the stream on, and `look`
-    brings the cache to where the next chunk is: attention knows only differences of positions and relative poses,
-    so this changes no result, but it keeps numbers small however far and long one walks.
+    Of every chunk: `prepare_chunk` with its cameras, `next_chunk` to denoise it, `update_cache` to make it the past of
+    later ones. The first may also move the cache to another world frame, and its sinks in time: attention sees only
+    differences of positions and relative poses, so no result changes, but numbers stay small however far one walks.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Stream:
         self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
         self.text = net.project_text_kv(self._guidance_branches(cond).text)
         self.arena = net.arena(geometry, len(self._guidance_branches(cond).text))
-        self._modulations: dict[float, Tensor | Modulation] = {}
+        self._modulations: dict[float, Timesteps | Modulation] = {}
         self._reset(len(cond.text))
 
     def _reset(self, batch: int) -> None:
@@ -87,12 +87,11 @@ class Stream:
         self.set_prompt(cond)
 
     @torch.no_grad()
-    def modulation(self, t: float) -> Tensor | Modulation:
-        """What time t does to the network; worked out once."""
+    def modulation(self, t: float) -> Timesteps | Modulation:
+        """The network's modulation at timestep t, computed once."""
         if t not in self._modulations:
-            self._modulations[t] = self.net.adaln_modulation(
-                torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device)
-            )
+            one = torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device)
+            self._modulations[t] = self.net.adaln_modulation(one)
         return self._modulations[t]
 
     def _guidance_branches(self, cond: Condition) -> Condition:
@@ -104,7 +103,7 @@ class Stream:
         self.text = self.net.project_text_kv(self._guidance_branches(cond).text)
 
     def prepare_chunk(self, cond: Condition) -> PreparedCondition:
-        """Cameras of the current chunk, with the stream's prompt."""
+        """The stream's prompt and the cameras of the current chunk; the cache is moved to where these are."""
         origin = self.origin
         if cond.w2c is not None:
             w2c = cond.w2c.double().cpu()
@@ -116,18 +115,17 @@ class Stream:
         return PreparedCondition(self.text, self.net.camera_matrices(self._guidance_branches(cond)))
 
     @torch.no_grad()
-    def _move_cache(self, origin: Float[Tensor, "b 4 4"], rolled: int) -> None:
+    def _move_cache(self, origin: Float[Tensor, "b 4 4"], sink_shift: int) -> None:
         """Express the cache in another world frame, and move its sinks in time."""
         geometry = self.geometry
-        text, sinks = geometry.text_rows, geometry.text_rows + geometry.start(geometry.sink) * geometry.tokens
+        text, sinks = geometry.text_rows, geometry.slot_rows(geometry.sink)[0]
         if origin is not self.origin:
             frame = (se3_inverse(self.origin) @ origin).repeat(1 if self.guidance == 1 else 2, 1, 1)
             self.arena.transform_kv(lambda kv: self.net.change_world_frame(kv, frame), slice(text, None), values=True)
-        if moved := rolled - self.sink_shift:
-            self.arena.transform_kv(
-                lambda keys: self.net.rotate_keys_in_time(keys, moved), slice(text, sinks), values=False
-            )
-        self.origin, self.sink_shift = origin, rolled
+        if frames := sink_shift - self.sink_shift:
+            rotated = partial(self.net.rotate_keys_in_time, frames=frames)
+            self.arena.transform_kv(rotated, slice(text, sinks), values=False)
+        self.origin, self.sink_shift = origin, sink_shift
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten.
@@ -137,53 +135,53 @@ class Stream:
         return self.arena.save_slot(self.chunk), self.chunk, self.origin, self.sink_shift
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        lost, self.chunk, origin, rolled = snapshot
-        self._move_cache(origin, rolled)
-        self.arena.restore_slot(self.chunk, lost)
+        slot, self.chunk, origin, sink_shift = snapshot
+        self._move_cache(origin, sink_shift)
+        self.arena.restore_slot(self.chunk, slot)
 
-    def next_chunk(self, bound: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
+    def next_chunk(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
         """The current chunk, denoised; `update_cache` is still to come. noise: `sampler.num_noise_samples` of them."""
-        return sampler.sample(partial(self.velocity, bound), noise)
+        return sampler.sample(partial(self.velocity, cond), noise)
 
-    def velocity(self, bound: PreparedCondition, x: Latents, t: float) -> Latents:
-        """Of the current chunk at x_t, under guidance."""
-        return guided_velocity(self.net, x, self.modulation(t), bound, Cached(self.arena, self.chunk), self.guidance)
+    def velocity(self, cond: PreparedCondition, x: Latents, t: float) -> Latents:
+        """v of the current chunk at x_t, under guidance."""
+        return guided_velocity(self.net, x, self.modulation(t), cond, Cached(self.arena, self.chunk), self.guidance)
 
     def few_step_with_grad(
-        self, bound: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None
+        self, cond: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None
     ) -> tuple[Latents, Latents | None]:
         """The denoised chunk without gradient, and x_0 as predicted at `exit_step` with gradient (self-rollout)."""
 
         def velocity(x: Latents, t: float) -> Latents:
             if exit_step is None or t != times[exit_step]:
                 with torch.no_grad():
-                    return self.velocity(bound, x, t)
-            v = self.net(x, x.new_full(x.shape[:2], t), bound, ReadOnlyCache(self.arena, self.chunk))
+                    return self.velocity(cond, x, t)
+            v = self.net(x, x.new_full(x.shape[:2], t), cond, ReadOnlyCache(self.arena, self.chunk))
             if self.geometry.merged_refresh and t == times[-1]:
                 with torch.no_grad():  # the pass with gradient wrote nothing into the cache
-                    self.cache_update_pass(bound, x, t)
+                    self.cache_update_pass(cond, x, t)
             return v
 
         predictions = [*few_step_predictions(velocity, noise, times)]
         return predictions[-1].detach(), None if exit_step is None else predictions[exit_step]
 
     @torch.no_grad()
-    def update_cache(self, bound: PreparedCondition, x: Latents, noise: Latents | None = None) -> None:
-        """Write the finished chunk's keys and values, and move on.
+    def update_cache(self, cond: PreparedCondition, x: Latents, noise: Latents | None = None) -> None:
+        """Write the finished chunk's keys and values into the cache, and go on to the next chunk.
 
-        They are those of the clean chunk at t = 0; with `noise`, which a generated chunk has, of the chunk at the
-        geometry's `context_noise`, or with its `merged_refresh` of the last denoising pass, which are there already.
+        They are those of the clean chunk at t = 0. With `noise`, for a generated chunk, they are those of the chunk at
+        `context_noise`; with `merged_refresh` those of the last denoising pass, which are there already.
         """
         if noise is None or not self.geometry.merged_refresh:
             level = 0.0 if noise is None else self.geometry.context_noise
-            kept = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
-            self.cache_update_pass(bound, kept, level)
+            x = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
+            self.cache_update_pass(cond, x, level)
         self.chunk += 1
 
-    def cache_update_pass(self, bound: PreparedCondition, x: Latents, t: float = 0.0) -> None:
-        """The pass of `commit`, without moving on."""
+    def cache_update_pass(self, cond: PreparedCondition, x: Latents, t: float = 0.0) -> None:
+        """The forward pass of `update_cache`, whose output nobody needs."""
         x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
-        self.net(x, self.modulation(t), bound, Cached(self.arena, self.chunk))
+        self.net(x, self.modulation(t), cond, Cached(self.arena, self.chunk))
 
 
 def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:
@@ -196,15 +194,15 @@ def stream_latents(
     net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry
 ) -> Iterator[Latents]:
     """Chunks of latents as they are finished. With an image start the first chunk is the image itself."""
-    state = Stream(net, cond, geometry, sampler.guidance)
+    stream = Stream(net, cond, geometry, sampler.guidance)
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
-        bound = state.prepare_chunk(cond.frames(a, b))
+        chunk = stream.prepare_chunk(cond.frames(a, b))
         if index == 0 and cond.first_latent is not None:
-            x, hidden = image_chunk(cond.first_latent, geometry), None
+            x, context_noise = image_chunk(cond.first_latent, geometry), None
         else:
-            x, hidden = state.next_chunk(bound, noise[:, :, a:b], sampler), noise[-1, :, a:b]
+            x, context_noise = stream.next_chunk(chunk, noise[:, :, a:b], sampler), noise[-1, :, a:b]
         yield x
-        state.update_cache(bound, x, hidden)
+        stream.update_cache(chunk, x, context_noise)
 
 
 @torch.no_grad()
@@ -224,33 +222,30 @@ def self_rollout(
     exit_step: int | None,
     chunks_without_grad: int = 0,
 ) -> tuple[Latents, Latents]:
-    """(clip, scored clip): the network's own video, and its prediction at `exit_step` with gradient.
+    """(clip, clip at exit): the network's own video, and its x_0 at `exit_step`, with gradient (Self-Forcing).
 
-    Every chunk is denoised in full and that result, not the scored one, becomes the context of later chunks;
-    context carries no gradient, nor do the first `ungraded` chunks.
+    Every chunk is denoised in full and that result, not the one at the exit step, becomes the context of later chunks;
+    context carries no gradient, nor do the first `chunks_without_grad` chunks.
     """
     if net.checkpointing and exit_step is not None and len(geometry.chunks(noise.shape[2])) > geometry.slots:
         raise ConfigError(
             f"a self-rollout of {noise.shape[2]} latents overwrites its cache of {geometry.slots} chunks, which "
             "checkpointing reads again in the backward pass; raise window, or switch checkpointing off"
         )
-    state = Stream(net, cond, geometry, reach=None)
-    clip, scored = [], []
+    stream = Stream(net, cond, geometry, reach=None)
+    clip, at_exit = [], []
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
-        bound = state.prepare_chunk(cond.frames(a, b))
+        chunk = stream.prepare_chunk(cond.frames(a, b))
         if index == 0 and cond.first_latent is not None:
-            x, graded, hidden = image_chunk(cond.first_latent, geometry), None, None
+            x, x0, context_noise = image_chunk(cond.first_latent, geometry), None, None
         else:
-            x, graded = state.few_step_with_grad(
-                bound, noise[:, :, a:b], times, exit_step if index >= chunks_without_grad else None
-            )
-            hidden = noise[-1, :, a:b]
+            exits = exit_step if index >= chunks_without_grad else None
+            x, x0 = stream.few_step_with_grad(chunk, noise[:, :, a:b], times, exits)
+            context_noise = noise[-1, :, a:b]
         clip.append(x)
-        scored.append(x if graded is None else graded)
-        state.update_cache(
-            PreparedCondition([(k.detach(), v.detach()) for k, v in bound.text], bound.camera), x, hidden
-        )
-    return torch.cat(clip, 1), torch.cat(scored, 1)
+        at_exit.append(x if x0 is None else x0)
+        stream.update_cache(chunk, x, context_noise)
+    return torch.cat(clip, 1), torch.cat(at_exit, 1)
 
 
 def image_chunk(first: Latents, geometry: Geometry) -> Latents:

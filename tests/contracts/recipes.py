@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import AttentionScope, Geometry
-from minwm.nets.backbone import Backbone, PreparedCondition, TextKV
+from minwm.nets.attention import FULL, AttentionScope, Geometry
+from minwm.nets.backbone import Backbone, TextKV
 from minwm.recipes.base import Recipe
 from minwm.recipes.consistency import Consistency, ConsistencyConfig
 from minwm.recipes.diffusion import (
@@ -80,18 +80,16 @@ def gradients(net: nn.Module) -> list[Tensor]:
 @contextmanager
 def watched(net: Backbone) -> Iterator[list[tuple[Times, Latents]]]:
     """Times and outputs of every pass of a network that is under gradient."""
-    seen, velocity = [], net.velocity
+    seen = []
 
-    def recording(x: Latents, t: Times, bound: PreparedCondition, scope: AttentionScope) -> Latents:
-        v = velocity(x, t, bound, scope)
+    def record(_: nn.Module, args: tuple[Any, ...], v: Latents) -> None:
         if v.requires_grad:
             v.retain_grad()
-            seen.append((t, v))
-        return v
+            seen.append((args[1], v))
 
-    net.velocity = recording  # pyright: ignore[reportAttributeAccessIssue]
+    hook = net.register_forward_hook(record)
     yield seen
-    net.velocity = velocity
+    hook.remove()
 
 
 class Exact(Backbone):
@@ -103,7 +101,7 @@ class Exact(Backbone):
         super().__init__()
         self.datum = nn.Parameter(datum.clone())
 
-    def project_text_kv(self, text: Tensor) -> TextKV:
+    def project_text_kv(self, text: Tensor) -> list[TextKV]:
         return []
 
     def camera_matrices(self, cond: Condition) -> None:
@@ -118,7 +116,7 @@ class Exact(Backbone):
     def change_world_frame(self, kv: Tensor, frame: Tensor) -> Tensor:
         return kv
 
-    def velocity(self, x: Latents, t: Tensor, bound: PreparedCondition, scope: AttentionScope) -> Latents:
+    def forward(self, x: Latents, t: Tensor, cond: Any, scope: AttentionScope = FULL) -> Latents:
         ends = self.datum[:, scope.positions(x.shape[1])].repeat(len(x) // len(self.datum), 1, 1, 1, 1)
         t = t[:, :, None, None, None]
         return torch.where(t > 0, (x - ends) / t.clamp_min(1e-3), 0)

@@ -34,7 +34,7 @@ def streamed(net: Backbone, x: torch.Tensor, t: torch.Tensor, cond: Condition, g
     arena, text, parts = net.arena(geometry, len(x)), net.project_text_kv(cond.text), []
     for i, (a, b) in enumerate(geometry.chunks(x.shape[1])):
         bound = PreparedCondition(text, net.camera_matrices(cond.frames(a, b)))
-        parts.append(net.velocity(x[:, a:b], t[:, a:b], bound, Cached(arena, i)))
+        parts.append(net(x[:, a:b], t[:, a:b], bound, Cached(arena, i)))
     return torch.cat(parts, 1)
 
 
@@ -61,9 +61,9 @@ def test_teacher_forcing_equals_streaming_with_the_same_past(name: str, scope: t
     arena, text = net.arena(geometry, 2), net.project_text_kv(cond.text)
     for i, (a, b) in enumerate(geometry.chunks(frames)):
         bound = PreparedCondition(text, net.camera_matrices(cond.frames(a, b)))
-        v = net.velocity(noisy[:, a:b], t[:, a:b], bound, scope(arena, i))
+        v = net(noisy[:, a:b], t[:, a:b], bound, scope(arena, i))
         torch.testing.assert_close(v, forced[:, a:b], atol=TOLERANCE, rtol=TOLERANCE)
-        net.velocity(past[:, a:b], t_past[:, a:b], bound, Cached(arena, i))
+        net(past[:, a:b], t_past[:, a:b], bound, Cached(arena, i))
 
 
 @pytest.mark.parametrize("name", CAMERA)
@@ -151,11 +151,9 @@ def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient() -> N
     arena, text = net.arena(geometry, 2), net.project_text_kv(cond.text)
     past, now = latents(1).requires_grad_(), latents(2, seed=3).requires_grad_()
     with torch.no_grad():
-        net.velocity(
-            past, torch.zeros(2, 1), PreparedCondition(text, net.camera_matrices(cond.frames(0, 1))), Cached(arena, 0)
-        )
+        net(past, torch.zeros(2, 1), PreparedCondition(text, net.camera_matrices(cond.frames(0, 1))), Cached(arena, 0))
     before = arena.kv.clone()
-    v = net.velocity(
+    v = net(
         now, torch.ones(2, 2), PreparedCondition(text, net.camera_matrices(cond.frames(1, 3))), ReadOnlyCache(arena, 1)
     )
     v.sum().backward()
@@ -172,7 +170,7 @@ def test_arena_never_moves_nor_allocates_over_fifty_chunks() -> None:
     for i in range(50):
         frames = geometry.first_chunk_frames if i == 0 else geometry.chunk
         bound = PreparedCondition(text, net.camera_matrices(cond.frames(0, frames)))
-        v = net.velocity(latents(frames, seed=i), torch.zeros(2, frames), bound, Cached(arena, i))
+        v = net(latents(frames, seed=i), torch.zeros(2, frames), bound, Cached(arena, i))
         assert v.isfinite().all()
     assert (arena.kv.data_ptr(), arena.kv.numel()) == (pointer, size)
 
@@ -219,7 +217,7 @@ def test_rolling_sinks_stand_right_before_the_window(name: str) -> None:
     stream = Stream(net, cond, geometry)
     for a, b in geometry.chunks(frames):
         bound = stream.prepare_chunk(cond.frames(a, b))
-        v = net.velocity(x[:, a:b], torch.ones(2, b - a), bound, Cached(stream.arena, stream.chunk))
+        v = net(x[:, a:b], torch.ones(2, b - a), bound, Cached(stream.arena, stream.chunk))
         stream.update_cache(bound, x[:, a:b])
     kept = [0, *range(9, 13)]
     short = replace(cond, w2c=cond.w2c[:, kept], K=cond.K[:, kept])  # pyright: ignore[reportOptionalSubscript]

@@ -3,7 +3,7 @@
 Sources: Wan2.1 `wan/modules/model.py` for the architecture (facts in the docstrings), minWM for `prope_o`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, cast
@@ -19,8 +19,8 @@ from minwm.control.prope import Mode, Projection, change_world_frame
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import AttentionScope, Cached, Heads, QKVBranches, attend_branches, softmax_attention
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, TextKV
+from minwm.nets.attention import FULL, AttentionScope, Cached, Heads, QKVBranches, attend_branches, softmax_attention
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, TextKV, Timesteps
 from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
     LayerNorm,
@@ -81,9 +81,10 @@ class WanConfig:
 
 
 class SelfAttention(nn.Module):
-    """What comes before and after attention among video tokens, which itself is a matter of the scope.
+    """Attention among video tokens, but for attention itself, which is the scope's.
 
-    Cameras: a second branch stacked on heads, or the paper's one.
+    Cameras (`WanConfig.camera`): dual adds a PRoPE branch, stacked on heads; single is the paper's one branch, with
+    PRoPE and RoPE halves stacked on channels.
     """
 
     def __init__(self, cfg: WanConfig, layer: int) -> None:
@@ -92,7 +93,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
         self.kernel: Callable[..., Tensor] | None = None
-        """`kernels.place`, if it is to be used."""
+        """`kernels.fused_qkv`, if it is to be used."""
         self.stack_dim = -1 if cfg.camera == "single" else 2
         """The axis on which branches are stacked."""
         if cfg.camera == "dual":
@@ -105,14 +106,19 @@ class SelfAttention(nn.Module):
         qk, v = self.normalised_qkv(x)
         match self.mode, camera:
             case "dual", Projection():
-                (q, k), (q_seen, k_seen) = rotate(qk, rope), camera.queries_and_keys(qk)
-                return (q, q_seen), (k, k_seen), (v, camera.keys(v))
+                (q, k), (q_prope, k_prope) = rotate(qk, rope), camera.queries_and_keys(qk)
+                return (q, q_prope), (k, k_prope), (v, camera.keys(v))
             case "single", Projection():
                 # The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs;
                 # D^T and D^-1 of a rotation both turn it back.
-                (seen, flat), (v_seen, v_flat) = qk.chunk(2, dim=-1), v.chunk(2, dim=-1)
-                (q_seen, k_seen), (q, k) = camera.queries_and_keys(contiguous_copy(seen)), rotate(flat, rope, back=True)
-                return (q_seen, q), (k_seen, k), (camera.keys(contiguous_copy(v_seen)), rotate(v_flat, rope, back=True))
+                (qk_prope, qk_rope), (v_prope, v_rope) = qk.chunk(2, dim=-1), v.chunk(2, dim=-1)
+                q_prope, k_prope = camera.queries_and_keys(contiguous_copy(qk_prope))
+                q, k = rotate(qk_rope, rope, back=True)
+                return (
+                    (q_prope, q),
+                    (k_prope, k),
+                    (camera.keys(contiguous_copy(v_prope)), rotate(v_rope, rope, back=True)),
+                )
         q, k = rotate(qk, rope)
         return (q,), (k,), (v,)
 
@@ -129,41 +135,40 @@ class SelfAttention(nn.Module):
         return qk.view(2, *shape), out[2].view(shape)
 
     def qkv_linear(self, x: Float[Tensor, "b f p d"]) -> Float[Tensor, "3 n d"]:
-        rows, layers = x.flatten(0, 2), (self.q, self.k, self.v)
+        rows, linears = x.flatten(0, 2), (self.q, self.k, self.v)
         if not can_write_in_place(x):
-            return torch.stack([layer(rows) for layer in layers])
+            return torch.stack([linear(rows) for linear in linears])
         out = rows.new_empty(3, *rows.shape)
-        for part, layer in zip(out, layers, strict=True):
-            layer.product(rows, layer.bias, out=part)
+        for part, linear in zip(out, linears, strict=True):
+            linear.product(rows, linear.bias, out=part)
         return out
 
     def fused_attention(
         self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection, scope: Cached
     ) -> Float[Tensor, "b s a e"]:
-        """`before` and attention in a stream, with one kernel for all that is between products."""
+        """`project_qkv` and attention in a stream, with one kernel for all that is between matrix products."""
         assert self.kernel is not None
-        norms, room = (self.norm_q.weight, self.norm_k.weight), scope.current_slot(self.layer)
-        queries = self.kernel(self.qkv_linear(x), norms, rope, camera, room, self.norm_q.eps)
+        norms, slot = (self.norm_q.weight, self.norm_k.weight), scope.current_slot(self.layer)
+        queries = self.kernel(self.qkv_linear(x), norms, rope, camera, slot, self.norm_q.eps)
         return scope.attend(self.layer, queries.transpose(1, 2)).transpose(1, 2)
 
     def project_output(
         self, out: Float[Tensor, "b s a e"], rope: Tensor, camera: Projection | None
     ) -> Float[Tensor, "r d"]:
-        """Projection of what attention found. Dual: o(RoPE branch) + prope_o(PRoPE branch)."""
+        """Output projection. Dual: o(RoPE branch) + prope_o(PRoPE branch)."""
         if self.mode == "single" and camera:
-            seen, flat = out.chunk(2, dim=-1)
-            parts = camera.outputs(contiguous_copy(seen)), rotate(flat, rope)
-            out = torch.cat(parts, dim=-1)
+            prope, flat = out.chunk(2, dim=-1)
+            out = torch.cat([camera.outputs(contiguous_copy(prope)), rotate(flat, rope)], dim=-1)
         if self.mode != "dual" or not camera:
             return self.o(out.flatten(2).flatten(0, 1))
-        main, projective = out.split(self.heads, dim=2)
-        seen = camera.outputs(contiguous_copy(projective))
+        main, prope = out.split(self.heads, dim=2)
+        prope = camera.outputs(contiguous_copy(prope))
         rows = self.o.product(main.flatten(2).flatten(0, 1), self.o.bias + self.prope_o.bias)
-        return torch.addmm(rows, seen.flatten(2).flatten(0, 1), self.prope_o.weight.t())
+        return torch.addmm(rows, prope.flatten(2).flatten(0, 1), self.prope_o.weight.t())
 
 
 class CrossAttention(nn.Module):
-    """Reading the prompt. Keys and values depend on the text alone and are computed once per prompt."""
+    """Attention to the prompt."""
 
     def __init__(self, cfg: WanConfig) -> None:
         super().__init__()
@@ -171,18 +176,22 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (kind(cfg.dim, cfg.dim) for kind in (Linear, nn.Linear, nn.Linear, Linear))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
 
-    def project_kv(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b a l e"], Float[Tensor, "b a l e"]]:
+    def project_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
         k, v = (rearrange(y, "b l (a e) -> b a l e", a=self.heads) for y in (self.norm_k(self.k(text)), self.v(text)))
         return k, v
 
-    def forward(self, x: Float[Tensor, "b f p d"], k: Tensor, v: Tensor) -> Float[Tensor, "b f p d"]:
+    def forward(self, x: Float[Tensor, "b f p d"], text: Float[Tensor, "b l d"] | TextKV) -> Float[Tensor, "b f p d"]:
+        k, v = self.project_kv(text) if isinstance(text, Tensor) else text
         q = self.norm_q(self.q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = softmax_attention(q, k, v).transpose(1, 2)
         return self.o(out.flatten(2)).view_as(x)
 
 
 class Block(nn.Module):
-    """Look around under the scope, read the prompt, think; modulated by time."""
+    """Self-attention under the scope, cross-attention to the prompt, feed-forward; modulated by the timestep (adaLN).
+
+    `time` and `text` are embeddings, or what the block makes of them: `adaln_modulation`, `project_text_kv`.
+    """
 
     def __init__(self, cfg: WanConfig, layer: int) -> None:
         super().__init__()
@@ -194,32 +203,35 @@ class Block(nn.Module):
         self.rounded = cfg.rounded
 
     def adaln_modulation(self, time: Float[Tensor, "b f 6 d"]) -> ShiftScaleGate:
-        """Shift, scale and gate of attention, then of the feed-forward part."""
+        """Shift, scale and gate of self-attention, then of the feed-forward part."""
         return _adaln(self.modulation, time, self.rounded)
 
+    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
+        return self.cross_attn.project_kv(text)
+
     def before_attention(
-        self, x: Float[Tensor, "b f p d"], paced: ShiftScaleGate, rope: Tensor, camera: Projection | None
+        self, x: Float[Tensor, "b f p d"], modulation: ShiftScaleGate, rope: Tensor, camera: Projection | None
     ) -> QKVBranches:
         """Branches of queries, keys and values; stacked already if a compiler can do so on the way."""
-        shift, scale, *_ = paced
-        parts = self.self_attn.project_qkv(modulate(x, shift, scale), rope, camera)
+        shift, scale, *_ = modulation
+        qkv = self.self_attn.project_qkv(modulate(x, shift, scale), rope, camera)
         if torch.compiler.is_compiling():
-            q, k, v = ((torch.cat(part, self.self_attn.stack_dim),) for part in parts)
+            q, k, v = ((torch.cat(branches, self.self_attn.stack_dim),) for branches in qkv)
             return q, k, v
-        return parts
+        return qkv
 
     def after_attention(
         self,
         x: Float[Tensor, "b f p d"],
         out: Float[Tensor, "b s a e"],
-        paced: ShiftScaleGate,
+        modulation: ShiftScaleGate,
         rope: Tensor,
-        text: tuple[Tensor, Tensor],
+        text: Float[Tensor, "b l d"] | TextKV,
         camera: Projection | None,
     ) -> Float[Tensor, "b f p d"]:
-        _, _, gate_a, shift, scale, gate = paced
-        x = gated_residual(x, self.self_attn.project_output(out, rope, camera).view_as(x), gate_a)
-        x = x + self.cross_attn(self.norm3(x), *text)
+        _, _, attention_gate, shift, scale, gate = modulation
+        x = gated_residual(x, self.self_attn.project_output(out, rope, camera).view_as(x), attention_gate)
+        x = x + self.cross_attn(self.norm3(x), text)
         return gated_residual(x, self.ffn(modulate(x, shift, scale)), gate)
 
     def forward(
@@ -227,22 +239,22 @@ class Block(nn.Module):
         x: Float[Tensor, "b f p d"],
         time: Float[Tensor, "b f 6 d"] | ShiftScaleGate,
         rope: Tensor,
-        text: tuple[Tensor, Tensor],
+        text: Float[Tensor, "b l d"] | TextKV,
         camera: Projection | None,
         scope: AttentionScope,
     ) -> Float[Tensor, "b f p d"]:
-        paced, attention = self.adaln_modulation(time) if isinstance(time, Tensor) else time, self.self_attn
+        attention, modulation = self.self_attn, self.adaln_modulation(time) if isinstance(time, Tensor) else time
+        shift, scale, *_ = modulation
         if attention.kernel and camera and isinstance(scope, Cached) and can_write_in_place(x):
-            out = attention.fused_attention(modulate(x, paced[0], paced[1]), rope, camera, scope)
+            out = attention.fused_attention(modulate(x, shift, scale), rope, camera, scope)
         else:
-            out = attend_branches(
-                scope, attention.layer, *self.before_attention(x, paced, rope, camera), dim=attention.stack_dim
-            )
-        return self.after_attention(x, out, paced, rope, text, camera)
+            qkv = self.before_attention(x, modulation, rope, camera)
+            out = attend_branches(scope, attention.layer, *qkv, dim=attention.stack_dim)
+        return self.after_attention(x, out, modulation, rope, text, camera)
 
 
 class Head(nn.Module):
-    """Modulated norm and projection to patch features; it sees the time embedding before its projection."""
+    """Modulated norm and projection to patch features; `time` is the time embedding before its projection."""
 
     def __init__(self, cfg: WanConfig) -> None:
         super().__init__()
@@ -253,12 +265,15 @@ class Head(nn.Module):
     def adaln_modulation(self, time: Float[Tensor, "b f d"]) -> ShiftScaleGate:
         return _adaln(self.modulation, time[:, :, None], self.rounded)
 
-    def forward(self, x: Float[Tensor, "b f p d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "b f p k"]:
+    def forward(
+        self, x: Float[Tensor, "b f p d"], time: Float[Tensor, "b f d"] | ShiftScaleGate
+    ) -> Float[Tensor, "b f p k"]:
+        shift, scale = self.adaln_modulation(time) if isinstance(time, Tensor) else time
         return self.head(modulate(x, shift, scale))
 
 
 def _adaln(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"], rounded: bool) -> ShiftScaleGate:
-    """Learned and timely modulation; 1 is added to scales, which come second of every (shift, scale, gate)."""
+    """Learned plus timestep modulation, split; 1 is added to scales, the second of every (shift, scale, gate)."""
     both = (learned.bfloat16() + time.bfloat16()).float() if rounded else learned.float() + time
     parts = both.split(1, dim=2)
     return tuple(1 + part if i % 3 == 1 else part for i, part in enumerate(parts))
@@ -291,7 +306,7 @@ class Wan(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The release's initialisation: Xavier linears, small embeddings, a silent head and camera branch."""
+        """The release's initialisation: Xavier linears, small embeddings, a zero head and camera branch."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(("prope_o", "plucker")):
                 nn.init.xavier_uniform_(module.weight)
@@ -302,17 +317,56 @@ class Wan(Backbone):
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.head.head.weight)
 
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        return (height // self.config.patch) * (width // self.config.patch)
+    def forward(
+        self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
+    ) -> Latents:
+        patch, embedding = self.config.patch, self.patch_embedding
+        h, w = (n // patch for n in x.shape[-2:])
+        tokens = F.linear(patchify(x, patch).to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
+        if isinstance(cond, Condition):
+            text, camera, rope = [self.embed_text(cond.text)] * self.layers, self.camera_matrices(cond), None
+        else:
+            text, camera, rope = cond.text, cond.camera, cond.rope
+        if isinstance(camera, Rays):
+            tokens, camera = tokens + self.plucker(camera.patches(h, w, patch).to(tokens.dtype)), None
+        rope = self.rope_table(x, scope) if rope is None else rope
+        if isinstance(t, Modulation):
+            times, time = t.layers, t.head
+        else:
+            time, projected = self.embed_time(t)
+            times = [projected] * self.layers
+        for block, block_time, block_text in zip(self.blocks, times, text, strict=True):
+            tokens = self.maybe_checkpoint(block, tokens, block_time, rope, block_text, camera, scope)
+        return unpatchify(self.head(tokens, time), h, w, patch).to(x.dtype)
 
-    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
+    def embed_text(self, text: Float[Tensor, "b l text_dim"]) -> Float[Tensor, "b l d"]:
         if text.shape[1:] != (self.config.text_length, self.config.text_dim):
             want = f"(b, {self.config.text_length}, {self.config.text_dim})"
             raise ConfigError(
                 f"text states have shape {tuple(text.shape)}, this network reads {want}; pad with zero rows"
             )
-        text = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.project_kv(text) for block in cast(list[Block], self.blocks)]
+        return self.text_embedding(text.to(self.patch_embedding.weight.dtype))
+
+    def embed_time(self, t: Timesteps) -> tuple[Float[Tensor, "#b #f d"], Float[Tensor, "#b #f 6 d"]]:
+        """The time embedding, for the head, and its projection, for the blocks."""
+        sines = sinusoid(1000 * t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
+        time = self.time_embedding(sines)
+        return time.float(), self.time_projection(time).float().unflatten(-1, (6, -1))
+
+    def project_text_kv(self, text: Float[Tensor, "b l text_dim"]) -> list[TextKV]:
+        states = self.embed_text(text)
+        return [block.project_text_kv(states) for block in cast(list[Block], self.blocks)]
+
+    def adaln_modulation(self, t: Timesteps) -> Modulation:
+        time, projected = self.embed_time(t)
+        layers = [block.adaln_modulation(projected) for block in cast(list[Block], self.blocks)]
+        return Modulation(layers, self.head.adaln_modulation(time))
+
+    def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
+        yield from super().forward_methods()
+        for block in self.blocks:
+            yield from ((block, "project_text_kv"), (block, "adaln_modulation"))
+        yield self.head, "adaln_modulation"
 
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         if self.config.camera == "none":
@@ -327,6 +381,13 @@ class Wan(Backbone):
             return Projection(camera.matrices.bfloat16().float())
         return camera
 
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return (height // self.config.patch) * (width // self.config.patch)
+
+    def rope_table(self, x: Latents, scope: AttentionScope) -> Float[Tensor, "s half 2"]:
+        patch = self.config.patch
+        return self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
+
     def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
         if self.config.camera == "single":  # its rotary part has no time
             return keys
@@ -339,27 +400,11 @@ class Wan(Backbone):
             return torch.cat([change_world_frame(projective, frame), rotary], dim=-1)
         return torch.cat([kv[:, : self.config.heads], change_world_frame(kv[:, self.config.heads :], frame)], dim=1)
 
-    def embed_time(self, t: Float[Tensor, "#b #f"]) -> tuple[Float[Tensor, "#b #f d"], Float[Tensor, "#b #f 6 d"]]:
-        sines = sinusoid(1000 * t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
-        time = self.time_embedding(sines)
-        return time.float(), self.time_projection(time).float().unflatten(-1, (6, -1))
-
-    def adaln_modulation(self, t: Float[Tensor, "#b #f"]) -> Modulation:
-        time, modulation = self.embed_time(t)
-        return Modulation(
-            [block.adaln_modulation(modulation) for block in cast(list[Block], self.blocks)],
-            self.head.adaln_modulation(time),
-        )
-
-    def rope_table(self, x: Latents, scope: AttentionScope) -> Float[Tensor, "s half 2"]:
-        patch = self.config.patch
-        return self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
-
-    def flops(self, frames: int, tokens: int, seen: int) -> int:
+    def flops(self, frames: int, tokens: int, visible: int) -> int:
         cfg, d, rows = self.config, self.config.dim, frames * tokens
         branches = self.cache_heads // cfg.heads
         projections = 2 * rows * d * (6 * d + 2 * cfg.ffn + (d if cfg.camera == "dual" else 0))
-        attention = 4 * rows * d * (branches * seen + cfg.text_length)
+        attention = 4 * rows * d * (branches * visible + cfg.text_length)
         cameras = {"none": 0, "dual": 4, "single": 2, "plucker": 0}[cfg.camera] * 2 * rows * d * 4  # 4 times 4 x 4
         rays = NUMBERS if cfg.camera == "plucker" else 0
         ends = 2 * rows * d * (2 * cfg.channels + rays) * cfg.patch**2
@@ -367,7 +412,7 @@ class Wan(Backbone):
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile what is before and after attention, once for all blocks; they hold no index of chunk or layer,
-        so a stream needs one graph of each, whatever its regime."""
+        so a stream needs one graph of each, whatever its slot and the number of valid rows."""
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         before, after = compiled(Block.before_attention), compiled(Block.after_attention)
         for block in cast(list[Block], self.blocks):
@@ -380,23 +425,3 @@ class Wan(Backbone):
 
         for block in cast(list[Block], self.blocks):
             block.self_attn.kernel = kernels.fused_qkv
-
-    def velocity(
-        self, x: Latents, t: Float[Tensor, "#b #f"] | Modulation, bound: PreparedCondition, scope: AttentionScope
-    ) -> Latents:
-        patch, embedding = self.config.patch, self.patch_embedding
-        h, w = (n // patch for n in x.shape[-2:])
-        tokens = F.linear(patchify(x, patch).to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
-        camera = bound.camera
-        if isinstance(camera, Rays):
-            tokens = tokens + self.plucker(camera.patches(h, w, patch).to(tokens.dtype))
-            camera = None
-        rope = self.rope_table(x, scope) if bound.rope is None else bound.rope
-        if isinstance(t, Modulation):
-            times, end = t.layers, t.head
-        else:  # each block looks at time by itself: its parameters may be elsewhere until then
-            time, modulation = self.embed_time(t)
-            times, end = [modulation] * self.layers, self.head.adaln_modulation(time)
-        for block, time, text in zip(self.blocks, times, bound.text, strict=True):
-            tokens = self.maybe_checkpoint(block, tokens, time, rope, text, camera, scope)
-        return unpatchify(self.head(tokens, *end), h, w, patch).to(x.dtype)
