@@ -25,7 +25,7 @@ from minwm.bench.machine import Machine, compiled_graphs, faster, measure_machin
 from minwm.bench.memory import random_batch
 from minwm.core.config import ConfigError
 from minwm.core.runtime import StageTimer, pick_device
-from minwm.nets.attention import AttentionScope, Cached, Full, Masked, ReadOnlyCache
+from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Masked, ReadOnlyCache
 from minwm.nets.backbone import Backbone
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.dmd import DmdConfig

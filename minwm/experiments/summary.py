@@ -95,7 +95,7 @@ def _stage(run: Run, out: Path) -> Stage:
         summary.steps,
         summary.seconds,
         {name: [line[name] for line in lines if name in line] for name in names},
-        passes_per_chunk=sampler.passes if generates else None,
+        passes_per_chunk=run.model.sampler.passes if generates else None,
         held_out=[(line["step"], line["val"]) for line in lines if "val" in line],
     )
 

@@ -46,7 +46,7 @@ class Linear(nn.Linear):
             )
         self.numbers, self.scales = scaled(self.weight.detach()) if on else (None, None)
 
-    def product(self, x: Float[Tensor, "n i"], bias: Float[Tensor, "o"], out: Tensor | None = None) -> Tensor:
+    def product(self, x: Float[Tensor, "n i"], bias: Float[Tensor, " o"], out: Tensor | None = None) -> Tensor:
         """x W^T + bias, written into `out` if given."""
         if self.numbers is None or self.scales is None:
             return torch.addmm(bias, x, self.weight.t(), out=out)

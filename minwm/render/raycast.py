@@ -176,7 +176,7 @@ def _sky_colour(sky: Tensor, grid: Grid, d: Float[Tensor, "3 k"]) -> Float[Tenso
     return functional.grid_sample(sky[None], where, padding_mode="border", align_corners=False)[0, :, 0]
 
 
-def _background(scene: RaycastScene, grid: Grid) -> tuple[Float[Tensor, "3 k"], Float[Tensor, "k"]]:
+def _background(scene: RaycastScene, grid: Grid) -> tuple[Float[Tensor, "3 k"], Float[Tensor, " k"]]:
     """Colour and z-depth of ground and sky through every cell."""
     whole = grid.whole()
     d = (whole.across + whole.down).flatten(1)

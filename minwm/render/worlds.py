@@ -103,7 +103,7 @@ class World:
                 return placements[i]
         return None
 
-    def _interest(self, poses: Float[np.ndarray, "k p 4 4"]) -> Float[np.ndarray, "k"]:
+    def _interest(self, poses: Float[np.ndarray, "k p 4 4"]) -> Float[np.ndarray, " k"]:
         """How much there is to see in the dullest pose of a path; far less when one object fills a view."""
         centres = np.array([[t.x, -0.4, t.z] for t in self.things])
         local = np.einsum("kpji,kpoj->kpoi", poses[..., :3, :3], centres - poses[..., None, :3, 3])

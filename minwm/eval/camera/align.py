@@ -183,7 +183,7 @@ class Aligner:
             motion, _ = self._solve(view, motion, anchor, divisor, iterations, times=1)
         return se3_inverse(motion.double().numpy())
 
-    def agreement(self, view: View) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+    def agreement(self, view: View) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         """Correlation of frame and render over the seen pixels, and the share of those pixels."""
         view = self._as_blurred(view)
         weight = view.seen[:, None]
@@ -317,7 +317,7 @@ def pixel_motion(
 
 def colour_fit(
     sample: Float[Tensor, "b 3 p"], template: Float[Tensor, "b 3 p"], mask: Float[Tensor, "b p"]
-) -> tuple[Float[Tensor, "b 3 p"], Float[Tensor, "b"]]:
+) -> tuple[Float[Tensor, "b 3 p"], Float[Tensor, " b"]]:
     """Residual after the best gain (one, within 0.7..1.4: a flat image must not explain all) and bias per
     colour."""
     weight = mask[:, None]
@@ -348,7 +348,7 @@ def gradients(image: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"]
     return along_x / 2, along_y / 2
 
 
-def gradient_energy(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+def gradient_energy(image: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean squared gradient: how sharp an image is."""
     x, y = gradients(image)
     return (x * x + y * y).mean((1, 2, 3))
