@@ -128,12 +128,12 @@ async def served(server: PlayServer, access: Access = SECRET) -> AsyncIterator[s
 class ServerThread:
     """A `PlayServer` in a thread of this process, so that a test can inspect it."""
 
-    def __init__(self, scenario: Scenario, **how: Any) -> None:
+    def __init__(self, scenario: Scenario, access: Access = SECRET, **how: Any) -> None:
         self.play_server, self.loop, self.ended = PlayServer(scenario, **how), asyncio.new_event_loop(), asyncio.Event()
         self.url, started = "", threading.Event()
 
         async def main() -> None:
-            async with served(self.play_server) as address:
+            async with served(self.play_server, access) as address:
                 self.url = f"{address}/?token=secret"
                 started.set()
                 await self.ended.wait()

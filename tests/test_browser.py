@@ -32,6 +32,7 @@ from minwm.cli.play import _world_config
 from minwm.core.media import write_image
 from minwm.experiments.presets.demo import smoke
 from minwm.play.scenario import spawn_world
+from minwm.play.transport import Access
 from minwm.store.folder import save_model
 
 pytestmark = needs_chromium
@@ -164,6 +165,30 @@ def test_a_refused_visitor_sees_the_reason(chromium: Any, world: ServerProcess) 
     page = chromium.new_page()
     answer = page.goto(world.url.partition("?")[0] + "?token=wrong")
     assert answer.status == 403 and "token" in page.inner_text("body")
+    page.close()
+
+
+def test_a_refused_origin_is_shown_with_the_way_out(chromium: Any, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a reverse proxy that rewrites Host."""
+    refusal = Access.refusal
+    monkeypatch.setattr(Access, "refusal", lambda self, token, origin, _: refusal(self, token, origin, "backend:1"))
+    page = chromium.new_page()
+    page.goto(host().url)
+    wait_for(page, "fatal")
+    assert "--public-url" in page.inner_text("#message-text")
+    page.close()
+
+
+@pytest.mark.parametrize("embed", [None, "*"])
+def test_the_page_runs_in_a_frame_only_if_allowed(chromium: Any, host: Any, embed: str | None) -> None:
+    page = chromium.new_page()
+    page.set_content(f'<iframe src="{host(access=Access("secret", embed=embed)).url}"></iframe>')
+    status = page.frame_locator("iframe").locator("[data-testid=status][data-state=live]")
+    if embed:
+        status.wait_for()
+    else:
+        page.wait_for_timeout(1000)
+        assert status.count() == 0
     page.close()
 
 

@@ -120,9 +120,12 @@ class Access:
                 raise UserError(f"{name} {url}: give an http or https URL such as https://example.org/play/")
 
     @property
-    def frame_ancestors(self) -> str:
-        """Value of the CSP directive of that name."""
-        return "'none'" if self.embed is None else _origin(self.embed) or "*"
+    def policy(self) -> str:
+        """The Content-Security-Policy header."""
+        if self.embed == "*":  # "frame-ancestors *" would exclude pages that are not http(s), such as webviews
+            return POLICY
+        ancestors = _origin(self.embed) if self.embed else "'none'"
+        return f"{POLICY}; frame-ancestors {ancestors}"
 
     def refusal(self, token: str, origin: str | None, host: str) -> str | None:
         """Why a request with this token, and these Origin and Host headers, is refused; None: it is allowed.
@@ -173,7 +176,7 @@ class WebApp:
             app.router.add_get(path, self.guarded(handler))
         app.router.add_post("/image", self.guarded(self.image))
         app.router.add_post("/rtc", self.guarded(self.rtc))
-        headers = {**HEADERS, "Content-Security-Policy": f"{POLICY}; frame-ancestors {self.access.frame_ancestors}"}
+        headers = {**HEADERS, "Content-Security-Policy": self.access.policy}
 
         async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
             response.headers.update(headers)

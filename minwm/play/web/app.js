@@ -2,7 +2,7 @@
 
 import { Client } from "./client.js";
 import { Filmstrip, fitCanvases, make, Minimap } from "./draw.js";
-import { ACTIONS, Controls, keyName, layout } from "./input.js";
+import { ACTIONS, Controls, keyName, layout, storage } from "./input.js";
 import { Playback } from "./playback.js";
 
 const $ = (id) => document.getElementById(id);
@@ -39,8 +39,8 @@ let firstTurn = false; // this session has not had its first turn yet
 const socket = new URL(address("ws"), location.href);
 socket.protocol = socket.protocol.replace("http", "ws");
 const client = new Client(socket.href, {
-  codecs: codecs(query.get("codec") ?? localStorage.getItem("minwm.codec")),
-  rtc: localStorage.getItem("minwm.rtc") === "yes",
+  codecs: codecs(query.get("codec") ?? storage.getItem("minwm.codec")),
+  rtc: storage.getItem("minwm.rtc") === "yes",
 });
 const controls = new Controls((axes, t) => client.hold(axes, t), (yaw, pitch, t) => client.turn(yaw, pitch, t));
 const playback = new Playback(show, undecodable);
@@ -409,14 +409,14 @@ function listenToSettings() {
   $("rtc").checked = client.rtc;
   $("rtc").oninput = () => {
     client.rtc = $("rtc").checked;
-    localStorage.setItem("minwm.rtc", client.rtc ? "yes" : "no");
+    storage.setItem("minwm.rtc", client.rtc ? "yes" : "no");
     client.connect();
   };
   $("codec-label").hidden = !h264;
   $("codec").checked = client.codecs[0] === "h264";
   $("codec").oninput = () => {
-    localStorage.setItem("minwm.codec", $("codec").checked ? "h264" : "jpeg");
-    client.codecs = codecs(localStorage.getItem("minwm.codec"));
+    storage.setItem("minwm.codec", $("codec").checked ? "h264" : "jpeg");
+    client.codecs = codecs(storage.getItem("minwm.codec"));
     client.connect();
   };
 }

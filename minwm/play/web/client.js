@@ -278,10 +278,10 @@ export class Client extends EventTarget {
     this.#retrying = setTimeout(() => this.connect(), 1000 * seconds);
   }
 
-  /** The text of a 403, else null. By HTTP, since browsers hide why a WebSocket was refused. */
+  /** The text of a 403, else null. Browsers hide why a WebSocket was refused; a POST, too, has the Origin header. */
   async #refusal() {
-    const url = this.#url.replace(/^ws/, "http");
-    const answer = await fetch(url).catch(() => null);
+    const url = this.#url.replace(/^ws/, "http").replace("/ws?", "/rtc?");
+    const answer = await fetch(url, { method: "POST" }).catch(() => null);
     return answer?.status === 403 ? answer.text() : null;
   }
 

@@ -25,6 +25,15 @@ const PAD_COMMANDS = { 0: "step", 1: "rewind", 8: "reset", 9: "pause" };
 const DEAD_ZONE = 0.15; // share of a stick's travel
 const STORAGE_KEY = "minwm.controls";
 
+/** localStorage; where the browser denies it, as in some iframes, nothing is kept. */
+export const storage = (() => {
+  try {
+    return localStorage;
+  } catch {
+    return { getItem: () => null, setItem: () => {} };
+  }
+})();
+
 const NAMES = { ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Period: ".", Comma: "," };
 
 /** Resolves when key names follow the user's keyboard layout, where the browser tells it: KeyW is Z on a French one. */
@@ -51,7 +60,7 @@ export class Controls extends EventTarget {
     super();
     this.hold = hold;
     this.turn = turn;
-    const { keys, ...rest } = JSON.parse(localStorage.getItem(STORAGE_KEY) ?? "{}");
+    const { keys, ...rest } = JSON.parse(storage.getItem(STORAGE_KEY) ?? "{}");
     Object.assign(this.keys, keys);
     Object.assign(this, rest);
     addEventListener("keydown", (event) => this.#key(event));
@@ -78,7 +87,7 @@ export class Controls extends EventTarget {
 
   save() {
     const { keys, sensitivity, invert, sticky } = this;
-    localStorage.setItem(STORAGE_KEY, JSON.stringify({ keys, sensitivity, invert, sticky }));
+    storage.setItem(STORAGE_KEY, JSON.stringify({ keys, sensitivity, invert, sticky }));
   }
 
   releaseAll() {
