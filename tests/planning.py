@@ -10,19 +10,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from minwm.bench.memory import Plan
 from minwm.cameras.trajectory import Motion
-from minwm.core.types import Clip, Condition
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.codec import CodecConfig
 from minwm.nets.text import WordText
-from minwm.recipes.codec import CodecRecipe, CodecTraining
+from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import FewStepSampler
-from minwm.train.build import RECIPES
+from minwm.train.build import build_recipe
 from minwm.train.config import Init, Run
 
 MODEL = ModelConfig(
@@ -44,7 +43,7 @@ RECIPE = {
     "autoregressive": AutoregressiveConfig(),
     "ode": OdeConfig(ode_steps=4),
     "consistency": ConsistencyConfig(grid=4),
-    "dmd": DmdConfig(steps=2),
+    "dmd": DmdConfig(),
     "codec": CodecTraining(),
 }
 
@@ -59,27 +58,8 @@ def item(plan: Plan, name: str) -> int:
     return found
 
 
-def batch(run: Run, generator: torch.Generator) -> Any:
-    config = run.model
-    if isinstance(run.recipe, CodecTraining):
-        return torch.rand(run.batch, 4 * config.latents - 3, 3, config.height, config.width, generator=generator)
-    x = torch.randn(config.latent_shape(run.batch), generator=generator)
-    w2c = torch.eye(4).repeat(run.batch, config.latents, 1, 1)
-    K = torch.tensor([0.7, 0.7, 0.5, 0.5]).repeat(run.batch, config.latents, 1)
-    cond = Condition(text=config.text.encode(["a room"] * run.batch), w2c=w2c, K=K, first_latent=x[:, :1].clone())
-    return Clip(x, cond, x.repeat(5, 1, 1, 1, 1, 1) if isinstance(run.recipe, OdeConfig) else None)
-
-
 def real_recipe(run: Run) -> Any:
-    if isinstance(run.recipe, CodecTraining):
-        codec = run.model.codec.build()
-        assert isinstance(codec, Codec)
-        return CodecRecipe(codec)
-    kind = RECIPES[type(run.recipe)]
-    nets = {role: run.model.network.build() for role in (*kind.trained, *kind.frozen)}
-    for role in kind.trained:
-        nets[role].checkpointing = run.checkpointing
-    return kind(run.recipe, nets, run.model.geometry)
+    return build_recipe(run, lambda _: run.recipe.network(run.model))
 
 
 def allocated(work: Callable[[], Any]) -> int:
@@ -99,4 +79,4 @@ def micro_batch(run: Run, recipe: Any, step: int) -> Tensor:
     """What the loop does between two updates, up to the backward pass."""
     generator = torch.Generator().manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bfloat16"):
-        return recipe.loss(batch(run, generator), step, generator).total
+        return recipe.loss(run.recipe.example_batch(run.model, run.batch), step, generator).total

@@ -68,7 +68,7 @@ def trained(out: Path) -> Path:
         whole = replace(MODEL, sampler=BidirectionalSampler(steps=3))
         run("camera", whole, BidirectionalConfig(), "latents", Init(codec=folders["codec"]))
         init = Init(student=folders["camera"], critic=folders["camera"], real=folders["camera"], codec=folders["codec"])
-        run("dmd", MODEL, DmdConfig(steps=2), "latents", init)
+        run("dmd", MODEL, DmdConfig(), "latents", init)
     return out
 
 

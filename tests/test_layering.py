@@ -16,8 +16,8 @@ import minwm
 PACKAGE = Path(minwm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVEL = {
-    "core": 0, "cameras": 1, "render": 2, "control": 2, "nets": 3, "families": 4, "stream": 5, "data": 5, "recipes": 6,
-    "store": 6, "session": 7, "train": 8, "play": 8, "bench": 9, "eval": 10, "experiments": 11, "cli": 12,
+    "core": 0, "cameras": 1, "render": 2, "control": 2, "nets": 3, "families": 4, "stream": 5, "data": 5, "store": 6,
+    "recipes": 7, "session": 7, "train": 8, "play": 8, "bench": 9, "eval": 10, "experiments": 11, "cli": 12,
     "__main__": 13,
 }  # fmt: skip
 LIGHT = {"torch", "numpy", "einops", "jaxtyping", "safetensors", "PIL"}

@@ -100,7 +100,7 @@ CASES += [("dmd", "checkpointing"), ("dmd", "attention")]
 def test_activations_are_what_the_allocator_gives_out(name: str, variant: str) -> None:
     run = stage(name, **VARIANTS[variant])
     plan, recipe = plan_training(run), real_recipe(run)
-    for step, role in enumerate(recipe.trained):
+    for step, role in enumerate(run.recipe.trained):
         real = allocated(lambda step=step: [micro_batch(run, recipe, step).backward() for _ in range(run.accumulate)])
         assert item(plan, f"activations: {role}") == pytest.approx(real, rel=0.05)
         recipe.stateful[role].zero_grad(set_to_none=True)
@@ -110,13 +110,13 @@ def test_activations_are_what_the_allocator_gives_out(name: str, variant: str) -
 def test_what_training_holds_is_what_its_objects_hold(name: str) -> None:
     run = stage(name, batch=2)
     plan, recipe = plan_training(run), real_recipe(run)
-    nets = {"student": recipe.codec} if name == "codec" else recipe.networks
+    nets = recipe.networks
     total = bytes_of(Ema(nets["student"], run.ema).net)
     assert item(plan, "averaged student weights") == total
     for role, net in nets.items():
         assert item(plan, f"{role} weights") == bytes_of(net)
         total += bytes_of(net)
-    for step, role in enumerate(recipe.trained):
+    for step, role in enumerate(run.recipe.trained):
         optimizer = run.optim.build(nets[role])
         optimizer.param_groups[0]["foreach"] = True  # as on a GPU
         micro_batch(run, recipe, step).backward()

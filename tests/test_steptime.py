@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwm.bench.memory import random_batch
 from minwm.bench.training import StepTime, count_flops, headline, measure_steps, pass_flops, random_network
 from minwm.cli import main
 from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
@@ -41,6 +40,10 @@ def stage(name: str, **changes: Any) -> Run:
     return replace(run, model=model, batch=2, **changes)
 
 
+def batch_of(run: Run) -> Any:
+    return run.recipe.example_batch(run.model, run.batch)
+
+
 def made(run: Run) -> tuple[Trainer, Recipe]:
     torch.manual_seed(0)
     recipe = build_recipe(run, lambda _: random_network(run))
@@ -51,8 +54,8 @@ def made(run: Run) -> tuple[Trainer, Recipe]:
 def test_useful_flops_are_those_of_the_operators(name: str) -> None:
     """Within 3%: prompts and times are left out, and cameras and the first layer need no gradient of their inputs."""
     run = stage(name)
-    (trainer, recipe), clips = made(run), repeat(random_batch(run))
-    for step in range(len(recipe.trained)):  # DMD: the student's, then the critic's
+    (trainer, recipe), clips = made(run), repeat(batch_of(run))
+    for step in range(len(run.recipe.trained)):  # DMD: the student's, then the critic's
         counting = count_flops(recipe.networks.values())
         with counting as passes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operators:
             trainer.gradients(step, clips)
@@ -66,7 +69,7 @@ def test_what_is_computed_again_is_not_useful() -> None:
         run = stage("ar", checkpointing=how)
         trainer, recipe = made(run)
         with count_flops(recipe.networks.values()) as passes, FlopCounterMode(display=False) as operators:
-            trainer.gradients(0, repeat(random_batch(run)))
+            trainer.gradients(0, repeat(batch_of(run)))
         work[how], done[how] = sum(passes), operators.get_total_flops()
     assert work[False] == work[True] == work["attention"]
     assert done[False] < done["attention"] <= done[True]  # no counter knows the attention of CPUs
@@ -97,7 +100,7 @@ class Other:
 
 
 def test_steps_are_timed_in_whole_turns() -> None:
-    recipe = DmdConfig(steps=2, critic_updates=1)
+    recipe = DmdConfig(critic_updates=1)
     result = measure_steps(stage("dmd", recipe=recipe), steps=3, warmup=1, peak=2.0)
     assert {role: row.count for role, row in result.roles.items()} == {"student": 2, "critic": 2}
     for row in result.roles.values():
@@ -119,7 +122,7 @@ def test_steps_are_timed_in_whole_turns() -> None:
 def test_the_benchmark_makes_the_steps_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fed the same clips, both end with the same weights, averages and all."""
     run = stage("camera", steps=4, data="", tensorboard=False)
-    batch, trainers = random_batch(run), []
+    batch, trainers = batch_of(run), []
     make = Trainer.__init__
 
     def remember(self: Trainer, *args: Any) -> None:
@@ -127,7 +130,7 @@ def test_the_benchmark_makes_the_steps_of_the_loop(tmp_path: Path, monkeypatch: 
         trainers.append(self)
 
     monkeypatch.setattr(Trainer, "__init__", remember)
-    monkeypatch.setattr("minwm.bench.training.random_batch", lambda _: batch)
+    monkeypatch.setattr(type(run.recipe), "example_batch", lambda *_: batch)
     measure_steps(run, steps=3, warmup=1)
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run))
@@ -165,21 +168,20 @@ def test_compiled_blocks_train_alike(name: str, backend: str) -> None:
     from dataclasses import replace
     from itertools import repeat
     import torch
-    from minwm.bench.memory import random_batch
     from minwm.families.wan.transformer import Wan
-    from test_steptime import made, stage
+    from test_steptime import batch_of, made, stage
 
     compile_blocks = Wan.compile_blocks
     Wan.compile_blocks = lambda net: compile_blocks(net, "{backend}")
-    clips, found = repeat(random_batch(stage("{name}"))), []
+    clips, found = repeat(batch_of(stage("{name}"))), []
     for compiled in (False, True):
         run = stage("{name}", compile=compiled, checkpointing="attention", precision="bfloat16")
         run = replace(run, recipe=replace(run.recipe, image_start=0.5))
         trainer, _ = made(run)
         for step in range(6):
-            parts, norm = trainer.gradients(step, clips)
-            trainer.update(step, parts[0].trains)
-            found.append((*parts[0].logs.values(), norm))
+            gradients = trainer.gradients(step, clips)
+            trainer.update(step, gradients.trains)
+            found.append((*gradients.losses.values(), gradients.norm))
     for plain, compiled in zip(found[:6], found[6:], strict=True):
         torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=0.02, atol=1e-3)
     from torch._dynamo.utils import counters

@@ -28,21 +28,15 @@ import torch
 from torch import nn
 
 from minwm.core.memory import MemoryMeter, ShapeOnlyMode
-from minwm.core.types import Clip, Condition
 from minwm.nets import layers
-from minwm.nets.codec import Codec, State
+from minwm.nets.codec import State
 from minwm.nets.taehv import TAEHV
-from minwm.recipes.base import Recipe
-from minwm.recipes.codec import CodecRecipe, CodecTraining
-from minwm.recipes.consistency import ConsistencyConfig
-from minwm.recipes.diffusion import AutoregressiveConfig
-from minwm.recipes.dmd import DmdConfig
-from minwm.recipes.ode import OdeConfig
+from minwm.recipes.base import Recipe, random_clip
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
 from minwm.train.build import build_recipe
 from minwm.train.config import Run
-from minwm.train.loop import Trainable, autocast
+from minwm.train.loop import autocast
 
 GIB = 2**30
 """A card sold with "24 GB" has 24 of these."""
@@ -118,12 +112,12 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
             x.data = x.data.to(dtype)  # nn.Module.to would swap tensors, which those without data cannot
         held = [_weights("network", net), _weights("codec", codec)]
         if not cfg.sampler.causal:
-            clip, state = _clip(cfg, 1, cfg.latents), None
+            clip, state = random_clip(cfg, 1, cfg.latents), None
             once = replace(cfg.sampler, steps=1, solver="euler")  # steps are alike, and UniPC computes with times
             with MemoryMeter() as passing:
                 sample_bidirectional(net, once, clip.latents, clip.cond)
         else:
-            clip = _clip(cfg, 1, cfg.stream.chunk)
+            clip = random_clip(cfg, 1, cfg.stream.chunk)
             stream = Stream(net, clip.cond, cfg.geometry, cfg.sampler.guidance)
             stream.chunk = cfg.geometry.slots  # the ring is full: nothing grows from here on
             _, state = codec.decode_next(clip.latents[:, :1])
@@ -166,21 +160,24 @@ def plan_training(run: Run) -> Plan:
     """A stage as the loop of train/loop.py runs it on one GPU. No folder that the run names has to exist."""
     held, turns = [], []
     with no_data():
-        recipe = _recipe(run)
-        nets: dict[str, nn.Module] = {**(recipe.networks if isinstance(recipe, Recipe) else recipe.stateful)}
+        run = replace(run, compile=False)  # fused kernels keep less: this is an upper bound
+        if run.recipe.self_rollout:  # the pass with gradient; the others are like the one that updates the cache
+            run = replace(run, model=replace(run.model, sampler=replace(run.model.sampler, steps=1)))
+        recipe = build_recipe(run, lambda _: run.recipe.network(run.model))
+        nets = recipe.networks
         held += [_weights(role, net) for role, net in nets.items()]
         held.append(_weights("averaged student", nets["student"]))
-        for step, role in enumerate(recipe.trained):  # DMD: step 0 is the student's, step 1 the critic's
+        for role in run.recipe.trained:
             trained = [p for p in nets[role].parameters() if p.requires_grad]
             count = sum(p.numel() for p in trained)
             twice = f"2 x {count:,} trained parameters x 4 bytes"
             held.append(Item(f"{role} optimiser", 8 * count, f"moments of AdamW: {twice}"))
-            turns.append(_activations(run, recipe, role, step, trained))
+            turns.append(_activations(run, recipe, role, trained))
             turns.append(Item(f"update: {role}", 8 * count, f"gradients and roots: {twice}"))
     return Plan(tuple(held), tuple(turns))
 
 
-def _activations(run: Run, recipe: Trainable, role: str, step: int, trained: list[nn.Parameter]) -> Item:
+def _activations(run: Run, recipe: Recipe[Any], role: str, trained: list[nn.Parameter]) -> Item:
     """A micro-batch forward and backward; unless it is the only one, gradients of others are there before."""
     if run.accumulate > 1:
         for p in trained:
@@ -188,50 +185,15 @@ def _activations(run: Run, recipe: Trainable, role: str, step: int, trained: lis
     before = sum(p.grad.nbytes for p in trained if p.grad is not None)
     with MemoryMeter() as memory:
         with autocast(run, torch.device("cpu")):
-            loss = recipe.loss(random_batch(run), step, torch.Generator())
+            step = run.recipe.turn.index(role)
+            loss = recipe.loss(run.recipe.example_batch(run.model, run.batch), step, torch.Generator())
         graph = memory.live
         loss.total.backward()
     for p in trained:
         p.grad = None
-    why = f"{_sequence(run)}; {size(graph)} kept for the backward pass"
+    clips = f"{run.batch} clip{'s' * (run.batch > 1)} x {run.recipe.describe_clip(run.model)}"
+    why = f"{clips}; {size(graph)} kept for the backward pass"
     return Item(f"activations: {role}", before + memory.peak, why + (", gradients come on top" if before else ""))
-
-
-def _recipe(run: Run) -> Recipe | CodecRecipe:
-    """The recipe of a run, its roles filled with networks that nothing was loaded into."""
-    cfg = run.recipe
-    if isinstance(cfg, CodecTraining):
-        codec = run.model.codec.build()
-        assert isinstance(codec, Codec)  # train/loop.py refuses all others
-        return CodecRecipe(codec)
-    if isinstance(cfg, DmdConfig):
-        cfg = replace(cfg, steps=1)  # the graded one; the others are like the pass that commits a chunk
-    uncompiled = replace(run, recipe=cfg, compile=False)  # fused kernels keep less: this is an upper bound
-    return build_recipe(uncompiled, lambda _: run.model.network.build())
-
-
-def random_batch(run: Run) -> Any:
-    """What the loop hands to the recipe in one micro-batch, but of noise."""
-    cfg = run.model
-    if isinstance(run.recipe, CodecTraining):
-        return torch.rand(run.batch, _frames(cfg), 3, cfg.height, cfg.width)
-    clip = _clip(cfg, run.batch, cfg.latents)
-    if isinstance(run.recipe, OdeConfig):
-        return replace(clip, trajectory=torch.randn(run.recipe.steps + 1, *clip.latents.shape))
-    return clip
-
-
-def _frames(cfg: ModelConfig) -> int:
-    return cfg.motion.stride * (cfg.latents - 1) + 1
-
-
-def _sequence(run: Run) -> str:
-    cfg, clips = run.model, f"{run.batch} clip{'s' * (run.batch > 1)}"
-    if isinstance(run.recipe, CodecTraining):
-        return f"{clips} x {_frames(cfg)} frames of {cfg.width}x{cfg.height}"
-    forced = isinstance(run.recipe, AutoregressiveConfig | OdeConfig | ConsistencyConfig)
-    twice = ", clean and noisy" if forced else ""
-    return f"{clips} x {cfg.latents} latents x {cfg.geometry.tokens:,} tokens{twice}"
 
 
 # ------------------------------------------------------------------------------------------------ what would help
@@ -312,8 +274,8 @@ def _half(cfg: ModelConfig) -> int:
 
 
 def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
-    codec, rollout = isinstance(run.recipe, CodecTraining), isinstance(run.recipe, DmdConfig)
-    if run.checkpointing is True or codec or (rollout and _chunks(run) > run.model.geometry.slots):
+    overwritten = run.recipe.self_rollout and _chunks(run) > run.model.geometry.slots
+    if run.checkpointing is True or overwritten or not run.recipe.trains_backbone:
         return None
     what = "--checkpointing true: everything is computed twice, attention too"
     return what, (replace(run, checkpointing=True),)
@@ -338,8 +300,8 @@ def _shorter_clips(run: Run) -> tuple[str, tuple[Run]] | None:
 
 
 def _smaller_ring(run: Run) -> tuple[str, tuple[Run]] | None:
-    """Only the self-rollout of DMD has a cache, which needs no more slots than the clip has chunks."""
-    if not isinstance(run.recipe, DmdConfig):
+    """Only a self-rollout has a cache, which needs no more slots than the clip has chunks."""
+    if not run.recipe.self_rollout:
         return None
     window = max(1, _chunks(run) - run.model.stream.sink)
     if window >= run.model.stream.window:
@@ -364,15 +326,6 @@ def _weights(name: str, net: nn.Module) -> Item:
     count = f"{sum(x.numel() for x in weights):,} parameters x {weights[0].itemsize} bytes"
     total = sum(x.nbytes for x in (*weights, *buffers))
     return Item(f"{name} weights", total, count + (", and buffers" if buffers else ""))
-
-
-def _clip(cfg: ModelConfig, batch: int, latents: int) -> Clip:
-    x = torch.randn(cfg.latent_shape(batch, latents))
-    text = torch.randn(batch, cfg.text.length, cfg.text.dim)
-    w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
-    return Clip(
-        x, Condition(text=text, w2c=w2c, K=K, first_latent=x[:, :1] if cfg.geometry.first_chunk_frames == 1 else None)
-    )
 
 
 @contextmanager

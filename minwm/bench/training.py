@@ -22,13 +22,10 @@ import torch
 from torch import nn
 
 from minwm.bench.machine import Machine, compiled_graphs, faster, measure_machine, peak_memory, reset_peak_memory
-from minwm.bench.memory import random_batch
 from minwm.core.config import ConfigError
 from minwm.core.runtime import StageTimer, pick_device
 from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Masked, ReadOnlyCache
 from minwm.nets.backbone import Backbone
-from minwm.recipes.codec import CodecTraining
-from minwm.recipes.dmd import DmdConfig
 from minwm.train.build import build_recipe
 from minwm.train.config import Init, Run
 from minwm.train.loop import DivergedError, Trainer
@@ -89,11 +86,11 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
 
     `peak`: TFLOP/s of a data sheet, for `mfu_of_peak`. Raises ConfigError for a codec, whose FLOPs have no closed form.
     """
-    if isinstance(run.recipe, CodecTraining):
+    if not run.recipe.trains_backbone:
         raise ConfigError(f"{run.name} trains a codec, whose FLOPs have no closed form; name a stage of the network")
     if min(steps, warmup) < 1:
         raise ConfigError(f"steps={steps}, warmup={warmup}: at least one of each is needed")
-    device, turn = pick_device(), 1 + run.recipe.critic_updates if isinstance(run.recipe, DmdConfig) else 1
+    device, turn = pick_device(), len(run.recipe.turn)
     warmup, steps = (turn * math.ceil(count / turn) for count in (warmup, steps))
     run = replace(run, init=Init(), data="")  # nothing is read from the folders that it names
     like = torch.empty((), dtype=torch.bfloat16 if run.precision == "bfloat16" else torch.float32, device=device)
@@ -111,7 +108,7 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
         graphs = compiled_graphs() - graphs_before
         allocated, reserved = peak_memory(device)
     machine = faster(before, measure_machine(like))
-    roles = {role: [step for step in timed if step.role == role] for role in recipe.trained}
+    roles = {role: [step for step in timed if step.role == role] for role in run.recipe.trained}
     clips, tflops = run.batch * run.accumulate * steps / sum(step.seconds for step in timed), _tflops(timed)
     return StepTime(
         run=run,
@@ -140,20 +137,21 @@ def random_network(run: Run) -> Backbone:
 
 
 def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
-    """Make steps on one random batch; `passes` fills up with their FLOPs."""
-    laps, clips, made = StageTimer(trainer.device), repeat(random_batch(trainer.run).to(trainer.device)), list[_Step]()
+    """Train on one random batch; `passes` is what `count_flops` yields."""
+    run, laps, made = trainer.run, StageTimer(trainer.device), list[_Step]()
+    clips = repeat(run.recipe.example_batch(run.model, run.batch).to(trainer.device))
     for step in numbers:
         passes.clear()
         laps.restart()
-        parts, norm = trainer.gradients(step, clips)
+        gradients = trainer.gradients(step, clips)
         laps.record("gradients")
-        if not math.isfinite(norm):
+        if not math.isfinite(gradients.norm):
             raise DivergedError(
-                f"{trainer.run.name}: step {step} on random clips: gradient norm {norm}; lower optim.lr"
+                f"{run.name}: step {step} on random clips: gradient norm {gradients.norm}; lower optim.lr"
             )
-        trainer.update(step, parts[-1].trains)
+        trainer.update(step, gradients.trains)
         update = laps.record("update")
-        made.append(_Step(parts[-1].trains, sum(laps.seconds.values()), update, sum(passes)))
+        made.append(_Step(gradients.trains, sum(laps.seconds.values()), update, sum(passes)))
     return made
 
 

@@ -50,7 +50,7 @@ def plan(
 
 
 def _kinds(run: "Run") -> tuple[str, ...]:
-    return ("training",) if run.recipe.kind == "codec" else ("training", "playing")
+    return ("training", "playing") if run.recipe.trains_backbone else ("training",)
 
 
 def _question(kind: str, run: "Run") -> tuple[Any, tuple[Any, ...], Any]:

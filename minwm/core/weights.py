@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minwm.core.config import UserError
@@ -169,6 +169,19 @@ def _read_safetensors(file: Path) -> dict[Any, Any]:
     if unknown := {about["dtype"] for about in header.values()} - set(TYPES):
         raise CheckpointError(f"{file} holds numbers of type {', '.join(sorted(unknown))}, which are not supported")
     return {name: _view(data, about) for name, about in header.items()}
+
+
+def load_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `write_safetensors` wrote, in memory.
+
+    Raises CheckpointError if it is missing or damaged.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file} does not exist")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); restore it, or make it again") from error
 
 
 def _view(data: UInt8[Tensor, " n"], about: Mapping[str, Any]) -> Tensor:

@@ -25,8 +25,6 @@ from minwm.eval.run import Say
 from minwm.experiments.ablations import Ablation, Arm, shipped
 from minwm.experiments.pipeline import PipelinePart, collect_for, part_seconds
 from minwm.experiments.presets.demo import demo, tiny_model
-from minwm.recipes.diffusion import BidirectionalConfig
-from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model, load_weights, save_model
 from minwm.store.layouts import FAMILIES
 from minwm.store.model import Model
@@ -57,7 +55,7 @@ class ArmResult:
     seconds: float
     """Of all its stages, on the machine that the results name; trajectories included."""
     loss: float | None
-    """On held-out clips with true cameras; None where the recipe's loss is no distance to them."""
+    """On held-out clips with true cameras; None where reliance is not measured."""
     reliance: float | None
     """1 - that loss over the loss with the cameras of other clips: 0 does not listen to cameras."""
     follow: FollowResult
@@ -94,8 +92,8 @@ def _headline(result: ArmResult) -> str:
 def _train(run: Run, folder: Path, out: Path, say: Say) -> float:
     """Seconds that the run takes, or took."""
     extra = 0.0
-    if isinstance(cfg := run.recipe, OdeConfig):
-        PipelinePart(out, say)("collect", lambda: collect_for(run, cfg, out, TRAJECTORIES))
+    if run.recipe.needs_trajectories:
+        PipelinePart(out, say)("collect", lambda: collect_for(run, out, TRAJECTORIES))
         extra = part_seconds(out, "collect")
     return extra + train(run, folder).seconds
 
@@ -145,8 +143,8 @@ class _Measurer:
         model, run = _quick(load_model(folder).ready(), arm), arm.runs[-1]
         self.held = held = self.held or HeldOut.of(model.config, MEASURED)
         measured = measure(model.config, held, held.generate(model, seed=1))
-        losses = _losses(run, folder) if isinstance(run.recipe, BidirectionalConfig) else None
-        stores = isinstance(run.recipe, OdeConfig)
+        losses = _losses(run, folder) if self.plan.reliance else None
+        stores = run.recipe.needs_trajectories
         return ArmResult(
             name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
             loss=losses and losses[0], reliance=losses and 1 - losses[0] / losses[1],

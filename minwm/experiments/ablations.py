@@ -44,6 +44,8 @@ class Ablation:
     arms: tuple[Arm, ...]
     numeric: bool = False
     """The axis is a number of things, drawn on a logarithmic scale; else arms have their names there."""
+    reliance: bool = False
+    """The last stage's loss on held-out clips is measured too, with their cameras and with those of other clips."""
     drift: bool = False
     """Long streams are measured too."""
 
@@ -93,6 +95,7 @@ def poses(out: Path) -> Ablation:
         varies="cameras of the training clips",
         small="200 steps of 8 clips, cameras relearnt from the shipped camera model without its camera branch",
         arms=tuple(arms),
+        reliance=True,
     )
 
 
@@ -105,6 +108,7 @@ def steps(out: Path) -> Ablation:
         small="batch 8, every arm a run of its own, cameras relearnt as in `poses`",
         arms=tuple(arms),
         numeric=True,
+        reliance=True,
     )
 
 
@@ -120,6 +124,7 @@ def batch(out: Path) -> Ablation:
         small="100 steps, 2 seeds, cameras relearnt as in `poses`",
         arms=tuple(arm(size, seed) for size in (1, 2, 4, 8, 16, 32) for seed in range(2)),
         numeric=True,
+        reliance=True,
     )
 
 
@@ -138,6 +143,7 @@ def camera(out: Path) -> Ablation:
         varies="camera input",
         small="3,000 steps of 8 clips from the shipped foundation, which knows no cameras",
         arms=tuple(arm(i, name, mode) for i, (name, mode) in enumerate(ways.items())),
+        reliance=True,
     )
 
 

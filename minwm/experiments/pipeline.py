@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -23,7 +22,6 @@ from minwm.data.trajectories import collect_trajectories
 from minwm.eval.cases import ANCHORS, HeldOut, Videos, counterfactual, measure
 from minwm.eval.run import Evaluated, headline
 from minwm.experiments.presets.base import Evaluation, Pipeline
-from minwm.recipes.ode import OdeConfig, collect
 from minwm.store.folder import load_codec, load_model
 from minwm.store.model import ModelConfig
 from minwm.train.build import train
@@ -56,8 +54,8 @@ def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = No
         lambda: encode_clips(out / "raw", out / "latents", codec, start.model.text, pick_device(), pipeline.encode),
     )
     for run in pipeline.stages:
-        if isinstance(run.recipe, OdeConfig):
-            part("collect", lambda run=run, cfg=run.recipe: collect_for(run, cfg, out, pipeline.collect))
+        if run.recipe.needs_trajectories:
+            part("collect", lambda run=run: collect_for(run, out, pipeline.collect))
         _train(run, out, say)
         if run.name == until:
             return
@@ -96,20 +94,20 @@ def _train(run: Run, out: Path, say: Say) -> Summary:
     return summary
 
 
-def collect_for(run: Run, cfg: OdeConfig, out: Path, clips: int) -> None:
+def collect_for(run: Run, out: Path, clips: int) -> None:
     """ODE trajectories of the model that the stage starts from."""
-    device, teacher = pick_device(), load_model(Path(str(run.init.student)))
-    net = teacher.net.to(device)
+    device = pick_device()
+    teacher = load_model(Path(str(run.init.student))).net.to(device)
 
-    def trajectories(clip: Clip, number: int) -> Float[Tensor, "k b f c h w"]:
-        draws = generator(run.seed, "collect", number, device=device)
+    def states(clip: Clip, number: int) -> Float[Tensor, "k b f c h w"]:
+        noise = generator(run.seed, "collect", number, device=device)
         with autocast(run, device):
-            return collect(net, clip.to(device), cfg, teacher.config.geometry, draws)
+            return run.recipe.collect_states(teacher, clip.to(device), run.model, noise)
 
-    source = ShardDataset(out / "latents", "train", null=run.model.negative_text())
-    about = {"teacher": run.init.student, "seed": run.seed, **asdict(cfg)}
-    with torch.no_grad():
-        collect_trajectories(source, out / "trajectories", clips, trajectories, about, batch=run.batch)
+    source, sampler = ShardDataset(out / "latents", "train", null=run.model.negative_text()), run.model.sampler
+    student = {"steps": sampler.steps, "shift": sampler.shift}
+    about = {"teacher": run.init.student, "seed": run.seed, **student, **asdict(run.recipe)}
+    collect_trajectories(source, out / "trajectories", clips, states, about, batch=run.batch)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

@@ -16,7 +16,6 @@ from minwm.eval.report.pipeline import Command, Example, Latency, ReportData, St
 from minwm.eval.run import Evaluated
 from minwm.experiments.pipeline import part_seconds
 from minwm.experiments.presets.base import Pipeline
-from minwm.recipes.ode import OdeConfig
 from minwm.train.config import Run, Summary
 
 WHAT = {
@@ -77,7 +76,7 @@ def _stages(pipeline: Pipeline, out: Path) -> list[Stage]:
     stages += [_stage(pipeline.codec, out)] if pipeline.codec else []
     stages.append(part("encode", "clips to latents"))
     for run in pipeline.stages:
-        if isinstance(run.recipe, OdeConfig):
+        if run.recipe.needs_trajectories:
             stages.append(part("collect", f"ODE trajectories of {pipeline.collect} clips"))
         stages.append(_stage(run, out))
     return [*stages, part("evaluate", "generate and measure")]
@@ -86,12 +85,11 @@ def _stages(pipeline: Pipeline, out: Path) -> list[Stage]:
 def _stage(run: Run, out: Path) -> Stage:
     summary, lines = _summary(out, run), read_metrics(out / run.name)
     names = [name for name in ("loss", "dmd", "critic") if any(name in line for line in lines)]
-    source = run.init.student if run is not None and run.name != "codec" else run.init.codec
     generates = run.name not in ("codec", "foundation") and run.model.sampler.causal
     return Stage(
         run.name,
         WHAT.get(run.name, run.recipe.kind),
-        _origin(source, out),
+        _origin(run.init.student, out),
         summary.steps,
         summary.seconds,
         {name: [line[name] for line in lines if name in line] for name in names},

@@ -246,7 +246,7 @@ class Codec(nn.Module):
         pixels = x.unflatten(1, (self.stride, 3)).unflatten(0, (batch, f)).flatten(1, 2)
         return pixels if state is not None else pixels[:, self.stride - 1 :], pasts
 
-    def loss(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction from slightly noisy latents: L1 + MSE + L1 of image gradients."""
         latents = self.encode(pixels)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
@@ -257,7 +257,7 @@ class Codec(nn.Module):
         psnr = 10 * torch.log10(4 / mse)  # pixels span 2
         logs = {"l1": l1, "mse": mse, "edges": edges, "psnr": psnr}
         total = l1 + mse + self.cfg.edges * edges
-        return total, {name: float(value.detach()) for name, value in logs.items()}
+        return total, {name: value.detach() for name, value in logs.items()}
 
 
 def blocks(width: int, depth: int) -> Sequence[nn.Module]:

@@ -1,122 +1,145 @@
-"""What a training stage is: roles (networks), and a loss that says which role it trains."""
+"""The contract of a training stage.
+
+A config (`RecipeConfig`) says what can be said before there are networks: roles, data, an example batch. It builds its
+recipe (`Recipe`), which holds the networks and computes the loss.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import Geometry
-from minwm.nets.backbone import Backbone, Context, teacher_forced
+from minwm.data.dataset import BatchSource, ShardDataset, Split
+from minwm.data.noise import PoseNoise
+from minwm.nets.backbone import Backbone
+from minwm.store.card import write_card
+from minwm.store.folder import save_model
+from minwm.store.model import AnyCodec, ModelConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Loss:
+    """The loss of one batch."""
+
     total: Float[Tensor, ""]
     trains: str
     """The role whose optimiser steps."""
-    logs: dict[str, float]
+    logs: dict[str, Float[Tensor, ""]]
+    """Values for the log, without gradient; the loop reads them from the device once per step."""
 
 
-class Recipe(ABC):
-    """One training stage. It holds its networks by role and owns no optimiser, so the loop stays visible."""
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig(ABC):
+    """Hyper-parameters of a training stage, and what the loop, the pipeline and the memory plan need to know of it."""
 
+    kind: ClassVar[str]
+    """Its name in configs and on the command line."""
     trained: ClassVar[tuple[str, ...]] = ("student",)
-    """Roles with an optimiser."""
+    """Roles with an optimiser; roles are fields of `Init`."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Roles that never change and are not saved with the run."""
+    trains_backbone: ClassVar[bool] = True
+    """False for a codec: it has no blocks to checkpoint or compile, no FLOPs in closed form, and makes no videos."""
+    teacher_forced: ClassVar[bool] = False
+    """Networks see the clean clip and the noisy one in one sequence, twice as long."""
+    self_rollout: ClassVar[bool] = False
+    """The student generates its own training clips, through the KV cache of a stream."""
+    needs_trajectories: ClassVar[bool] = False
+    """Its clips carry states of a teacher's ODE, which `collect_states` computes before the stage."""
+    validates: ClassVar[bool] = True
+    """The loss is a distance, so its value on clips that are never trained on means something."""
+    weights_file: ClassVar[str] = "model.safetensors"
+    """The file in the folder of a role that holds its network."""
+    data_command: ClassVar[str] = "minwm data encode"
+    """What makes the data folder that it reads, for errors."""
 
-    def __init__(self, cfg: Any, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
-        wanted = {*self.trained, *self.frozen}
-        if set(networks) != wanted:
-            raise ConfigError(f"{type(self).__name__} needs the roles {sorted(wanted)}, not {sorted(networks)}")
-        self.cfg, self.networks, self.geometry = cfg, dict(networks), geometry
-        for role in self.frozen:
+    @property
+    def turn(self) -> tuple[str, ...]:
+        """The roles that successive steps train; step i trains turn[i % len(turn)]."""
+        return self.trained
+
+    @abstractmethod
+    def build(self, model: ModelConfig, networks: Mapping[str, Any]) -> "Recipe[Any]":
+        """The recipe for a model, with a network in every role."""
+
+    def check(self, model: ModelConfig) -> None:  # noqa: B027  (few stages have anything to check)
+        """Raise ConfigError if the stage cannot train this model."""
+
+    def network(self, model: ModelConfig) -> nn.Module:
+        """A fresh network for any role."""
+        return model.network.build()
+
+    def dataset(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> BatchSource[Any]:
+        """What batches are drawn from: latent shards. `noise` adds errors to their cameras."""
+        image_start = model.geometry.first_chunk_frames == 1
+        return ShardDataset(path, split, image_start=image_start, null=model.negative_text(), noise=noise)
+
+    def example_batch(self, model: ModelConfig, batch: int) -> Any:
+        """A batch of noise, with the shapes that the dataset gives."""
+        return random_clip(model, batch, model.latents)
+
+    def describe_clip(self, model: ModelConfig) -> str:
+        """Size of one training clip in words, for the memory plan."""
+        both = ", clean and noisy" if self.teacher_forced else ""
+        return f"{model.latents} latents x {model.geometry.tokens:,} tokens{both}"
+
+    def collect_states(
+        self, teacher: Backbone, clip: Clip, model: ModelConfig, generator: torch.Generator
+    ) -> Float[Tensor, "k b f c h w"]:
+        """`Clip.trajectory` of a clip, for stages that need it."""
+        raise ConfigError(f"recipe {self.kind!r} needs no trajectories")
+
+    def save(self, out: Path, model: ModelConfig, student: Any, codec: AnyCodec | None) -> None:
+        """Write the trained student as a model folder, with the codec of its latents and a model card."""
+        assert codec is not None  # the loop is not entered without
+        save_model(out, replace(model, codec=codec.cfg), student, codec)
+        write_card(out)
+
+
+class Recipe(ABC, Generic[Network]):
+    """Networks by role, and the loss that trains them. It owns no optimiser, so the loop stays visible."""
+
+    def __init__(self, cfg: Any, model: ModelConfig, networks: Mapping[str, Network]) -> None:
+        roles = {*cfg.trained, *cfg.frozen}
+        if set(networks) != roles:
+            raise ConfigError(f"recipe {cfg.kind!r} needs the roles {sorted(roles)}, not {sorted(networks)}")
+        self.cfg, self.geometry, self.sampler, self.networks = cfg, model.geometry, model.sampler, dict(networks)
+        for role in cfg.frozen:
             self.networks[role].requires_grad_(False).eval()
 
     @property
-    def stateful(self) -> dict[str, Backbone]:
+    def stateful(self) -> dict[str, Network]:
         """Networks that training changes, and a checkpoint must hold."""
-        return {role: net for role, net in self.networks.items() if role not in self.frozen}
+        return {role: net for role, net in self.networks.items() if role not in self.cfg.frozen}
+
+    def fit(self, data: BatchSource[Any]) -> None:
+        """Set what has a closed form, from the training data, before the first step of a student that starts fresh."""
 
     @abstractmethod
-    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+    def loss(self, clip: Any, step: int, generator: torch.Generator) -> Loss:
         """The loss of one batch; every random draw comes from `generator`."""
 
 
-def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condition:
-    """Take prompts away, clip by clip, so that guidance has an unconditional branch."""
-    keep = (_uniform(len(cond.text), generator) >= rate).to(cond.text.device)
-    return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.unconditional().text))
+def random_clip(model: ModelConfig, batch: int, latents: int) -> Clip:
+    """Noise with the shapes of training clips; all cameras are equal."""
+    x = torch.randn(model.latent_shape(batch, latents))
+    text = torch.randn(batch, model.text.length, model.text.dim)
+    w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
+    first = x[:, :1] if model.geometry.first_chunk_frames == 1 else None
+    return Clip(x, Condition(text=text, w2c=w2c, K=K, first_latent=first))
 
 
-def sample_image_start(clip: Clip, chance: float, generator: torch.Generator) -> Clip:
-    """The clip with its first frame given, by chance; else that frame is generated too."""
-    given = torch.rand((), generator=generator, device=generator.device) < chance
-    return clip if given else replace(clip, cond=replace(clip.cond, first_latent=None))
-
-
-def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:
-    """1 for frames that are generated, 0 for a first frame that is given."""
-    mask = clip.latents.new_ones(clip.latents.shape[:2])
-    if clip.cond.first_latent is not None:
-        mask[:, 0] = 0
-    return mask
-
-
-def keep_first_clean(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
-    """Put the clean first latent, at t = 0, in front of a noisy clip."""
-    if cond.first_latent is None:
-        return x, t
-    return torch.cat([cond.first_latent.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
-
-
-def teacher_context(clip: Clip, level: float | Times, generator: torch.Generator) -> Context:
-    """The clip as a stream keeps it, at noise `level`; a given first frame is kept as it is."""
-    t = loss_mask(clip) * level
-    return Context(interpolate(clip.latents, noise_like(clip.latents, generator), t), t)
-
-
-@torch.no_grad()
-def self_conditioned_context(
-    net: Backbone, clip: Clip, past: Context, s: float, geometry: Geometry, generator: torch.Generator
-) -> Context:
-    """The past as the network tells it: its prediction of every chunk from that chunk at a random time, shifted by s.
-
-    A stream lives on what it made itself. A network that has seen such a past beside the true future leads back from
-    its errors, where one that has seen the truth alone takes them for the truth.
-    """
-    t = uniform_times(len(clip.latents), s, clip.latents, generator)[:, None].expand(clip.latents.shape[:2])
-    x = interpolate(clip.latents, noise_like(clip.latents, generator), t)
-    told = x0_from_velocity(x, teacher_forced(net, past, x, t, clip.cond, geometry), t)
-    told = torch.where(per_frame(loss_mask(clip)) > 0, told, clip.latents)
-    return Context(interpolate(told, noise_like(told, generator), past.t), past.t)
-
-
-def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
-    """Squared error, averaged within frames and then over frames with weight."""
-    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (weight > 0).sum().clamp_min(1)
-
-
-def noise_like(x: Latents, generator: torch.Generator) -> Latents:
-    return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
-
-
-def uniform_times(count: int, s: float, like: Tensor, generator: torch.Generator) -> Float[Tensor, " count"]:
-    """Shifted uniform times, one per clip."""
-    return shift(_uniform(count, generator), s).to(like)
-
-
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator, device=generator.device)
-
-
-def random_index(count: int, generator: torch.Generator) -> int:
-    """A uniform integer below count."""
-    return int(torch.randint(count, (), generator=generator, device=generator.device))
+def check_probabilities(cfg: RecipeConfig, *names: str) -> None:
+    """Raise ConfigError unless those fields lie between 0 and 1."""
+    for name in names:
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ConfigError(f"{cfg.kind}.{name}={getattr(cfg, name)}: a probability lies between 0 and 1")

@@ -1,35 +1,63 @@
 """Training the decoder of the small codec: reconstruction of rendered clips. No camera, no text, no diffusion."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.core.config import ConfigError
+from minwm.data.dataset import BatchSource, RawDataset, Split
+from minwm.data.noise import PoseNoise
 from minwm.nets.codec import Codec
-from minwm.recipes.base import Loss
+from minwm.recipes.base import Loss, Recipe, RecipeConfig
+from minwm.store.folder import save_codec
+from minwm.store.model import AnyCodec, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecTraining:
+class CodecTraining(RecipeConfig):
     kind: ClassVar[str] = "codec"
+    trains_backbone: ClassVar[bool] = False
+    validates: ClassVar[bool] = False
+    weights_file: ClassVar[str] = "codec.safetensors"
+    data_command: ClassVar[str] = "minwm data render"
     fit_clips: int = 256
-    """Clips from which the encoder is found, in closed form; a codec that is continued keeps its encoder."""
+    """Clips from which the encoder is computed in closed form; a codec that is continued keeps its encoder."""
+
+    def build(self, model: ModelConfig, networks: Mapping[str, Codec]) -> "CodecRecipe":
+        return CodecRecipe(self, model, networks)
+
+    def network(self, model: ModelConfig) -> Codec:
+        codec = model.codec.build()
+        if not isinstance(codec, Codec):
+            raise ConfigError(f"model.codec is {model.codec.kind!r}: only the small codec can be trained")
+        return codec
+
+    def dataset(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> RawDataset:
+        return RawDataset(path, split)
+
+    def example_batch(self, model: ModelConfig, batch: int) -> Float[Tensor, "b n 3 H W"]:
+        return torch.rand(batch, model.frames, 3, model.height, model.width)
+
+    def describe_clip(self, model: ModelConfig) -> str:
+        return f"{model.frames} frames of {model.width}x{model.height}"
+
+    def save(self, out: Path, model: ModelConfig, student: Any, codec: AnyCodec | None) -> None:
+        save_codec(out, student)
 
 
-class CodecRecipe:
+class CodecRecipe(Recipe[Codec]):
     """Role: student, the codec. Batches are pixels."""
 
-    trained: ClassVar[tuple[str, ...]] = ("student",)
+    cfg: CodecTraining
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec
+    def fit(self, data: BatchSource[Any]) -> None:
+        self.networks["student"].fit(data.batch([i]) for i in range(min(self.cfg.fit_clips, len(data))))
 
-    @property
-    def stateful(self) -> dict[str, Codec]:
-        return {"student": self.codec}
-
-    def loss(self, pixels: Float[Tensor, "b n 3 H W"], step: int, generator: torch.Generator) -> Loss:
-        total, logs = self.codec.loss(pixels, generator)
-        return Loss(total, "student", {"loss": float(total.detach()), **logs})
+    def loss(self, clip: Float[Tensor, "b n 3 H W"], step: int, generator: torch.Generator) -> Loss:
+        total, logs = self.networks["student"].loss(clip, generator)
+        return Loss(total, "student", {"loss": total.detach(), **logs})

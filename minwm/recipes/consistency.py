@@ -11,9 +11,9 @@ from minwm.core.flow import Latents, euler, guide, interpolate, schedule, x0_fro
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
-from minwm.recipes.base import (
-    Loss,
-    Recipe,
+from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
+from minwm.recipes.ops import (
+    bernoulli,
     frame_mse,
     loss_mask,
     noise_like,
@@ -22,54 +22,64 @@ from minwm.recipes.base import (
     self_conditioned_context,
     teacher_context,
 )
+from minwm.store.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig:
+class ConsistencyConfig(RecipeConfig):
     kind: ClassVar[str] = "consistency"
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    teacher_forced: ClassVar[bool] = True
     grid: int = 50
     """Steps of the discretised ODE."""
     shift: float = 5.0
+    """Timestep shift of the discretised ODE."""
     guidance: float = 3.0
     """Guidance of the teacher's ODE step."""
     image_start: float = 1.0
-    """Chance, per batch, that the first latent is given."""
+    """Probability, per batch, that the first latent is given."""
     self_conditioning: float = 0.0
-    """Chance, per batch, that chunks are given the student's own predictions of the earlier ones."""
+    """Probability, per batch, that the context of chunks is the student's own predictions instead of the real clip."""
     target_decay: float = 0.99
-    """EMA of the student that gives the target, from the first step on."""
+    """EMA decay of the target network, from the first step on."""
+
+    def __post_init__(self) -> None:
+        check_probabilities(self, "image_start", "self_conditioning")
+
+    def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "Consistency":
+        return Consistency(self, model, networks)
 
 
-def guided_teacher(
-    teacher: Backbone, past: Context, cond: Condition, x: Latents, t: float, guidance: float, geometry: Geometry
+def teacher_velocity(
+    teacher: Backbone, context: Context, cond: Condition, x_t: Latents, t: float, guidance: float, geometry: Geometry
 ) -> Latents:
-    """Velocity of the autoregressive teacher on all chunks at time t, given real history, with guidance."""
-    times = x.new_full(x.shape[:2], t)
+    """Guided velocity of the autoregressive teacher at time t: all chunks in one pass, given the real earlier ones."""
+    times = x_t.new_full(x_t.shape[:2], t)
     if guidance == 1:
-        return teacher_forced(teacher, past, x, times, cond, geometry)
-    both = Condition.stack(cond, cond.unconditional())
-    latents, levels, noisy, times = (torch.cat([y, y]) for y in (past.latents, past.t, x, times))
-    v, v_uncond = teacher_forced(teacher, Context(latents, levels), noisy, times, both, geometry).chunk(2)
-    return guide(v, v_uncond, guidance)
+        return teacher_forced(teacher, context, x_t, times, cond, geometry)
+    branches = Condition.stack(cond, cond.unconditional())
+    latents, context_t, x_t, times = (torch.cat([y, y]) for y in (context.latents, context.t, x_t, times))
+    v = teacher_forced(teacher, Context(latents, context_t), x_t, times, branches, geometry)
+    v_cond, v_uncond = v.chunk(2)
+    return guide(v_cond, v_uncond, guidance)
 
 
-class Consistency(Recipe):
-    """|| f(x_i, t_i) - sg f_target(x_{i+1}, t_{i+1}) ||^2, f(x, t) = x - t v, all given real history.
+class Consistency(Recipe[Backbone]):
+    """|| f(x_i, t_i) - sg f_target(x_{i+1}, t_{i+1}) ||^2, f(x, t) = x - t v, all given the real earlier chunks.
 
     x_{i+1} is one guided Euler step of the teacher from x_i; the last pair ends at t = 0, where f is the identity.
     """
 
-    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
-
     cfg: ConsistencyConfig
 
-    def __init__(self, cfg: ConsistencyConfig, networks: Mapping[str, Backbone], geometry: Geometry) -> None:
-        super().__init__(cfg, networks, geometry)
+    def __init__(self, cfg: ConsistencyConfig, model: ModelConfig, networks: Mapping[str, Backbone]) -> None:
+        super().__init__(cfg, model, networks)
         self.times = schedule(cfg.grid, cfg.shift)
         self.target_step: int | None = None
         self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False).eval()
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        student, teacher, target = (self.networks[role] for role in ("student", "teacher", "target"))
         if step != self.target_step:  # once per step, however many micro-batches it has
             self._update_target()
             self.target_step = step
@@ -77,31 +87,26 @@ class Consistency(Recipe):
         i = random_index(self.cfg.grid, generator)
         t, t_next = self.times[i], self.times[i + 1]
         eps = noise_like(clip.latents, generator)
-        x = interpolate(clip.latents, eps, eps.new_full(eps.shape[:2], t))
-        past = teacher_context(clip, self.geometry.context_noise, generator)
-        if torch.rand((), generator=generator, device=generator.device) < self.cfg.self_conditioning:
-            past = self_conditioned_context(
-                self.networks["student"], clip, past, self.cfg.shift, self.geometry, generator
-            )
+        x_t = interpolate(clip.latents, eps, eps.new_full(eps.shape[:2], t))
+        context = teacher_context(clip, self.geometry.context_noise, generator)
+        if bernoulli(self.cfg.self_conditioning, generator):
+            context = self_conditioned_context(student, clip, context, self.cfg.shift, self.geometry, generator)
         with torch.no_grad():
-            v = guided_teacher(self.networks["teacher"], past, clip.cond, x, t, self.cfg.guidance, self.geometry)
-            target = self._consistency_function(
-                self.networks["target"], past, clip.cond, euler(x, v, t, t_next), t_next
-            )
-        total = frame_mse(
-            self._consistency_function(self.networks["student"], past, clip.cond, x, t), target, loss_mask(clip)
-        )
-        return Loss(total, "student", {"loss": float(total.detach())})
+            v = teacher_velocity(teacher, context, clip.cond, x_t, t, self.cfg.guidance, self.geometry)
+            x_next = euler(x_t, v, t, t_next)
+            x0_target = self._consistency_function(target, context, clip.cond, x_next, t_next)
+        x0 = self._consistency_function(student, context, clip.cond, x_t, t)
+        total = frame_mse(x0, x0_target, loss_mask(clip))
+        return Loss(total, "student", {"loss": total.detach()})
 
-    def _consistency_function(self, net: Backbone, past: Context, cond: Condition, x: Latents, t: float) -> Latents:
-        """f(x, t): where the trajectory through x ends."""
+    def _consistency_function(self, net: Backbone, context: Context, cond: Condition, x: Latents, t: float) -> Latents:
+        """f(x, t): the end of the trajectory through x."""
         times = x.new_full(x.shape[:2], t)
-        return x0_from_velocity(x, teacher_forced(net, past, x, times, cond, self.geometry), times)
+        return x0_from_velocity(x, teacher_forced(net, context, x, times, cond, self.geometry), times)
 
     @torch.no_grad()
     def _update_target(self) -> None:
-        """Move the target after the student; before the first update they are equal and this changes nothing."""
-        for target, weight in zip(
-            self.networks["target"].parameters(), self.networks["student"].parameters(), strict=True
-        ):
-            target.lerp_(weight, 1 - self.cfg.target_decay)
+        """EMA of the student; before its first step the two are equal and this changes nothing."""
+        student, target = self.networks["student"], self.networks["target"]
+        for mean, weight in zip(target.parameters(), student.parameters(), strict=True):
+            mean.lerp_(weight, 1 - self.cfg.target_decay)

@@ -1,18 +1,18 @@
 """Flow matching: bidirectional (foundation, phase 1 with cameras) and autoregressive by teacher forcing (stage 1)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from minwm.core.config import ConfigError
 from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
 from minwm.core.types import Clip
-from minwm.nets.backbone import teacher_forced
-from minwm.recipes.base import (
-    Loss,
-    Recipe,
+from minwm.nets.backbone import Backbone, teacher_forced
+from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
+from minwm.recipes.ops import (
+    bernoulli,
     drop_text,
     frame_mse,
     keep_first_clean,
@@ -22,17 +22,18 @@ from minwm.recipes.base import (
     self_conditioned_context,
     teacher_context,
 )
+from minwm.store.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeLaw:
-    """How training times are drawn and weighted."""
+    """The distribution of training times and their weights in the loss."""
 
     law: Literal["uniform", "logit_normal"] = "uniform"
     """u uniform (Wan) or sigmoid of a standard normal (HunyuanVideo); then shifted."""
     shift: float = 5.0
     weight: Literal["bell", "none"] = "bell"
-    """Wan weights times by a bell around t = 1/2; HunyuanVideo by nothing."""
+    """Wan weights times by a bell around t = 1/2; HunyuanVideo does not."""
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.law == "uniform":
@@ -46,22 +47,20 @@ class TimeLaw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(RecipeConfig):
     """Fields shared by both flow-matching stages."""
 
     time: TimeLaw = TimeLaw()
     text_dropout: float = 0.1
-    """Chance of the null prompt, per clip; guidance needs some."""
+    """Probability of the unconditional prompt, per clip; classifier-free guidance needs some."""
     image_start: float = 1.0
-    """Chance, per batch, that the first latent is given clean; otherwise it is generated too."""
+    """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
 
     def __post_init__(self) -> None:
-        for name in ("text_dropout", "image_start"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: a probability lies between 0 and 1")
+        check_probabilities(self, "text_dropout", "image_start")
 
-    def prepare(self, clip: Clip, generator: torch.Generator) -> Clip:
-        """Draw the dropouts of one batch."""
+    def augment(self, clip: Clip, generator: torch.Generator) -> Clip:
+        """Drop prompts and the first latent at random."""
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
         return sample_image_start(clip, self.image_start, generator)
 
@@ -70,52 +69,64 @@ class DiffusionConfig:
 class BidirectionalConfig(DiffusionConfig):
     kind: ClassVar[str] = "bidirectional"
 
+    def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "BidirectionalDiffusion":
+        return BidirectionalDiffusion(self, model, networks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig(DiffusionConfig):
     kind: ClassVar[str] = "autoregressive"
+    teacher_forced: ClassVar[bool] = True
     self_conditioning: float = 0.0
-    """Chance, per batch, that chunks are given the network's own predictions of the earlier ones (`own_past`)."""
+    """Probability, per batch, that the context of chunks is the network's own predictions instead of the clean clip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_probabilities(self, "self_conditioning")
+
+    def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "AutoregressiveDiffusion":
+        return AutoregressiveDiffusion(self, model, networks)
 
 
-class BidirectionalDiffusion(Recipe):
-    """One time per clip, every frame sees every frame: || v(x_t, t) - (eps - x_0) ||^2 (paper, Sec. 2.1)."""
+class BidirectionalDiffusion(Recipe[Backbone]):
+    """|| v(x_t, t) - (eps - x_0) ||^2 with one t per clip; every frame attends to every frame (paper, Sec. 2.1)."""
 
     cfg: BidirectionalConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        clip = self.cfg.prepare(clip, generator)
+        clip = self.cfg.augment(clip, generator)
         eps = noise_like(clip.latents, generator)
-        level = self.cfg.time.draw((len(eps), 1), generator).to(eps).expand(eps.shape[:2])
-        x, t = keep_first_clean(interpolate(clip.latents, eps, level), level, clip.cond)
-        v = self.networks["student"](x, t, clip.cond)
-        total = frame_mse(v, velocity(clip.latents, eps), loss_mask(clip) * self.cfg.time.weigh(level))
-        return Loss(total, "student", {"loss": float(total.detach())})
+        t = self.cfg.time.draw((len(eps), 1), generator).to(eps).expand(eps.shape[:2])
+        weight = loss_mask(clip) * self.cfg.time.weigh(t)
+        x_t, times = keep_first_clean(interpolate(clip.latents, eps, t), t, clip.cond)
+        v = self.networks["student"](x_t, times, clip.cond)
+        total = frame_mse(v, velocity(clip.latents, eps), weight)
+        return Loss(total, "student", {"loss": total.detach()})
 
 
-class AutoregressiveDiffusion(Recipe):
-    """Teacher forcing: one time per chunk, every noisy chunk given the clean ones before it (paper, stage 1).
+class AutoregressiveDiffusion(Recipe[Backbone]):
+    """|| v(x_t, t | clean earlier chunks) - (eps - x_0) ||^2 with one t per chunk: teacher forcing (paper, stage 1).
 
-    With context noise the past is noised too, at times up to the one at which streams will keep it.
+    With context noise the earlier chunks are noised too, at random times up to the stream's `context_noise`.
     """
 
     cfg: AutoregressiveConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        clip = self.cfg.prepare(clip, generator)
+        clip = self.cfg.augment(clip, generator)
         eps = noise_like(clip.latents, generator)
         chunks = self.geometry.chunks(eps.shape[1])
         sizes = torch.tensor([b - a for a, b in chunks], device=eps.device)
 
-        def per_frame(per_chunk: Tensor) -> Tensor:  # output_size: or a GPU would be waited for
+        def per_frame(per_chunk: Tensor) -> Tensor:  # with output_size no GPU has to be waited for
             return per_chunk.to(eps).repeat_interleave(sizes, dim=1, output_size=eps.shape[1])
 
         t = per_frame(self.cfg.time.draw((len(eps), len(chunks)), generator))
-        level = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
-        past = teacher_context(clip, self.geometry.context_noise * level, generator)
+        u = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
+        context = teacher_context(clip, self.geometry.context_noise * u, generator)
         student = self.networks["student"]
-        if torch.rand((), generator=generator, device=generator.device) < self.cfg.self_conditioning:
-            past = self_conditioned_context(student, clip, past, self.cfg.time.shift, self.geometry, generator)
-        v = teacher_forced(student, past, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry)
+        if bernoulli(self.cfg.self_conditioning, generator):
+            context = self_conditioned_context(student, clip, context, self.cfg.time.shift, self.geometry, generator)
+        v = teacher_forced(student, context, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry)
         total = frame_mse(v, velocity(clip.latents, eps), loss_mask(clip) * self.cfg.time.weigh(t))
-        return Loss(total, "student", {"loss": float(total.detach())})
+        return Loss(total, "student", {"loss": total.detach()})

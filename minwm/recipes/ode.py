@@ -1,5 +1,6 @@
 """Stage 2a, causal ODE distillation: collect the teacher's PF-ODE trajectories, regress their end (paper eq. 1)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
@@ -11,76 +12,83 @@ from torch import Tensor
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, schedule, x0_from_velocity
 from minwm.core.types import Clip
-from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, PreparedCondition, teacher_forced
-from minwm.recipes.base import Loss, Recipe, frame_mse, loss_mask, noise_like, random_index, teacher_context
+from minwm.recipes.base import Loss, Recipe, RecipeConfig
+from minwm.recipes.ops import frame_mse, loss_mask, noise_like, random_index, teacher_context
+from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class OdeConfig:
+class OdeConfig(RecipeConfig):
     kind: ClassVar[str] = "ode"
-    steps: int = 4
-    """Times of the student; trajectories are kept at these."""
-    shift: float = 5.0
+    teacher_forced: ClassVar[bool] = True
+    needs_trajectories: ClassVar[bool] = True
     ode_steps: int = 48
-    """Euler steps of the teacher; a multiple of `steps`."""
+    """Euler steps of the teacher; a multiple of the student's steps, which are those of the model's sampler."""
     guidance: float = 6.0
     """Guidance of the teacher along the trajectory."""
 
-    def __post_init__(self) -> None:
-        if self.ode_steps % self.steps:
-            near = max(1, round(self.ode_steps / self.steps)) * self.steps
-            raise ConfigError(f"ode.ode_steps={self.ode_steps} is not a multiple of steps={self.steps}; try {near}")
+    def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "Ode":
+        return Ode(self, model, networks)
+
+    def check(self, model: ModelConfig) -> None:
+        steps = len(model.sampler.times)
+        if self.ode_steps % steps:
+            near = max(1, round(self.ode_steps / steps)) * steps
+            raise ConfigError(f"ode.ode_steps={self.ode_steps} is not a multiple of sampler.steps={steps}; try {near}")
+
+    def example_batch(self, model: ModelConfig, batch: int) -> Clip:
+        clip = super().example_batch(model, batch)
+        return replace(clip, trajectory=torch.randn(len(model.sampler.times) + 1, *clip.latents.shape))
+
+    @torch.no_grad()
+    def collect_states(
+        self, teacher: Backbone, clip: Clip, model: ModelConfig, generator: torch.Generator
+    ) -> Float[Tensor, "k b f c h w"]:
+        """States at the student's times, then the end. Each chunk follows its own ODE, given the real earlier ones.
+
+        A uniform grid of `ode_steps`, shifted, contains the student's times exactly, every ode_steps / steps. The real
+        clip is in a stream's KV cache: half the work of teacher-forced passes over all chunks at once.
+        """
+        context_noise, x = noise_like(clip.latents, generator), noise_like(clip.latents, generator)
+        # sinks where the clip has them, and a cache of the real clip instead of the last denoising pass
+        geometry = replace(model.geometry, rolling_sink=False, merged_refresh=False)
+        stream, states = Stream(teacher, clip.cond, geometry, self.guidance, reach=None), []
+        for a, b in geometry.chunks(x.shape[1]):
+            cond = stream.prepare_chunk(clip.cond.frames(a, b))
+            states.append(self._chunk_states(stream, cond, x[:, a:b], model))
+            given = a == 0 and clip.cond.first_latent is not None
+            stream.update_cache(cond, clip.latents[:, a:b], None if given else context_noise[:, a:b])
+        return torch.cat(states, dim=2)
+
+    def _chunk_states(
+        self, stream: Stream, cond: PreparedCondition, x: Latents, model: ModelConfig
+    ) -> Float[Tensor, "k b f c h w"]:
+        """States of the current chunk, from noise x, at the student's times and at t = 0."""
+        sampler, states = model.sampler, []
+        for step, (t, t_next) in enumerate(pairwise(schedule(self.ode_steps, sampler.shift))):
+            if step % (self.ode_steps // sampler.steps) == 0:
+                states.append(x)
+            x = euler(x, stream.velocity(cond, x, t), t, t_next)
+        return torch.stack([*states, x])
 
 
-@torch.no_grad()
-def collect(
-    teacher: Backbone, clip: Clip, cfg: OdeConfig, geometry: Geometry, generator: torch.Generator
-) -> Float[Tensor, "k b f c h w"]:
-    """States at the student's times, then the end point. Every chunk runs along its own ODE, given real history.
-
-    A uniform grid of `ode_steps`, shifted, passes through the student's times exactly, every ode_steps / steps. The
-    history is the cache of a stream: half the work of passes that take all chunks at once, each behind its clean copy.
-    """
-    hidden, x = noise_like(clip.latents, generator), noise_like(clip.latents, generator)
-    true = replace(
-        geometry, rolling_sink=False, merged_refresh=False
-    )  # sinks where they were, chunks as the clip has them
-    stream, parts = Stream(teacher, clip.cond, true, cfg.guidance, reach=None), []
-    for a, b in geometry.chunks(x.shape[1]):
-        bound = stream.prepare_chunk(clip.cond.frames(a, b))
-        parts.append(_trajectory(stream, bound, x[:, a:b], cfg))
-        given = a == 0 and clip.cond.first_latent is not None
-        stream.update_cache(bound, clip.latents[:, a:b], None if given else hidden[:, a:b])
-    return torch.cat(parts, dim=2)
-
-
-def _trajectory(stream: Stream, bound: PreparedCondition, x: Latents, cfg: OdeConfig) -> Float[Tensor, "k b f c h w"]:
-    """States of the current chunk, from noise x, at the student's times and at the end."""
-    every, states = cfg.ode_steps // cfg.steps, []
-    for step, (t, t_next) in enumerate(pairwise(schedule(cfg.ode_steps, cfg.shift))):
-        if step % every == 0:
-            states.append(x)
-        x = euler(x, stream.velocity(bound, x, t), t, t_next)
-    return torch.stack([*states, x])
-
-
-class Ode(Recipe):
-    """|| G(x_t, t | real history) - x_ODE ||^2 at one of the student's times; clips carry their trajectory."""
+class Ode(Recipe[Backbone]):
+    """|| G(x_t, t | real earlier chunks) - x_ODE ||^2 at one of the student's times; clips carry their trajectory."""
 
     cfg: OdeConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        states, times = clip.trajectory, schedule(self.cfg.steps, self.cfg.shift)[:-1]
+        states, times = clip.trajectory, self.sampler.times
         if states is None or len(states) != len(times) + 1:
             found = 0 if states is None else len(states)
             raise ConfigError(
                 f"stage 2a needs clips with {len(times) + 1} trajectory states, these have {found}; collect them"
             )
         k = random_index(len(times), generator)
-        t = states.new_full(states.shape[1:3], times[k])
-        past = teacher_context(clip, self.geometry.context_noise, generator)
-        v = teacher_forced(self.networks["student"], past, states[k], t, clip.cond, self.geometry)
-        total = frame_mse(x0_from_velocity(states[k], v, t), states[-1], loss_mask(clip))
-        return Loss(total, "student", {"loss": float(total.detach())})
+        x_t, t = states[k], states.new_full(states.shape[1:3], times[k])
+        context = teacher_context(clip, self.geometry.context_noise, generator)
+        v = teacher_forced(self.networks["student"], context, x_t, t, clip.cond, self.geometry)
+        total = frame_mse(x0_from_velocity(x_t, v, t), states[-1], loss_mask(clip))
+        return Loss(total, "student", {"loss": total.detach()})

@@ -207,9 +207,9 @@ def _unknown(path: Path, facts: _Facts) -> str:
 def _stage(record: Mapping[str, Any]) -> list[str]:
     run, data = record["run"], _data(record)
     recipe = run["recipe"]["kind"]
-    fresh = ["fresh weights"] * (not run["init"]["codec" if recipe == "codec" else "student"])
+    fresh = ["fresh weights"] * (not run["init"]["student"])
     roles = [f"{role} `{Path(path).name}`" for role, path in run["init"].items() if path]
-    rates = [f"{run['optim']['lr']:g}"] + [f"critic {run['critic']['lr']:g}"] * (recipe == "dmd")
+    rates = [f"{run['optim']['lr']:g}"] + [f"critic {run['critic']['lr']:g}"] * bool(run["init"]["critic"])
     clips, kind = data.get("counts", {}).get("train", data.get("clips")), data.get("raw", data).get("kind")
     return [
         run["name"],

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minwm.core.config import dumps, loads, lookup
@@ -17,6 +15,7 @@ from minwm.core.files import new_folder, write_text
 from minwm.core.weights import (
     CheckpointError,
     describe_mismatches,
+    load_safetensors,
     load_tensors,
     mismatches,
     read_weights,
@@ -131,13 +130,4 @@ def load_weights(net: nn.Module, path: Path, allow_missing: tuple[str, ...] = ()
 
     Those keep their initialisation: this is how a zero-initialised camera branch joins a model without one.
     """
-    return load_tensors(net, _load(path), path, allow_missing)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it, or make it again") from error
+    return load_tensors(net, load_safetensors(path), path, allow_missing)

@@ -54,6 +54,11 @@ class ModelConfig:
         return np.array([*self.focal, 0.5, 0.5])
 
     @property
+    def frames(self) -> int:
+        """Pixel frames per training clip."""
+        return self.motion.stride * (self.latents - 1) + 1
+
+    @property
     def scale(self) -> int:
         return self.codec.scale
 

@@ -41,6 +41,7 @@ class _SamplerBase:
 class _MultistepSampler(_SamplerBase):
     """A numerical solution of the ODE, under guidance."""
 
+    kind: ClassVar[str]
     steps: int = 50
     guidance: float = 3.0
     """uncond + guidance (cond - uncond); 1 means no guidance and half of the passes."""
@@ -50,6 +51,11 @@ class _MultistepSampler(_SamplerBase):
     def passes(self) -> int:
         """Network passes for one chunk (or one clip, if not causal); both branches of guidance count."""
         return self.steps * (1 if self.guidance == 1 else 2)
+
+    @property
+    def times(self) -> list[float]:
+        """Only a few-step sampler has times that a student is trained at."""
+        raise ConfigError(f"a few-step student needs model.sampler.kind=few_step, not {self.kind}")
 
     def sample(self, velocity: Velocity, noise: Noise) -> Latents:
         """x_0 of a clip or chunk, from the first sample of noise."""

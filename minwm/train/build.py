@@ -1,55 +1,34 @@
-"""The one training loop, for every stage: what happens in a step is what you read in `loop`."""
+"""A training run from its config to a model folder: data, networks, the loop, and what is saved."""
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
-from minwm.core.files import write_json, write_text
+from minwm.core.files import read_json, write_json, write_text
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, pick_device, rank, versions, world_size
 from minwm.data.clips import read_manifest
-from minwm.data.dataset import RawDataset, ShardDataset, loader
-from minwm.nets.backbone import Backbone
-from minwm.nets.codec import Codec
+from minwm.data.dataset import loader
 from minwm.recipes.base import Recipe
-from minwm.recipes.codec import CodecRecipe, CodecTraining
-from minwm.recipes.consistency import Consistency, ConsistencyConfig
-from minwm.recipes.diffusion import (
-    AutoregressiveConfig,
-    AutoregressiveDiffusion,
-    BidirectionalConfig,
-    BidirectionalDiffusion,
-)
-from minwm.recipes.dmd import Dmd, DmdConfig
-from minwm.recipes.ode import Ode, OdeConfig
-from minwm.store.card import write_card
-from minwm.store.folder import load_codec, load_weights, save_codec, save_model
+from minwm.store.folder import load_codec, load_weights
 from minwm.store.layouts import FAMILIES
 from minwm.train.config import Run, Summary
 from minwm.train.loop import loop
 from minwm.train.state import States
 
-RECIPES: dict[type, type[Recipe]] = {
-    BidirectionalConfig: BidirectionalDiffusion,
-    AutoregressiveConfig: AutoregressiveDiffusion,
-    OdeConfig: Ode,
-    ConsistencyConfig: Consistency,
-    DmdConfig: Dmd,
-}
-HELD_OUT = 24
-"""Clips of the validation split on which the loss is watched."""
-GRAPHS = 32
+VALIDATION_CLIPS = 24
+"""Clips of the validation split on which the loss is logged."""
+COMPILED_FORMS = 32
 """Most compiled forms of a block. Passes of a recipe differ in frames, in clips and in who gets gradients: up to a
 dozen forms, where torch gives up after 8."""
-NOTED = ("kind", "raw", "counts", "clips", "licences")
-"""What a run notes of its data's manifest, for the model card."""
+MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
+"""What `run.json` keeps of the data's manifest, for the model card."""
 
 
 def train(run: Run, out: Path) -> Summary:
@@ -57,114 +36,94 @@ def train(run: Run, out: Path) -> Summary:
 
     Raises ConfigError if `out` holds a run with another config.
     """
-    done = out / "summary.json"
+    done, states = out / "summary.json", States(out)
     _claim(run, out)
     if done.exists():
         return loads(Summary, done.read_text())
+    if run.recipe.trains_backbone and not run.init.codec:
+        raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
+    codec = load_codec(Path(run.init.codec)) if run.init.codec else None
     device = pick_device()
-    if isinstance(run.recipe, CodecTraining):
-        result = _train_codec(run, run.recipe, out, device)
-    else:
-        result = _train_network(run, out, device)
-    losses = [line for line in read_metrics(out) if line["trains"] == "student"]
-    name = next(name for name in losses[0] if name not in ("step", "trains"))
-    tenth = max(1, len(losses) // 10)
-    ends = [sum(line[name] for line in part) / tenth for part in (losses[:tenth], losses[-tenth:])]
-    parameters = sum(p.numel() for p in result.parameters())
-    summary = Summary(
-        steps=run.steps, seconds=_seconds(out), first_loss=ends[0], last_loss=ends[1], parameters=parameters
-    )
+    recipe = build_recipe(run, partial(load_role, run, device))
+    data = run.recipe.dataset(Path(run.data), "train", run.model, run.pose_noise)
+    if not run.init.student and not states.latest():
+        recipe.fit(data)
+    clips = loader(data, run.batch, run.seed, rank(), world_size())
+    student = loop(run, out, recipe, clips, device, validation_batches(run)).cpu()
+    run.recipe.save(out, run.model, student, codec)
+    summary = _summary(run, out, sum(p.numel() for p in student.parameters()))
     write_text(done, dumps(summary))
     return summary
 
 
+def build_recipe(run: Run, load: Callable[[str], nn.Module]) -> Recipe[Any]:
+    """The recipe of a run; `load` makes the network of a role."""
+    networks: dict[str, Any] = {role: load(role) for role in (*run.recipe.trained, *run.recipe.frozen)}
+    if run.checkpointing:
+        for role in run.recipe.trained:
+            networks[role].checkpointing = run.checkpointing
+    recipe = run.recipe.build(run.model, networks)
+    if run.compile:
+        compile_networks(recipe)
+    return recipe
+
+
+def compile_networks(recipe: Recipe[Any]) -> None:
+    """Compile the blocks of all networks, frozen ones too, in place."""
+    torch._dynamo.config.recompile_limit = COMPILED_FORMS
+    for net in recipe.networks.values():
+        net.compile_blocks()
+
+
+def load_role(run: Run, device: torch.device, role: str) -> nn.Module:
+    """The network of a role, from the folder that `init` names; fresh if it names none (student only)."""
+    source = getattr(run.init, role)
+    if source is None and role != "student":
+        raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
+    torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
+    net = run.recipe.network(run.model)
+    if source is not None:
+        camera = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS if role == "student" else ()
+        load_weights(net, Path(source) / run.recipe.weights_file, allow_missing=camera)
+    return net.to(device)
+
+
+def validation_batches(run: Run) -> list[Any]:
+    """The first clips of the validation split, if there is one and the recipe validates."""
+    if not run.recipe.validates or not _manifest(run)["counts"].get("val"):
+        return []
+    data = run.recipe.dataset(Path(run.data), "val", run.model)
+    indices = range(min(VALIDATION_CLIPS, len(data)))
+    return [data.batch(indices[i : i + run.batch]) for i in indices[:: run.batch]]
+
+
+def _manifest(run: Run) -> dict[str, Any]:
+    return read_manifest(Path(run.data), run.recipe.data_command)
+
+
 def _claim(run: Run, out: Path) -> None:
-    """Write the run's config and what it starts from, or check that it is the one that `out` was started with."""
+    """Write `run.json`: the config and what the run starts from. Or check that `out` was started with this config."""
     path = out / "run.json"
-    if path.exists() and (old := from_dict(Run, json.loads(path.read_text())["run"])) != run:
-        changed = [key for key, value in vars(run).items() if vars(old)[key] != value]
-        raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
     if not path.exists():
-        maker = "minwm data render" if isinstance(run.recipe, CodecTraining) else "minwm data encode"
-        manifest = read_manifest(Path(run.data), maker)
+        manifest = _manifest(run)
         about = {
             "commit": git_commit(),
             "versions": versions(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "data": {name: manifest[name] for name in NOTED if name in manifest},
+            "data": {name: manifest[name] for name in MANIFEST_FIELDS if name in manifest},
         }
-        write_json(path, {"run": to_dict(run), **about})
+        return write_json(path, {"run": to_dict(run), **about})
+    if (old := from_dict(Run, read_json(path)["run"])) != run:
+        changed = [key for key, value in vars(run).items() if vars(old)[key] != value]
+        raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
+    return None
 
 
-def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) -> nn.Module:
-    torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
-    codec, data = run.model.codec.build(), RawDataset(Path(run.data), "train")
-    if not isinstance(codec, Codec):
-        raise ConfigError(f"{run.name}: model.codec is {type(codec).__name__}; only the small codec is trained here")
-    if run.init.codec:
-        codec.load_state_dict(load_codec(Path(run.init.codec)).state_dict())
-    elif not States(out).latest():
-        codec.fit(data.batch([i]) for i in range(min(cfg.fit_clips, len(data))))
-    clips = loader(data, run.batch, run.seed, rank(), world_size())
-    trained = loop(run, out, CodecRecipe(codec), clips, device)
-    assert isinstance(trained, Codec)
-    save_codec(out, trained.cpu())
-    return trained
-
-
-def _train_network(run: Run, out: Path, device: torch.device) -> nn.Module:
-    if not run.init.codec:
-        raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
-    codec = load_codec(Path(run.init.codec))
-    recipe = build_recipe(run, partial(load_role, run, device))
-    begins_with_image, null = run.model.geometry.first_chunk_frames == 1, run.model.negative_text()
-    data = ShardDataset(Path(run.data), "train", image_start=begins_with_image, null=null, noise=run.pose_noise)
-    clips = loader(data, run.batch, run.seed, rank(), world_size())
-    batches = []
-    if data.manifest["counts"].get("val") and not isinstance(run.recipe, DmdConfig):  # whose loss is no distance
-        held_out = ShardDataset(Path(run.data), "val", image_start=begins_with_image, null=null)
-        some = range(min(HELD_OUT, len(held_out)))
-        batches = [held_out.batch(some[i : i + run.batch]) for i in some[:: run.batch]]
-    trained = loop(run, out, recipe, clips, device, batches)
-    save_model(out, replace(run.model, codec=codec.cfg), trained.cpu(), codec)
-    write_card(out)
-    return trained
-
-
-def build_recipe(run: Run, fill: Callable[[str], Backbone]) -> Recipe:
-    """The recipe of a run, with its roles filled by `fill`."""
-    kind = RECIPES[type(run.recipe)]
-    networks = {role: fill(role) for role in (*kind.trained, *kind.frozen)}
-    for role in kind.trained:
-        networks[role].checkpointing = run.checkpointing
-    recipe = kind(run.recipe, networks, run.model.geometry)
-    if run.compile:
-        torch._dynamo.config.recompile_limit = GRAPHS
-        for net in recipe.networks.values():
-            net.compile_blocks()
-    return recipe
-
-
-def load_role(run: Run, device: torch.device, role: str) -> Backbone:
-    """A network for a role: from its folder, or fresh (student only)."""
-    source = {
-        "student": run.init.student,
-        "teacher": run.init.teacher,
-        "critic": run.init.critic,
-        "real": run.init.real,
-    }[role]
-    torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
-    net = run.model.network.build()
-    if source is None:
-        if role != "student":
-            raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
-        return net.to(device)
-    new = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS if role == "student" else ()
-    load_weights(net, Path(source) / "model.safetensors", allow_missing=new)
-    return net.to(device)
-
-
-def _seconds(out: Path) -> float:
-    """Seconds of training that the last state has seen, over all resumed parts."""
-    states = States(out)
-    return json.loads((states.folder / f"{states.latest():06d}" / "state.json").read_text())["seconds"]
+def _summary(run: Run, out: Path, parameters: int) -> Summary:
+    """The summary of a run whose last state is written."""
+    lines = [line for line in read_metrics(out) if line["trains"] == "student"]
+    loss = next(name for name in lines[0] if name not in ("step", "trains"))
+    tenth = max(1, len(lines) // 10)
+    first, last = (sum(line[loss] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
+    seconds = States(out).extra(run.steps)["seconds"]
+    return Summary(steps=run.steps, seconds=seconds, first_loss=first, last_loss=last, parameters=parameters)

@@ -1,4 +1,4 @@
-"""The config of a training run."""
+"""The config of a training run, and its summary."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 
-RecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
+AnyRecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
+"""The recipes that a config can name by their `kind`; a new one is added here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class OptimConfig:
     warmup: int = 0
     """Steps of linear warm-up."""
     final: float = 1.0
-    """Learning rate at the last step, as a share of lr; cosine in between."""
+    """Learning rate at the last step as a fraction of lr; cosine decay in between."""
 
     def build(self, net: nn.Module) -> torch.optim.AdamW:
         trained = [p for p in net.parameters() if p.requires_grad]
@@ -48,23 +49,24 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Model folders that fill the roles of a recipe; a role left out starts fresh, or is not needed."""
+    """Folders from which the roles of a recipe are loaded; only a student may be left out, and then starts fresh."""
 
     student: str | None = None
+    """Model folder; for a codec stage a codec folder."""
     teacher: str | None = None
     critic: str | None = None
     real: str | None = None
     codec: str | None = None
-    """Codec folder: what a codec stage continues from, and what goes with the trained model."""
+    """Folder of the codec that made the latents; it is saved with the trained model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training stage, complete: with the data it says all that the result depends on."""
+    """One training stage: with the data, all that its result depends on."""
 
     name: str
     model: ModelConfig
-    recipe: RecipeConfig
+    recipe: AnyRecipeConfig
     data: str
     """Latent shards; raw clips for a codec."""
     init: Init = Init()
@@ -83,10 +85,10 @@ class Run:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
     checkpointing: Checkpointing = False
-    """Compute activations again in the backward pass: those of whole blocks (true), a third more FLOPs in all, or of
-    all but `attention`, which in long clips is most of the work and little of the memory."""
+    """Recompute activations in the backward pass: those of whole blocks (true), a third more FLOPs in all, or of all
+    but `attention`, which in long clips is most of the work and little of the memory."""
     compile: bool = False
-    """Compile what is before and after attention in the blocks of all networks (`Backbone.compile_blocks`)."""
+    """Compile the blocks of all networks, but for attention (`Backbone.compile_blocks`)."""
     tensorboard: bool = True
     pose_noise: PoseNoise | None = None
     """Errors on the cameras of the training clips (ablations)."""
@@ -97,16 +99,21 @@ class Run:
                 raise ConfigError(f"run.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"run.ema={self.ema}: a decay lies in [0, 1)")
-        if isinstance(self.recipe, CodecTraining) and (self.checkpointing or self.compile):
+        self.recipe.check(self.model)
+        if not self.recipe.trains_backbone and (self.checkpointing or self.compile):
             raise ConfigError(f"run {self.name}: checkpointing and compile are of transformer blocks; a codec has none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a finished run reports; also written to its folder."""
+    """The result of a finished run, `summary.json` in its folder."""
 
     steps: int
     seconds: float
+    """Of training, over all resumed parts."""
     first_loss: float
+    """Mean of the student's loss over the first tenth of its steps."""
     last_loss: float
+    """The same over the last tenth."""
     parameters: int
+    """Of the student."""

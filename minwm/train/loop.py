@@ -3,20 +3,21 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from minwm.core.config import UserError
 from minwm.core.metrics import metrics_log
 from minwm.core.runtime import generator as make_generator
-from minwm.core.runtime import progress, rank
+from minwm.core.runtime import peak_memory_gb, progress, rank
 from minwm.data.dataset import Loader
-from minwm.recipes.base import Loss
+from minwm.recipes.base import Recipe
 from minwm.train.config import Run
 from minwm.train.state import States
 
@@ -25,20 +26,8 @@ class DivergedError(UserError):
     """Loss or gradient stopped being finite."""
 
 
-@runtime_checkable
-class Trainable(Protocol):
-    """A recipe, as the loop sees it."""
-
-    trained: ClassVar[tuple[str, ...]]
-
-    @property
-    def stateful(self) -> Mapping[str, nn.Module]: ...
-
-    def loss(self, clip: Any, /, step: int, generator: torch.Generator) -> Loss: ...
-
-
 class Ema:
-    """Moving average of the student in float32; its decay grows from 0.1 so that early steps do not linger."""
+    """Exponential moving average of the student's weights; the decay grows from 0.1 to `decay`."""
 
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.net, self.decay = copy.deepcopy(net).requires_grad_(False).eval(), decay
@@ -50,30 +39,51 @@ class Ema:
             mean.lerp_(value, 1 - decay)
 
 
-class Trainer:
-    """What steps change: networks, optimisers, the average, the random draws. A step is gradients, then an update."""
+@dataclass(frozen=True)
+class Gradients:
+    """What one step's micro-batches gave, read from the device at once."""
 
-    def __init__(self, run: Run, recipe: Trainable, device: torch.device) -> None:
+    trains: str
+    """The role that has gradients now."""
+    losses: dict[str, float]
+    """`Loss.logs`, averaged over micro-batches."""
+    norm: float
+    """Of the averaged gradient, before clipping."""
+    data_wait: float
+    """Seconds spent waiting for batches."""
+
+
+class Trainer:
+    """What a step changes: networks, optimisers, EMA, random state. A step is `gradients`, then `update`."""
+
+    def __init__(self, run: Run, recipe: Recipe[Any], device: torch.device) -> None:
         self.run, self.recipe, self.device = run, recipe, device
         self.networks = {role: net.to(device) for role, net in recipe.stateful.items()}
         self.settings = {"student": run.optim, "critic": run.critic}
-        self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in recipe.trained}
+        self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in run.recipe.trained}
         self.ema = Ema(self.networks["student"], run.ema)
         self.generator = make_generator(run.seed, "train", rank(), device=device)
 
-    def gradients(self, step: int, clips: Iterator[Any]) -> tuple[list[Loss], float]:
-        """Losses of the step's micro-batches; and the norm of their averaged gradient, before it was clipped."""
-        parts = []
+    def gradients(self, step: int, clips: Iterator[Any]) -> Gradients:
+        """Accumulate and clip the gradients of a step."""
+        losses, data_wait = [], 0.0
         for _ in range(self.run.accumulate):
+            start = time.perf_counter()
+            clip = next(clips)
+            data_wait += time.perf_counter() - start
             with autocast(self.run, self.device):
-                loss = self.recipe.loss(next(clips).to(self.device), step, self.generator)
+                loss = self.recipe.loss(clip.to(self.device), step, self.generator)
             (loss.total / self.run.accumulate).backward()
-            parts.append(loss)
-        role = parts[-1].trains
-        return parts, float(clip_grad_norm_(self.networks[role].parameters(), self.settings[role].clip))
+            losses.append(loss)
+        role, names = losses[-1].trains, [*losses[-1].logs]
+        norm = clip_grad_norm_(self.networks[role].parameters(), self.settings[role].clip)
+        *values, norm = read_scalars([*(loss.logs[name] for name in names for loss in losses), norm])
+        n = len(losses)
+        means = {name: sum(values[i * n : (i + 1) * n]) / n for i, name in enumerate(names)}
+        return Gradients(role, means, norm, data_wait)
 
     def update(self, step: int, role: str) -> float:
-        """Move a role along its gradients, and the average after the student. Returns the learning rate."""
+        """Optimiser step of a role, and of the EMA after the student's. Returns the learning rate."""
         optimizer, rate = self.optimizers[role], self.settings[role].rate(step, self.run.steps)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
@@ -84,7 +94,7 @@ class Trainer:
 
 
 def loop(
-    run: Run, out: Path, recipe: Trainable, clips: Loader[Any], device: torch.device, held_out: Sequence[Any] = ()
+    run: Run, out: Path, recipe: Recipe[Any], clips: Loader[Any], device: torch.device, held_out: Sequence[Any] = ()
 ) -> nn.Module:
     """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student.
 
@@ -92,49 +102,63 @@ def loop(
     """
     trainer, states = Trainer(run, recipe, device), States(out)
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
-    start, spent = states.latest() or 0, 0.0
-    if start:
-        extra = states.load(start, saved, trainer.optimizers, trainer.generator)
+    first_step, seconds_before = states.latest() or 0, 0.0
+    if first_step:
+        extra = states.load(first_step, saved, trainer.optimizers, trainer.generator)
         clips.load(extra["data"])
-        spent = extra["seconds"]
-    began = time.monotonic() - spent
-    with metrics_log(out, start, run.tensorboard) as log, progress(run.steps - start, run.name) as bar:
-        for step in range(start, run.steps):
-            parts, norm = trainer.gradients(step, clips)
-            last = parts[-1]
-            if not math.isfinite(norm):
-                lr = trainer.settings[last.trains].lr
+        seconds_before = extra["seconds"]
+    start = time.monotonic() - seconds_before
+    with metrics_log(out, first_step, run.tensorboard) as log, progress(run.steps - first_step, run.name) as bar:
+        for step in range(first_step, run.steps):
+            step_start = time.perf_counter()
+            gradients = trainer.gradients(step, clips)
+            if not math.isfinite(gradients.norm):
+                lr = trainer.settings[gradients.trains].lr
                 raise DivergedError(
-                    f"{run.name}: step {step}: gradient norm {norm}, losses {[p.logs for p in parts]}; "
+                    f"{run.name}: step {step}: gradient norm {gradients.norm}, losses {gradients.losses}; "
                     f"the state after {states.latest() or 0} steps is untouched: lower optim.lr (now {lr})"
                 )
-            rate = trainer.update(step, last.trains)
+            rate = trainer.update(step, gradients.trains)
+            speed = throughput(run, time.perf_counter() - step_start)
             save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
             val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
-            mean = {name: sum(part.logs[name] for part in parts) / len(parts) for name in last.logs}
-            log(step, last.trains, mean | val | {"grad_norm": norm, "lr": rate})
-            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in (last.logs | val).items()))
+            losses, optimisation = gradients.losses | val, {"grad_norm": gradients.norm, "lr": rate}
+            cost = speed | {"data_wait_s": gradients.data_wait, "memory_gb": peak_memory_gb(device)}
+            log(step, gradients.trains, losses | optimisation | cost)
+            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             if save:
-                place = {"data": clips.state(), "seconds": time.monotonic() - began}
-                states.save(step + 1, saved, trainer.optimizers, trainer.generator, place)
+                extra = {"data": clips.state(), "seconds": time.monotonic() - start}
+                states.save(step + 1, saved, trainer.optimizers, trainer.generator, extra)
     return trainer.ema.net if run.ema else trainer.networks["student"]
+
+
+def read_scalars(values: Sequence[Tensor]) -> list[float]:
+    """Scalars from the device, in one transfer; float64 holds all of them exactly."""
+    return torch.stack([value.double() for value in values]).tolist()
+
+
+def throughput(run: Run, seconds: float) -> dict[str, float]:
+    """Rates of one step of this process. Validation and saving are not in its time; a first step holds compilation."""
+    clips = run.batch * run.accumulate / seconds
+    tokens = {"tokens_per_s": clips * run.model.latents * run.model.geometry.tokens}
+    return {"clips_per_s": clips} | (tokens if run.recipe.trains_backbone else {})
 
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
     """The precision in which a run passes through its networks.
 
-    With checkpointing no weight that was cast is kept for a later pass: computing again must meet the same operators.
+    With checkpointing no cast weight is cached for a later pass: recomputation must meet the same operators.
     """
     half = run.precision == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=not run.checkpointing)
 
 
 @torch.no_grad()
-def validate(run: Run, recipe: Trainable, batches: Sequence[Any], step: int, device: torch.device) -> float:
-    """Mean loss on clips that are never trained on, always with the same noise: what falls here was learned."""
+def validate(run: Run, recipe: Recipe[Any], batches: Sequence[Any], step: int, device: torch.device) -> float:
+    """Mean loss on clips that are never trained on, with the same noise every time."""
     losses = []
     for i, batch in enumerate(batches):
-        draws = make_generator(run.seed, "validate", i, device=device)
+        generator = make_generator(run.seed, "validate", i, device=device)
         with autocast(run, device):
-            losses.append(float(recipe.loss(batch.to(device), step, draws).total))
-    return sum(losses) / len(losses)
+            losses.append(recipe.loss(batch.to(device), step, generator).total)
+    return sum(read_scalars(losses)) / len(losses)

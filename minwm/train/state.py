@@ -1,6 +1,5 @@
 """Training states on disk: networks, optimisers, averaged weights, random generator, position in the data."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minwm.core.files import write_json
-from minwm.core.weights import (
-    write_safetensors,
-)
-from minwm.store.folder import _load, load_weights
+from minwm.core.files import read_json, write_json
+from minwm.core.weights import load_safetensors, write_safetensors
+from minwm.store.folder import load_weights
 
 
 class States:
@@ -61,14 +58,18 @@ class States:
         optimizers: Mapping[str, torch.optim.Optimizer],
         generator: torch.Generator,
     ) -> dict[str, Any]:
-        """Put everything back; returns `extra`."""
+        """Load everything in place; returns `extra`."""
         folder = self.folder / f"{step:06d}"
         for role, net in networks.items():
             load_weights(net, folder / f"{role}.safetensors")
         for role, optimizer in optimizers.items():
-            _restore_optimizer(optimizer, _load(folder / f"optimizer-{role}.safetensors"))
-        generator.set_state(_load(folder / "random.safetensors")["generator"])
-        return json.loads((folder / "state.json").read_text())
+            _restore_optimizer(optimizer, load_safetensors(folder / f"optimizer-{role}.safetensors"))
+        generator.set_state(load_safetensors(folder / "random.safetensors")["generator"])
+        return self.extra(step)
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """What was saved beside: position in the data, seconds of training."""
+        return read_json(self.folder / f"{step:06d}" / "state.json")
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

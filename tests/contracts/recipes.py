@@ -7,34 +7,44 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import SMALL, condition, latents
+from backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, latents
 from torch import Tensor, nn
 
+from minwm.cameras.trajectory import Motion
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import FULL, AttentionScope, Geometry
+from minwm.nets.attention import FULL, AttentionScope, StreamConfig
 from minwm.nets.backbone import Backbone, TextKV
-from minwm.recipes.base import Recipe
-from minwm.recipes.consistency import Consistency, ConsistencyConfig
-from minwm.recipes.diffusion import (
-    AutoregressiveConfig,
-    AutoregressiveDiffusion,
-    BidirectionalConfig,
-    BidirectionalDiffusion,
-    TimeLaw,
-)
-from minwm.recipes.dmd import Dmd, DmdConfig
-from minwm.recipes.ode import Ode, OdeConfig
+from minwm.nets.codec import CodecConfig
+from minwm.nets.text import WordText
+from minwm.recipes.base import Recipe, RecipeConfig
+from minwm.recipes.consistency import ConsistencyConfig
+from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig, TimeLaw
+from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
+from minwm.store.model import ModelConfig
+from minwm.stream.solvers import FewStepSampler
 
-GEOMETRY = Geometry(tokens=6, chunk=2, first_chunk=1, window=8, sink=1)
 FRAMES = 5
+MODEL = ModelConfig(
+    network=SMALL["wan-dual"],
+    sampler=FewStepSampler(steps=2),
+    codec=CodecConfig(channels=CHANNELS),
+    motion=Motion(move=0.5, turn=16.0, fps=16.0),
+    text=WordText(dim=6, length=5),
+    latents=FRAMES,
+    height=8 * HEIGHT,
+    width=8 * WIDTH,
+    stream=StreamConfig(chunk=2, first_chunk=1, window=8, sink=1),
+)
+GEOMETRY = MODEL.geometry
 PLAIN = TimeLaw(weight="none")
-CASES: dict[str, tuple[type, Any]] = {
-    "bidirectional": (BidirectionalDiffusion, BidirectionalConfig(time=PLAIN)),
-    "autoregressive": (AutoregressiveDiffusion, AutoregressiveConfig(time=PLAIN)),
-    "ode": (Ode, OdeConfig()),
-    "consistency": (Consistency, ConsistencyConfig(grid=8)),
-    "dmd": (Dmd, DmdConfig(steps=2)),
+CASES: dict[str, RecipeConfig] = {
+    "bidirectional": BidirectionalConfig(time=PLAIN),
+    "autoregressive": AutoregressiveConfig(time=PLAIN),
+    "ode": OdeConfig(),
+    "consistency": ConsistencyConfig(grid=8),
+    "dmd": DmdConfig(),
 }
 every_recipe = pytest.mark.parametrize("name", CASES)
 TURNS = [(name, step) for name in CASES for step in ((0, 1) if name == "dmd" else (0,))]
@@ -52,16 +62,15 @@ def network(seed: int) -> Backbone:
     return net
 
 
-def make(name: str, **changes: Any) -> Recipe:
+def make(name: str, **changes: Any) -> Recipe[Backbone]:
     """A recipe with random networks in all roles."""
-    cls, cfg = CASES[name]
-    roles = {role: network(seed) for seed, role in enumerate((*cls.trained, *cls.frozen))}
-    return cls(replace(cfg, **changes), roles, GEOMETRY)
+    cfg = replace(CASES[name], **changes)
+    return cfg.build(MODEL, {role: network(seed) for seed, role in enumerate((*cfg.trained, *cfg.frozen))})
 
 
 def clip(image: bool = True, batch: int = 2) -> Clip:
     x, cond = latents(FRAMES, batch), condition(FRAMES, batch)
-    states = torch.stack([latents(FRAMES, batch, seed=20 + k) for k in range(5)])
+    states = torch.stack([latents(FRAMES, batch, seed=20 + k) for k in range(3)])
     return Clip(x, replace(cond, first_latent=x[:, :1] if image else None), states)
 
 

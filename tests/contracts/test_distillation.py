@@ -6,16 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 from backbones import condition, latents
-from recipes import FRAMES, GEOMETRY, Exact, clip, gradients, make, network, seeded, watched, weights
+from recipes import FRAMES, GEOMETRY, MODEL, Exact, clip, gradients, make, network, seeded, watched, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.core.config import ConfigError
 from minwm.core.flow import schedule
 from minwm.core.types import Clip
-from minwm.recipes.base import noise_like, teacher_context
-from minwm.recipes.consistency import guided_teacher
+from minwm.recipes.consistency import teacher_velocity
 from minwm.recipes.dmd import Dmd, DmdConfig, back_and_forth, dmd_gradient, surrogate_loss
-from minwm.recipes.ode import OdeConfig, collect
+from minwm.recipes.ode import OdeConfig
+from minwm.recipes.ops import noise_like, teacher_context
 from minwm.stream.rollout import sample_noise, self_rollout
 
 
@@ -28,36 +28,37 @@ def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, le
     The ring is smaller than the clip, sinks would roll and the cache would keep what was denoised last: windows must
     agree, and places and past must be those of the clip.
     """
-    net, given, cfg = network(0), clip(image), OdeConfig(steps=2, ode_steps=4, guidance=guidance)
-    geometry = replace(GEOMETRY, context_noise=level, window=1, rolling_sink=True, merged_refresh=True)
-    states = collect(net, given, cfg, geometry, seeded())
+    net, given, cfg = network(0), clip(image), OdeConfig(ode_steps=4, guidance=guidance)
+    stream = replace(MODEL.stream, context_noise=level, window=1, rolling_sink=True, merged_refresh=True)
+    model = replace(MODEL, stream=stream)
+    states, geometry = cfg.collect_states(net, given, model, seeded()), model.geometry
     assert states.shape == (3, *given.latents.shape)
     generator = seeded()
-    past, x = teacher_context(given, level, generator), noise_like(given.latents, generator)
+    context, x = teacher_context(given, level, generator), noise_like(given.latents, generator)
     torch.testing.assert_close(states[0], x)
-    for step, (t, t_next) in enumerate(pairwise(schedule(4, cfg.shift))):
-        x = x + (t_next - t) * guided_teacher(net, past, given.cond, x, t, guidance, geometry)
+    for step, (t, t_next) in enumerate(pairwise(schedule(4, model.sampler.shift))):
+        x = x + (t_next - t) * teacher_velocity(net, context, given.cond, x, t, guidance, geometry)
         if step % 2:
             torch.testing.assert_close(states[(step + 1) // 2], x, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_collecting_costs_half_of_teacher_forcing() -> None:
-    net, given, cfg = network(0), clip(), OdeConfig(steps=2, ode_steps=20)
-    past = teacher_context(given, 0.0, seeded())
+    net, given, cfg = network(0), clip(), OdeConfig(ode_steps=20)
+    context = teacher_context(given, 0.0, seeded())
     with FlopCounterMode(display=False) as streamed:
-        collect(net, given, cfg, GEOMETRY, seeded())
+        cfg.collect_states(net, given, MODEL, seeded())
     with FlopCounterMode(display=False) as forced:
-        for t in schedule(20, cfg.shift)[:-1]:
-            guided_teacher(net, past, given.cond, given.latents, t, cfg.guidance, GEOMETRY)
+        for t in schedule(20, MODEL.sampler.shift)[:-1]:
+            teacher_velocity(net, context, given.cond, given.latents, t, cfg.guidance, GEOMETRY)
     assert streamed.get_total_flops() < 0.6 * forced.get_total_flops()
 
 
 def test_ode_says_that_trajectories_are_missing() -> None:
-    with pytest.raises(ConfigError, match="5 trajectory states, these have 0; collect"):
+    with pytest.raises(ConfigError, match="3 trajectory states, these have 0; collect"):
         make("ode").loss(replace(clip(), trajectory=None), 0, seeded())
     with pytest.raises(ConfigError, match="try 48"):
-        OdeConfig(ode_steps=47)
+        OdeConfig(ode_steps=47).check(MODEL)
 
 
 def test_consistency_target_follows_the_student() -> None:
@@ -76,7 +77,7 @@ def test_consistency_target_follows_the_student() -> None:
 
 
 def test_critic_steps_follow_every_student_step() -> None:
-    recipe = make("dmd", critic_updates=2, steps=1)
+    recipe = make("dmd", critic_updates=2)
     assert [recipe.loss(clip(), s, seeded()).trains[0] for s in range(7)] == list("sccsccs")
 
 
@@ -110,17 +111,16 @@ def test_equal_scores_give_no_gradient() -> None:
     assert max(g.abs().max() for g in gradients(recipe.networks["student"])) == 0
 
 
-@pytest.mark.parametrize("late", [0.0, 1.0])
-def test_dmd_pulls_the_student_to_the_data(late: float) -> None:
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_dmd_pulls_the_student_to_the_data(long: float) -> None:
     """With the exact score of one plain clip and a critic that learns online, its video nears that clip."""
     given = clip(batch=1)
     plain = torch.tensor([-1.0, 2.0, 0.5, -0.5]).double()[:, None, None].expand_as(given.latents)
     given = Clip(plain, replace(given.cond, first_latent=plain[:, :1]))
     roles = {"student": network(0), "critic": network(1), "real": Exact(given.latents)}
-    recipe = Dmd(
-        DmdConfig(steps=2, critic_updates=1, guidance=1.0, late_clips=late, max_late_chunks=2), roles, GEOMETRY
-    )
-    optimizers = {r: torch.optim.AdamW(roles[r].parameters(), 5e-3, (0.0, 0.99)) for r in Dmd.trained}
+    cfg = DmdConfig(critic_updates=1, guidance=1.0, long_rollouts=long, max_prefix_chunks=2)
+    recipe = cfg.build(MODEL, roles)
+    optimizers = {r: torch.optim.AdamW(roles[r].parameters(), 5e-3, (0.0, 0.99)) for r in cfg.trained}
 
     def distance() -> float:
         noise = sample_noise(tuple(given.latents.shape), 2, given.latents, seeded(9))
@@ -136,21 +136,21 @@ def test_dmd_pulls_the_student_to_the_data(late: float) -> None:
     assert distance() < 0.6 * before
 
 
-@pytest.mark.parametrize("late", [0.0, 1.0])
-def test_scores_of_a_late_clip_are_given_nothing(late: float) -> None:
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_scores_of_a_long_rollout_get_no_image_start(long: float) -> None:
     """And gradient flows through as many chunks of it as of one at the beginning of a stream, but for its start."""
-    recipe = make("dmd", late_clips=late, max_late_chunks=3)
+    recipe = make("dmd", long_rollouts=long, max_prefix_chunks=3)
     with watched(recipe.networks["critic"]) as scored:
         recipe.loss(clip(), 1, seeded())
-    assert (scored[0][0][:, 0] > 0).all() == bool(late)
+    assert (scored[0][0][:, 0] > 0).all() == bool(long)
     with watched(recipe.networks["student"]) as graded:
         recipe.loss(clip(), 0, seeded())
     assert [v.shape[1] for _, v in graded] == [2, 2]
 
 
-def test_a_late_clip_is_the_end_of_a_longer_stream() -> None:
+def test_a_long_rollout_is_scored_at_its_end() -> None:
     """Of a student that knows what is to be seen: latents, scored latents and cameras are those of the same times."""
-    given, recipe, whole = clip(), make("dmd", late_clips=1.0, max_late_chunks=1), latents(FRAMES + 2, seed=7)
+    given, recipe, whole = clip(), make("dmd", long_rollouts=1.0, max_prefix_chunks=1), latents(FRAMES + 2, seed=7)
     recipe.networks["student"] = Exact(torch.cat([given.latents[:, :1], whole[:, 1:]], 1))
     assert isinstance(recipe, Dmd)
     own, x0 = recipe._rollout(given, 0, seeded())

@@ -9,6 +9,7 @@ from recipes import (
     CASES,
     FRAMES,
     GEOMETRY,
+    MODEL,
     TURNS,
     Exact,
     clip,
@@ -29,11 +30,10 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
-from minwm.experiments.presets.demo import tiny_model
 from minwm.nets.backbone import Checkpointing, Context, keep_attention
-from minwm.recipes.base import Loss, Recipe, self_conditioned_context
+from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import TimeLaw
-from minwm.recipes.ode import collect
+from minwm.recipes.ops import self_conditioned_context
 from minwm.train.config import Run
 from minwm.train.loop import autocast
 
@@ -46,8 +46,8 @@ def test_one_network_moves(name: str, step: int) -> None:
     before = {role: weights(net) for role, net in recipe.networks.items()}
     loss = recipe.loss(clip(), step, seeded())
     loss.total.backward()
-    assert loss.trains in recipe.trained
-    assert all(isinstance(value, float) for value in loss.logs.values())
+    assert loss.trains == recipe.cfg.turn[step]
+    assert all(value.ndim == 0 and not value.requires_grad for value in loss.logs.values())
     for role, net in recipe.networks.items():
         assert torch.equal(weights(net), before[role]), "a loss has no side effect on weights that are equal"
         assert bool(gradients(net)) == (role == loss.trains)
@@ -58,8 +58,8 @@ def test_one_network_moves(name: str, step: int) -> None:
 @every_recipe
 def test_frozen_roles_are_frozen_and_not_saved(name: str) -> None:
     recipe = make(name)
-    assert set(recipe.stateful) == set(recipe.networks) - set(recipe.frozen)
-    for role in recipe.frozen:
+    assert set(recipe.stateful) == set(recipe.networks) - set(recipe.cfg.frozen)
+    for role in recipe.cfg.frozen:
         assert not recipe.networks[role].training
         assert not any(p.requires_grad for p in recipe.networks[role].parameters())
 
@@ -89,7 +89,7 @@ def test_checkpointing_changes_no_gradient(name: str, step: int, precision: Any)
 
 def checkpointed(recipe: Recipe, how: Checkpointing, step: int, precision: Any = "float32") -> Loss:
     # with weights cast anew for every pass, which sums gradients in float32, however much is kept
-    run = Run(name="x", model=tiny_model(), recipe=recipe.cfg, data="", precision=precision, checkpointing=True)
+    run = Run(name="x", model=MODEL, recipe=recipe.cfg, data="", precision=precision, checkpointing=True)
     for net in recipe.networks.values():
         net.checkpointing = how
         if precision == "bfloat16":
@@ -205,19 +205,18 @@ def test_loss_falls_on_one_batch(name: str) -> None:
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
 def test_the_exact_field_has_no_loss(name: str, image: bool) -> None:
     """And its gradient vanishes: what a recipe trains for is the flow of the data."""
-    given, (cls, cfg) = clip(image), CASES[name]
-    exact = {role: Exact(given.latents) for role in (*cls.trained, *cls.frozen)}
-    if name == "ode":
-        given = replace(given, trajectory=collect(Exact(given.latents), given, cfg, GEOMETRY, seeded()))
-    recipe = cls(cfg, exact, GEOMETRY)
+    given, cfg = clip(image), CASES[name]
+    recipe = cfg.build(MODEL, {role: Exact(given.latents) for role in (*cfg.trained, *cfg.frozen)})
+    if cfg.needs_trajectories:
+        states = cfg.collect_states(Exact(given.latents), given, MODEL, seeded())
+        given = replace(given, trajectory=states)
     assert max(float(recipe.loss(given, 0, seeded(i)).total.detach()) for i in range(8)) < 1e-20
 
 
 @every_recipe
 def test_roles_must_fit(name: str) -> None:
-    cls, cfg = CASES[name]
     with pytest.raises(ConfigError, match=r"needs the roles .*'student'"):
-        cls(cfg, {"pupil": network(0)}, GEOMETRY)
+        CASES[name].build(MODEL, {"pupil": network(0)})
 
 
 # Diffusion
@@ -288,8 +287,8 @@ def test_context_noise_is_on_the_past_alone(name: str, image: bool) -> None:
 
 
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-def test_own_past_is_what_the_network_tells(image: bool) -> None:
-    """A network that knows the clip tells the clip; another one does not, but for the image that it was given."""
+def test_self_conditioning_is_what_the_network_predicts(image: bool) -> None:
+    """A network that knows the clip predicts the clip; another one does not, but for the image that is given."""
     given, zeros = clip(image), torch.zeros(2, FRAMES, dtype=torch.float64)
     truth = Context(given.latents, zeros)
     knows, guesses = (

@@ -20,7 +20,7 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
-from minwm.train.config import Init, OptimConfig, RecipeConfig, Run
+from minwm.train.config import AnyRecipeConfig, Init, OptimConfig, Run
 
 SHIFT = 3.0
 """A clip of the demo has 144 tokens where Wan's has 31,200: less noise destroys it, so times are shifted less."""
@@ -72,16 +72,16 @@ def demo(out: Path) -> Pipeline:
         "dmd": 105,
     }
     pipeline = _pipeline("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
-    codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
-    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run, "student") for run in pipeline.stages))
+    codec = pipeline.codec and _from_shipped(pipeline.codec)
+    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run) for run in pipeline.stages))
 
 
-def _from_shipped(run: Run, role: str, rate: float = 0.2) -> Run:
+def _from_shipped(run: Run, rate: float = 0.2) -> Run:
     """A stage that continues, at `rate` of its learning rate, from a shipped checkpoint of itself, if there is one."""
     shipped = starting_checkpoint(run.name)
     if not shipped:
         return run
-    return replace(run, init=replace(run.init, **{role: shipped}), optim=replace(run.optim, lr=rate * run.optim.lr))
+    return replace(run, init=replace(run.init, student=shipped), optim=replace(run.optim, lr=rate * run.optim.lr))
 
 
 def demo_scratch(out: Path) -> Pipeline:
@@ -134,8 +134,8 @@ def world_64(out: Path) -> Pipeline:
     }
     base = world_model(tiny_model().network, 64)
     pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
-    codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
-    stages = [_from_shipped(run, "student", 0.6) for run in pipeline.stages]
+    codec = pipeline.codec and _from_shipped(pipeline.codec)
+    stages = [_from_shipped(run, 0.6) for run in pipeline.stages]
     large = {"camera": 16}  # cameras are learnt from large batches (docs/ablations.md)
     return replace(
         pipeline, codec=codec, stages=tuple(replace(run, batch=large.get(run.name, run.batch)) for run in stages)
@@ -214,23 +214,22 @@ def _stages(out: Path, base: ModelConfig, image_start: float) -> Iterator[Run]:
     def folder(stage: str) -> str:
         return str(out / stage)
 
-    def run(stage: str, model: ModelConfig, recipe: RecipeConfig, lr: float, init: Init) -> Run:
+    def run(stage: str, model: ModelConfig, recipe: AnyRecipeConfig, lr: float, init: Init) -> Run:
         optim = OptimConfig(lr=lr, beta2=0.99, warmup=20, final=0.1)
         data = folder("trajectories" if stage == "ode" else "latents")
         return Run(name=stage, model=model, recipe=recipe, data=data, init=init, optim=optim, seed=1, save_every=50)
 
     bidirectional = BidirectionalConfig(time=law, image_start=image_start)
-    own_past = 0.5 if base.stream.context_noise else 0.0  # both against drift, for models that are walked through long
-    causal = AutoregressiveConfig(time=law, image_start=image_start, self_conditioning=own_past)
-    ode = OdeConfig(shift=SHIFT, ode_steps=24, guidance=1.5)
+    self_conditioning = 0.5 if base.stream.context_noise else 0.0  # with context noise, against drift in long streams
+    causal = AutoregressiveConfig(time=law, image_start=image_start, self_conditioning=self_conditioning)
+    ode = OdeConfig(ode_steps=24, guidance=1.5)
     consistency = ConsistencyConfig(
-        grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start, self_conditioning=own_past
-    )
-    # who walks for long stands for long, and must not drift
-    still, late = (0.2, 0.3) if base.stream.rolling_sink else (0.0, 0.0)
-    dmd = DmdConfig(
-        shift=SHIFT, guidance=1.5, critic_updates=2, image_start=image_start, static_cameras=still, late_clips=late
-    )
+        grid=12, shift=SHIFT, guidance=1.5, target_decay=0.9, image_start=image_start,
+        self_conditioning=self_conditioning,
+    )  # fmt: skip
+    dmd = DmdConfig(guidance=1.5, critic_updates=2, image_start=image_start)
+    if base.stream.rolling_sink:  # made for long streams
+        dmd = replace(dmd, static_cameras=0.2, long_rollouts=0.3)
     scores = Init(student=folder("consistency"), critic=folder("camera"), real=folder("camera"))
     yield run("foundation", base, replace(bidirectional, image_start=0.8), 1e-3, Init())
     yield run("camera", camera, bidirectional, 1e-3, Init(student=folder("foundation")))

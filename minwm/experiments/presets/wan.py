@@ -17,7 +17,7 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
-from minwm.train.config import Init, OptimConfig, RecipeConfig, Run
+from minwm.train.config import AnyRecipeConfig, Init, OptimConfig, Run
 
 WAN_FOCAL = (969.697 / 1920, 969.697 / 1080)
 """fx / width and fy / height of the cameras that minWM's weights were trained with."""
@@ -79,7 +79,7 @@ def wan(size: str, out: Path) -> Pipeline:
     def folder(stage: str) -> str:
         return str(out / stage)
 
-    def run(stage: str, model: ModelConfig, recipe: RecipeConfig, steps: int, init: Init) -> Run:
+    def run(stage: str, model: ModelConfig, recipe: AnyRecipeConfig, steps: int, init: Init) -> Run:
         return Run(
             name=stage,
             model=model,

@@ -1,0 +1,89 @@
+"""Operations that several training stages share: random draws, conditions, contexts, masks and the squared error."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
+from minwm.core.types import Clip, Condition
+from minwm.nets.attention import Geometry
+from minwm.nets.backbone import Backbone, Context, teacher_forced
+
+
+def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condition:
+    """Replace prompts by the unconditional one, clip by clip with probability `rate` (classifier-free guidance)."""
+    keep = (_uniform(len(cond.text), generator) >= rate).to(cond.text.device)
+    return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.unconditional().text))
+
+
+def sample_image_start(clip: Clip, probability: float, generator: torch.Generator) -> Clip:
+    """The clip with its first frame as a condition, with that probability; else the first frame is generated too."""
+    return clip if bernoulli(probability, generator) else replace(clip, cond=replace(clip.cond, first_latent=None))
+
+
+def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:
+    """1 for frames that are generated, 0 for a first frame that is given."""
+    mask = clip.latents.new_ones(clip.latents.shape[:2])
+    if clip.cond.first_latent is not None:
+        mask[:, 0] = 0
+    return mask
+
+
+def keep_first_clean(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
+    """Put the clean first latent, at t = 0, in front of a noisy clip."""
+    if cond.first_latent is None:
+        return x, t
+    return torch.cat([cond.first_latent.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
+
+
+def teacher_context(clip: Clip, t: float | Times, generator: torch.Generator) -> Context:
+    """The clip as context for later chunks, noised to time t (context noise); a given first frame stays clean."""
+    times = loss_mask(clip) * t
+    return Context(interpolate(clip.latents, noise_like(clip.latents, generator), times), times)
+
+
+@torch.no_grad()
+def self_conditioned_context(
+    net: Backbone, clip: Clip, context: Context, timestep_shift: float, geometry: Geometry, generator: torch.Generator
+) -> Context:
+    """Context of the network's own x_0 predictions, at the times of `context`: self-conditioning against drift.
+
+    Each chunk is predicted in one step from a random time, given the true `context`. In a stream the context is what
+    the network generated; training on its own predictions beside true targets teaches it to correct their errors.
+    """
+    t = uniform_times(len(clip.latents), timestep_shift, clip.latents, generator)[:, None].expand_as(context.t)
+    x_t = interpolate(clip.latents, noise_like(clip.latents, generator), t)
+    x0 = x0_from_velocity(x_t, teacher_forced(net, context, x_t, t, clip.cond, geometry), t)
+    x0 = torch.where(per_frame(loss_mask(clip)) > 0, x0, clip.latents)
+    return Context(interpolate(x0, noise_like(x0, generator), context.t), context.t)
+
+
+def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
+    """Squared error, averaged within frames and then over frames with weight."""
+    return ((a.float() - b.float()).square().mean(dim=(2, 3, 4)) * weight).sum() / (weight > 0).sum().clamp_min(1)
+
+
+def noise_like(x: Latents, generator: torch.Generator) -> Latents:
+    """Standard normal noise, drawn on the generator's device."""
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+
+
+def uniform_times(count: int, timestep_shift: float, like: Tensor, generator: torch.Generator) -> Float[Tensor, " n"]:
+    """Shifted uniform times, one per clip."""
+    return shift(_uniform(count, generator), timestep_shift).to(like)
+
+
+def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+    return torch.rand(count, generator=generator, device=generator.device)
+
+
+def bernoulli(probability: float, generator: torch.Generator) -> bool:
+    """True with that probability."""
+    return bool(torch.rand((), generator=generator, device=generator.device) < probability)
+
+
+def random_index(count: int, generator: torch.Generator) -> int:
+    """A uniform integer below count."""
+    return int(torch.randint(count, (), generator=generator, device=generator.device))
