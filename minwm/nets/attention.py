@@ -1,9 +1,9 @@
-"""Attention scopes: what a token may look at is an argument of the network, not a mode inside it.
+"""Attention scopes: what a token may attend to is an argument of the network, not a mode inside it.
 
-Full()                 everything (bidirectional)
-Masked(rule, ...)      a sentence about frames (teacher forcing)
-Cached(arena, chunk)   the streamed past and the current chunk, written in place (inference)
-Peek(arena, chunk)     the same past, read only: gradients stay inside the chunk (self-rollout)
+Full()                         every token (bidirectional)
+Masked(rule, ...)              what a rule about frames allows (teacher forcing)
+Cached(arena, chunk)           the cached past and the current chunk, written in place (inference)
+ReadOnlyCache(arena, chunk)    the same without a write: gradients stay inside the chunk (self-rollout)
 """
 
 from collections.abc import Callable
@@ -129,23 +129,23 @@ class Geometry(StreamConfig):
         return self.slot_rows(min(chunk, self.slots - 1))[1]
 
 
-def chunk_causal(geometry: StreamConfig) -> Rule:
-    """A frame sees its own chunk, the earlier ones within the window, and the sinks."""
+def chunk_causal(stream: StreamConfig) -> Rule:
+    """A frame attends to its own chunk, the earlier ones within the window, and the sinks."""
 
     def visible(q: Frames, k: Frames) -> Any:
-        q, k = geometry.chunk_of(q), geometry.chunk_of(k)
-        return (k <= q) & ((k < geometry.sink) | (k > q - geometry.window))
+        q, k = stream.chunk_of(q), stream.chunk_of(k)
+        return (k <= q) & ((k < stream.sink) | (k > q - stream.window))
 
     return visible
 
 
-def teacher_forcing(geometry: StreamConfig, frames: int) -> Rule:
+def teacher_forcing(stream: StreamConfig, frames: int) -> Rule:
     """Frames are [clean | noisy]. Noisy frames see their own noisy chunk and strictly earlier clean chunks."""
-    causal = chunk_causal(geometry)
+    causal = chunk_causal(stream)
 
     def visible(q: Frames, k: Frames) -> Any:
         q_noisy, k_noisy = q >= frames, k >= frames
-        same = geometry.chunk_of(q % frames) == geometry.chunk_of(k % frames)
+        same = stream.chunk_of(q % frames) == stream.chunk_of(k % frames)
         past = causal(q % frames, k % frames) & ~(q_noisy & same)
         return (k_noisy & q_noisy & same) | (~k_noisy & past)
 
@@ -173,7 +173,9 @@ class AttentionScope(Protocol):
         """Temporal position (RoPE) of each frame of the sequence; host integers."""
         ...
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads: ...
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+        """Attention of the queries of a layer to the keys and values in scope."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,10 @@ FULL = Full()
 
 
 class Masked:
-    """A rule about frames; `period` restarts positions, so that the halves of [clean | noisy] share them.
+    """Attention that a rule about frames allows; `period` restarts positions: the halves of [clean | noisy] share them.
 
-    Neighbouring frames that see the same form a group, and each group attends, without a mask, to what it sees:
-    nothing is computed to be thrown away, and the fast kernels, which know no masks, can be used.
+    Neighbouring frames with equal rows of the mask form a group, and each group attends, without a mask, to the keys
+    that it sees: nothing is computed to be masked out, and kernels without support for masks can be used.
     """
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
@@ -202,11 +204,11 @@ class Masked:
         index = np.arange(frames)
         visible = rule(index[:, None], index[None, :])
         self.query_groups, self.key_groups = _runs(visible), _runs(visible.T)
-        """Frames in each run that sees the same, and in each run that is seen by the same."""
+        """Frames in each run of equal rows of the mask, and of equal columns."""
         self.visible_groups = [
             row.nonzero()[0].tolist() for row in visible[_starts(self.query_groups)][:, _starts(self.key_groups)]
         ]
-        """Of each group, the pieces that it sees."""
+        """Of each query group, the indices of the key groups that it attends to."""
 
     def positions(self, frames: int) -> list[int]:
         return [i % self.period for i in range(frames)]
@@ -219,9 +221,9 @@ class Masked:
         )
         out = [
             softmax_attention(
-                query, torch.cat([keys[i] for i in seen], dim=2), torch.cat([values[i] for i in seen], dim=2)
+                query, torch.cat([keys[i] for i in visible], dim=2), torch.cat([values[i] for i in visible], dim=2)
             )
-            for query, seen in zip(queries, self.visible_groups, strict=True)
+            for query, visible in zip(queries, self.visible_groups, strict=True)
         ]
         return torch.cat(out, dim=2)
 
@@ -257,21 +259,21 @@ class KVArena:
         self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, head_width, dtype=dtype, device=device)
 
     def write_text_kv(self, layer: int, k: Heads, v: Heads) -> None:
-        """Write the text prefix, once per prompt; it must fill `geometry.text` rows."""
+        """Write the text prefix, once per prompt; it must fill `geometry.text_rows`."""
         self.kv[layer, 0, :, :, : self.geometry.text_rows] = k
         self.kv[layer, 1, :, :, : self.geometry.text_rows] = v
 
     def current_slot(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
-        """The chunk's own rows, to be written before they are `seen`."""
+        """The chunk's own rows, to be written before `valid_kv` is read."""
         start, stop = self.geometry.slot_rows(self.geometry.slot(chunk))
         return self.kv[layer, ..., start:stop, :]
 
     def past_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
-        """All rows in use; the chunk's own may not have been written yet."""
+        """All rows in use; the chunk's own may still hold an older chunk."""
         return self.kv[layer, ..., : self.geometry.valid_rows(chunk), :]
 
     def valid_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
-        """All rows in use, once `room` has been written."""
+        """All rows in use, once `current_slot` has been written."""
         return self.past_kv(layer, chunk)
 
     def transform_kv(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
@@ -281,12 +283,12 @@ class KVArena:
                 part[:, :, rows] = change(part[:, :, rows])
 
     def save_slot(self, chunk: int) -> tuple[Tensor, ...]:
-        """A copy of what `chunk` will overwrite; nothing while the ring still has room. For undoing a step."""
+        """A copy of what `chunk` will overwrite, for undoing it; empty while the ring is not full."""
         return tuple(part.clone() for part in self._slot_tensors(chunk)) if chunk >= self.geometry.slots else ()
 
-    def restore_slot(self, chunk: int, lost: tuple[Tensor, ...]) -> None:
-        for part, was in zip(self._slot_tensors(chunk), lost, strict=False):
-            part.copy_(was)
+    def restore_slot(self, chunk: int, saved: tuple[Tensor, ...]) -> None:
+        for part, before in zip(self._slot_tensors(chunk), saved, strict=False):
+            part.copy_(before)
 
     def _slot_tensors(self, chunk: int) -> tuple[Tensor, ...]:
         start, stop = self.geometry.slot_rows(self.geometry.slot(chunk))
@@ -295,10 +297,10 @@ class KVArena:
 
 @dataclass(frozen=True)
 class Cached:
-    """Write the current chunk into its slot, then attend to the filled rows.
+    """Write keys and values of the current chunk into its slot, then attend to all valid rows. Inference only.
 
-    Every pass overwrites the slot: the noisy ones while denoising, at last the clean one at t = 0, which is the
-    commit. The order of slots does not matter to attention, for positions are inside the keys. Inference only.
+    Every pass overwrites the slot: the noisy ones while denoising, at last the clean one at t = 0 (the cache update).
+    The order of slots does not matter, for positions are encoded in the keys.
     """
 
     arena: KVArena
@@ -309,7 +311,7 @@ class Cached:
         return list(range(start, start + frames))
 
     def current_slot(self, layer: int) -> Float[Tensor, "2 b a s e"]:
-        """The chunk's own rows: keys and values are written there before `read`."""
+        """The chunk's own rows: keys and values are written there before `attend`."""
         return self.arena.current_slot(layer, self.chunk)
 
     def attend(self, layer: int, q: Heads) -> Heads:
@@ -325,9 +327,9 @@ class Cached:
 
 @dataclass(frozen=True)
 class ReadOnlyCache:
-    """The same attention with the arena read only: the current chunk is joined to a copy of the past.
+    """The same attention with the arena read only: the current chunk is concatenated to a copy of the past.
 
-    Used where gradients flow. Writing graded keys in place would tie later chunks to this graph.
+    Used where gradients flow: keys with gradient, written in place, would tie later chunks to this graph.
     """
 
     arena: KVArena
@@ -346,21 +348,20 @@ class ReadOnlyCache:
 
 
 Branches = tuple[Float[Tensor, "b s a e"], ...]
-"""Branches of attention, to be stacked on heads or on channels."""
+"""Queries, keys or values of each camera branch, to be stacked on heads or on channels."""
 QKVBranches = tuple[Branches, Branches, Branches]
-"""Of queries, keys and values."""
 
 
 def attend_branches(
     scope: AttentionScope, layer: int, q: Branches, k: Branches, v: Branches, dim: int = 2
 ) -> Float[Tensor, "b s heads width"]:
-    """One attention over branches stacked along `dim`. A stream joins nothing: each part goes to its place."""
+    """One attention over branches stacked along `dim`; in a stream they are copied straight into the cache."""
     if isinstance(scope, Cached) and not torch.is_grad_enabled():
-        room = scope.current_slot(layer).transpose(2, 3)  # 2 b s a e
-        queries = q[0].new_empty(room.shape[1:])
-        for parts, place in zip((q, k, v), (queries, *room), strict=True):
-            for part, to in zip(parts, place.chunk(len(parts), dim), strict=True):
-                to.copy_(part)
+        slot = scope.current_slot(layer).transpose(2, 3)  # 2 b s a e
+        queries = q[0].new_empty(slot.shape[1:])
+        for branches, target in zip((q, k, v), (queries, *slot), strict=True):
+            for branch, part in zip(branches, target.chunk(len(branches), dim), strict=True):
+                part.copy_(branch)
         return scope.attend(layer, queries.transpose(1, 2)).transpose(1, 2)
-    stacked = (parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts in (q, k, v))
+    stacked = (branches[0] if len(branches) == 1 else torch.cat(branches, dim) for branches in (q, k, v))
     return scope(layer, *(x.transpose(1, 2) for x in stacked)).transpose(1, 2)

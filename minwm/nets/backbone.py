@@ -123,7 +123,8 @@ class Backbone(nn.Module, ABC):
     def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
         """Methods besides `forward` that read parameters, with the module that owns these.
 
-        Who shards parameters makes their hooks run here too (`torch.distributed.fsdp.register_fsdp_forward_method`).
+        Whoever shards these modules has the hooks run here too (`torch.distributed.fsdp.register_fsdp_forward_method`).
+        No `forward` calls one of them: parameters would be gone from the middle of it on.
         """
         yield from ((self, "project_text_kv"), (self, "adaln_modulation"))
 

@@ -243,7 +243,8 @@ class Block(nn.Module):
         camera: Projection | None,
         scope: AttentionScope,
     ) -> Float[Tensor, "b f p d"]:
-        attention, modulation = self.self_attn, self.adaln_modulation(time) if isinstance(time, Tensor) else time
+        attention = self.self_attn
+        modulation = _adaln(self.modulation, time, self.rounded) if isinstance(time, Tensor) else time
         shift, scale, *_ = modulation
         if attention.kernel and camera and isinstance(scope, Cached) and can_write_in_place(x):
             out = attention.fused_attention(modulate(x, shift, scale), rope, camera, scope)
@@ -268,7 +269,7 @@ class Head(nn.Module):
     def forward(
         self, x: Float[Tensor, "b f p d"], time: Float[Tensor, "b f d"] | ShiftScaleGate
     ) -> Float[Tensor, "b f p k"]:
-        shift, scale = self.adaln_modulation(time) if isinstance(time, Tensor) else time
+        shift, scale = _adaln(self.modulation, time[:, :, None], self.rounded) if isinstance(time, Tensor) else time
         return self.head(modulate(x, shift, scale))
 
 
