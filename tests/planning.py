@@ -12,7 +12,7 @@ from minwm.bench.memory import Plan
 from minwm.cameras.trajectory import Motion
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
@@ -29,7 +29,7 @@ MODEL = ModelConfig(
         dim=32, heads=2, layers=1, ffn=64, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
     sampler=FewStepSampler(steps=2),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=5,

@@ -17,7 +17,7 @@ from minwm.cameras.trajectory import Motion
 from minwm.core.runtime import StageTimer
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.play.protocol import Input
 from minwm.play.scenario import Scenario, StartState, model_scenario
@@ -33,7 +33,7 @@ SMALL = ModelConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
     sampler=FewStepSampler(steps=2),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
     motion=MOTION,
     text=WordText(dim=8),
     height=32,

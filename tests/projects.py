@@ -18,7 +18,7 @@ from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.diffusion import BidirectionalConfig
@@ -38,7 +38,7 @@ NETWORK = WanConfig(
 MODEL = ModelConfig(
     network=NETWORK,
     sampler=FewStepSampler(steps=2),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=5,

@@ -19,7 +19,7 @@ from minwm.core.config import UserError, dumps, loads, to_dict
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.store.model import ModelConfig
 from minwm.stream.accelerate import EngineConfig
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
     sampler=FewStepSampler(),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     text=WordText(dim=8),
     latents=7,

@@ -16,7 +16,7 @@ from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import CAMERA_PARAMETERS
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.store.folder import load_codec, load_model, load_weights, save_codec, save_model
 from minwm.store.model import Model, ModelConfig
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
         dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
     sampler=FewStepSampler(steps=2),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=Motion(move=0.5, turn=24.0, fps=16.0),
     stream=StreamConfig(chunk=2, first_chunk=1),
     text=WordText(dim=8),
@@ -42,7 +42,7 @@ PLAIN = replace(CONFIG.network, camera="none")
 def model() -> Model:
     """With random statistics in the codec, which are buffers and no parameters."""
     codec = CONFIG.codec.build()
-    assert isinstance(codec, Codec)
+    assert isinstance(codec, SmallCodec)
     codec.mean.normal_()
     codec.std.uniform_(0.5, 1.5)
     net = CONFIG.network.build()
@@ -90,7 +90,7 @@ def test_the_config_says_everything(model: Model, tmp_path: Path, sampler: Sampl
 
 
 def test_codec_round_trip(model: Model, tmp_path: Path) -> None:
-    assert isinstance(model.codec, Codec)
+    assert isinstance(model.codec, SmallCodec)
     save_codec(tmp_path, model.codec)
     pixels = torch.rand(1, 5, 3, 32, 32)
     assert torch.equal(load_codec(tmp_path).encode(pixels), model.codec.encode(pixels))

@@ -3,15 +3,16 @@ import torch
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError, dumps, loads
-from minwm.nets.codec import Codec, CodecConfig, State
+from minwm.nets.codec import State
+from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 
 FRAMES, LATENTS = 17, 5
 
 
-def small() -> Codec:
+def small() -> SmallCodec:
     """A codec whose every weight matters: residual branches start at zero and would hide errors in time."""
     torch.manual_seed(0)
-    codec = CodecConfig(channels=4, width=16, fine=12, finest=8).build()
+    codec = SmallCodecConfig(channels=4, width=16, fine=12, finest=8).build()
     for parameter in codec.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     codec.mean.normal_()
@@ -103,7 +104,7 @@ def scenes(count: int) -> list[Tensor]:
 @torch.no_grad()
 def test_fit_finds_the_best_linear_code() -> None:
     clips = scenes(24)
-    codec = CodecConfig(width=8, fine=8, finest=8, decoder_depth=1).build()
+    codec = SmallCodecConfig(width=8, fine=8, finest=8, decoder_depth=1).build()
     codec.fit(clips)
     pixels = torch.cat(clips)
     latents = codec.encode(pixels)
@@ -117,7 +118,7 @@ def test_fit_finds_the_best_linear_code() -> None:
     error = (codec.synthesis(codec.analysis(blocks)) - blocks).square().sum()
     assert lost > 0, "or there is nothing to lose"
     torch.testing.assert_close(error, lost, atol=0, rtol=1e-3)
-    drawn, _ = codec._draw(latents, None)
+    drawn, _ = codec._reconstruct(latents, None)
     linear = torch.nn.functional.pixel_shuffle(codec.synthesis(codec.analysis(blocks)), 8)
     torch.testing.assert_close(drawn, linear.unflatten(0, (24, 2)).reshape(24, 8, 3, 32, 32)[:, 3:], atol=1e-4, rtol=0)
 
@@ -131,7 +132,7 @@ def test_fit_needs_clips() -> None:
 def test_learns_and_is_deterministic() -> None:
     def train() -> list[float]:
         torch.manual_seed(0)
-        codec = CodecConfig(width=32, fine=16, finest=8).build()
+        codec = SmallCodecConfig(width=32, fine=16, finest=8).build()
         smooth = torch.nn.functional.interpolate(clip(1, 5, 8, 8)[0], size=(32, 32), mode="bicubic")[None]
         generator = torch.Generator().manual_seed(0)
         optimiser = torch.optim.Adam(codec.parameters(), lr=3e-3)
@@ -166,13 +167,13 @@ def test_errors_say_what_would_do() -> None:
     with pytest.raises(UserError, match=r"16 channels.*4"):
         codec.decode(torch.zeros(1, 1, 16, 2, 2))
     with pytest.raises(ConfigError, match=r"channels=1000.*768"):
-        CodecConfig(channels=1000).build()
+        SmallCodecConfig(channels=1000).build()
     with pytest.raises(ConfigError, match=r"codec.width=0"):
-        CodecConfig(width=0)
+        SmallCodecConfig(width=0)
     with pytest.raises(ConfigError, match=r"codec.noise=-1"):
-        CodecConfig(noise=-1)
+        SmallCodecConfig(noise=-1)
 
 
 def test_config_round_trip() -> None:
-    cfg = CodecConfig(width=32, noise=0.1)
-    assert loads(CodecConfig, dumps(cfg)) == cfg
+    cfg = SmallCodecConfig(width=32, noise=0.1)
+    assert loads(SmallCodecConfig, dumps(cfg)) == cfg

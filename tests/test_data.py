@@ -24,7 +24,7 @@ from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, WorldSource, check_renders, produce, render_worlds, reproduce
 from minwm.data.shards import index_path, list_shards, read_index
 from minwm.data.trajectories import collect_trajectories
-from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.text import WordText
 
 MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
@@ -68,13 +68,13 @@ class Noise:
 
 
 @pytest.fixture(scope="module")
-def codec() -> Codec:
+def codec() -> SmallCodec:
     torch.manual_seed(0)
-    return CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1).build()
+    return SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1).build()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, codec: Codec) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, codec: SmallCodec) -> Path:
     """raw/ and shards/ with 12 clips; tests that change anything work on a copy."""
     base = tmp_path_factory.mktemp("data")
     produce(Noise(), base / "raw", 12)
@@ -233,7 +233,7 @@ def test_a_clip_is_reproduced_from_its_record_alone(town: ClipFolder) -> None:
     assert np.array_equal(reproduce(town.record(record.id)).frames, frames)
 
 
-def test_an_encoded_clip_can_still_be_rendered(town: ClipFolder, tmp_path: Path, codec: Codec) -> None:
+def test_an_encoded_clip_can_still_be_rendered(town: ClipFolder, tmp_path: Path, codec: SmallCodec) -> None:
     encode_clips(town.path, tmp_path, codec, replace(TEXT, length=24), cfg=replace(CFG, val=0.0))
     example = ShardDataset(tmp_path, "train")[2]
     _, frames = WorldSource(SMALL).make(2)
@@ -252,7 +252,7 @@ def test_prescribed_trajectories_are_followed(tmp_path: Path) -> None:
 # Shards
 
 
-def test_a_batch_is_what_the_codec_and_the_text_encoder_gave(made: Path, codec: Codec) -> None:
+def test_a_batch_is_what_the_codec_and_the_text_encoder_gave(made: Path, codec: SmallCodec) -> None:
     data, folder = ShardDataset(made / "shards", "train"), ClipFolder(made / "raw")
     clip, chosen = data.batch([4, 0]), [data.ids[4], data.ids[0]]
     records = [folder.record(c) for c in chosen]
@@ -292,7 +292,7 @@ def test_shards_are_plain_tars_and_the_manifest_measures_them(made: Path) -> Non
 
 
 def test_encoding_continues_and_refuses_another_codec(
-    raw: Path, tmp_path: Path, codec: Codec, made: Path, monkeypatch: pytest.MonkeyPatch
+    raw: Path, tmp_path: Path, codec: SmallCodec, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "shards"
     for name in [p.name for p in (raw / "clips").iterdir() if p.stem > "noise-006"]:
@@ -312,12 +312,12 @@ def test_encoding_continues_and_refuses_another_codec(
         assert now.ids == then.ids
         torch.testing.assert_close(now.batch([0, 1]).latents, then.batch([0, 1]).latents)
     with pytest.raises(DataError, match="another codec"):
-        encode_clips(raw, out, CodecConfig(channels=4, width=8, fine=8, finest=8).build(), TEXT, cfg=CFG)
+        encode_clips(raw, out, SmallCodecConfig(channels=4, width=8, fine=8, finest=8).build(), TEXT, cfg=CFG)
     with pytest.raises(DataError, match="another text"):
         encode_clips(raw, out, codec, replace(TEXT, length=20), cfg=CFG)
 
 
-def test_half_precision_is_read_as_float32(made: Path, tmp_path: Path, codec: Codec) -> None:
+def test_half_precision_is_read_as_float32(made: Path, tmp_path: Path, codec: SmallCodec) -> None:
     encode_clips(made / "raw", tmp_path, codec, TEXT, cfg=replace(CFG, dtype="float16"))
     half, full = (ShardDataset(p, "val").batch([0]) for p in (tmp_path, made / "shards"))
     assert half.latents.dtype == torch.float32 and half.cond.w2c is not None and full.cond.w2c is not None

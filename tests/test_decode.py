@@ -26,7 +26,8 @@ from minwm.core.config import ConfigError, UserError
 from minwm.experiments.presets.demo import model_to_play
 from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig, TinyDecoder, VideoCodec, channels_last
+from minwm.nets.codec import TinyDecoder, VideoCodec, channels_last
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 from minwm.play.scenario import StartState, model_scenario
 from minwm.session.engines import ModelEngine
@@ -36,7 +37,7 @@ from minwm.store.model import Model
 from minwm.stream.accelerate import CudaSideStream, EngineConfig, attention_kernel, decoder, prepare_network
 from minwm.stream.rollout import Stream
 
-CODECS = {**TINY, "taehv": TaehvConfig(channels=4, width=8), "small": CodecConfig(channels=4, width=8, fine=8)}
+CODECS = {**TINY, "taehv": TaehvConfig(channels=4, width=8), "small": SmallCodecConfig(channels=4, width=8, fine=8)}
 KEYS = [Action.of([key]) for key in "wjdsl"]
 
 
@@ -329,7 +330,7 @@ def test_a_tiny_decoder_decodes_and_the_codec_encodes(tmp_path: Path) -> None:
     assert torch.equal(both.decode_next(latents)[0], tiny.decode_next(latents)[0])
     with pytest.raises(ConfigError, match="their channels is 16, here it is 4"):
         TinyDecoder(model.codec, TaehvConfig().build())
-    wide = replace(model, codec=CodecConfig(channels=16, width=8, fine=8, finest=8).build())
+    wide = replace(model, codec=SmallCodecConfig(channels=16, width=8, fine=8, finest=8).build())
     file, weights = tmp_path / "taew2_1.safetensors", TaehvConfig().build().state_dict()
     save_file(weights, file)
     loaded = tiny_decoder(wide, str(file)).codec

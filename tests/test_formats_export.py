@@ -34,7 +34,7 @@ from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import RELEASES, diffusers_names, export
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.store.folder import save_model
 from minwm.store.layouts import describe, open_published, release_name
 from minwm.store.model import ModelConfig
@@ -183,7 +183,7 @@ def test_convert(seeing: State, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_trained_model_is_converted(seeing: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    codec = CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1)
+    codec = SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1)
     config = ModelConfig(
         network=SEEING,
         sampler=FewStepSampler(),

@@ -21,7 +21,7 @@ from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.data.trajectories import collect_trajectories
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.codec import CodecTraining
@@ -44,7 +44,7 @@ MODEL = ModelConfig(
         dim=32, heads=2, layers=1, ffn=32, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
     ),
     sampler=FewStepSampler(),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     motion=MOTION,
     stream=StreamConfig(chunk=2, first_chunk=1),
     text=WordText(dim=8),

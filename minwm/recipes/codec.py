@@ -12,7 +12,7 @@ from torch import Tensor
 from minwm.core.config import ConfigError
 from minwm.data.dataset import BatchSource, RawDataset, Split
 from minwm.data.noise import PoseNoise
-from minwm.nets.codec import Codec
+from minwm.nets.small_codec import SmallCodec
 from minwm.recipes.base import Loss, Recipe, RecipeConfig
 from minwm.store.folder import save_codec
 from minwm.store.model import AnyCodec, ModelConfig
@@ -28,12 +28,12 @@ class CodecTraining(RecipeConfig):
     fit_clips: int = 256
     """Clips from which the encoder is computed in closed form; a codec that is continued keeps its encoder."""
 
-    def build(self, model: ModelConfig, networks: Mapping[str, Codec]) -> "CodecRecipe":
+    def build(self, model: ModelConfig, networks: Mapping[str, SmallCodec]) -> "CodecRecipe":
         return CodecRecipe(self, model, networks)
 
-    def network(self, model: ModelConfig) -> Codec:
+    def network(self, model: ModelConfig) -> SmallCodec:
         codec = model.codec.build()
-        if not isinstance(codec, Codec):
+        if not isinstance(codec, SmallCodec):
             raise ConfigError(f"model.codec is {model.codec.kind!r}: only the small codec can be trained")
         return codec
 
@@ -50,7 +50,7 @@ class CodecTraining(RecipeConfig):
         save_codec(out, student)
 
 
-class CodecRecipe(Recipe[Codec]):
+class CodecRecipe(Recipe[SmallCodec]):
     """Role: student, the codec. Batches are pixels."""
 
     cfg: CodecTraining

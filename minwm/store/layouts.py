@@ -11,15 +11,15 @@ from minwm.families.wan import convert as wan
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVae, WanVaeConfig
-from minwm.nets.codec import Codec, CodecConfig
+from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.taehv import Taehv, TaehvConfig
 from minwm.nets.text import WordText
 
 FAMILIES: dict[str, Family] = {WanConfig.kind: wan}
 """By the kind of their network config."""
 NetworkConfig = WanConfig
-AnyCodecConfig = CodecConfig | WanVaeConfig | TaehvConfig
-AnyCodec = Codec | WanVae | Taehv
+AnyCodecConfig = SmallCodecConfig | WanVaeConfig | TaehvConfig
+AnyCodec = SmallCodec | WanVae | Taehv
 TextConfig = WordText | Umt5Text
 
 OTHERS = {

@@ -15,7 +15,7 @@ from minwm.core.flow import Latents, Times
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import FULL, AttentionScope, StreamConfig
 from minwm.nets.backbone import Backbone, TextKV
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Recipe, RecipeConfig
 from minwm.recipes.consistency import ConsistencyConfig
@@ -29,7 +29,7 @@ FRAMES = 5
 MODEL = ModelConfig(
     network=SMALL["wan-dual"],
     sampler=FewStepSampler(steps=2),
-    codec=CodecConfig(channels=CHANNELS),
+    codec=SmallCodecConfig(channels=CHANNELS),
     motion=Motion(move=0.5, turn=16.0, fps=16.0),
     text=WordText(dim=6, length=5),
     latents=FRAMES,

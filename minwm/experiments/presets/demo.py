@@ -11,7 +11,7 @@ from minwm.data.rerender import RenderConfig
 from minwm.experiments.presets.base import Evaluation, Pipeline
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
@@ -33,7 +33,7 @@ def tiny_model() -> ModelConfig:
     return ModelConfig(
         network=network,
         sampler=sampler,
-        codec=CodecConfig(),
+        codec=SmallCodecConfig(),
         text=WordText(),
         stream=StreamConfig(chunk=2, first_chunk=1),
     )
@@ -147,7 +147,7 @@ def smoke(out: Path) -> Pipeline:
     stages = ("codec", "foundation", "camera", "ar", "ode", "consistency", "dmd")
     pipeline = _pipeline("smoke", out, clips=12, worlds_seed=2, steps=dict.fromkeys(stages, 2), batch=2)
     small = replace(tiny_model(), network=replace(tiny_model().network, dim=32, heads=2, layers=2, ffn=64))
-    small = replace(small, codec=CodecConfig(width=16, fine=16, finest=8, decoder_depth=1))
+    small = replace(small, codec=SmallCodecConfig(width=16, fine=16, finest=8, decoder_depth=1))
     ode = next(run for run in pipeline.stages if run.name == "ode").recipe
     changes = {"ode": {"recipe": replace(ode, ode_steps=4)}}
     shrunk = tuple(replace(run, model=_like(run.model, small), **changes.get(run.name, {})) for run in pipeline.stages)
