@@ -100,9 +100,9 @@ def test_a_pass_of_the_published_network_costs_what_is_known_of_it() -> None:
 
 
 def test_a_result_has_the_roofline_and_compares() -> None:
-    result = bench_model(random_model(CONFIG), EngineConfig(attention="race"), chunks=3, roofline=True)
+    result = bench_model(random_model(CONFIG), EngineConfig(attention="fastest"), chunks=3, roofline=True)
     assert (result.chunks, result.machine and result.machine.dtype) == (3, "float32")
-    assert result.attention and result.attention.ms[result.attention.winner]
+    assert result.attention and result.attention.ms[result.attention.fastest]
     assert result.action_to_pixel
     for timing in (result.first_chunk, result.chunk, result.action_to_pixel, result.stages["cache_update"]):
         assert timing.bound_ms and timing.percent == pytest.approx(100 * timing.bound_ms / timing.median_ms)
@@ -115,12 +115,12 @@ def test_a_result_has_the_roofline_and_compares() -> None:
     assert len(lines) == 8 and all(line.endswith("1.00x") for line in lines)
     other = to_dict(replace(result, engine=EngineConfig(), versions={"torch": "9"}))
     assert compare(to_dict(result), other)[-2:] == [
-        "engine.attention: race -> torch",
+        "engine.attention: fastest -> torch",
         "measured on different machines or versions: ratios say nothing about the code alone",
     ]
     with pytest.raises(UserError, match="makes whole clips"):
         whole = random_model(replace(CONFIG, sampler=BidirectionalSampler(steps=1)))
-        bench_model(whole, EngineConfig(attention="race"))
+        bench_model(whole, EngineConfig(attention="fastest"))
 
 
 def test_fp8_and_a_merged_refresh_are_measured_beside_what_they_cost() -> None:

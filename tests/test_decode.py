@@ -184,7 +184,7 @@ class Quick(Late):
 def logged(engine: ModelEngine, log: list[str]) -> ModelEngine:
     """Notes the network's chunks and commits, and the decoder."""
     engine.start()
-    stream, decode = engine.stream, engine.decode
+    stream, decode = engine.stream, engine.decode_next
     make, commit = stream.next_chunk, stream.update_cache
 
     def noting(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def logged(engine: ModelEngine, log: list[str]) -> ModelEngine:
         return run
 
     stream.next_chunk, stream.update_cache = noting("diffused", make), noting("committed", commit)  # type: ignore[method-assign]
-    engine.decode = noting("decoded", decode)
+    engine.decode_next = noting("decoded", decode)
     engine.update_cache()
     log.clear()
     return engine
@@ -210,7 +210,7 @@ def test_frames_are_handed_out_before_the_commit_or_beside_it() -> None:
     engine.update_cache()
     assert log[2:] == ["committed"] and {"decode", "copy", "cache_update"} <= engine.timer.seconds.keys()
     log.clear()
-    engine.side_task = Quick(log)
+    engine.submit = Quick(log)
     list(engine.advance(c2w))
     assert log == ["diffused", "decoded", "decoder begun", "committed", "waited for frames"]
     engine.update_cache()
@@ -237,7 +237,7 @@ def test_the_first_frames_wait_for_no_other_latent() -> None:
     assert list(shown) == []
     engine.update_cache()
     log.clear()
-    engine.side_task = Late(log)
+    engine.submit = Late(log)
     log.extend("shown" for _ in engine.advance(c2w))
     pair = ["waited for frames", "decoded", "shown"]
     assert log == ["diffused", "decoder begun", "decoder begun", "committed", *pair, *pair]
@@ -252,7 +252,7 @@ def test_overlapped_frames_are_the_same_and_can_be_undone(beside: type[Late], im
         model, config=replace(model.config, stream=StreamConfig(chunk=2, first_chunk=1 if image else 2, window=2))
     )
     plain, overlapped = (ModelEngine(model, start_image() if image else None, "a room", 3) for _ in range(2))
-    overlapped.side_task = beside([])
+    overlapped.submit = beside([])
     walk = Session(overlapped)
     want, made = list(Session(plain).play(KEYS)), list(walk.play(KEYS))
     assert all(np.array_equal(a, b) for a, b in zip(want, made, strict=True))
@@ -302,17 +302,17 @@ def test_without_a_gpu_nothing_overlaps_and_it_is_said() -> None:
 
 
 def test_a_kernel_of_attention_is_chosen_for_the_network_alone() -> None:
-    """A codec's attention is wider than fast kernels are; a race must have been run."""
+    """A codec's attention is wider than fast kernels are; kernels must have been timed."""
     model, flash = tiny_model(), torch.backends.cuda.flash_sdp_enabled
     seen: dict[str, set[bool]] = {"network": set(), "codec": set()}
     model.net.register_forward_pre_hook(lambda *_: seen["network"].add(flash()))
     engine = ModelEngine(model, start_image(), "a room", engine=EngineConfig(attention="math"))
-    decode = engine.decode
-    engine.decode = lambda *args: (seen["codec"].add(flash()), decode(*args))[1]
+    decode = engine.decode_next
+    engine.decode_next = lambda *args: (seen["codec"].add(flash()), decode(*args))[1]
     list(Session(engine).play(KEYS[:2]))
     assert seen == {"network": {False}, "codec": {True}}
-    with pytest.raises(ConfigError, match="the race has not been run"):
-        attention_kernel(EngineConfig(attention="race"))
+    with pytest.raises(ConfigError, match="no kernel was timed"):
+        attention_kernel(EngineConfig(attention="fastest"))
 
 
 # ------------------------------------------------------------------------------------------------ tiny decoders
@@ -363,9 +363,9 @@ def test_the_setting_of_self_forcing_has_its_published_numbers() -> None:
 
 
 def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    """The shipped model: its race is run and told, and its frames are those of the plain form."""
+    """The shipped model: its kernels are timed and named, and its frames are those of the plain form."""
     name = str(model_to_play())
-    flags = EngineFlags(attention="race", decode="channels_last")
+    flags = EngineFlags(attention="fastest", decode="channels_last")
     games = [_model_scenario(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
     _warm_up(games[0])
     said = capsys.readouterr().out
@@ -407,6 +407,6 @@ def test_a_rendered_world_takes_no_engine_flags(capsys: pytest.CaptureFixture[st
 
 def test_ready_puts_the_winner_in_place_of_the_race() -> None:
     model: Model = tiny_model()
-    chosen, raced, _ = prepare_network(EngineConfig(attention="race"), model.net, SMALL.geometry)
-    assert raced and chosen == EngineConfig(attention=raced.winner)  # type: ignore[arg-type]
+    chosen, times, _ = prepare_network(EngineConfig(attention="fastest"), model.net, SMALL.geometry)
+    assert times and chosen == EngineConfig(attention=times.fastest)  # type: ignore[arg-type]
     assert prepare_network(EngineConfig(), model.net, SMALL.geometry) == (EngineConfig(), None, None)

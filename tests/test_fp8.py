@@ -222,8 +222,10 @@ def shipped() -> Model:
 
 @pytest.mark.parametrize("what", ["linears", "cache", "all"])
 def test_the_shipped_model_passes_the_gate(shipped: Model, what: Fp8) -> None:
-    _, raced, kept = prepare_network(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, fp8_trial(shipped))
-    assert raced is None and kept and kept.psnr and 0.001 < kept.error < kept.limit and kept.psnr > 35
+    cfg, geometry = EngineConfig(fp8=what), shipped.config.geometry
+    _, times, fidelity = prepare_network(cfg, shipped.net, geometry, fp8_trial(shipped))
+    assert times is None and fidelity and fidelity.psnr and fidelity.psnr > 35
+    assert 0.001 < fidelity.error < fidelity.limit
     in_fp8 = any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert (in_fp8, shipped.net.arena_type is Fp8Arena) == (what != "cache", what != "linears")
 
@@ -238,14 +240,14 @@ def test_a_broken_scale_does_not_pass_and_leaves_the_network_plain(
         return numbers, factor * scale
 
     monkeypatch.setattr(fp8, "scaled", broken)
-    with pytest.raises(ConfigError, match=rf"engine\.fp8={what} changes .* and the limit is engine\.fp8_limit=0\.1"):
+    with pytest.raises(ConfigError, match=rf"engine\.fp8={what}: .* is above engine\.fp8_limit=0\.1"):
         check_fp8(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, fp8_trial(shipped))
     assert not any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert shipped.net.arena_type is KVArena
 
 
 def test_fp8_is_never_used_without_a_trial() -> None:
-    with pytest.raises(ConfigError, match="judged by a trial, and none was given"):
+    with pytest.raises(ConfigError, match="checked with a trial, and none was given"):
         prepare_network(EngineConfig(fp8="cache"), network(), RING)
     short = Fp8Trial(condition(5, batch=1), noise_of(5, 0), TWO)
     with pytest.raises(ConfigError, match="limit is"):

@@ -225,7 +225,7 @@ def _measure_walk(model: Model, cfg: EngineConfig, repeats: int, chunks: int) ->
     engine.timer.record("cache_update")  # where it overlaps with decoding, it may still be under way
     frames_s = time.perf_counter() - begun
     steady = [*steps[slots:], *(_step(session) for _ in range(chunks - slots))][:chunks]
-    engine.side_task = None  # stages at once have no times of their own
+    engine.submit = None  # stages that overlap have no times of their own
     alone = [_step(session) for _ in range(chunks)] if cfg.overlap else steady
     stages = {name: [step.stages[name] for step in alone] for name in ("diffuse", "decode", "copy", "cache_update")}
     return _Measured(

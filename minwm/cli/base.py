@@ -66,11 +66,11 @@ class EngineFlags:
     compile: Annotated[Flag, arg(help="compile the blocks of the network")] = False
     kernels: Annotated[Flag, arg(help="use the Triton kernel (needs minwm[fast])")] = False
     graphs: Annotated[Flag, arg(help="launch chunks as CUDA graphs")] = False
-    attention: Annotated[str, arg(metavar="KERNEL", help="torch, race, cudnn, flash, efficient or math")] = "torch"
+    attention: Annotated[str, arg(metavar="KERNEL", help="torch, fastest, cudnn, flash, efficient or math")] = "torch"
     decode: Annotated[str, arg(metavar="HOW", help="plain, channels_last, or compile (which is both)")] = "plain"
-    overlap: Annotated[Flag, arg(help="decode on a second CUDA stream, beside the commit")] = False
-    fp8: Annotated[str, arg(metavar="WHAT", help="none, linears, cache or all; judged by a trial first")] = "none"
-    fp8_limit: Annotated[float, arg(metavar="ERROR", help="of the trial's latents, beyond which FP8 is refused")] = 0.1
+    overlap: Annotated[Flag, arg(help="decode on a second CUDA stream, during the cache update")] = False
+    fp8: Annotated[str, arg(metavar="WHAT", help="none, linears, cache or all; checked with a trial first")] = "none"
+    fp8_limit: Annotated[float, arg(metavar="ERROR", help="of the trial's latents, above which FP8 is refused")] = 0.1
 
     def config(self) -> "EngineConfig":
         from minwm.stream.accelerate import EngineConfig

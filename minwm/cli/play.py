@@ -102,12 +102,12 @@ def _model_scenario(
     start, title = StartState(seed=seed, prompt=prompt, image=first), "/".join(Path(name).parts[-2:])
     if cfg.network.camera == "none":
         say("this model has no camera control: keys and mouse do not move its camera")
-    chosen, raced, fp8 = prepare_model(model, engine.config())
+    chosen, kernels, fp8 = prepare_model(model, engine.config())
     if fp8:
         say(f"FP8 changes the latents of a trial by {fp8.error:.3g} of their norm, its frames by {fp8.psnr:.1f} dB")
-    if raced:
-        times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in raced.ms.items() if ms is not None)
-        say(f"attention of a chunk: {times}; {raced.winner} is used")
+    if kernels:
+        times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in kernels.ms.items() if ms is not None)
+        say(f"attention of a chunk: {times}; {kernels.fastest} is used")
     if compare == "truth":
         return model_scenario(model, title, start, truth=truth, engine=chosen)
     other = _load(compare, decoder) if compare else None

@@ -80,8 +80,8 @@ def model_scenario(
 
     def engines(start: StartState) -> list[Engine]:
         given = start.image, start.prompt, start.seed
-        for one, beginning in zip(reused, [one.read(*given) for one in reused], strict=True):
-            one.begin(beginning)
+        for one, inputs in zip(reused, [one.encode_inputs(*given) for one in reused], strict=True):
+            one.inputs = inputs
         made = reused or [ModelEngine(m, *given, engine) for m in models]
         if engine.graphs:
             reused[:] = made

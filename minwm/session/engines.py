@@ -1,11 +1,11 @@
-"""Walking around: an engine turns the camera's next poses into frames, and a session steers it with actions.
+"""Engines: frames for a camera that moves on, from a causal model or from a rendered scene.
 
-An engine looks the same whether learned or rendered, so player, evaluation and recordings cannot tell them apart.
+Both have one interface, so the player, the evaluation and recordings take either.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,7 +27,7 @@ from minwm.stream.accelerate import (
     PLAIN,
     CudaSideStream,
     EngineConfig,
-    SideTask,
+    Submit,
     attention_kernel,
     decoder,
     open_stream,
@@ -37,19 +37,18 @@ from minwm.stream.rollout import Stream, image_chunk
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
-Beginning = tuple[dict[str, Tensor], UInt8[np.ndarray, "h w 3"] | None, int]
-"""Text states, image and seed of a walk."""
+Image = UInt8[np.ndarray, "h w 3"]
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Frames for a camera that moves on."""
+    """Makes frames chunk by chunk, as the camera moves on."""
 
     motion: Motion
     chunk: int
     """Latents per step."""
     timer: StageTimer
-    """Seconds of the newest chunk by stage: encode (at the start), diffuse (or render), decode, copy to the host; then
+    """Seconds of the newest chunk by stage: encode (at the start), diffuse (or render), decode, copy (to the host) and
     cache_update."""
 
     def start(self) -> Frames:
@@ -57,16 +56,17 @@ class Engine(Protocol):
         ...
 
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
-        """Frames for the next `chunk * stride` camera poses, relative to the first frame: latent by latent, so that
-        none waits for the next. All must be taken before anything else is asked of the engine."""
+        """Frames for the next `chunk * stride` camera-to-world poses, relative to the first frame; yielded latent by
+        latent. The iterator must be exhausted before any other call."""
         ...
 
     def update_cache(self) -> None:
-        """Do what frames need not wait for. Who shows them calls this afterwards; else the next step does it."""
+        """Finish the newest step: what its frames need not wait for. Call it once they are shown; the next step does
+        it otherwise."""
         ...
 
     def snapshot(self) -> Any:
-        """What undoes the next step. Cheap: only what that step will overwrite."""
+        """State that `restore` needs to undo the next step: only what that step will overwrite."""
         ...
 
     def restore(self, snapshot: Any) -> None:
@@ -119,159 +119,165 @@ class RendererEngine:
     def restore(self, snapshot: None) -> None: ...
 
 
+@dataclass(frozen=True)
+class StartInputs:
+    """What a model starts from."""
+
+    text: dict[str, Tensor]
+    """Text states of the prompt: parts of a `Condition`."""
+    image: Image | None
+    """The first frame; None for a model that starts from its prompt alone."""
+    seed: int
+    """Of the noise."""
+
+
 class ModelEngine:
     """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed.
 
-    A model that is to be compiled, or to use kernels, must have been made `ready` for it (stream/accelerate.py).
+    With engine options, the model must have gone through `session.prepare.prepare_model`.
 
-    Frames never wait for the commit of their chunk: in turn (the default) `settle` does it after they were handed out;
-    with `beside` it is begun right after the decoder, and both run at once.
+    Frames never wait for the cache update of their chunk: by default `update_cache` does it after they were yielded;
+    with `overlap` it starts once decoding was submitted to a second CUDA stream, and both run at once.
     """
 
     def __init__(
-        self,
-        model: Model,
-        image: UInt8[np.ndarray, "h w 3"] | None,
-        prompt: str,
-        seed: int = 0,
-        engine: EngineConfig = PLAIN,
+        self, model: Model, image: Image | None, prompt: str, seed: int = 0, engine: EngineConfig = PLAIN
     ) -> None:
         cfg = model.config
         if not cfg.sampler.causal:
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
         self.model, self.motion, self.chunk, self.sampler = model, cfg.motion, cfg.stream.chunk, cfg.sampler
         self.device = next(model.net.parameters()).device
-        self.engine, self.opened, self.decode = engine, None, decoder(engine, model.codec)
-        self.side_task: SideTask | None = CudaSideStream(self.device) if engine.overlap else None
-        self.uncommitted: tuple[Any, ...] | None = None
-        self.begin(self.read(image, prompt, seed))
-        self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
+        self.engine, self.decode_next = engine, decoder(engine, model.codec)
+        self.submit: Submit | None = CudaSideStream(self.device) if engine.overlap else None
         self.timer = StageTimer(self.device)
+        self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
+        self.inputs = self.encode_inputs(image, prompt, seed)
+        self._stream: Stream | None = None
 
-    def read(self, image: UInt8[np.ndarray, "h w 3"] | None, prompt: str, seed: int) -> Beginning:
-        """What `begin` takes. Raises UserError for an image of another size, or a prompt that cannot be read."""
+    def encode_inputs(self, image: Image | None, prompt: str, seed: int) -> StartInputs:
+        """What `inputs` may be set to before the next `start`.
+
+        Raises UserError for an image of another size, or a prompt that the text encoder does not take.
+        """
         if image is not None:
             check_image(self.model.config, image)
-        return self.model.config.encode_prompts([prompt]), image, seed
-
-    def begin(self, beginning: Beginning) -> None:
-        """What the next `start` begins with, in the memory that there is."""
-        self.text, self.image, self.seed = beginning
+        return StartInputs(self.model.config.encode_prompts([prompt]), image, seed)
 
     @torch.no_grad()
     def start(self) -> Frames:
         """The image; without one, the first chunk, in which the camera stands still."""
-        self.noise, self.decoding, self.uncommitted = generator(self.seed, "session"), None, None
+        self.generator = generator(self.inputs.seed, "session")
+        self.decoder_state = self.pending_update = None
         self.timer.restart()
         geometry, first = self.model.config.geometry, None
         still = np.eye(4)[None].repeat(geometry.first_chunk_frames, 0)
-        if self.opened is None:
-            self.opened = open_stream(
-                self.engine, self.model.net, self.condition(still), geometry, self.sampler.guidance
-            )
+        if self._stream is None:
+            cond, guidance = self.condition(still), self.sampler.guidance
+            self._stream = open_stream(self.engine, self.model.net, cond, geometry, guidance)
         else:
-            self.opened.restart(self.condition(still))
-        if self.image is not None:
-            first = self.model.codec.encode(to_pixels(self.image)[None, None].to(self.device))
+            self._stream.restart(self.condition(still))
+        if self.inputs.image is not None:
+            first = self.model.codec.encode(to_pixels(self.inputs.image)[None, None].to(self.device))
             first = image_chunk(first, geometry)
         self.timer.record("encode")
-        return np.concatenate(list(self._chunk(still, first)))
+        return np.concatenate(list(self._generate(still, first)))
 
     @torch.no_grad()
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
         self.update_cache()
         self.timer.restart()
-        yield from self._chunk(c2w[self.motion.stride - 1 :: self.motion.stride])
+        yield from self._generate(c2w[self.motion.stride - 1 :: self.motion.stride])
 
     def set_prompt(self, prompt: str) -> None:
         """Another prompt, from the next chunk on."""
-        self.text = self.model.config.encode_prompts([prompt])
+        self.inputs = replace(self.inputs, text=self.model.config.encode_prompts([prompt]))
         self.stream.set_prompt(self.condition(np.eye(4)[None]))
 
     @torch.no_grad()
     def warm_up(self) -> list[float]:
-        """Start, decode and visit every regime, so that nothing is compiled, recorded or chosen during a walk.
+        """Start, decode and run every graph shape, so that nothing is compiled, recorded or chosen during a walk.
 
-        Returns seconds: of the start with the decoder, then of each regime. What follows is another `start`.
+        Returns seconds: of the start with the decoder, then of each graph shape. `start` has to follow.
         """
-        began, cfg = time.perf_counter(), self.model.config
+        begin, cfg = time.perf_counter(), self.model.config
         self.start()
         samples = self.sampler.num_noise_samples(cfg.geometry)
         noise = torch.zeros(samples, *cfg.latent_shape(1, self.chunk), device=self.device)
-        list(self._frames(noise[0, :, :1]))  # a later latent than the first
+        list(self._decode(noise[0, :, :1]))  # a latent that is not the first has a graph of its own
         self.update_cache()
         cond = self.condition(np.eye(4)[None].repeat(self.chunk, 0))
-        cond = replace(cond, first_latent=None if self.image is None else noise[0, :, :1])
+        cond = replace(cond, first_latent=None if self.inputs.image is None else noise[0, :, :1])
         with attention_kernel(self.engine):
-            return [time.perf_counter() - began, *warm_up(self.stream, cond, noise, self.sampler)]
+            return [time.perf_counter() - begin, *warm_up(self.stream, cond, noise, self.sampler)]
 
     @property
     def stream(self) -> Stream:
-        if self.opened is None:
-            raise UserError("the engine has no first frame yet: call start() before step()")
-        return self.opened
+        if self._stream is None:
+            raise UserError("the engine has no stream yet; call start() first")
+        return self._stream
 
-    def _chunk(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
-        bound, hidden = self.stream.prepare_chunk(self.condition(c2w)), None
+    def _generate(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
+        """Frames of the next chunk; its latents are those given, or generated."""
+        prepared, context_noise = self.stream.prepare_chunk(self.condition(c2w)), None
         if latents is None:
             samples = self.sampler.num_noise_samples(self.stream.geometry)
             shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
-            noise = torch.randn(shape, generator=self.noise).to(self.device)
+            noise = torch.randn(shape, generator=self.generator).to(self.device)
             with attention_kernel(self.engine):
-                latents, hidden = self.stream.next_chunk(bound, noise, self.sampler), noise[-1]
+                latents, context_noise = self.stream.next_chunk(prepared, noise, self.sampler), noise[-1]
         self.timer.record("diffuse")
-        self.uncommitted = bound, latents, hidden
-        return self._frames(latents)
+        self.pending_update = prepared, latents, context_noise
+        return self._decode(latents)
 
-    def _frames(self, latents: Latents) -> Iterator[Frames]:
+    def _decode(self, latents: Latents) -> Iterator[Frames]:
         """Frames of each of the next latents, on the host."""
-        alone = latents.split(1, dim=1)
-        if self.side_task is None:
-            for latent in alone:
+        if self.submit is None:
+            for latent in latents.split(1, dim=1):
                 self.timer.skip()
-                drawn = self._draw(latent)
+                decoded = self._decode_latent(latent)
                 self.timer.record("decode")
-                frames = drawn.cpu().numpy()
+                frames = decoded.cpu().numpy()
                 self.timer.record("copy")
                 yield frames
         else:
-            begun = [self.side_task(self._draw, latent) for latent in alone]
-            self._commit()
-            for wait in begun:
+            pending = [self.submit(self._decode_latent, latent) for latent in latents.split(1, dim=1)]
+            self._run_pending_update()
+            for wait in pending:
                 frames = wait().numpy()
-                self.timer.record("decode", wait=False)  # and copied; the commit may still be under way
+                self.timer.record("decode", wait=False)  # with the copy; the cache update may still be running
                 yield frames
                 self.timer.skip()
 
-    def _draw(self, latent: Latents) -> UInt8[Tensor, "n H W 3"]:
+    def _decode_latent(self, latent: Latents) -> UInt8[Tensor, "n H W 3"]:
         """Frames of the next latent, on the device."""
-        alone = latent.clone(memory_format=torch.contiguous_format)  # a graph is for one layout of memory
-        decoded, self.decoding = self.decode(alone, self.decoding)
+        contiguous = latent.clone(memory_format=torch.contiguous_format)  # compiled for one memory layout
+        decoded, self.decoder_state = self.decode_next(contiguous, self.decoder_state)
         return to_uint8(decoded[0])
 
-    def _commit(self) -> None:
-        if self.uncommitted:
+    def _run_pending_update(self) -> None:
+        if self.pending_update:
             with attention_kernel(self.engine):
-                self.stream.update_cache(*self.uncommitted)
-            self.uncommitted = None
+                self.stream.update_cache(*self.pending_update)
+            self.pending_update = None
 
     def update_cache(self) -> None:
-        """Write the newest chunk into the cache, if that has not been begun: its frames need not wait for this pass."""
-        if self.uncommitted:
-            self._commit()
+        """Write the newest chunk into the cache, unless that was done."""
+        if self.pending_update:
+            self._run_pending_update()
             self.timer.record("cache_update")
 
     def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
         """The prompt, and cameras at these poses."""
         w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
-        return Condition(**self.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
+        return Condition(**self.inputs.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
         self.update_cache()
-        return self.stream.snapshot(), self.decoding, self.noise.get_state()
+        return self.stream.snapshot(), self.decoder_state, self.generator.get_state()
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        stream, self.decoding, state = snapshot
-        self.uncommitted = None  # of a step that is undone
+        stream, self.decoder_state, state = snapshot
+        self.pending_update = None  # of a step that is undone
         self.stream.restore(stream)
-        self.noise.set_state(state)
+        self.generator.set_state(state)

@@ -1,15 +1,15 @@
-"""What a stream may do to be fast on a GPU, each by an explicit choice and each beside its plain form.
+"""Options that make a stream fast on a GPU. Each is chosen explicitly and has a plain form with the same result.
 
-compile    what is before and after attention in a block becomes a few fused kernels (`Backbone.compile_blocks`)
-graphs     all passes of a chunk are launched at once, from a CUDA graph per regime (`GraphedStream`)
-kernels    norm, RoPE, PRoPE and the arena's rows in one Triton kernel (`Backbone.use_kernels`)
-attention  the kernel that was fastest on this machine, in a race whose times are kept (`race`)
-fp8        products of the blocks, or the cache, in 8 bits: another result, which has to pass a gate (`judge`)
-decode     the codec in channels-last memory, or so and compiled: one graph for a first latent, one for all others
-overlap    latents become frames on the host on a second CUDA stream, beside what follows them (`SideStream`)
+compile    the parts of a block before and after attention become a few fused kernels (`Backbone.compile_blocks`)
+graphs     all passes of a chunk are one CUDA graph, recorded once per graph shape (`GraphedStream`)
+kernels    norm, RoPE, PRoPE and the write into the cache in one Triton kernel (`Backbone.use_kernels`)
+attention  a kernel of attention by name, or the fastest of all on this machine (`time_attention_kernels`)
+fp8        matrix products of the blocks, or the cache, in 8 bits; refused if the result differs too much (`check_fp8`)
+decode     the codec in channels-last memory, also compiled: one graph for a first latent, one for all others
+overlap    decoding and the copy to the host on a second CUDA stream, while the cache is updated (`CudaSideStream`)
 
-A regime is a slot of the arena with the rows in use: there is one for every chunk until the ring is full, and then
-one for every slot of the window. Nothing else about a chunk is an integer of the host, so nothing else is recorded.
+A graph shape is a slot of the cache with the number of valid rows: one for every chunk until the cache is full, then
+one for every slot of the window. Nothing else about a chunk is an integer on the host.
 """
 
 import time
@@ -38,48 +38,48 @@ from minwm.stream.solvers import Noise, Sampler
 
 Function = Callable[..., Tensor | None]
 Capture = Callable[[Function, list[Tensor]], Function]
-"""capture(function, inputs) -> the same function, recorded: whatever is not an input is now a constant."""
+"""capture(function, inputs) -> the same function, recorded: all that is not an input becomes a constant."""
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-Kernel = Literal["torch", "race", "cudnn", "flash", "efficient", "math"]
+AttentionKernel = Literal["torch", "fastest", "cudnn", "flash", "efficient", "math"]
 Fp8 = Literal["none", "linears", "cache", "all"]
-Decoding = Literal["plain", "channels_last", "compile"]
+DecodeMode = Literal["plain", "channels_last", "compile"]
 PendingResult = Callable[[], Tensor]
-"""Waits for work that has begun, and gives its result on the host."""
-SideTask = Callable[[Callable[[Tensor], Tensor], Tensor], PendingResult]
-"""beside(work, input) begins work(input) beside whatever the device is given next."""
+"""Waits for submitted work and returns its result on the host."""
+Submit = Callable[[Callable[[Tensor], Tensor], Tensor], PendingResult]
+"""submit(work, input) starts work(input), to run concurrently with what the device is given next."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How streams run. The default is the plain form, which runs anywhere."""
+    """How streams run. The default is the plain form, which runs on any device."""
 
     compile: bool = False
     kernels: bool = False
-    """Needs triton, and CUDA unless triton interprets."""
+    """Needs triton, and CUDA unless TRITON_INTERPRET=1."""
     graphs: bool = False
     """Needs CUDA."""
-    attention: Kernel = "torch"
-    """torch's own choice, the winner of a race on this machine, or a kernel by name. For the network alone."""
-    decode: Decoding = "plain"
-    """The codec as it is, with its weights and pictures channels-last in memory, or so and compiled."""
+    attention: AttentionKernel = "torch"
+    """torch's own choice, the fastest kernel on this machine, or a kernel by name. For the network only."""
+    decode: DecodeMode = "plain"
+    """The codec as it is, with weights and activations channels-last in memory, or channels-last and compiled."""
     overlap: bool = False
     """Needs CUDA."""
     fp8: Fp8 = "none"
-    """What is held in FP8 (nets/fp8.py): the weights and inputs of the large products, the cache, or both."""
+    """In FP8 (nets/fp8.py): weights and inputs of the large matrix products, the cache, or both."""
     fp8_limit: float = 0.1
-    """Relative error of a trial's latents beyond which FP8 is refused."""
+    """Relative error of the trial's latents above which FP8 is refused."""
 
 
 PLAIN = EngineConfig()
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs in one pool of memory: they run one at a time, and each owns its result."""
+    """Records functions as CUDA graphs in one memory pool: they run one at a time, and results are copied out."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -87,19 +87,19 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Function, inputs: list[Tensor]) -> Function:
-        held, side = [x.clone() for x in inputs], torch.cuda.Stream()
+        static, side = [x.clone() for x in inputs], torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are chosen and tables made before anything is recorded
+        with torch.cuda.stream(side):  # warm-up: kernels are chosen and tables made before recording
             for _ in range(2):
-                function(*held)
+                function(*static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            result = function(*held)
+            result = function(*static)
 
         def replay(*given: Tensor) -> Tensor | None:
-            for mine, x in zip(held, given, strict=True):
-                mine.copy_(x)
+            for place, x in zip(static, given, strict=True):
+                place.copy_(x)
             graph.replay()
             return result if result is None else result.clone()
 
@@ -107,7 +107,7 @@ class CudaGraphs:
 
 
 class GraphedStream(Stream):
-    """A stream whose chunk functions are recorded, once per regime, and then replayed."""
+    """A stream whose passes are recorded, once per graph shape, and then replayed."""
 
     def __init__(self, *args: Any, capture: Capture, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -116,48 +116,49 @@ class GraphedStream(Stream):
 
     @torch.no_grad()
     def set_prompt(self, cond: Condition) -> None:
-        """In place: recordings know where the prompt lies."""
-        kept = self.text
+        """In place: recorded graphs read the prompt at its address."""
+        static = self.text
         super().set_prompt(cond)
-        for mine, new in zip(kept, self.text, strict=True):
-            for to, x in zip(mine, new, strict=True):
-                to.copy_(x)
-        self.text = kept
+        for old, new in zip(static, self.text, strict=True):
+            for place, x in zip(old, new, strict=True):
+                place.copy_(x)
+        self.text = static
 
-    def next_chunk(self, bound: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
-        plain = super().next_chunk
-        result = self._replay(sampler, lambda bound, noise: plain(bound, noise, sampler), bound, noise)
+    def next_chunk(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
+        run = super().next_chunk
+        result = self._replay(sampler, lambda cond, noise: run(cond, noise, sampler), cond, noise)
         assert result is not None
         return result
 
-    def cache_update_pass(self, bound: PreparedCondition, x: Latents, t: float = 0.0) -> None:
-        self._replay(("keep", t), partial(super().cache_update_pass, t=t), bound, x)
+    def cache_update_pass(self, cond: PreparedCondition, x: Latents, t: float = 0.0) -> None:
+        self._replay(("cache_update", t), partial(super().cache_update_pass, t=t), cond, x)
 
     def _replay(
-        self, what: Hashable, run: Callable[..., Tensor | None], bound: PreparedCondition, x: Tensor
+        self, name: Hashable, run: Callable[..., Tensor | None], cond: PreparedCondition, x: Tensor
     ) -> Tensor | None:
-        geometry, scope = self.geometry, Cached(self.arena, self.chunk)
-        places = self.net.rope_table(x if x.ndim == 5 else x[0], scope)
-        if isinstance(bound.camera, Rays):
+        """run(cond, x) as a recorded graph; the tensors of `cond` that differ between chunks are its inputs too."""
+        if isinstance(cond.camera, Rays):
             raise ConfigError("engine.graphs records projective cameras only, not Plücker rays; leave it off")
-        parts = {"x": x, "places": places, "camera": bound.camera and bound.camera.matrices}
-        inputs = {name: part for name, part in parts.items() if part is not None}
-        key = what, tuple(x.shape), geometry.slot(self.chunk), geometry.valid_rows(self.chunk)
+        rope = self.net.rope_table(x if x.ndim == 5 else x[0], Cached(self.arena, self.chunk))
+        tensors = {"x": x, "rope": rope, "camera": cond.camera and cond.camera.matrices}
+        inputs = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        slot, rows = self.geometry.slot(self.chunk), self.geometry.valid_rows(self.chunk)
+        key = name, tuple(x.shape), slot, rows
         if key not in self.recorded:
 
-            def function(*given: Tensor) -> Tensor | None:
-                part = dict(zip(inputs, given, strict=True))
-                camera = Projection(part["camera"]) if "camera" in part else None
-                return run(PreparedCondition(self.text, camera, part.get("places")), part["x"])
+            def function(*args: Tensor) -> Tensor | None:
+                given = dict(zip(inputs, args, strict=True))
+                camera = Projection(given["camera"]) if "camera" in given else None
+                return run(PreparedCondition(self.text, camera, given.get("rope")), given["x"])
 
             self.recorded[key] = self.capture(function, list(inputs.values()))
         return self.recorded[key](*inputs.values())
 
 
 class CudaSideStream:
-    """A second CUDA stream, on which latents become frames on the host while the first one commits them.
+    """A second CUDA stream, on which latents become frames on the host while the cache is updated on the first one.
 
-    Its work goes first wherever both want the device: frames are waited for, the commit is not.
+    Its work has priority: frames are waited for, the cache update is not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -166,23 +167,24 @@ class CudaSideStream:
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     def __call__(self, work: Callable[[Tensor], Tensor], x: Tensor) -> PendingResult:
+        """Submit work(x); its input may still be computed on the current stream."""
         side = self.stream
-        side.wait_stream(torch.cuda.current_stream(x.device))  # x is being made there
-        x.record_stream(side)  # so that its memory is not given away there while it is read here
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        x.record_stream(side)  # so that its memory is not reused before this stream has read it
         with torch.cuda.stream(side):
-            # what `work` makes and keeps belongs to this stream, which is the only one to read it
-            made = work(x).to("cpu", non_blocking=True)  # page-locked, for this is a copy from the device
+            # state that `work` keeps belongs to this stream, which is the only one to read it
+            result = work(x).to("cpu", non_blocking=True)  # into page-locked memory
             done = side.record_event()
 
         def wait() -> Tensor:
             done.synchronize()
-            return made.clone()  # page-locked memory is scarce: it is given back for the next chunk
+            return result.clone()  # page-locked memory is scarce: it is released for the next chunk
 
         return wait
 
 
 def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0) -> Stream:
-    """A stream that runs as the config says; the network must have been made `ready`."""
+    """A stream that runs as the config says, of a network that went through `prepare_network`."""
     if cfg.graphs:
         return GraphedStream(net, cond, geometry, guidance, capture=CudaGraphs())
     return Stream(net, cond, geometry, guidance)
@@ -190,20 +192,19 @@ def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geo
 
 @torch.no_grad()
 def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Sampler) -> list[float]:
-    """Visit every regime, so that nothing is compiled, recorded or chosen later; then start anew.
+    """Run every graph shape once, so that nothing is compiled, recorded or chosen later; then restart the stream.
 
-    Returns seconds per regime. cond: of one chunk. noise: of one chunk, as `next_chunk` takes it.
+    Returns seconds per graph shape. cond: of one chunk. noise: of one chunk, as `next_chunk` takes it.
     """
     geometry, seconds = stream.geometry, []
     for chunk in range(geometry.distinct_graph_shapes):
         start, stream.chunk = time.perf_counter(), chunk
         frames = geometry.start(chunk + 1) - geometry.start(chunk)
-        part = cond.frames(0, frames)
-        bound, drawn = stream.prepare_chunk(part), noise[:, :, :frames]
+        prepared, chunk_noise = stream.prepare_chunk(cond.frames(0, frames)), noise[:, :, :frames]
         if chunk or cond.first_latent is None:
-            stream.update_cache(bound, stream.next_chunk(bound, drawn, sampler), drawn[-1])
+            stream.update_cache(prepared, stream.next_chunk(prepared, chunk_noise, sampler), chunk_noise[-1])
         else:
-            stream.update_cache(bound, cond.first_latent)
+            stream.update_cache(prepared, cond.first_latent)
         if noise.is_cuda:
             torch.cuda.synchronize(noise.device)
         seconds.append(time.perf_counter() - start)
@@ -213,14 +214,14 @@ def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Sampler) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTimes:
-    """Milliseconds of one attention of a steady chunk, by kernel; None where it cannot run here."""
+    """Milliseconds of one attention call of a steady chunk, by kernel; None where a kernel cannot run."""
 
     shape: tuple[int, ...]
     """Heads, query rows, key rows, head width."""
     ms: dict[str, float | None]
 
     @property
-    def winner(self) -> str:
+    def fastest(self) -> str:
         return min((ms, name) for name, ms in self.ms.items() if ms is not None)[1]
 
 
@@ -228,14 +229,16 @@ class KernelTimes:
 def time_attention_kernels(net: Backbone, geometry: Geometry, repeats: int = 10) -> KernelTimes:
     """Time every attention kernel on the shape of a steady chunk."""
     weight = next(net.parameters())
-    rows = geometry.chunk * geometry.tokens
-    q = torch.randn(1, net.cache_heads, rows, net.head_width, dtype=weight.dtype, device=weight.device)
+    queries = geometry.chunk * geometry.tokens
+    q = torch.randn(1, net.cache_heads, queries, net.head_width, dtype=weight.dtype, device=weight.device)
     k, v = torch.randn(2, 1, net.cache_heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)
-    shape = net.cache_heads, rows, geometry.rows, net.head_width
-    return KernelTimes(shape=shape, ms={name: _ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()})
+    shape = net.cache_heads, queries, geometry.rows, net.head_width
+    return KernelTimes(
+        shape=shape, ms={name: _attention_ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()}
+    )
 
 
-def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float | None:
+def _attention_ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float | None:
     best = float("inf")
     try:
         with sdpa_kernel(kernel):
@@ -245,27 +248,27 @@ def _ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int)
                 if inputs[0].is_cuda:
                     torch.cuda.synchronize(inputs[0].device)
                 best = min(best, time.perf_counter() - start)
-    except RuntimeError:  # torch's word for a kernel that this device, dtype or shape does not have
+    except RuntimeError:  # torch raises it where a kernel does not support the device, dtype or shape
         return None
     return 1000 * best
 
 
 def attention_kernel(cfg: EngineConfig) -> AbstractContextManager[object]:
     """A context in which attention runs as the config says."""
-    if cfg.attention == "race":
-        raise ConfigError("engine.attention=race: the race has not been run; take the config that `ready` returns")
+    if cfg.attention == "fastest":
+        raise ConfigError("engine.attention=fastest: no kernel was timed; take the config that prepare_network returns")
     return nullcontext() if cfg.attention == "torch" else sdpa_kernel(KERNELS[cfg.attention])
 
 
 @dataclass(frozen=True)
 class Fp8Trial:
-    """A short stream on fixed noise, by which FP8 is judged: longer than the sinks, which are never in FP8."""
+    """A short stream on fixed noise, made with and without FP8; longer than the sinks, which are never in FP8."""
 
     cond: Condition
     noise: Noise
     sampler: Sampler
     decode: Callable[[Latents], Tensor] | None = None
-    """Latents to pixels in [-1, 1], where a codec is at hand."""
+    """Latents to pixels in [-1, 1], to report a PSNR too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,37 +284,37 @@ class Fp8Fidelity:
 
 @torch.no_grad()
 def check_fp8(cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Fp8Trial) -> Fp8Fidelity:
-    """Put a network into FP8, in place; but if its trial misses the limit, raise ConfigError and leave it plain."""
+    """Put a network into FP8, in place. If its trial exceeds the limit, undo that and raise ConfigError."""
 
-    def made() -> Latents:
+    def generate() -> Latents:
         return generate_latents(net, trial.sampler, trial.noise, trial.cond, geometry).float()
 
-    plain = made()
+    plain = generate()
     if cfg.fp8 in ("linears", "all"):
         net.use_fp8()
     if cfg.fp8 in ("cache", "all"):
         net.arena_type = Fp8Arena
-    fp8 = made()
+    fp8 = generate()
     error, psnr = float((fp8 - plain).norm() / plain.norm()), None
     if trial.decode:
         a, b = (trial.decode(x.to(trial.noise)).float().clamp(-1, 1) for x in (fp8, plain))
         psnr = float(-10 * ((a - b) / 2).square().mean().clamp(min=1e-12).log10())
-    if not error <= cfg.fp8_limit:  # also if it is no number
+    if not error <= cfg.fp8_limit:  # also if it is NaN
         if cfg.fp8 in ("linears", "all"):
             net.use_fp8(False)
         net.arena_type = KVArena
-        seen = "" if psnr is None else f" (frames: {psnr:.1f} dB)"
+        frames = "" if psnr is None else f" (frames: {psnr:.1f} dB)"
         raise ConfigError(
-            f"engine.fp8={cfg.fp8} changes the latents of a trial by {error:.3g} of their norm{seen}, and the limit is "
-            f"engine.fp8_limit={cfg.fp8_limit:g}; leave FP8 off, take less of it, or raise the limit if you accept that"
+            f"engine.fp8={cfg.fp8}: relative error {error:.3g} of the trial's latents{frames} is above "
+            f"engine.fp8_limit={cfg.fp8_limit:g}; leave FP8 off, use less of it, or raise the limit if you accept that"
         )
     return Fp8Fidelity(error=error, limit=cfg.fp8_limit, psnr=psnr)
 
 
 def decoder(cfg: EngineConfig, codec: VideoCodec, backend: str | Callable = "inductor") -> Decode:
-    """The codec's `decode_next` as the config says, to be given one latent at a time; weights change their layout.
+    """The codec's `decode_next` as the config says, for one latent at a time; the codec's weights change their layout.
 
-    Compiled, it must be whole graphs, or it fails: one for the first latent of a stream, one for all others.
+    Compiled, it is two whole graphs, or an error: one for the first latent of a stream, one for all others.
     """
     if cfg.decode == "plain":
         return codec.decode_next
@@ -326,18 +329,19 @@ def prepare_network(
 ) -> tuple[EngineConfig, KernelTimes | None, Fp8Fidelity | None]:
     """Make a network ready for streams, in place: in FP8, compiled, with kernels.
 
-    Returns the config with the winner in place of a race, the race, and what the trial said.
+    Returns the config with the fastest attention kernel by name, the kernels' times, and the fidelity of FP8; None for
+    what the config does not ask for. Raises ConfigError for FP8 without a trial, or with one that exceeds the limit.
     """
-    kept = raced = None
+    kernel_times = fidelity = None
     if cfg.fp8 != "none":
         if trial is None:
-            raise ConfigError(f"engine.fp8={cfg.fp8} has to be judged by a trial, and none was given")
-        kept = check_fp8(cfg, net, geometry, trial)
+            raise ConfigError(f"engine.fp8={cfg.fp8} has to be checked with a trial, and none was given")
+        fidelity = check_fp8(cfg, net, geometry, trial)
     if cfg.compile:
         net.compile_blocks()
     if cfg.kernels:
         net.use_kernels()
-    if cfg.attention == "race":
-        raced = time_attention_kernels(net, geometry)
-        cfg = replace(cfg, attention=raced.winner)
-    return cfg, raced, kept
+    if cfg.attention == "fastest":
+        kernel_times = time_attention_kernels(net, geometry)
+        cfg = replace(cfg, attention=kernel_times.fastest)
+    return cfg, kernel_times, fidelity
