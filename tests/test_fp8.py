@@ -250,5 +250,5 @@ def test_fp8_is_never_used_without_a_trial() -> None:
     with pytest.raises(ConfigError, match="checked with a trial, and none was given"):
         prepare_network(EngineConfig(fp8="cache"), network(), RING)
     short = Fp8Trial(condition(5, batch=1), noise_of(5, 0), TWO)
-    with pytest.raises(ConfigError, match="limit is"):
+    with pytest.raises(ConfigError, match="is above"):
         prepare_network(EngineConfig(fp8="linears", fp8_limit=1e-4), network(), RING, short)
