@@ -1,7 +1,7 @@
-"""Configs are frozen dataclasses; this file turns them into JSON and back, strictly.
+"""Configs are frozen dataclasses; this file converts them to JSON and back, strictly.
 
-An unknown key or `kind` and a value of another type raise, naming the field, the value and what is valid.
-Dataclasses in a union are told apart by a `kind: ClassVar[str]` on each of them, written as `{"kind": ...}`.
+An unknown key or `kind` and a value of another type raise ConfigError with the field, the value and what is valid.
+The dataclasses of a union carry a `kind: ClassVar[str]`, written as `{"kind": ...}`, that tells which one it is.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ V = TypeVar("V")
 
 
 class UserError(Exception):
-    """A mistake the user can correct; the command line shows the message alone and exits with 2."""
+    """A mistake that the user can correct; the command line prints only the message and exits with 2."""
 
 
 class ConfigError(UserError):
@@ -36,14 +36,14 @@ def lookup(table: Mapping[str, V], name: str, what: str) -> V:
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values: tuples become lists, paths strings; a `kind` is written first."""
+    """A dataclass as JSON values: tuples become lists, paths strings; its `kind` comes first."""
     cls = type(cfg)
     tag = {"kind": _kind(cls)} if _kind(cls) else {}
     return tag | {name: _encode(getattr(cfg, name), f"{cls.__name__}.{name}") for name in _names(cls)}
 
 
 def from_dict(cls: type[T] | types.UnionType, d: Mapping[str, Any]) -> T:
-    """Build `cls` (a dataclass, or a union of tagged ones) from plain values; the inverse of `to_dict`."""
+    """Build `cls` (a dataclass, or a union of dataclasses with a `kind`) from JSON values; the inverse of `to_dict`."""
     return cast(T, _decode(cls, d, _name(cls)))
 
 
@@ -53,7 +53,7 @@ def dumps(cfg: Any) -> str:
 
 
 def loads(cls: type[T] | types.UnionType, text: str) -> T:
-    """Read what `dumps` wrote."""
+    """The inverse of `dumps`; ConfigError for text that is not JSON or does not match `cls`."""
     try:
         return from_dict(cls, json.loads(text))
     except json.JSONDecodeError as error:
@@ -63,9 +63,9 @@ def loads(cls: type[T] | types.UnionType, text: str) -> T:
 def override(cfg: T, values: Mapping[str, Any]) -> T:
     """A copy of `cfg` with dotted fields replaced: `override(run, {"optim.lr": "1e-4"})`.
 
-    Strings are read as the field's type (`true`, `none`, `1,2,3`, JSON); other values are taken as they are.
-    The fields of one dataclass change together, so its own validation sees only the final state. `x=name` or
-    `x.kind=name` switches a union to that class with its defaults; the other `x.` values then apply to it.
+    Strings are parsed as the field's type (`true`, `none`, `1,2,3`, JSON); other values are used as they are. The
+    fields of one dataclass are replaced at once, so it validates only the result. `x=name` or `x.kind=name` switches a
+    union to that class with its defaults; the other `x.` values then apply to it.
     """
     cls = type(cfg)
     groups: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def _override_field(hint: Any, current: Any, group: dict[str, Any], where: str) 
 
 
 def _decode_text(hint: Any, text: Any, where: str) -> Any:
-    """A command-line string as a value of `hint`: the first of its readings that fits, plain text last."""
+    """A command-line string as a value of type `hint`: the first parse that is valid, plain text last."""
     if not isinstance(text, str):
         return _decode(hint, text, where)
     readings: list[Any] = [{"kind": text} for m in _members(hint) if isinstance(m, type) and _kind(m) == text]
@@ -104,7 +104,7 @@ def _decode_text(hint: Any, text: Any, where: str) -> Any:
         try:
             return _decode(hint, reading, where)
         except ConfigError:
-            if isinstance(reading, dict):  # a table can only be meant as itself: show its own error
+            if isinstance(reading, dict):  # a JSON object has no other reading: show its error
                 raise
     return _decode(hint, text, where)
 

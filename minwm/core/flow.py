@@ -11,44 +11,47 @@ Times = Float[Tensor, "b f"]
 
 
 def per_frame(t: Times) -> Float[Tensor, "b f 1 1 1"]:
+    """Timesteps with axes that broadcast over channels, rows and columns."""
     return t[:, :, None, None, None]
 
 
 def interpolate(x0: Latents, eps: Latents, t: Times) -> Latents:
-    """x_t, the clip with noise level t."""
+    """x_t = (1 - t) x_0 + t eps."""
     return (1 - per_frame(t)) * x0 + per_frame(t) * eps
 
 
 def velocity(x0: Latents, eps: Latents) -> Latents:
-    """What networks predict: dx_t / dt."""
+    """What networks predict: v = dx_t / dt = eps - x_0."""
     return eps - x0
 
 
 def x0_from_velocity(x_t: Latents, v: Latents, t: Times) -> Latents:
+    """The clean latents that a predicted velocity implies: x_t - t v."""
     return x_t - per_frame(t) * v
 
 
 def euler(x_t: Latents, v: Latents, t: float, t_next: float) -> Latents:
+    """One Euler step of the ODE from t to t_next."""
     return x_t + (t_next - t) * v
 
 
 def shift(t: Tensor, s: float) -> Tensor:
-    """Move times toward noise, s t / (1 + (s - 1) t); keeps 0 and 1 fixed, and s = 1 changes nothing."""
+    """Timestep shift towards noise: s t / (1 + (s - 1) t), the identity for s = 1."""
     return s * t / (1 + (s - 1) * t)
 
 
 def schedule(steps: int, s: float) -> list[float]:
-    """`steps + 1` falling times from 1 to 0: a uniform grid, shifted by s. (N=4, s=5: 1, .9375, .8333, .625, 0.)"""
+    """`steps + 1` timesteps from 1 to 0: a uniform grid, shifted by s. (4 steps, s = 5: 1, .9375, .8333, .625, 0.)"""
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), s).tolist()
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance; scale 1 is the plain conditional prediction."""
+    """Classifier-free guidance: uncond + scale (cond - uncond); scale 1 is no guidance."""
     return uncond + scale * (cond - uncond)
 
 
 def bell_weight(t: Times, s: float) -> Times:
-    """Wan's training weight exp(-2 (t - 1/2)^2), less its minimum, with mean 1 over its grid of 1000 shifted times."""
+    """Wan's loss weight exp(-2 (t - 1/2)^2) minus its minimum, with mean 1 over its 1000 shifted timesteps."""
     grid = _bell(shift(1 - torch.arange(1000, dtype=torch.float64) / 1000, s))
     return _bell(t) / float(grid.mean())
 

@@ -9,21 +9,21 @@ from minwm.core.config import UserError
 from minwm.core.runtime import require
 
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-"""USER/NAME."""
+"""A repository name, USER/NAME."""
 SCHEME = "hf://"
 """What a path on the Hub begins with: hf://USER/NAME."""
 
 
 class HubError(UserError):
-    """A model is neither here nor on the Hub, or the Hub does not take it."""
+    """A repository cannot be downloaded from the Hub or written to it."""
 
 
 def fetch(
     repo: str, patterns: Sequence[str], revision: str | None = None, *, first: str | None = None, local: bool = False
 ) -> Path:
-    """The local copy of what `patterns` name in a repository; `local`: as it came before, without asking the Hub.
+    """Download the files of a repository that match `patterns`; returns the local folder. Raises HubError.
 
-    The file `first` is asked for by itself: a repository without it is not fetched. Raises HubError.
+    `first` is downloaded before the rest: a repository without that file is refused. `local` uses the cache alone.
     """
     hub = require("huggingface_hub", "pretrained")
     with _explained(f"{repo} is no folder here, and no model that the Hub gives"):
@@ -33,9 +33,9 @@ def fetch(
 
 
 def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, private: bool) -> str:
-    """Put what `patterns` name in a folder into a repository, made if need be; returns its address.
+    """Upload the files of a folder that match `patterns`, creating the repository if needed; returns its URL.
 
-    Raises HubError if the Hub refuses, or shows to all what was to be private: then nothing is uploaded.
+    Raises HubError if the Hub refuses, and before any upload if `private` is asked for a public repository.
     """
     hub = require("huggingface_hub", "pretrained")
     with _explained(f"{repo} is not written (`hf auth login` or HF_TOKEN says who you are)"):
@@ -48,7 +48,7 @@ def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, priva
 
 @contextmanager
 def _explained(problem: str) -> Iterator[None]:
-    """What the Hub or the way to it says, as one line after `problem`."""
+    """Turn errors of the Hub and of the network into HubError: `problem`, then the error in one line."""
     refused = require("huggingface_hub.errors", "pretrained").HfHubHTTPError
     try:
         yield

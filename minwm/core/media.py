@@ -1,7 +1,4 @@
-"""Frames to files and bytes and back, and the one way in which minwm writes a file.
-
-Frames are uint8 arrays `n h w 3` (numpy, or torch on any device); a file appears whole or not at all.
-"""
+"""Frames to image and video files and back. Frames are uint8 arrays `n h w 3` (numpy, or torch on any device)."""
 
 import io
 import math
@@ -22,10 +19,10 @@ from minwm.core.files import atomic
 Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
 
-LOSSLESS_LOOK = 12
-"""The largest x264 crf at which colour keeps its full resolution (yuv444p)."""
-CAPS = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1)}
-"""Keys of one cluster as (column, row); the arrows repeat it on the right."""
+MAX_CRF_444 = 12
+"""Up to this x264 crf, colour is stored at full resolution (yuv444p)."""
+KEY_CAPS = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1)}
+"""Position (column, row) of each key in a cluster of key caps; the arrow keys form a second cluster."""
 ARROWS = {"i": "w", "j": "a", "k": "s", "l": "d", "up": "w", "left": "a", "down": "s", "right": "d"}
 
 
@@ -35,26 +32,26 @@ def to_pixels(frames: np.ndarray | Tensor) -> Float[Tensor, "... 3 h w"]:
 
 
 def to_frames(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3"]:
-    """Floats in [-1, 1] (clamped) as uint8 frames on the host; the inverse of `pixels`."""
+    """Floats in [-1, 1] (clamped) as uint8 frames on the host; the inverse of `to_pixels`."""
     return to_uint8(pixels).cpu().numpy()
 
 
 def to_uint8(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[Tensor, "... h w 3"]:
-    """The same on the device of the pixels."""
+    """Floats in [-1, 1] (clamped) as uint8 frames on the device of the pixels."""
     rounded = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
     return rounded.to(torch.uint8).movedim(-3, -1).contiguous()
 
 
-def write_video(path: str | Path, frames: Frames, fps: float, crf: int = LOSSLESS_LOOK) -> None:
-    """Write H.264 in mp4, whatever the suffix; up to crf 12, or with an odd side, with full colour detail."""
+def write_video(path: str | Path, frames: Frames, fps: float, crf: int = MAX_CRF_444) -> None:
+    """Write H.264 in mp4, whatever the suffix; yuv444p up to crf 12 and for odd sizes, else yuv420p."""
     images = _numpy(frames)
     even = images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0
     with atomic(path) as temporary:
-        _encode(temporary, images, fps, crf, "yuv420p" if crf > LOSSLESS_LOOK and even else "yuv444p")
+        _encode(temporary, images, fps, crf, "yuv420p" if crf > MAX_CRF_444 and even else "yuv444p")
 
 
 def mp4_bytes(frames: Frames, fps: float, crf: int = 18, scale: int = 1) -> bytes:
-    """An mp4 for any browser, enlarged `scale` times without smoothing; an odd side grows by one pixel."""
+    """An mp4 (yuv420p) as bytes, enlarged `scale` times by repeating pixels; odd sides are padded by one pixel."""
     images = _enlarge(_numpy(frames), scale)
     images = np.pad(images, [(0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)], mode="edge")
     with tempfile.TemporaryDirectory() as folder:  # moving the index to the front needs a real file
@@ -82,7 +79,7 @@ def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: 
 
 
 class H264Encoder:
-    """H.264 for a live view: a frame in, its access unit (Annex B) out, nothing held back. Sides must be even."""
+    """Low-latency H.264 encoder: each frame gives its access unit (Annex B) at once. Sides must be even."""
 
     def __init__(self, height: int, width: int, fps: float, crf: int = 23) -> None:
         import av
@@ -94,13 +91,13 @@ class H264Encoder:
         codec.height, codec.width, codec.pix_fmt = height, width, "yuv420p"
         codec.framerate = Fraction(fps).limit_denominator(1001)
         codec.time_base = 1 / codec.framerate
-        # key frames come when asked for; each brings its parameter sets, so that a decoder can begin there
+        # key frames only on request, each with its parameter sets, so that a decoder can start there
         live = {"preset": "ultrafast", "tune": "zerolatency", "profile": "baseline", "forced-idr": "1", "g": "100000"}
         codec.options = {**live, "crf": str(crf)}
         self._codec, self._count = codec, 0
 
     def encode(self, frame: Frame, key: bool = False) -> tuple[bytes, bool]:
-        """The access unit of the next frame, and whether a decoder can begin with it."""
+        """The access unit of the next frame, and whether it is a key frame; `key` asks for one."""
         import av
         from av.video.frame import PictureType
 
@@ -138,8 +135,10 @@ def write_image(path: str | Path, image: Frame) -> None:
 def read_image(
     path: str | Path | io.BytesIO, formats: tuple[str, ...] | None = None, largest: float = math.inf
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Any image pillow reads, upright, as RGB; UserError if it is missing, no image, or (where asked) of another
-    format or of more than `largest` pixels: a small file may say that it is huge."""
+    """Any image that Pillow reads as RGB, with its EXIF orientation applied.
+
+    Raises UserError if it is missing or no image, of a format not in `formats`, or of more than `largest` pixels.
+    """
     try:
         with Image.open(path, formats=formats) as image:
             if image.width * image.height > largest:
@@ -150,12 +149,12 @@ def read_image(
 
 
 def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The largest part in the middle that has the shape of height x width, resized to it."""
+    """Crop the centre to the aspect ratio of height x width, and resize to it (Lanczos)."""
     return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
 def jpeg_bytes(frame: Frame, quality: int = 85) -> bytes:
-    """One frame as a JPEG; from quality 90 on with full colour detail."""
+    """One frame as a JPEG; from quality 90 on without chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(_numpy(frame)).save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
     return buffer.getvalue()
@@ -211,7 +210,7 @@ def _key_caps(held: frozenset[str], height: int, width: int) -> Image.Image:
     bottom = height - 2 * cap - cap // 2
     arrows = {ARROWS[key] for key in held if key in ARROWS}
     for left, lit, shown in ((cap // 2, held, True), (width - 3 * cap - cap // 2, arrows, False)):
-        for key, (column, row) in CAPS.items():
+        for key, (column, row) in KEY_CAPS.items():
             x, y = left + column * cap, bottom + row * cap
             fill, ink = ((255, 210, 60, 230), "black") if key in lit else ((20, 20, 20, 120), "white")
             draw.rounded_rectangle((x + 1, y + 1, x + cap - 1, y + cap - 1), cap // 5, fill, outline=ink)
@@ -221,7 +220,7 @@ def _key_caps(held: frozenset[str], height: int, width: int) -> Image.Image:
             else:
                 turn = {"w": 0, "a": 90, "s": 180, "d": -90}[key]
                 draw.regular_polygon((*centre, cap * 0.28), 3, rotation=turn, fill=ink)
-    others = " ".join(sorted(held - CAPS.keys() - ARROWS.keys()))
+    others = " ".join(sorted(held - KEY_CAPS.keys() - ARROWS.keys()))
     draw.text((width / 2, height - cap), others, (255, 210, 60), font, "mm", stroke_width=2, stroke_fill="black")
     return layer
 

@@ -1,4 +1,4 @@
-"""Memory that tensors take: counting what is alive, and tensors that take none."""
+"""Counting the bytes of live tensors, and tensors without data."""
 
 import weakref
 from typing import Any
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class ShapeOnlyMode(FakeTensorMode):
-    """Tensors made under this mode take no memory, and what computes on them only works out shapes.
+    """Under this mode tensors have no data, and operators compute shapes only.
 
-    Python takes them for CPU tensors. Any number that is read from one is a half: a fine loss, time or chance,
-    and true.
+    The tensors report the CPU as their device. Every number read from one is 0.5, which is valid as a loss, a timestep
+    or a probability.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -25,14 +25,14 @@ class ShapeOnlyMode(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __deepcopy__(self, memo: Any) -> "ShapeOnlyMode":
-        """A copy of a tensor stays one of this mode."""
+        """Deep copies of tensors stay under this mode."""
         return self
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Watches the tensors that are made under it, whether they have data or not.
+    """Counts the bytes of tensors made under this mode, with or without data: `live` now, `peak` at most.
 
-    `live` bytes are alive now, `peak` is the most that were. Views take nothing; nor does what was there before.
+    Views and tensors from before do not count.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The log of a training run: `metrics.jsonl`, a line per step, and TensorBoard."""
+"""The log of a training run: `metrics.jsonl`, one line per step, and TensorBoard events."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from minwm.core.runtime import require
 
 @contextmanager
 def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
-    """Write `metrics.jsonl`, a line per step, and TensorBoard events; lines of steps that a resumed run repeats go."""
+    """Yield `write(step, trains, values)`; lines from `start` on, which a resumed run repeats, are removed first."""
     path = out / "metrics.jsonl"
     kept = [line for line in read_metrics(out) if line["step"] < start]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -38,7 +38,7 @@ def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut off by an interrupt is left out."""
+    """The lines of `metrics.jsonl`, without an incomplete last line."""
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""The process and its machine: device, seeds, ranks, optional libraries, provenance and progress."""
+"""The process and its machine: device, ranks, generators, optional libraries, versions, timing and progress."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from minwm.core.config import UserError
 
 
 class MissingExtraError(UserError):
-    """An optional library is needed and not installed."""
+    """A needed optional library is not installed."""
 
 
 def pick_device() -> torch.device:
@@ -30,23 +30,23 @@ def pick_device() -> torch.device:
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 alone."""
+    """Rank of this process under torchrun, else 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 alone."""
+    """Number of processes under torchrun, else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def generator(seed: int, *salt: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator fixed by the seed and the salt (its purpose, rank, step), the same on every machine."""
+    """A random generator seeded by a hash of the seed and the salt (its purpose, rank, step, ...)."""
     digest = hashlib.sha256(repr((seed, *salt)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional library, or raise MissingExtraError saying which extra of minwm brings it."""
+    """Import an optional library; MissingExtraError names the extra of minwm that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -55,10 +55,10 @@ def require(module: str, extra: str) -> ModuleType:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the checkout minwm runs from, plus `-dirty` if tracked files changed; None elsewhere."""
+    """Commit of the checkout that minwm runs from, with `-dirty` if tracked files changed; None without one."""
     root = Path(__file__).resolve().parents[2]
     if _git(root, "rev-parse", "--show-toplevel") != str(root):
-        return None  # no repository, or one that merely surrounds an installed minwm
+        return None  # not a repository, or one that contains an installed minwm
     return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
@@ -71,7 +71,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What a measurement depends on: python, torch, platform, processor, and the GPU if there is one."""
+    """Versions of Python, torch and CUDA, and names of platform, processor and GPU."""
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # itself a subclass of str
@@ -102,9 +102,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class StageTimer:
-    """Seconds by stage, one stage after the other: the latency stamps of play, and a clock for measurements.
+    """Seconds per stage, for stages that run one after the other.
 
-    Looking at the clock waits for the GPU, so a lap holds what was done in it.
+    Reading the clock synchronises with the GPU, so that a stage includes the kernels that it launched.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -116,13 +116,13 @@ class StageTimer:
         self._last = self._now()
 
     def record(self, stage: str, wait: bool = True) -> float:
-        """Seconds since the lap before; they count for `stage`. Without `wait`, the GPU may still be at work."""
+        """Add the time since the last reading to `stage` and return it; `wait=False` does not wait for the GPU."""
         before, self._last = self._last, self._now() if wait else time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._last - before
         return self._last - before
 
     def skip(self) -> None:
-        """What was done since the lap before counts for no stage; it did not need the device."""
+        """Start the next stage now; the time since the last reading counts for none."""
         self._last = time.perf_counter()
 
     def _now(self) -> float:
@@ -132,7 +132,7 @@ class StageTimer:
 
 
 class Progress:
-    """A bar on standard error with speed, time left and a text; plain lines where that is no terminal."""
+    """A progress bar on standard error with speed, time left and a text; plain lines if it is no terminal."""
 
     def __init__(self, total: int, label: str) -> None:
         from rich import console, progress
@@ -147,7 +147,7 @@ class Progress:
         self._task = self._bar.add_task(label, total=total, speed="", text="")
 
     def advance(self, amount: int = 1, text: str = "") -> None:
-        """Report `amount` more units done, with a short text such as the current loss."""
+        """Count `amount` units as done; `text` is shown beside the bar, such as the current loss."""
         tenth_before = 10 * self._done // max(self._total, 1)
         self._done += amount
         speed = self._done / max(time.monotonic() - self._start, 1e-9)
@@ -160,7 +160,7 @@ class Progress:
 
 @contextlib.contextmanager
 def progress(total: int, label: str) -> Iterator[Progress]:
-    """`with progress(len(items), "encoded") as bar: ... bar.advance(text="loss 0.1")`; rank 0 shows it."""
+    """Show a bar on rank 0: `with progress(len(items), "encoded") as bar: ... bar.advance(text="loss 0.1")`."""
     shown = Progress(total, label)
     with shown._bar:
         yield shown

@@ -1,7 +1,7 @@
-"""Files of tensors: in from safetensors, shards and pickles, whatever wrapped the network; out as safetensors.
+"""Checkpoint files: read from safetensors, shards and pickles of any trainer; written as safetensors.
 
-Tensors stay memory-mapped until they are used: opening a file of 50 GB takes no memory and reads its header only.
-Pickles are opened with `weights_only=True`, so that a file cannot run code; one that would need to is refused.
+Tensors are memory-mapped: opening a file reads its header only. Pickles are opened with `weights_only=True`, so that a
+file cannot run code.
 """
 
 import json
@@ -24,10 +24,10 @@ from minwm.core.files import atomic, read_json, write_json
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 ROLES = ("generator_ema", "generator", "ema", "module", "model", "state_dict")
-"""Names under which trainers save networks together; the first that is there is read."""
+"""Keys under which trainers store networks; the first that a file has is read."""
 PREFIXES = ("module", "model")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts that compiled, sharded and checkpointed modules put anywhere into names."""
+"""Parts that compiled, sharded and checkpointed modules insert into parameter names."""
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -53,19 +53,20 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one network in a file, memory-mapped, under their names less what wrappers added."""
+    """The memory-mapped tensors of one network in a file, under their names without the parts of wrappers."""
 
     path: Path
-    """The file; of shards, their index."""
+    """The file, or the index of shards."""
     roles: tuple[str, ...]
-    """The networks in the file; empty if it holds one without a name."""
+    """Keys of the networks in the file; empty if it holds a single state dict."""
     role: str | None
-    """The one that was read."""
+    """Key of the network that was read."""
     wrappers: tuple[str, ...]
     """Parts that were removed from names."""
     tensors: dict[str, Tensor]
+    """Parameters and buffers by name."""
     ignored: tuple[str, ...]
-    """Entries that were left out: discriminator branches, and what is no tensor."""
+    """Entries that were skipped: discriminator branches, and values that are no tensors."""
 
 
 def read_weights(path: Path, role: str | None = None) -> Weights:
@@ -116,7 +117,7 @@ def _choose(networks: Mapping[str, Mapping[str, Any]], role: str | None, file: P
 
 
 def _unwrap(key: str) -> tuple[str, list[str]]:
-    """A parameter's own name, and the parts that wrappers put into it."""
+    """A parameter's name without the parts of wrappers, and those parts."""
     parts = key.split(".")
     kept = [part for part in parts if part not in WRAPPERS]
     start = next((i for i, part in enumerate(kept) if part not in PREFIXES), 0)
@@ -124,7 +125,7 @@ def _unwrap(key: str) -> tuple[str, list[str]]:
 
 
 def _find(path: Path) -> Path:
-    """`path` itself, or the file of a folder: of the first kind that is there, the only one or the usual one."""
+    """`path` itself, or the weights file of a folder; CheckpointError if there is none or more than one."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -155,7 +156,7 @@ def _read(file: Path) -> dict[Any, Any]:
 
 
 def _read_safetensors(file: Path) -> dict[Any, Any]:
-    """Views of the mapped file; safetensors' own readers would fetch every tensor from the disk at once."""
+    """Views of the mapped file; safetensors' own readers would read every tensor from the disk at once."""
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:  # safe_open checks the header
             length = int.from_bytes(opened.read(8), "little")
@@ -228,7 +229,7 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
 
 
 def mismatches(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What stands between `tensors` and a strict load into `net`, by kind; empty if nothing does."""
+    """Why `tensors` cannot be loaded strictly into `net`, by kind of mismatch; empty if they can."""
     wanted = net.state_dict()
     kinds = {
         "unexpected": sorted(set(tensors) - set(wanted)),
@@ -243,7 +244,7 @@ def mismatches(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[
 
 
 def describe_mismatches(problems: Mapping[str, list[str]]) -> str:
-    """Mismatches in words: how many of each kind, and the first of them."""
+    """Mismatches in words: the count of each kind and its first three names."""
     return "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
 
 
@@ -276,14 +277,14 @@ def load_tensors(
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write a file that appears whole or not at all, in the tensors' own types or in `dtype`."""
+    """Write a safetensors file atomically, in the tensors' own types or in `dtype`."""
     ready = {name: x.detach().to("cpu", dtype or x.dtype).contiguous() for name, x in tensors.items()}
     with atomic(file) as temporary:
         save_file(ready, temporary, metadata={"format": "pt"})  # transformers and diffusers insist on the metadata
 
 
 def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> None:
-    """Write `stem.safetensors`, or, above `limit` bytes, files of that size at most (one by one) and an index."""
+    """Write `stem.safetensors`, or, above `limit` bytes, shards of at most that size and their index."""
     sizes = {name: x.numel() * (dtype or x.dtype).itemsize for name, x in tensors.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():

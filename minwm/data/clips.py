@@ -1,12 +1,11 @@
-"""Raw clips: pixels, cameras and a caption, each with its provenance and licence.
+"""Raw clips: pixels, cameras and a caption, each with provenance and licence; their checks and report.
 
     folder/manifest.json        what made the folder: config, command, commit, counts, licences
     folder/clips/{id}.mp4       pixels, near-lossless
-    folder/clips/{id}.txt       caption, for people and other tools
-    folder/clips/{id}.json      record; written last, so a clip exists exactly when its record does
+    folder/clips/{id}.txt       caption, for other tools
+    folder/clips/{id}.json      record; written last: a clip without one is unfinished
 
-Every source (procedural worlds, splats, ingested videos, generated clips) writes this one folder; encoding,
-checks and reports read it.
+Every source (procedural worlds, ingested videos, generated clips) writes this format.
 """
 
 import hashlib
@@ -30,21 +29,19 @@ from minwm.core.runtime import git_commit, versions
 
 SCHEMA = 1
 CRF = 4
-"""x264 quality of the master pixels, stored 4:4:4. Coloured textures of small frames suffer first."""
+"""x264 quality of the stored pixels (4:4:4, near-lossless)."""
 CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 MOTION_WORDS = re.compile(
     r"\b(camera|pans?|panning|zoom(s|ing)?|dolly|tilt(s|ing)|rotat(es|ing)|turn(s|ing)|mov(es|ing)"
     r"|walk(s|ing)|(for|back)wards?|orbit(s|ing)?)\b",
     re.IGNORECASE,
 )
-"""A caption says what is there. Words of motion would leak the camera control into the text."""
-
-
+"""Words that a caption must not hold: it describes the scene; camera motion in it would leak control into the text."""
 HINT = "delete the clip's .json and run the command that made the folder again"
 
 
 class DataError(UserError):
-    """Something on disk is not what it should be; the message names the file, the record and the way out."""
+    """Data on disk is missing, damaged or inconsistent; the message names the file, the record and a remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,28 +57,31 @@ class ClipRecord:
     source_license: str
     """SPDX name, or the name of the terms that came with the source."""
     split_key: str
-    """Clips that share a key land on the same side of the train/val split, so no scene leaks."""
+    """Clips with one key are all in train or all in val, so that no scene is in both."""
     track: CameraTrack
-    """One camera per pixel frame, c2w OpenCV, anchored at frame 0."""
+    """One camera per pixel frame, camera-to-world, OpenCV axes, relative to frame 0."""
     caption: str
     """What is in the scene, never how the camera moves."""
     caption_source: str
+    """Who or what wrote the caption."""
     hw: tuple[int, int]
     """Height and width in pixels."""
     pose_kind: Literal["ground_truth", "commanded", "estimated"]
+    """Where the poses come from: a renderer, the input of a generative model, or an estimator."""
     origin: np.ndarray | None = None
     """4 4 float64: world pose of frame 0, where the world is known (procedural, splat)."""
     seed: int | None = None
-    """Procedural: seed of the world."""
+    """Seed of a procedural world."""
     generator: str = ""
-    """Procedural and generated: name and version of the code that made the pixels."""
+    """Name and version of the code that made the pixels of a procedural or generated clip."""
     parent_model: str = ""
-    """Generated: the model whose terms the clip inherits."""
+    """The model that made a generated clip, whose terms the clip inherits."""
     trajectory: str = ""
-    """The command in canonical form, where there was one; the poses are the truth."""
+    """The commanded trajectory in canonical form, if there was one."""
     metric_scale: float | None = None
     """Metres per unit, where known."""
     quality: dict[str, float] = field(default_factory=dict)
+    """Measurements of the clip by name."""
 
     def __post_init__(self) -> None:
         if not CLIP_ID.fullmatch(self.id):
@@ -94,11 +94,12 @@ class ClipRecord:
         return {"schema": SCHEMA, **values, "fps": self.track.fps, "unit": self.track.unit}
 
     def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
         return {**self.meta(), "c2w": self.track.c2w.tolist(), "K": self.track.K.tolist()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "ClipRecord":
-        """The inverse of `to_json`. `where` names the file in errors. Raises DataError, CameraError."""
+        """The inverse of `to_json`; raises DataError or CameraError. `where` names the file in errors."""
         if values.get("schema") != SCHEMA:
             raise DataError(
                 f"{where}: record schema {values.get('schema')!r}, this version reads {SCHEMA}; "
@@ -122,13 +123,13 @@ class ClipRecord:
 
 
 def split_of(split_key: str, val: float) -> Literal["train", "val"]:
-    """Side of the split, from a hash of the key alone: the same in every dataset and on every machine."""
+    """Train or val by a hash of the key, the same in every dataset; `val` is the share of validation keys."""
     digest = hashlib.sha256(split_key.encode()).digest()
     return "val" if int.from_bytes(digest[:8], "big") < val * 2**64 else "train"
 
 
 class ClipFolder:
-    """A folder of raw clips. Every write is atomic; an interrupted run leaves only whole clips."""
+    """A folder of raw clips. Writes are atomic: an interrupted run leaves only whole clips."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,7 +139,7 @@ class ClipFolder:
 
     @classmethod
     def create(cls, path: Path, kind: str, config: Mapping[str, Any]) -> "ClipFolder":
-        """Open for writing. A folder made by another config is refused, since clips of both would mix."""
+        """Open for writing. Raises DataError if the folder was made with another kind or config."""
         (path / "clips").mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         config = json.loads(json.dumps(config))
@@ -157,6 +158,7 @@ class ClipFolder:
         return sorted(p.stem for p in self.clips.glob("*.json") if CLIP_ID.fullmatch(p.stem))
 
     def record(self, clip: str) -> ClipRecord:
+        """The record of one clip; DataError if it is missing or damaged."""
         path = self.clips / f"{clip}.json"
         try:
             values = json.loads(path.read_text())
@@ -167,7 +169,7 @@ class ClipFolder:
         return ClipRecord.from_json(values, str(path))
 
     def frames(self, clip: str) -> np.ndarray:
-        """Pixels of one clip: n h w 3 uint8. Raises DataError where they do not match the record."""
+        """Pixels of one clip, n h w 3 uint8; DataError if they do not match the record."""
         path, record = self.clips / f"{clip}.mp4", self.record(clip)
         if not path.exists():
             raise DataError(f"{path}: missing; {HINT}")
@@ -178,7 +180,7 @@ class ClipFolder:
         return frames
 
     def write(self, record: ClipRecord, frames: np.ndarray) -> None:
-        """frames: n h w 3 uint8, as many as cameras."""
+        """Write one clip; `frames` is n h w 3 uint8, one per camera."""
         expected = (len(record.track), *record.hw, 3)
         if frames.shape != expected or frames.dtype != np.uint8:
             got = f"{frames.shape} {frames.dtype}"
@@ -189,10 +191,11 @@ class ClipFolder:
         write_json(base.with_suffix(".json"), record.to_json(), indent=None)
 
     def manifest(self) -> dict[str, Any]:
+        """What made the folder, and its counts."""
         return read_manifest(self.path, "minwm data render")
 
     def finish(self) -> None:
-        """Count what is there. Every rank does this when it is done; the last one counts everything."""
+        """Write the counts of all clips into the manifest. Every rank calls it; the last one counts everything."""
         records = [self.record(clip) for clip in self.ids()]
         before = self.manifest()
         counts = {
@@ -209,14 +212,14 @@ class ClipFolder:
 
 
 def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
-    """`manifest.json` with schema, command, commit and versions added."""
+    """Write `manifest.json`: `values` with schema, command, commit and versions."""
     command = shlex.join(["minwm", *sys.argv[1:]])
     stamp = {"schema": SCHEMA, "command": command, "commit": git_commit(), "versions": versions()}
     write_json(folder / "manifest.json", {**stamp, **values})
 
 
 def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
-    """`maker` is the command that writes such a folder, named in errors."""
+    """Read `manifest.json`; errors name `maker`, the command that writes such a folder."""
     path = folder / "manifest.json"
     try:
         values = json.loads(path.read_text())
@@ -235,7 +238,7 @@ def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
 
 
 def check(path: Path, stride: int = 4) -> list[str]:
-    """Everything wrong with a clip folder, one line per problem, each naming the clip. Empty: all good."""
+    """The problems of a clip folder, one line each with the clip's id; empty if there are none."""
     folder = ClipFolder(path)
     problems: list[str] = []
     keys: dict[tuple[str, str], str] = {}
@@ -274,7 +277,7 @@ def _record_problems(record: ClipRecord, clip: str) -> list[str]:
 
 
 def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
-    """Rotations and finiteness are checked by CameraTrack itself when the record is read."""
+    """Problems beyond those that CameraTrack refuses itself."""
     problems = []
     track, (height, width) = record.track, record.hw
     anchor = float(np.abs(track.c2w[0] - np.eye(4)).max())
@@ -295,14 +298,16 @@ def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
 
 
 def _jumps(name: str, size: np.ndarray) -> list[str]:
-    """A jump is far longer than the usual step and than both of its neighbours: who plays starts and stops at
-    will, but for more than a frame."""
+    """Jumps: steps over 5 times the median step and over 5 times both of their neighbours.
+
+    A player who starts or stops makes a step that differs from one neighbour only.
+    """
     moving = size[size > 1e-6]
-    beside = np.pad(size, 1)
-    alone = size * (size > 5 * np.maximum(beside[:-2], beside[2:]))
-    if not len(moving) or alone.max() <= 5 * np.median(moving):
+    padded = np.pad(size, 1)
+    isolated = size * (size > 5 * np.maximum(padded[:-2], padded[2:]))
+    if not len(moving) or isolated.max() <= 5 * np.median(moving):
         return []
-    frame, times = int(alone.argmax()) + 1, alone.max() / np.median(moving)
+    frame, times = int(isolated.argmax()) + 1, isolated.max() / np.median(moving)
     return [f"frame {frame}: a {name} {times:.0f} times the median looks like a jump"]
 
 
@@ -316,7 +321,7 @@ def _pixel_problems(frames: np.ndarray) -> list[str]:
 
 
 def actions(track: CameraTrack, stride: int = 4) -> list[str]:
-    """What the camera does in each latent step, read off the poses: `forward+turn right`, `still`, ..."""
+    """The camera motion of each latent step in words, derived from the poses: `forward+turn right`, `still`, ..."""
     relative = track.at_latent_rate(stride).relative()
     steps, turns = relative[:, :3, 3], so3_log(relative[:, :3, :3])
     moves = _axes(steps, 1e-4, (("left", "right"), ("up", "down"), ("back", "forward")))
@@ -365,7 +370,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def sheet(path: Path, rows: int = 8, every: int = 4) -> np.ndarray:
-    """Contact sheet of clips spread over the folder, one row each: h w 3 uint8."""
+    """Contact sheet (h w 3 uint8) of `rows` clips spread over the folder: every `every`-th frame of each."""
     folder = ClipFolder(path)
     ids = folder.ids()
     if not ids:

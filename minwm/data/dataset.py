@@ -1,8 +1,8 @@
 """Latent shards as batches of `Clip`: index in memory, seeded shuffle, exact resume.
 
-The order of samples is one endless stream: epoch after epoch, each a fresh permutation of all records. A step
-takes the next `batch * world` of the stream, and rank r the r-th part of them. So a run is the same for any
-layout of the shards, and its place in the data is two integers.
+The order of records is one endless stream: epoch after epoch, each a new permutation of all records. A step takes the
+next `batch * world` records, and rank r the r-th part of them. The order does not depend on how records are laid out in
+shards, and the position in the data is two integers (epoch, index).
 """
 
 import zlib
@@ -31,16 +31,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded record."""
+    """One decoded record of a shard."""
 
     id: str
     latents: Float[Tensor, "f c h w"]
     text: Float[Tensor, "l d"]
-    """Without its zero padding."""
+    """Text states without zero padding."""
     record: ClipRecord
-    """Cameras at pixel rate, caption, provenance; enough to render a procedural clip again."""
+    """Cameras at pixel rate, caption and provenance."""
     trajectory: Float[Tensor, "k f c h w"] | None = None
-    """A teacher's states on the way to these latents, where they were collected (see `trajectories.py`)."""
+    """States along the teacher's ODE trajectory, if they were collected (`data/trajectories.py`)."""
 
 
 class ShardDataset:
@@ -56,8 +56,11 @@ class ShardDataset:
         noise: PoseNoise | None = None,
         cache_bytes: int = 2**30,
     ) -> None:
-        """`image_start`: the clean first latent is a condition. `null`: text states of the unconditional branch of
-        guidance, if not zeros. `noise`: errors that batches get on their cameras. Up to `cache_bytes` stay in memory.
+        """Open a folder of latent shards; DataError if it is unfinished or has no records in `split`.
+
+        `image_start` gives the clean first latent as a condition. `null` holds the text states of the unconditional
+        branch of guidance (default: zeros). `noise` perturbs the cameras of batches. Decoded records stay in memory
+        if all of them fit into `cache_bytes`.
         """
         self.path, self.image_start, self.null, self.noise = path, image_start, null, noise
         self.manifest = read_manifest(path, "minwm data encode")
@@ -108,7 +111,7 @@ class ShardDataset:
         return Sample(entry.id, latents, tensors["text"].float(), record, states)
 
     def batch(self, indices: Sequence[int]) -> Clip:
-        """Those records as one Clip on the CPU. All must have one latent shape."""
+        """The records at `indices` as one Clip on the CPU; DataError unless they have one latent shape."""
         examples = [self[i] for i in indices]
         for example in examples[1:]:
             if example.latents.shape != examples[0].latents.shape:
@@ -130,10 +133,10 @@ class ShardDataset:
 
 
 class RawDataset:
-    """Pixels of the raw clips of one split, for training a codec. Give the `val` that encoding will use."""
+    """Pixels of the raw clips of one split, for training a codec. `val` has to be that of `EncodeConfig`."""
 
     def __init__(self, path: Path, split: Split, *, val: float = 0.1, cache_bytes: int = 2**30) -> None:
-        """Decoded clips stay in memory up to `cache_bytes`."""
+        """Decoded clips stay in memory, up to `cache_bytes`."""
         self.folder = ClipFolder(path)
         ids = self.folder.ids()
         self.ids = [clip for clip in ids if split_of(self.folder.record(clip).split_key, val) == split]
@@ -141,42 +144,45 @@ class RawDataset:
             raise DataError(f"{path}: no clips in split {split!r}; run `minwm data render` with more scenes")
         self.fingerprint = zlib.crc32("\n".join(self.ids).encode())
         self._cache: dict[int, Tensor] = {}
-        self._room = cache_bytes
+        self._cache_left = cache_bytes
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Tensor:
-        """n h w 3 uint8."""
+        """Frames of clip i: n h w 3 uint8."""
         if i in self._cache:
             return self._cache[i]
         clip = torch.from_numpy(self.folder.frames(self.ids[i]))
-        if clip.nbytes <= self._room:
+        if clip.nbytes <= self._cache_left:
             self._cache[i] = clip
-            self._room -= clip.nbytes
+            self._cache_left -= clip.nbytes
         return clip
 
     def batch(self, indices: Sequence[int]) -> Float[Tensor, "b n 3 H W"]:
+        """The clips at `indices` as pixels in [-1, 1]."""
         return to_pixels(torch.stack([self[i] for i in indices]))
 
 
 @runtime_checkable
 class BatchSource(Protocol[T_co]):
-    """Anything that a loader can draw from."""
+    """What `Loader` reads from: indexed records that form batches."""
 
     fingerprint: int
-    """Changes when the records do."""
+    """A hash of the record ids; `Loader.load` refuses another one."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int]) -> T_co: ...
+    def batch(self, indices: Sequence[int]) -> T_co:
+        """The records at `indices` as one batch."""
+        ...
 
 
 class Loader(Generic[T]):
-    """Endless iterator over batches; `state` and `load` resume it bit-exactly."""
+    """Endless iterator over batches, resumed exactly through `state` and `load`."""
 
     def __init__(self, dataset: BatchSource[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        """`batch` is per rank."""
+        """`batch` is the number of records per rank and step."""
         if batch < 1 or not 0 <= rank < world:
             raise DataError(f"loader: batch={batch}, rank={rank}, world={world}; need batch > 0, rank < world")
         self.dataset, self.batch, self.seed, self.rank, self.world = dataset, batch, seed, rank, world
@@ -201,7 +207,7 @@ class Loader(Generic[T]):
         return torch.randperm(len(self.dataset), generator=generator(self.seed, "shuffle", epoch)).tolist()
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands, the same on every rank."""
+        """The position in the data, the same on every rank, as JSON values."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -227,7 +233,7 @@ def loader(dataset: BatchSource[T], batch: int, seed: int = 0, rank: int = 0, wo
 
 
 def check_shards(path: Path) -> list[str]:
-    """Read every record of every shard; one line per problem, naming file and record. Empty: all good."""
+    """The problems of all shards in a folder, one line each with file and record; empty if there are none."""
     problems: list[str] = []
     for shard in list_shards(path):
         try:

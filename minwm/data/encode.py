@@ -1,7 +1,7 @@
-"""Raw clips to latent shards: every clip once through the codec, every caption once through the text encoder.
+"""Raw clips to latent shards: clips through the codec, captions through the text encoder.
 
-Resumable and shared out over ranks: a clip belongs to rank `position % world`, and is done once an index has
-it. An interruption loses at most the shard being filled.
+Resumable and distributed: clip i belongs to rank `i % world`, and is done when a shard index lists it. An interruption
+loses at most the shard being filled.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ class EncodeConfig:
     batch: int = 8
     """Clips per pass through the codec."""
     shard_size: int = 256
-    """Clips per shard: what an interruption can lose."""
+    """Clips per shard."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of latents and text states on disk; poses and K are always float64."""
+    """Number type of latents and text states on disk; poses and K are float64."""
     val: float = 0.1
-    """Share of scenes held out, chosen by a hash of the scene."""
+    """Share of scenes for validation, chosen by a hash of `ClipRecord.split_key`."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.shard_size < 1:
@@ -54,24 +54,24 @@ def encode_clips(
     device: torch.device | str = "cpu",
     cfg: EncodeConfig = EncodeConfig(),
 ) -> dict[str, Any]:
-    """Encode what `out` lacks of `raw`; returns the manifest. The codec is used as it is, on `device`.
+    """Encode the clips of `raw` that `out` lacks; returns the manifest of `out`. The codec must be on `device`.
 
-    Raises DataError if `out` was encoded by another codec, text encoder or config.
+    Raises DataError if `out` was encoded with another codec, text encoder or config.
     """
     folder = ClipFolder(raw)
     out.mkdir(parents=True, exist_ok=True)
     shape = {"stride": codec.stride, "scale": codec.scale, "channels": codec.channels}
-    recipe = {
+    settings = {
         "codec": {**identity(codec), **shape},
         "text": {**identity(text), "dim": text.dim, "length": text.length},
         "config": to_dict(cfg),
         "raw": {"kind": folder.manifest()["kind"], "config": folder.manifest()["config"]},
     }
-    _refuse_mixing(out, recipe)
+    _check_settings(out, settings)
     done = {entry.id for shard in list_shards(out) for entry in read_index(shard).records}
     mine = folder.ids()[rank() :: world_size()]
     records = [folder.record(clip) for clip in mine if clip not in done]
-    if records:  # all at once: a large text encoder is loaded for captions that it has not seen, and let go
+    if records:  # all at once: a large encoder is loaded once for the captions that are not in its cache
         text.encode(sorted({r.caption for r in records}))
     encoder = _Encoder(folder, codec, text, torch.device(device), cfg)
     with progress(len(records), "encoded") as bar:
@@ -79,9 +79,9 @@ def encode_clips(
             group = [r for r in records if split_of(r.split_key, cfg.val) == split]
             for start in range(0, len(group), cfg.shard_size):
                 part = group[start : start + cfg.shard_size]
-                encoder.shard(_next_name(out, split), part)
+                encoder.write(_next_name(out, split), part)
                 bar.advance(len(part))
-    return _finish(out, recipe)
+    return _finish(out, settings)
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class _Encoder:
     device: torch.device
     cfg: EncodeConfig
 
-    def shard(self, path: Path, records: Sequence[ClipRecord]) -> None:
-        items = [item for batch in _batches(records, self.cfg.batch) for item in self.items(batch)]
-        write_shard(path, items, shard_stats(items, self.psnr(records[0])))
+    def write(self, path: Path, records: Sequence[ClipRecord]) -> None:
+        encoded = [record for batch in _batches(records, self.cfg.batch) for record in self.encode(batch)]
+        write_shard(path, encoded, shard_stats(encoded, self.psnr(records[0])))
 
     @torch.inference_mode()
-    def items(self, records: Sequence[ClipRecord]) -> Iterator[ShardRecord]:
-        """Records of one size."""
+    def encode(self, records: Sequence[ClipRecord]) -> Iterator[ShardRecord]:
+        """Encode clips of one size in one batch."""
         frames = np.stack([self.folder.frames(r.id) for r in records])
         latents = self.codec.encode(to_pixels(torch.from_numpy(frames)).to(self.device)).cpu()
         states = self.text.encode([r.caption for r in records]).cpu()
@@ -116,7 +116,7 @@ class _Encoder:
 
     @torch.inference_mode()
     def psnr(self, record: ClipRecord) -> float:
-        """dB of a clip after encoding and decoding: the ceiling of anything trained on these latents."""
+        """PSNR in dB of a clip after encoding and decoding: the upper bound for models of these latents."""
         clip = to_pixels(torch.from_numpy(self.folder.frames(record.id)))[None].to(self.device)
         error = (self.codec.decode(self.codec.encode(clip)) - clip) / 2
         return float(-10 * error.square().mean().clamp_min(1e-12).log10())
@@ -130,12 +130,13 @@ def _batches(records: Sequence[ClipRecord], size: int) -> Iterator[list[ClipReco
 
 
 def _trimmed(state: Float[Tensor, "l d"]) -> Float[Tensor, "m d"]:
+    """Text states without the zero rows at their end."""
     used = state.abs().sum(1).nonzero()
     return state[: int(used.max()) + 1 if len(used) else 0]
 
 
 def _next_name(out: Path, split: str) -> Path:
-    """The number after the last finished shard of this split and rank; unfinished ones are overwritten."""
+    """Path of the next shard of this split and rank; a shard without an index is overwritten."""
     numbers = [-1]
     for shard in list_shards(out):
         match = SHARD_NAME.fullmatch(shard.name)
@@ -144,22 +145,23 @@ def _next_name(out: Path, split: str) -> Path:
     return out / f"{split}-{rank():04d}-{max(numbers) + 1:06d}.tar"
 
 
-def _refuse_mixing(out: Path, recipe: dict[str, Any]) -> None:
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write the manifest of a new folder; DataError if an existing one has other settings."""
     if not (out / "manifest.json").exists():
-        write_manifest(out, {"kind": "latent shards", "complete": False, **recipe})
+        write_manifest(out, {"kind": "latent shards", "complete": False, **settings})
         return
     before = read_manifest(out, "minwm data encode")
-    changed = [name for name in recipe if before.get(name) != recipe[name]]
+    changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         name = changed[0]
         raise DataError(
-            f"{out} was encoded with another {name}: {before.get(name)}, now {recipe[name]}; "
+            f"{out} was encoded with another {name}: {before.get(name)}, now {settings[name]}; "
             "choose another folder or delete it"
         )
 
 
-def _finish(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Sum up all indices into the manifest. Every rank does this; the last one counts everything."""
+def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the totals of all shard indices into the manifest. Every rank calls it; the last one counts everything."""
     shards = list_shards(out)
     indices = [read_index(shard) for shard in shards]
     if not indices:
@@ -177,12 +179,12 @@ def _finish(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         "codec_psnr": float(np.mean([i.summary.psnr for i in indices])),
         "licences": sorted({name for i in indices for name in i.summary.licences}),
     }
-    write_manifest(out, {"kind": "latent shards", **recipe, **sums})
+    write_manifest(out, {"kind": "latent shards", **settings, **sums})
     return read_manifest(out, "minwm data encode")
 
 
 def identity(part: object) -> dict[str, str]:
-    """Name and content hash of a codec or text encoder: two parts with one hash encode alike."""
+    """Class name and hash of config and weights of a codec or text encoder; equal hashes encode alike."""
     name = type(part).__name__
     digest = hashlib.sha256(name.encode())
     if is_dataclass(part):

@@ -1,7 +1,6 @@
-"""Errors in camera poses, put on training clips when they are loaded: what is stored stays true.
+"""Synthetic errors in camera poses, applied to training clips when they are loaded (for ablations).
 
-The error of a clip depends on its id and the seed alone: an estimator that is wrong about a clip is wrong about it in
-every epoch.
+The error of a clip depends only on its id and the seed, so it is the same in every epoch, like that of an estimator.
 """
 
 import zlib
@@ -14,29 +13,35 @@ from minwm.cameras.track import CameraTrack, se3_exp
 from minwm.core.config import ConfigError
 
 WAVES = 3
-"""Sines whose sum is a slow error."""
+"""Number of sines in a slow error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoseNoise:
-    """Sizes of the errors, each a standard deviation per axis. Errors are rigid motions in the camera's own axes."""
+    """Standard deviations per axis of pose errors, which are rigid motions in the camera's own axes."""
 
     jitter_deg: float = 0.0
-    """Independent in every pixel frame."""
+    """Rotation, independent in every pixel frame."""
     jitter_units: float = 0.0
+    """Translation, independent in every pixel frame."""
     drift_deg: float = 0.0
-    """Random walk: after one second."""
+    """Rotation of a random walk after one second."""
     drift_units: float = 0.0
+    """Translation of a random walk after one second."""
     slow_deg: float = 0.0
-    """Smooth: sines of one to four seconds."""
+    """Rotation, a sum of sines with periods of one to four seconds."""
     slow_units: float = 0.0
+    """Translation, a sum of sines with periods of one to four seconds."""
     log_scale: float = 0.0
-    """Of the logarithm of one factor per clip on all translations."""
+    """Standard deviation of the logarithm of the scale factor on all translations of a clip."""
     outliers: float = 0.0
-    """Chance per pixel frame that the pose is off by `outlier_deg` and `outlier_units`."""
+    """Probability per pixel frame of an additional error of `outlier_deg` and `outlier_units`."""
     outlier_deg: float = 15.0
+    """Rotation of an outlier."""
     outlier_units: float = 0.3
+    """Translation of an outlier."""
     seed: int = 0
+    """Seed of all errors."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -46,10 +51,10 @@ class PoseNoise:
             raise ConfigError(f"poses.outliers={self.outliers}: a chance is at most 1")
 
     def __call__(self, track: CameraTrack, clip: str) -> CameraTrack:
-        """The track as it would have been estimated, anchored at its first frame."""
+        """The perturbed track of the clip with this id, relative to its first frame."""
         rng = np.random.default_rng([self.seed, zlib.crc32(clip.encode())])
-        anchored, count = track.relative_to_first(), len(track)
-        c2w = anchored.c2w.copy()
+        relative, count = track.relative_to_first(), len(track)
+        c2w = relative.c2w.copy()
         c2w[:, :3, 3] *= np.exp(self.log_scale * rng.normal())
         jitter = self._twist(rng.normal(size=(count, 6)), self.jitter_units, self.jitter_deg)
         walk = rng.normal(size=(count, 6)).cumsum(0) / np.sqrt(track.fps)
@@ -57,7 +62,7 @@ class PoseNoise:
         slow = self._twist(_waves(rng, count, track.fps), self.slow_units, self.slow_deg)
         off = rng.normal(size=(count, 6)) * (rng.random((count, 1)) < self.outliers)
         error = jitter + drift + slow + self._twist(off, self.outlier_units, self.outlier_deg)
-        return replace(anchored, c2w=c2w @ se3_exp(error)).relative_to_first()
+        return replace(relative, c2w=c2w @ se3_exp(error)).relative_to_first()
 
     @staticmethod
     def _twist(x: Float[np.ndarray, "n 6"], units: float, degrees: float) -> Float[np.ndarray, "n 6"]:

@@ -1,8 +1,7 @@
-"""Scenes along trajectories: any renderer becomes a source of raw clips with exact poses.
+"""Scenes rendered along trajectories: raw clips with exact poses.
 
-A `ClipSource` makes clip `index` from nothing but its own config, so clips can be made in any order, by any
-number of processes and machines, and again. `produce` does the running: it skips what is finished and deals
-the rest out over ranks (by index) and over local processes.
+A `ClipSource` makes clip `index` from its config alone, so clips can be made in any order and by any number of
+processes. `produce` makes those that are missing, distributed over ranks (by index) and local processes.
 """
 
 import functools
@@ -30,23 +29,27 @@ from minwm.data.clips import ClipFolder, ClipRecord, DataError
 from minwm.render.worlds import Rendered, World
 
 TRIES = 100
-"""Trajectories and places tried before a world is given up."""
+"""Trajectories tried per clip before DataError."""
 WORLDS_PER_SEED = 1_000_000
 
 
 @runtime_checkable
 class ClipSource(Protocol):
-    """What `produce` runs. Must be picklable, for worker processes."""
+    """A source of clips for `produce`; picklable, for worker processes."""
 
     @property
     def kind(self) -> str:
-        """Goes into the manifest with `config`; a folder holds clips of one kind and config."""
+        """Name of the source; a folder holds clips of one kind and config."""
         ...
 
     @property
-    def config(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]:
+        """All that determines the clips, as JSON values."""
+        ...
 
-    def clip_id(self, index: int) -> str: ...
+    def clip_id(self, index: int) -> str:
+        """Id of clip `index`, unique in its folder."""
+        ...
 
     def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
         """Record and frames (n h w 3 uint8) of one clip."""
@@ -54,9 +57,9 @@ class ClipSource(Protocol):
 
 
 def produce(source: ClipSource, out: Path, clips: int, *, workers: int = 1) -> ClipFolder:
-    """Make clips 0 .. clips-1 of `source` in `out`, except those that are finished.
+    """Make clips 0 to clips - 1 of `source` in `out`, except those that are finished.
 
-    Under torchrun every rank makes its share. Raises DataError if `out` was made with another config.
+    Under torchrun every rank makes its part. Raises DataError if `out` was made with another config.
     """
     if workers < 1:
         raise DataError(f"workers={workers}: give at least 1")
@@ -114,7 +117,7 @@ def _make(source: ClipSource, folder: ClipFolder, index: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderConfig:
-    """Clips of procedural worlds."""
+    """Which clips of procedural worlds to render."""
 
     latents: int = 9
     """Latents per clip, the first included: stride * (latents - 1) + 1 frames."""
@@ -129,12 +132,13 @@ class RenderConfig:
     motion: Motion = field(default_factory=Motion)
     """Speeds of the camera, and the frame rate."""
     clips_per_world: int = 1
+    """Clips rendered in each world."""
     trajectories: tuple[str, ...] = ()
-    """Clip i follows trajectory i modulo their number; random ones if there are none."""
+    """Clip i follows trajectory i modulo their number; empty: random trajectories."""
     supersample: int = 2
     """Rays per pixel and axis."""
     seed: int = 0
-    """Seeds s and s' share no world: clip i lives in world s * 1,000,000 + i // clips_per_world."""
+    """Clip i is rendered in world seed * 1,000,000 + i // clips_per_world, so that different seeds share no world."""
 
     def __post_init__(self) -> None:
         least = {"latents": 2, "height": 8, "width": 8, "clips_per_world": 1, "supersample": 1, "seed": 0}
@@ -148,16 +152,18 @@ class RenderConfig:
 
     @property
     def frames(self) -> int:
+        """Pixel frames per clip."""
         return self.motion.stride * (self.latents - 1) + 1
 
     @property
     def intrinsics(self) -> Float[np.ndarray, "4"]:
+        """Normalised K of all clips."""
         return np.array([*self.focal, 0.5, 0.5]) if self.focal else intrinsics(self.fov, self.width, self.height)
 
 
 @dataclass(frozen=True)
 class WorldSource:
-    """A `ClipSource` over procedural worlds. Free of conditions: nothing but our own code made the pixels."""
+    """Clips of procedural worlds. They are CC0: this code alone made their pixels."""
 
     cfg: RenderConfig
     kind: str = "procedural"
@@ -167,6 +173,7 @@ class WorldSource:
         return to_dict(self.cfg)
 
     def seed(self, index: int) -> int:
+        """Seed of the world of clip `index`."""
         return self.cfg.seed * WORLDS_PER_SEED + index // self.cfg.clips_per_world
 
     def clip_id(self, index: int) -> str:
@@ -199,7 +206,7 @@ class WorldSource:
         return record, rendered.frames
 
     def place(self, index: int) -> tuple[CameraTrack, Trajectory, np.ndarray]:
-        """A track anchored at the identity, its command, and a world pose from which its path is free."""
+        """A track from the identity, its trajectory, and the world pose of frame 0, from which the path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
         K = self.cfg.intrinsics
         world = _world(self.seed(index))
@@ -222,28 +229,30 @@ class WorldSource:
 
 
 def split_key(seed: int) -> str:
-    """The key by which a procedural world is in train or val (see `clips.split_of`)."""
+    """`ClipRecord.split_key` of clips in the procedural world of this seed."""
     return f"world:{seed}"
 
 
 def render_worlds(out: Path, cfg: RenderConfig, *, clips: int, workers: int = 1) -> ClipFolder:
-    """Render clips of procedural worlds into `out`. Run again to continue, or with more `clips` to grow."""
+    """Render clips of procedural worlds into `out`; a later call continues, or adds clips if `clips` is larger."""
     return produce(WorldSource(cfg), out, clips, workers=workers)
 
 
 def reproduce(record: ClipRecord, track: CameraTrack | None = None, *, supersample: int = 2) -> Rendered:
-    """Frames and depth of a procedural clip, rendered again from its record; `track` (anchored at the clip's
-    frame 0) renders what another path would have seen."""
+    """Frames and depth of a procedural clip, rendered again from its record.
+
+    `track`, relative to the clip's frame 0, replaces the recorded path. Raises DataError for other sources.
+    """
     if record.seed is None or record.origin is None:
         raise DataError(f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again")
-    anchored = track if track is not None else record.track
-    return _render(record.seed, anchored.transformed(record.origin), record.hw, supersample)
+    path = record.track if track is None else track
+    return _render(record.seed, path.transformed(record.origin), record.hw, supersample)
 
 
 def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) -> list[str]:
-    """Render a share of the procedural clips again; one line for each that differs from its mp4.
+    """Render a share of the procedural clips again; one line for each below `least` dB PSNR from its mp4.
 
-    `least` is in dB: the mp4 is near-lossless, and a wrong pose, seed or renderer is far below.
+    The mp4 is near-lossless; a wrong pose, seed or renderer gives a far lower PSNR.
     """
     problems = []
     ids = folder.ids()

@@ -1,7 +1,7 @@
-"""Shards: tar files of `{id}.json` and `{id}.safetensors`, with a sidecar that says where every member lies.
+"""Shards: tar files of `{id}.json` and `{id}.safetensors`, each with an index file of byte offsets.
 
-{split}-{rank:04d}-{n:06d}.tar             opens with any tar tool; read by seeking, never by scanning
-{split}-{rank:04d}-{n:06d}.tar.idx.json    offsets, sizes, crc32; written last: a tar without one is nothing
+{split}-{rank:04d}-{n:06d}.tar             an ordinary tar file, read by seeking
+{split}-{rank:04d}-{n:06d}.tar.idx.json    offsets, sizes, crc32; written last: a tar without it is ignored
 """
 
 import io
@@ -29,7 +29,7 @@ HINT = "delete the shard with its .idx.json and run `minwm data encode` again"
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes of one file inside the tar."""
+    """Where one file lies in the tar, in bytes."""
 
     offset: int
     size: int
@@ -38,7 +38,7 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One record: its id and where its two members lie."""
+    """One record of a shard: its id and its two files."""
 
     id: str
     meta: ByteRange
@@ -47,59 +47,61 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What the manifest wants to know about a shard without opening it."""
+    """Statistics of one shard, which the manifest of its folder sums up."""
 
     values: int
-    """Latent values per channel that the sums run over."""
+    """Number of latent values per channel."""
     total: tuple[float, ...]
-    """Per channel."""
+    """Sum of the latent values, per channel."""
     square: tuple[float, ...]
+    """Sum of their squares, per channel."""
     psnr: float
-    """dB of one clip of this shard after encoding and decoding."""
+    """PSNR in dB of one clip of the shard after encoding and decoding."""
     licences: tuple[str, ...]
+    """Licences of the clips."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The sidecar."""
+    """Content of the index file."""
 
     schema: int
     bytes: int
-    """Size of the tar; another one means that it was cut off."""
+    """Size of the tar; a smaller file was truncated."""
     summary: ShardStats
     records: tuple[IndexEntry, ...]
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A record on its way into a shard."""
+    """A record to be written into a shard."""
 
     id: str
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
-def shard_stats(items: Sequence[ShardRecord], psnr: float) -> ShardStats:
-    """Sums over the latents of the items, per channel, in float64."""
-    latents = [item.tensors["latent"].double().transpose(0, 1).flatten(1) for item in items]  # c (f h w)
+def shard_stats(records: Sequence[ShardRecord], psnr: float) -> ShardStats:
+    """Statistics of records, summed in float64."""
+    latents = [record.tensors["latent"].double().transpose(0, 1).flatten(1) for record in records]  # c (f h w)
     return ShardStats(
         values=sum(x.shape[1] for x in latents),
         total=tuple(torch.stack([x.sum(1) for x in latents]).sum(0).tolist()),
         square=tuple(torch.stack([x.square().sum(1) for x in latents]).sum(0).tolist()),
         psnr=psnr,
-        licences=tuple(sorted({item.meta["source_license"] for item in items})),
+        licences=tuple(sorted({record.meta["source_license"] for record in records})),
     )
 
 
-def write_shard(path: Path, items: Sequence[ShardRecord], summary: ShardStats) -> ShardIndex:
-    """Write the tar, then its index; both appear whole or not at all."""
+def write_shard(path: Path, records: Sequence[ShardRecord], summary: ShardStats) -> ShardIndex:
+    """Write the tar, then its index, each atomically."""
     entries = []
     with atomic(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for item in items:
-                meta = _add(tar, f"{item.id}.json", json.dumps(item.meta).encode())
-                tensors = _add(tar, f"{item.id}.safetensors", safetensors.torch.save(item.tensors))
-                entries.append(IndexEntry(item.id, meta, tensors))
+            for record in records:
+                meta = _add(tar, f"{record.id}.json", json.dumps(record.meta).encode())
+                tensors = _add(tar, f"{record.id}.safetensors", safetensors.torch.save(record.tensors))
+                entries.append(IndexEntry(record.id, meta, tensors))
         size = temporary.stat().st_size
     index = ShardIndex(SCHEMA, size, summary, tuple(entries))
     write_json(index_path(path), to_dict(index), indent=None)
@@ -115,6 +117,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> ByteRange:
 
 
 def index_path(shard: Path) -> Path:
+    """Path of the index file of a shard."""
     return shard.with_name(shard.name + ".idx.json")
 
 
@@ -125,7 +128,7 @@ def list_shards(folder: Path) -> list[Path]:
 
 
 def read_index(shard: Path) -> ShardIndex:
-    """Raises DataError where the index is unreadable, of another schema, or its tar missing or cut off."""
+    """The index of a shard; DataError if index or tar is missing, unreadable, truncated or of another schema."""
     path = index_path(shard)
     try:
         values = json.loads(path.read_text())
@@ -147,18 +150,18 @@ def read_index(shard: Path) -> ShardIndex:
 
 
 def read_record(shard: Path, entry: IndexEntry) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of one record, checked by crc32."""
+    """Metadata and tensors of one record; DataError if a checksum is wrong."""
     try:
         with shard.open("rb") as file:
             meta, tensors = (_read(file, m) for m in (entry.meta, entry.tensors))
     except OSError as error:
         raise DataError(f"{shard}: record {entry.id}: {error}; {HINT}") from error
-    for data, member, suffix in ((meta, entry.meta, "json"), (tensors, entry.tensors, "safetensors")):
-        if len(data) != member.size or zlib.crc32(data) != member.crc32:
+    for data, span, suffix in ((meta, entry.meta, "json"), (tensors, entry.tensors, "safetensors")):
+        if len(data) != span.size or zlib.crc32(data) != span.crc32:
             raise DataError(f"{shard}: record {entry.id}: wrong checksum of its {suffix}; {HINT}")
     return json.loads(meta), safetensors.torch.load(tensors)
 
 
-def _read(file: io.BufferedReader, member: ByteRange) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)
+def _read(file: io.BufferedReader, span: ByteRange) -> bytes:
+    file.seek(span.offset)
+    return file.read(span.size)

@@ -1,4 +1,4 @@
-"""Latent shards with the teacher's ODE trajectory beside every latent: the data of stage 2a."""
+"""Latent shards with the teacher's ODE trajectory of every clip: the data of stage 2a."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from minwm.data.dataset import ShardDataset
 from minwm.data.shards import ShardRecord, list_shards, read_record, shard_stats, write_shard
 
 Collect = Callable[[Clip, int], Float[Tensor, "k b f c h w"]]
-"""Trajectories of a batch of clips; the second argument is the batch's number, for its random draws."""
+"""(clips, batch number) -> k states along the teacher's ODE per clip; the number seeds the random draws."""
 
 
 def collect_trajectories(
@@ -22,7 +22,8 @@ def collect_trajectories(
 ) -> None:
     """Write the first `clips` records of `source` with their trajectories, one shard per batch.
 
-    Resumable batch by batch. Raises DataError if `source` has fewer clips, or `out` was made from other things.
+    Resumable batch by batch. `about` describes teacher and recipe. Raises DataError if `source` has fewer clips, or if
+    `out` was made with another `about`.
     """
     if clips > len(source):
         raise DataError(f"{source.path} has {len(source)} clips, {clips} trajectories were asked for; render more")
@@ -40,13 +41,13 @@ def collect_trajectories(
         for number, start in list(enumerate(starts))[done:]:
             indices = range(start, min(start + batch, clips))
             states = collect(source.batch(indices), number)
-            items = [_item(source, i, states[:, j]) for j, i in enumerate(indices)]
-            summary = shard_stats(items, psnr=source.manifest["codec_psnr"])
-            write_shard(out / f"train-0000-{number:06d}.tar", items, summary)
+            records = [_record(source, i, states[:, j]) for j, i in enumerate(indices)]
+            stats = shard_stats(records, psnr=source.manifest["codec_psnr"])
+            write_shard(out / f"train-0000-{number:06d}.tar", records, stats)
             bar.advance()
 
 
-def _item(source: ShardDataset, index: int, states: Float[Tensor, "k f c h w"]) -> ShardRecord:
+def _record(source: ShardDataset, index: int, states: Float[Tensor, "k f c h w"]) -> ShardRecord:
     shard, entry = source.entries[index]
     meta, tensors = read_record(shard, entry)
     return ShardRecord(entry.id, meta, {**tensors, "trajectory": states.cpu().contiguous()})
