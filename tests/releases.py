@@ -17,6 +17,8 @@ from minwm.families.wan.convert import CAMERA_PARAMETERS, diffusers_names
 from minwm.families.wan.transformer import Wan, WanConfig
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 PLAIN = WanConfig(dim=64, heads=2, layers=2, ffn=96, channels=4, text_dim=16, freq_dim=32)
 SEEING = replace(PLAIN, camera="dual")
@@ -121,3 +123,15 @@ def spoilt(state: State, change: str) -> State:
             return state | {"blocks.1.cross_attn.extra.bias": torch.ones(3)}
         case _:
             return state | {key: torch.ones(63)}
+
+
+def save_text_encoder(folder: Path) -> None:
+    """A UMT5 of width 32 that knows six words, in the layout of transformers."""
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "tower", "the", "dome"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    (folder / "tokenizer").mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    config = transformers.UMT5Config(vocab_size=16, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=1)
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from releases import save_text_encoder
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,9 +20,6 @@ from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVaeConfig, diffusers_names
 from minwm.session.session import walk
 from minwm.store.folder import load_model
-
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 NETWORK = WanConfig(
     dim=48, heads=2, layers=2, ffn=64, channels=4, text_dim=32, text_length=12, freq_dim=16, camera="dual"
@@ -44,17 +42,6 @@ def state(net: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: 0.1 * torch.randn_like(p) + ("norm" in name or "gamma" in name) for name, p in net.state_dict().items()
     }
-
-
-def save_text_encoder(folder: Path) -> None:
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "tower", "the", "dome"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    (folder / "tokenizer").mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    config = transformers.UMT5Config(vocab_size=16, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=1)
-    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
 
 
 @pytest.fixture

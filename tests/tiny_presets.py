@@ -1,0 +1,80 @@
+"""Every preset in miniature: all of its stages, its layout and its switches; two steps of tiny networks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.experiments.presets import PIPELINES
+from minwm.experiments.presets.base import Pipeline
+from minwm.experiments.presets.demo import ASSETS
+from minwm.store.folder import save_published
+from minwm.store.layouts import open_published
+from minwm.store.model import ModelConfig
+from minwm.train.config import Run
+
+SIDE = 64
+CLIPS = 12
+
+
+def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
+    """A preset with its sizes and counts made small; what a user must bring is written to `out`."""
+    pipeline = PIPELINES[name](out)
+    codec = pipeline.codec and tiny_run(pipeline.codec, text_encoder)
+    stages = tuple(tiny_run(run, text_encoder) for run in pipeline.stages)
+    model = stages[0].model
+    render = RenderConfig(
+        latents=model.latents, height=SIDE, width=SIDE, focal=model.focal, motion=model.motion, seed=5
+    )
+    if pipeline.render is None:
+        render_worlds(out / "raw", render, clips=CLIPS)
+        publish(model, out / "base")
+    else:
+        render = replace(pipeline.render, latents=model.latents, height=SIDE, width=SIDE)
+    return replace(
+        pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1
+    )
+
+
+def tiny_run(run: Run, text_encoder: Path) -> Run:
+    """Two steps, from random weights where the preset starts from shipped ones; of DMD one step for each network."""
+    small = {"ode_steps": 4, "grid": 4, "critic_updates": 1, "max_prefix_chunks": 2, "fit_clips": 2}
+    fields = {name: value for name, value in small.items() if hasattr(run.recipe, name)}
+    shipped = {role: None for role, folder in vars(run.init).items() if folder and Path(folder).is_relative_to(ASSETS)}
+    return replace(
+        run, model=tiny_model(run.model, text_encoder), recipe=replace(run.recipe, **fields),
+        init=replace(run.init, **shipped), steps=2, batch=2, accumulate=min(run.accumulate, 2), precision="float32",
+        save_every=2,
+    )  # fmt: skip
+
+
+def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
+    """The same classes, motion, chunks and kind of sampler."""
+    text = model.text
+    if text.kind == "umt5":
+        text = replace(text, source=str(text_encoder), dim=32, length=64)
+    network = replace(
+        model.network, dim=48, heads=2, layers=2, ffn=64, freq_dim=16, text_dim=text.dim, text_length=text.length
+    )
+    sizes = {"small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1}}
+    codec = replace(model.codec, **sizes.get(model.codec.kind, {"base": 8, "decoder_base": 8, "depth": 1}))
+    sampler = model.sampler if model.sampler.kind == "few_step" else replace(model.sampler, steps=2)
+    latents = model.stream.first_chunk_frames + 2 * model.stream.chunk
+    return replace(
+        model, network=network, codec=codec, text=text, sampler=sampler, latents=latents, height=SIDE, width=SIDE
+    )
+
+
+def publish(model: ModelConfig, base: Path) -> None:
+    """Files in the original release's layout, and the model folder that `minwm convert` makes of them."""
+    release = base.with_name("release")
+    release.mkdir()
+    torch.manual_seed(0)
+    network = replace(model.network, camera="none")
+    for file, config in (("diffusion_pytorch_model", network), ("Wan_VAE", model.codec)):
+        save_file(config.build().state_dict(), release / f"{file}.safetensors")
+    published = open_published(release / "diffusion_pytorch_model.safetensors", heads=network.heads)
+    config = replace(model, network=network)
+    save_published(base, config, published, release / "Wan_VAE.safetensors")
