@@ -18,9 +18,10 @@ import torch
 
 import minwm
 from minwm.core.runtime import git_commit, versions
-from minwm.eval.cases import Clips, patterns
+from minwm.eval.cases import held_out
 from minwm.eval.image import psnr
 from minwm.eval.stats import Bootstrap
+from minwm.render.worlds import World
 from minwm.session.prepare import fp8_trial
 from minwm.store.folder import load_model
 from minwm.store.model import Model, ModelConfig
@@ -56,7 +57,7 @@ def measure(clips: int, seed: int) -> dict[str, Any]:
     held, rows, bootstrap, usual = None, {}, Bootstrap(clips), None
     for name, make in OPTIONS.items():
         tried = make()
-        held = held or Clips.make(tried.config, patterns(tried.config, clips))
+        held = held or held_out(tried.config, clips, World)
         videos = held.generate(tried, seed)
         usual = videos if usual is None else usual
         passes = tried.config.sampler.passes + (not tried.config.stream.merged_refresh)

@@ -17,8 +17,9 @@ import torch
 
 from minwm.core.runtime import generator, git_commit, versions
 from minwm.eval.camera.align import AlignConfig, blurred, gradient_energy
-from minwm.eval.camera.follow import FollowResult, evaluate
-from minwm.eval.cases import HeldOut, Videos
+from minwm.eval.camera.follow import FollowReference, FollowResult, measure_following
+from minwm.eval.cases import Videos, held_out
+from minwm.render.worlds import World
 from minwm.store.folder import load_model
 
 CLIPS, SEED = 16, 1
@@ -52,7 +53,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     given = parser.parse_args()
     model = load_model(given.model).ready()
-    held = HeldOut.of(model.config, CLIPS)
+    config = model.config
+    held = held_out(config, CLIPS, World)
+    reference = FollowReference.render(held.cases, config.height, config.width, stride=config.motion.stride)
     made = held.generate(model, SEED)
     soft, stained = zip(*(as_bad(a, b, i) for i, (a, b) in enumerate(zip(held.truth, made, strict=True))), strict=True)
     videos: dict[str, Videos] = {"model": made, "truth": held.truth}
@@ -65,7 +68,7 @@ def main() -> None:
         "clips": CLIPS,
         "rows": {
             name: {
-                kind: row(evaluate(held.suite, video, AlignConfig(detail=share)))
+                kind: row(measure_following(reference, video, AlignConfig(detail=share)))
                 for kind, share in (("colours", 0.0), ("details", AlignConfig.detail))
             }
             for name, video in videos.items()

@@ -12,7 +12,7 @@ from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError
 from minwm.data.noise import PoseNoise
-from minwm.eval.report.figure import Dot, Panel, figure
+from minwm.eval.report.charts import Dot, Panel, figure
 from minwm.experiments import ablate
 from minwm.experiments.ablations import ABLATIONS, Ablation, ablation
 
@@ -94,7 +94,8 @@ def tiny(plan: Ablation) -> Ablation:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["poses", "camera", "distill", "sampling"])
 def test_every_ablation_runs_and_resumes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"CLIPS": 36, "MEASURED": 3, "TRAJECTORIES": 4, "STREAMS": 1, "SECONDS": 2}
+    less = replace(ablate.EVALUATION, clips=3, walks=1, seconds=2)
+    small = {"CLIPS": 36, "TRAJECTORIES": 4, "EVALUATION": less}
     for key, value in small.items():
         monkeypatch.setattr(ablate, key, value)
     # world 34 is the first one of the validation split

@@ -10,10 +10,15 @@ import torch
 from minwm.cameras.track import CameraTrack, intrinsics, se3_exp, se3_inverse, se3_log
 from minwm.cameras.trajectory import Motion, parse
 from minwm.eval.camera.align import AlignConfig, blurred
-from minwm.eval.camera.follow import Case, FollowError, FollowResult, Suite, confusion, evaluate, prepare
-from minwm.eval.image import QualityError, chunk_spans, psnr, quality, ssim
+from minwm.eval.camera.confusion import measure_confusion
+from minwm.eval.camera.follow import FollowReference, FollowResult, measure_following
+from minwm.eval.cases import Case, EvalError
+from minwm.eval.image import QualityError, chunk_spans, measure_quality, psnr, ssim
 from minwm.eval.report import charts
-from minwm.eval.report import pipeline as report
+from minwm.eval.report.gallery import Example, gallery
+from minwm.eval.report.page import Section, caveats, commands, write_page
+from minwm.eval.report.sections import evaluation_sections, tiles
+from minwm.eval.run import EvalResult
 from minwm.render.worlds import World
 
 MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
@@ -33,21 +38,21 @@ def degraded(frames: FRAMES) -> FRAMES:
 
 
 @pytest.fixture(scope="module")
-def suite() -> Suite:
+def reference() -> FollowReference:
     rng, cases = np.random.default_rng(0), []
     for seed, route in enumerate(ROUTES):
         world, track = World(seed), parse(route).track(MOTION, K)
         placement = world.spawn(rng, track)
         assert placement is not None
-        cases.append(Case(world, track.transformed(placement)))
-    return prepare(cases, 64, 64, choices=2, config=FAST)
+        cases.append(Case(world, track, placement))
+    return FollowReference.render(cases, 64, 64, choices=2, config=FAST)
 
 
-def driven(suite: Suite, speed: float) -> FRAMES:
+def driven(reference: FollowReference, speed: float) -> FRAMES:
     """The true videos of cameras that do `speed` times what was commanded."""
     videos = []
-    for case in suite.cases:
-        track = case.track.at_latent_rate(suite.stride)
+    for case in reference.cases:
+        track = case.camera.at_latent_rate(reference.stride)
         start = track.c2w[0]
         path = start @ se3_exp(speed * se3_log(se3_inverse(start) @ track.c2w))
         videos.append(case.scene.render(CameraTrack(path, track.K, track.fps), 64, 64, supersample=1).frames)
@@ -55,8 +60,8 @@ def driven(suite: Suite, speed: float) -> FRAMES:
 
 
 @pytest.fixture(scope="module")
-def of_truth(suite: Suite) -> FollowResult:
-    return evaluate(suite, suite.candidates[:, 0], FAST)
+def of_truth(reference: FollowReference) -> FollowResult:
+    return measure_following(reference, reference.candidates[:, 0], FAST)
 
 
 def test_a_correct_video_scores_one(of_truth: FollowResult) -> None:
@@ -67,26 +72,28 @@ def test_a_correct_video_scores_one(of_truth: FollowResult) -> None:
     assert result.speed_ratio == pytest.approx(1, abs=0.05) and result.turn_ratio == pytest.approx(1, abs=0.05)
 
 
-def test_a_correct_but_degraded_video_scores_nearly_one(suite: Suite) -> None:
-    result = evaluate(suite, degraded(suite.candidates[:, 0]), FAST)
+def test_a_correct_but_degraded_video_scores_nearly_one(reference: FollowReference) -> None:
+    result = measure_following(reference, degraded(reference.candidates[:, 0]), FAST)
     assert result.retrieval.value == 1
     assert result.rot_err_deg.value < 0.8 and result.score.value > 0.88
 
 
-def test_smooth_errors_of_colour_that_do_not_move_are_no_motion(suite: Suite) -> None:
+def test_smooth_errors_of_colour_that_do_not_move_are_no_motion(reference: FollowReference) -> None:
     """They would be, if colours were compared instead of details."""
     stain = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     stain = blurred(stain, 8.0)[0].movedim(0, -1)
-    stained = suite.candidates[:, 0] + 45 * (stain / stain.std()).numpy()
-    stained[:, 0] = suite.candidates[:, 0, 0]
+    stained = reference.candidates[:, 0] + 45 * (stain / stain.std()).numpy()
+    stained[:, 0] = reference.candidates[:, 0, 0]
     stained = stained.clip(0, 255).astype(np.uint8)
-    details, colours = (evaluate(suite, stained, replace(FAST, detail=detail)) for detail in (FAST.detail, 0.0))
+    details, colours = (
+        measure_following(reference, stained, replace(FAST, detail=detail)) for detail in (FAST.detail, 0.0)
+    )
     assert details.score.value > 0.9 and details.trans_err_u.value < 0.5 * colours.trans_err_u.value
 
 
 @pytest.mark.parametrize(("speed", "score"), [(0.0, 0.0), (0.5, 0.5), (-1.0, -1.0)])
-def test_deviations_are_read_as_what_they_are(suite: Suite, speed: float, score: float) -> None:
-    result = evaluate(suite, degraded(driven(suite, speed)), FAST)
+def test_deviations_are_read_as_what_they_are(reference: FollowReference, speed: float, score: float) -> None:
+    result = measure_following(reference, degraded(driven(reference, speed)), FAST)
     assert result.score.value == pytest.approx(score, abs=0.12)
     assert result.turn_ratio == pytest.approx(speed, abs=0.1)
     assert result.speed_ratio == pytest.approx(speed, abs=0.15)
@@ -97,30 +104,30 @@ def test_deviations_are_read_as_what_they_are(suite: Suite, speed: float, score:
         assert result.retrieval.value == 0 and result.psnr_gap.value < 0
 
 
-def test_noise_is_lost_and_earns_nothing(suite: Suite, rng: np.random.Generator) -> None:
-    result = evaluate(suite, rng.integers(0, 256, suite.candidates[:, 0].shape, dtype=np.uint8), FAST)
+def test_noise_is_lost_and_earns_nothing(reference: FollowReference, rng: np.random.Generator) -> None:
+    result = measure_following(reference, rng.integers(0, 256, reference.candidates[:, 0].shape, dtype=np.uint8), FAST)
     assert result.lost_frac == 1 and result.score.value <= 0.01 and result.speed_ratio is None
 
 
-def test_videos_at_the_pixel_rate_are_the_same_measurement(suite: Suite) -> None:
-    slow = suite.candidates[:, 0]
-    full = np.zeros((len(slow), suite.stride * (slow.shape[1] - 1) + 1, *slow.shape[2:]), np.uint8)
-    full[:, :: suite.stride] = slow
-    assert (suite.latent_rate(full) == slow).all()
-    with pytest.raises(FollowError, match="this suite needs"):
-        suite.latent_rate(full[:, :-1])
+def test_videos_at_the_pixel_rate_are_the_same_measurement(reference: FollowReference) -> None:
+    slow = reference.candidates[:, 0]
+    full = np.zeros((len(slow), reference.stride * (slow.shape[1] - 1) + 1, *slow.shape[2:]), np.uint8)
+    full[:, :: reference.stride] = slow
+    assert (reference.latent_rate(full) == slow).all()
+    with pytest.raises(EvalError, match="camera following needs"):
+        reference.latent_rate(full[:, :-1])
 
 
 def test_equal_commands_leave_nothing_to_tell_apart() -> None:
     world, track = World(0), parse("w*2").track(MOTION, K)
-    with pytest.raises(FollowError, match="no other clip moves differently"):
-        prepare([Case(world, track)] * 2, 64, 64)
+    with pytest.raises(EvalError, match="no other clip moves differently"):
+        FollowReference.render([Case(world, track)] * 2, 64, 64)
 
 
 def test_confusion_finds_the_action_that_was_played(rng: np.random.Generator) -> None:
     truth = rng.integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8)
     played = truth[[0, 2, 2]]
-    table = confusion(played, truth, ["w", "a", "d"])
+    table = measure_confusion(played, truth, ["w", "a", "d"])
     assert table.accuracy == pytest.approx(2 / 3)
     assert int(np.argmax(table.psnr[1])) == 2
 
@@ -142,12 +149,12 @@ def test_drift_is_the_slope_over_generated_chunks(rng: np.random.Generator) -> N
     worse = truth.copy()
     for error, (start, stop) in zip((0, 5, 10, 20, 40), spans, strict=True):
         worse[:, start:stop] += np.uint8(error)
-    result = quality(worse, truth, spans)
+    result = measure_quality(worse, truth, spans)
     assert result.drift_db_per_chunk == pytest.approx(-20 * np.log10(2), abs=1e-3)
     assert result.psnr_per_chunk[0] > 50 > result.psnr_per_chunk[1]
     assert result.sharpness == pytest.approx(1)
     with pytest.raises(QualityError, match="nothing was generated"):
-        quality(truth, truth, spans[:1])
+        measure_quality(truth, truth, spans[:1])
 
 
 def test_charts_skip_what_is_not_finite() -> None:
@@ -157,42 +164,37 @@ def test_charts_skip_what_is_not_finite() -> None:
     assert len(charts.smooth([1.0, 2.0, 3.0])) == 3
 
 
-def example_data(result: FollowResult, rng: np.random.Generator) -> report.ReportData:
-    truth = rng.integers(0, 256, (1, 5, 16, 16, 3), dtype=np.uint8)
-    videos = [report.Video("ground truth", truth[0]), report.Video("few <step>", truth[0])]
-    losses = {"loss": [1.0, 0.5, 0.25, 0.2], "critic": [2.0, 1.0, 0.9, 0.8]}
-    return report.ReportData(
-        title="A & B",
-        sentence="What this is.",
-        facts={"hardware": "two cores"},
-        seconds=75,
-        fps=16,
-        stages=[report.Stage("few <step>", "distils", None, 4, 2.0, losses, passes_per_chunk=4)],
-        examples=[report.Example("a red box", "w*1", [("w",)] * 5, videos)],
-        latency=[report.Latency("slow", 50, 400, 100, 110, 8), report.Latency("fast", 4, 40, 10, 11, 80)],
-        following={"few <step>": result},
-        anchors={"static camera": result},
-        confusion={"few <step>": confusion(truth[[0, 0]], truth[[0, 0]], ["w", "s"])},
-        quality={"few <step>": quality(truth, truth, [(0, 1), (1, 5)])},
-        commands=[report.Command("all of it", "make demo")],
-        caveats=["small"],
-    )
-
-
 def test_the_report_is_one_file_with_everything_inside(
     tmp_path: Path, of_truth: FollowResult, rng: np.random.Generator
 ) -> None:
-    data = example_data(of_truth, rng)
-    page = report.write_report(tmp_path / "deep" / "report.html", data).read_text()
-    assert "A &amp; B" in page and "few <step>" not in page and "few &lt;step&gt;" in page
-    assert page.count("data:video/mp4;base64,") == 2 and page.count("data:image/png;base64,") == 1
-    assert "http://" not in page and "https://" not in page and "<link" not in page
-    for anchor in ("pipeline", "gallery", "speed", "camera", "control", "quality", "training", "reproduce"):
-        assert f'<section id="{anchor}">' in page and f'href="#{anchor}"' in page
-    assert "1 min 15 s" in page and "10x" in page
+    truth = rng.integers(0, 256, (1, 5, 16, 16, 3), dtype=np.uint8)
+    model = EvalResult(
+        follow=of_truth,
+        quality=measure_quality(truth, truth, [(0, 1), (1, 5)]),
+        confusion=measure_confusion(truth[[0, 0]], truth[[0, 0]], ["w", "s"]),
+    )
+    rows = {"few <step>": model, "static camera": EvalResult(follow=of_truth)}
+    example = Example("a red box", "w*1", [("w",)] * 5, {"ground truth": truth[0], "few <step>": truth[0]})
+    sections = [
+        gallery([example], 16),
+        *evaluation_sections(rows),
+        commands({"all of it": "make demo"}),
+        caveats(["x"]),
+    ]
+    facts = {"hardware": "two cores"}
+    page = write_page(tmp_path / "deep" / "report.html", "A & B", "What this is.", facts, tiles(rows), sections)
+    html = page.read_text()
+    assert "A &amp; B" in html and "few <step>" not in html and "few &lt;step&gt;" in html
+    assert html.count("data:video/mp4;base64,") == 2 and html.count("data:image/png;base64,") == 1
+    assert "http://" not in html and "https://" not in html and "<link" not in html
+    for key in ("gallery", "camera", "control", "quality", "motion", "texture", "reproduce", "caveats"):
+        assert f'<section id="{key}">' in html and f'href="#{key}"' in html
+    for key in ("speed", "time", "revisit", "drift", "diversity"):
+        assert f'<section id="{key}">' not in html, "what was not measured is left out"
+    assert "camera score of few" in html
 
 
 def test_parts_without_data_are_left_out(tmp_path: Path) -> None:
-    data = report.ReportData(title="t", sentence="s", facts={}, seconds=1, fps=16)
-    page = report.write_report(tmp_path / "report.html", data).read_text()
+    sections = [gallery([], 16), *evaluation_sections({"text model": EvalResult()}), Section("empty", "Empty", "")]
+    page = write_page(tmp_path / "report.html", "t", "s", {}, [("1 s", "whole run")], sections).read_text()
     assert "<section" not in page and "whole run" in page

@@ -322,7 +322,7 @@ def test_the_default_model_is_the_shipped_one_or_else_that_of_the_demo(
     assert [scenario.config.sampler.steps for scenario in inputs] == [model.config.sampler.steps] * 2 + [3]
     torch.set_num_threads(threads)
     assert [scenario.title for scenario in inputs] == ["demo/dmd", "world/dmd", "runs/demo"]
-    assert inputs[0].start.prompt == spawn_world(WORLD, model.config).world.caption and inputs[1].takes_image
+    assert inputs[0].start.prompt == spawn_world(WORLD, model.config).scene.caption and inputs[1].takes_image
 
 
 def test_a_model_without_camera_control_says_so(

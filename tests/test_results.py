@@ -94,7 +94,7 @@ def ablation_table(name: str) -> str:
     listens = all(arm["reliance"] is not None for arm in results["arms"])
     drifts = all(arm.get("drift") for arm in results["arms"])
     head = ["camera score [95%]", "turn", "turn missed", "direction missed", "PSNR"]
-    head += ["strangeness"] * drifts + ["training"]
+    head += ["feature distance"] * drifts + ["training"]
     rows = [[results["varies"], *head[:1], *["reliance"] * listens, *head[1:]]]
     for arm in results["arms"]:
         score, motion = arm["follow"]["score"], arm["follow"]["motion"]["overall"]
@@ -102,7 +102,7 @@ def ablation_table(name: str) -> str:
         cells += [f"{arm['reliance']:.2f}"] if listens else []
         cells += [f"{motion['turn_ratio']['value']:.2f}", f"{100 * motion['turn_error']['value']:.0f} %"]
         cells += [f"{motion['direction_deg']['value']:.0f}°", f"{arm['quality']['psnr']:.1f} dB"]
-        cells += [f"{max(route['strangeness'][-1] for route in arm['drift'].values()):.2f}"] if drifts else []
+        cells += [f"{max(route['feature_distance'][-1] for route in arm['drift'].values()):.2f}"] if drifts else []
         rows.append([*cells, f"{arm['seconds']:.0f} s"])
     rows.insert(1, ["---", *["--:"] * (len(rows[0]) - 1)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -200,7 +200,7 @@ def world_table() -> str:
     """The rows of docs/world.md: the stages of the world that comes with the package, and the baselines."""
     results = json.loads((ROOT / "results" / "world-64.json").read_text())["rows"]
     head = ["", "passes", "first chunk", "times as fast", "camera score [95%]", "turn missed", "direction missed"]
-    head += ["PSNR after 1 s", "5 s", "long streams that collapsed"]
+    head += ["PSNR after 1 s", "5 s", "long rollouts that collapsed"]
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     slowest = results["camera"]["bench"]["first_chunk"]["median_ms"]
     for name, row in results.items():
@@ -235,7 +235,7 @@ def targets_table() -> str:
             f"| yaw and pitch missed | 15 % | {' | '.join(turns)} |",
             f"| direction of movement missed, median | 15° | {' | '.join(directions)} |",
             f"| PSNR after 1 s, ahead of its multi-step teacher | -2 dB | {after_1_s[0] - after_1_s[1]:+.1f} dB | | |",
-            f"| minute-long streams that collapsed | 0 | {collapsed(rows['dmd']['drift'])} | | |",
+            f"| minute-long rollouts that collapsed | 0 | {collapsed(rows['dmd']['drift'])} | | |",
         )
     )
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def pipeline(
 ) -> None:
     """Run all stages, each from the one before; then measure, and write the report."""
     from minwm.experiments import presets
-    from minwm.experiments.pipeline import load_rows, run_pipeline
+    from minwm.experiments.pipeline import evaluation, run_pipeline
     from minwm.experiments.summary import report
 
     out = out or Path("runs") / name
@@ -81,9 +82,9 @@ def pipeline(
         plan.stage(until)
     run_pipeline(plan, out, say, until)
     if not until:
-        rows = load_rows(plan, out)
-        write_numbers({name: to_dict(row) for name, row in rows.items()}, json)
-        say(f"report: {report(plan, out, rows)}")
+        result = evaluation(plan, out)
+        write_numbers({name: to_dict(row) for name, row in result.rows.items()}, json)
+        say(f"report: {report(plan, out, result)}")
 
 
 @command("train", details=list_fields)
@@ -141,7 +142,7 @@ def generate(
     if world is not None and not image:
         place = RendererEngine.spawn(world, track, loaded.config)
         first, truth = place.start(), [np.concatenate(list(place.advance(track.c2w)))] if compare else []
-        prompt = place.world.caption if prompt is None else prompt
+        prompt = place.scene.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
         first, truth = first_frame(image, loaded.config) if image else None, []
     else:
@@ -174,35 +175,44 @@ def evaluate(
     html: Annotated[Path | None, arg(metavar="FILE.html", help="a page with clips side by side")] = None,
     sheet: Annotated[Path | None, arg(metavar="PNG", help="draw the last model's best and worst clips here")] = None,
     quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
+    out: Annotated[Path | None, arg(metavar="DIR", help="keep rows and videos here; finished rows stay")] = None,
     fields: Fields = (),
 ) -> None:
-    """Measure camera following, quality, memory, drift and speed in worlds that no stage has seen."""
+    """Measure camera following, quality, memory, drift and speed in scenes that no stage has seen."""
+    from tempfile import TemporaryDirectory
+
     from minwm.core.media import write_image
     from minwm.core.runtime import git_commit, versions
     from minwm.eval.cases import HELD_OUT
-    from minwm.eval.report.page import write_page
-    from minwm.eval.run import QUICK, EvalConfig, best_and_worst, targets
+    from minwm.eval.report.evaluation import write_evaluation
+    from minwm.eval.report.gallery import best_and_worst
+    from minwm.eval.run import QUICK, EvalConfig
     from minwm.eval.run import evaluate as evaluate_models
+    from minwm.eval.targets import targets
 
     cfg = override(QUICK if quick else EvalConfig(), parse_fields(fields))
     names = _names(model)
-    result = evaluate_models({name: _load(path) for name, path in names.items()}, cfg, say)
-    teacher = next((r for r in result.rows.values() if r.bench and r.bench.sampler == "autoregressive"), None)
-    judged = {name: targets(row, None if row is teacher else teacher) for name, row in result.rows.items() if row.bench}
-    for name, found in judged.items():
-        for aim in found:
-            say(f"{name}: {aim.what}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: at most {aim.bound:g})")
-    rows = {name: to_dict(row) for name, row in result.rows.items()}
-    plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
-    aims = {name: [to_dict(aim) for aim in found] for name, found in judged.items()}
-    write_numbers({"plan": plan, "seconds": result.seconds, "targets": aims, "rows": rows}, json)
-    if sheet:
-        write_image(sheet, best_and_worst(result, [*names][-1]))
-    if html:
-        about = versions()
-        facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
-                 "PyTorch": about["torch"], "Clips": str(cfg.clips)}  # fmt: skip
-        say(f"page: {write_page(html, result, judged, facts, command_line())}")
+    with TemporaryDirectory() as temporary:
+        models = {name: partial(_load, path) for name, path in names.items()}
+        result = evaluate_models(models, cfg, out or Path(temporary), say)
+        rows = {name: result.rows[name] for name in names}
+        teacher = next((row for row in rows.values() if row.bench and row.bench.sampler == "autoregressive"), None)
+        aims = {name: targets(row, None if row is teacher else teacher) for name, row in rows.items()}
+        for name, found in aims.items():
+            for aim in found:
+                say(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: at most {aim.bound:g})")
+        plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
+        seconds = {name: row.eval_seconds for name, row in result.rows.items()}
+        listed = {name: [to_dict(aim) for aim in found] for name, found in aims.items()}
+        every = {name: to_dict(row) for name, row in result.rows.items()}
+        write_numbers({"plan": plan, "seconds": seconds, "targets": listed, "rows": every}, json)
+        if sheet:
+            write_image(sheet, best_and_worst(result, [*names][-1]))
+        if html:
+            about = versions()
+            facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
+                     "PyTorch": about["torch"], "Clips": str(cfg.clips)}  # fmt: skip
+            say(f"page: {write_evaluation(html, result, aims, facts, command_line())}")
 
 
 def _names(models: list[Path]) -> dict[str, Path]:

@@ -94,7 +94,7 @@ def _model_scenario(
     first, truth = first_frame(image, cfg)[0] if image else None, None
     if first is None and cfg.geometry.first_chunk_frames == 1:
         truth = spawn_world(WORLD if world is None else world, cfg)
-        first, prompt = truth.start()[0], prompt or truth.world.caption
+        first, prompt = truth.start()[0], prompt or truth.scene.caption
     if not prompt:
         raise UserError("give --prompt TEXT: a description of the scene")
     if compare == "truth" and not truth:

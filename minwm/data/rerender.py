@@ -26,7 +26,8 @@ from minwm.cameras.trajectory import Motion, Trajectory, parse
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.runtime import git_commit, progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError
-from minwm.render.worlds import Rendered, World
+from minwm.render.base import Rendered, Scene
+from minwm.render.worlds import World
 
 TRIES = 100
 """Trajectories tried per clip before DataError."""
@@ -190,7 +191,7 @@ class WorldSource:
             source_license="CC0-1.0",
             split_key=split_key(seed),
             track=track,
-            caption=_world(seed).caption,
+            caption=_scene(seed).caption,
             caption_source="procedural",
             hw=(self.cfg.height, self.cfg.width),
             pose_kind="ground_truth",
@@ -209,10 +210,10 @@ class WorldSource:
         """A track from the identity, its trajectory, and the world pose of frame 0, from which the path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
         K = self.cfg.intrinsics
-        world = _world(self.seed(index))
+        scene = _scene(self.seed(index))
         for _ in range(TRIES):
             track, trajectory = self._path(index, rng, K)
-            origin = world.spawn(rng, track)
+            origin = scene.spawn(rng, track)
             if origin is not None:
                 return track, trajectory, origin
         raise DataError(
@@ -268,9 +269,9 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
 
 
 def _render(seed: int, track: CameraTrack, hw: tuple[int, int], supersample: int) -> Rendered:
-    return _world(seed).render(track, *hw, supersample=supersample)
+    return _scene(seed).render(track, *hw, supersample=supersample)
 
 
 @functools.lru_cache(maxsize=4)
-def _world(seed: int) -> World:
+def _scene(seed: int) -> Scene:
     return World(seed)

@@ -1,179 +1,171 @@
-"""Held-out worlds, what a model makes of them, and all measurements of one model in one result."""
+"""Held-out cases: commanded cameras in scenes that no model was trained on, and the clips made along them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
-from minwm.cameras.track import CameraTrack
+from minwm.cameras.track import CameraTrack, se3_inverse, se3_log
 from minwm.cameras.trajectory import parse
-from minwm.core.media import to_frames as to_frames
-from minwm.core.media import to_pixels
-from minwm.data.rerender import RenderConfig, WorldSource
-from minwm.eval.camera.follow import (
-    Case,
-    Confusion,
-    FollowError,
-    FollowResult,
-    Suite,
-    confusion,
-    distractors,
-    evaluate,
-    prepare,
-)
-from minwm.eval.image import Quality, chunk_spans, quality
+from minwm.core.config import UserError
+from minwm.core.media import to_frames, to_pixels
 from minwm.nets.codec import VideoCodec
-from minwm.render.worlds import World
+from minwm.render.base import Scene, Scenes
 from minwm.session.generate import generate_clips
 from minwm.store.model import Model, ModelConfig
 
-Videos = UInt8[np.ndarray, "c n h w 3"]
+Array = np.ndarray
+Videos = UInt8[Array, "c n h w 3"]
 HELD_OUT = 9_000
-"""Seed of the worlds that are only ever evaluated; training data takes smaller ones."""
+"""Seed of the scenes that are only ever evaluated; training data takes smaller ones."""
+SCENES_PER_SEED = 1_000_000
+TRIES = 100
+"""Spawns tried before a scene is given up."""
 PATTERNS = (
     "w*{n}", "l*{n}", "a*{n}", "w+j*{n}", "s*{n}", "j*{n}", "d*{n}", "w+l*{n}", "w*{a},l*{b}", "d+j*{n}",
     "j*{a},w*{b}", "a+l*{n}", "i*{c},w*{d}", "l*{a},j*{b}", "s+l*{n}", "a*{a},w*{b}",
 )  # fmt: skip
-ACTIONS = ("w", "s", "a", "d", "j", "l", "i", "k")
-ANCHORS = ("ground truth", "static camera", "another clip's camera", "codec")
-"""Baselines of every table: the truth, its first frame held, another path in the same world, the truth through the
-codec."""
+BASELINES = ("ground truth", "static camera", "another clip's camera", "codec")
+"""Rows of every table: the truth, its first frame held, another path in the same scene, the truth encoded and
+decoded."""
+DISTINCT_DEGREES, DISTINCT_UNITS = 3.0, 0.06
+"""Two cameras differ clearly when their mean difference exceeds one of these (half a latent step)."""
+
+
+class EvalError(UserError):
+    """A measurement that cannot be made."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A commanded camera in a scene."""
+
+    scene: Scene
+    track: CameraTrack
+    """At the pixel rate, relative to the first frame."""
+    origin: Float[Array, "4 4"] = field(default_factory=lambda: np.eye(4))
+    """Pose of the first frame in the scene."""
+    trajectory: str = ""
+    """The command in keys; "" if there is none."""
+
+    @property
+    def camera(self) -> CameraTrack:
+        """The track in scene coordinates."""
+        return self.track.transformed(self.origin)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips to be generated, one per world, and the truth about them."""
+    """Clips to be generated, one per case, and the true ones."""
 
-    trajectories: list[str]
-    captions: list[str]
-    tracks: list[CameraTrack]
-    """At pixel rate, anchored at the first frame."""
-    truth: Videos
+    config: ModelConfig
     cases: list[Case]
 
     @classmethod
-    def make(cls, config: ModelConfig, trajectories: Sequence[str], seed: int = HELD_OUT) -> "Clips":
-        """Along trajectories of one length, in worlds of that seed."""
-        source = _source(config, trajectories, seed)
-        made = [source.make(i) for i in range(len(trajectories))]
-        records = [record for record, _ in made]
-        cases = [
-            Case(World(int(r.seed or 0)), r.track.transformed(np.asarray(r.origin)), name)
-            for r, name in zip(records, trajectories, strict=True)
-        ]
-        truth = np.stack([frames for _, frames in made])
-        return cls(list(trajectories), [r.caption for r in records], [r.track for r in records], truth, cases)
+    def make(cls, config: ModelConfig, trajectories: Sequence[str], scenes: Scenes, seed: int = HELD_OUT) -> "Clips":
+        """Case i follows trajectory i in scene `seed * SCENES_PER_SEED + i`. The trajectories have one length."""
+        cases = []
+        for i, trajectory in enumerate(trajectories):
+            track = parse(trajectory, stride=config.motion.stride).track(config.motion, config.intrinsics)
+            scene, rng = scenes(seed * SCENES_PER_SEED + i), np.random.default_rng([seed, i])
+            spawns = (scene.spawn(rng, track) for _ in range(TRIES))
+            origin = next((pose for pose in spawns if pose is not None), None)
+            if origin is None:
+                raise EvalError(
+                    f"case {i}: scene {seed * SCENES_PER_SEED + i} has no free path for {trajectory!r} in {TRIES} "
+                    "tries; use fewer latents or a slower motion"
+                )
+            cases.append(Case(scene, track, origin, trajectory))
+        return cls(config, cases)
+
+    @property
+    def captions(self) -> list[str]:
+        return [case.scene.caption for case in self.cases]
+
+    @cached_property
+    def truth(self) -> Videos:
+        """Rendered once, when first asked for."""
+        size = self.config.height, self.config.width
+        return np.stack([case.scene.render(case.camera, *size).frames for case in self.cases])
 
     def generate(self, model: Model, seed: int, captions: list[str] | None = None) -> Videos:
-        """From the first frames, along the tracks; other captions than the true ones if given."""
-        return generate_clips(model, self.truth[:, 0], captions or self.captions, self.tracks, seed)
+        """Along the tracks, from the true first frames if the model takes images; `captions` in place of the
+        scenes'."""
+        images = self.truth[:, 0] if model.config.image_start else None
+        return generate_clips(model, images, captions or self.captions, [case.track for case in self.cases], seed)
 
-    def anchors(self, codec: VideoCodec) -> dict[str, Videos]:
-        """Videos whose score is known in advance, or bounds that of any model on these latents."""
-        size = self.truth.shape[2:4]
-        tracks = [case.track for case in self.cases]
-        wrong = [distractors(i, tracks, 1)[0] for i in range(len(tracks))]
-        elsewhere = [case.scene.render(path, *size).frames for case, path in zip(self.cases, wrong, strict=True)]
-        still = np.repeat(self.truth[:, :1], self.truth.shape[1], 1)
-        return dict(zip(ANCHORS, (self.truth, still, np.stack(elsewhere), through(codec, self.truth)), strict=True))
-
-
-@dataclass(frozen=True)
-class HeldOut(Clips):
-    """Clips for camera following, as long as those of the model's training."""
-
-    suite: Suite
-
-    @classmethod
-    def of(cls, config: ModelConfig, clips: int) -> "HeldOut":
-        """Over a fixed list of trajectories."""
-        made = Clips.make(config, patterns(config, clips))
-        suite = prepare(made.cases, config.height, config.width, stride=config.motion.stride)
-        return cls(**vars(made), suite=suite)
-
-    @staticmethod
-    def labels(config: ModelConfig, clips: int) -> list[tuple[str, str]]:
-        """(trajectory, caption) of every clip, without rendering."""
-        names = patterns(config, clips)
-        source = _source(config, names, HELD_OUT)
-        return [(name, World(source.seed(i)).caption) for i, name in enumerate(names)]
+    def baseline(self, name: str, codec: VideoCodec) -> Videos:
+        """The videos of one of `BASELINES`."""
+        match name:
+            case "static camera":
+                return np.repeat(self.truth[:, :1], self.truth.shape[1], 1)
+            case "another clip's camera":
+                cameras, size = [case.camera for case in self.cases], self.truth.shape[2:4]
+                wrong = [distractors(i, cameras, 1)[0] for i in range(len(cameras))]
+                return np.stack([c.scene.render(path, *size).frames for c, path in zip(self.cases, wrong, strict=True)])
+            case "codec":
+                return reconstruct(codec, self.truth)
+        return self.truth
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All that is known of a model's videos."""
-
-    follow: FollowResult
-    quality: Quality
-    confusion: Confusion | None = None
-
-
-def trajectory(pattern: str, latents: int) -> str:
-    """A pattern filled in for a number of latents: n all of them, a + b and c + d two parts."""
-    half, short = latents // 2, max(1, latents // 4)
-    return pattern.format(n=latents, a=half, b=latents - half, c=short, d=latents - short)
+def held_out(config: ModelConfig, count: int, scenes: Scenes) -> Clips:
+    """As long as a training clip, along `PATTERNS` in turn."""
+    n = config.latents - 1
+    a, c = n // 2, max(1, n // 4)
+    patterns = [PATTERNS[i % len(PATTERNS)] for i in range(count)]
+    return Clips.make(config, [p.format(n=n, a=a, b=n - a, c=c, d=n - c) for p in patterns], scenes)
 
 
-def patterns(config: ModelConfig, clips: int) -> list[str]:
-    """The trajectories of that many held-out clips."""
-    return [trajectory(PATTERNS[i % len(PATTERNS)], config.latents - 1) for i in range(clips)]
-
-
-def measure(config: ModelConfig, held: HeldOut, videos: Videos) -> Measured:
-    """Videos at the pixel rate."""
-    stream, stride = config.stream, config.motion.stride
-    spans = chunk_spans(videos.shape[1], stream.first_chunk_frames, stream.chunk, stride)
-    return Measured(
-        evaluate(held.suite, videos), quality(videos, held.truth, spans, fps=config.motion.fps, stride=stride)
-    )
-
-
-def counterfactual(model: Model, seed: int, latents: int | None = None) -> tuple[Videos, Videos, Confusion]:
-    """One first frame, one noise, every action: generated videos, true ones, and which resembles which."""
-    config = model.config
-    names = [f"{action}*{(latents or config.latents) - 1}" for action in ACTIONS]
-    tracks = [parse(name, stride=config.motion.stride).track(config.motion, config.intrinsics) for name in names]
-    world, origin, caption = _open_place(tracks)
-    truth = np.stack([world.render(t.transformed(origin), config.height, config.width).frames for t in tracks])
-    same = [generate_clips(model, truth[:1, 0], [caption], [track], seed)[0] for track in tracks]
-    videos = np.stack(same)
-    return videos, truth, confusion(videos, truth, ACTIONS)
+def whole_chunks(config: ModelConfig, latents: int) -> int:
+    """The least number of latents from `latents` on that is a first chunk and whole later ones."""
+    first, chunk = config.stream.first_chunk_frames, config.stream.chunk
+    return first - (first - latents) // chunk * chunk
 
 
 @torch.no_grad()
-def through(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
-    """Videos through the codec, streamed clip by clip in pieces of that many latents: no model on its latents can look
+def reconstruct(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
+    """Videos encoded and decoded, streamed in pieces of that many latents: no model on these latents can look
     better."""
-    piece, done, device = latents * codec.stride, np.empty_like(videos), next(codec.parameters()).device
-    for clip, out in zip(videos, done, strict=True):
-        encoding = decoding = None
+    piece, decoded, device = latents * codec.stride, np.empty_like(videos), next(codec.parameters()).device
+    for clip, out in zip(videos, decoded, strict=True):
+        encoder_state = decoder_state = None
         for start, stop in pairwise([0, *range(1 + piece, len(clip), piece), len(clip)]):
-            encoded, encoding = codec.encode_next(to_pixels(clip[None, start:stop]).to(device), encoding)
-            decoded, decoding = codec.decode_next(encoded, decoding)
-            out[start:stop] = to_frames(decoded)[0]
-    return done
+            encoded, encoder_state = codec.encode_next(to_pixels(clip[None, start:stop]).to(device), encoder_state)
+            pixels, decoder_state = codec.decode_next(encoded, decoder_state)
+            out[start:stop] = to_frames(pixels)[0]
+    return decoded
 
 
-def _source(config: ModelConfig, names: Sequence[str], seed: int) -> WorldSource:
-    latents = parse(names[0], stride=config.motion.stride).latents + 1
-    render = RenderConfig(
-        latents=latents, height=config.height, width=config.width, focal=config.focal, motion=config.motion,
-        clips_per_world=1, trajectories=tuple(names), seed=seed,
-    )  # fmt: skip
-    return WorldSource(render)
+def distractors(index: int, cameras: Sequence[CameraTrack], count: int) -> list[CameraTrack]:
+    """Up to `count` of the next clips' cameras, moved to this clip's first pose; without those that nearly coincide
+    with its command, with a static camera or with one another."""
+    own = cameras[index]
+    kept = [own, static(own)]
+    for offset in range(1, len(cameras)):
+        other = cameras[(index + offset) % len(cameras)]
+        path = CameraTrack(own.c2w[0] @ other.relative_to_first().c2w, own.K, own.fps, own.unit)
+        if all(_distinct(path, known) for known in kept):
+            kept.append(path)
+        if len(kept) == count + 2:
+            break
+    return kept[2:]
 
 
-def _open_place(tracks: Sequence[CameraTrack]) -> tuple[World, np.ndarray, str]:
-    """A held-out world with a spot from which every one of the tracks is free."""
-    longest = CameraTrack(
-        np.concatenate([track.c2w for track in tracks]), tracks[0].K[0], fps=tracks[0].fps
-    )  # one path that visits all of them
-    for seed in range(HELD_OUT * 1_000_000 + 500_000, HELD_OUT * 1_000_000 + 500_100):
-        world = World(seed)
-        origin = world.spawn(np.random.default_rng(seed), longest)
-        if origin is not None:
-            return world, origin, world.caption
-    raise FollowError("no held-out world has room for every action; use a slower motion")
+def static(camera: CameraTrack) -> CameraTrack:
+    """A camera that stays at the first pose."""
+    return CameraTrack(np.repeat(camera.c2w[:1], len(camera), 0), camera.K, camera.fps, camera.unit)
+
+
+def pose_distance(a: Float[Array, "*n 4 4"], b: Float[Array, "*n 4 4"]) -> tuple[Array, Array]:
+    """Angle in degrees and distance in world units between poses."""
+    turn = se3_log(se3_inverse(a) @ b)[..., 3:]
+    return np.degrees(np.linalg.norm(turn, axis=-1)), np.linalg.norm(a[..., :3, 3] - b[..., :3, 3], axis=-1)
+
+
+def _distinct(a: CameraTrack, b: CameraTrack) -> bool:
+    degrees, units = pose_distance(a.c2w, b.c2w)
+    return bool(degrees.mean() > DISTINCT_DEGREES or units.mean() > DISTINCT_UNITS)

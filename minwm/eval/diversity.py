@@ -1,11 +1,11 @@
-"""How far a model's video depends on the seed, and on the prompt, where image and camera stay the same."""
+"""Diversity: how far a model's video depends on the seed and on the prompt, where image and camera stay the same."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from minwm.eval.cases import Clips, Videos
+from minwm.eval.cases import Clips
 from minwm.store.model import Model, ModelConfig
 
 
@@ -14,22 +14,22 @@ class Diversity:
     """Spread of videos in 8-bit levels, per second: root of the mean variance over pixels, frames and clips."""
 
     seed: list[float]
-    """Over seeds: what the first frame does not settle."""
+    """Over seeds: what the first frame does not determine."""
     prompt: list[float]
-    """Between the true caption and that of another world, under one seed."""
-    worlds: float
-    """Between the true videos of different worlds: what unrelated pictures would give."""
+    """Between the true caption and that of another scene, under one seed."""
+    worlds: float | None
+    """Between the last true frames of different scenes: what unrelated pictures would give; None for text starts."""
 
 
-def diversity(model: Model, clips: Clips, seeds: int, seed: int) -> Diversity:
-    config = model.config
+def measure_diversity(model: Model, clips: Clips, seeds: int, seed: int) -> Diversity:
+    """Over `seeds` seeds from `seed` on. Takes at least two clips."""
+    config, captions = model.config, clips.captions
     drawn = np.stack([clips.generate(model, seed + i) for i in range(seeds)])
-    foreign = clips.generate(model, seed, [*clips.captions[1:], clips.captions[0]])
-    return Diversity(_spread(drawn, config), _spread(np.stack([drawn[0], foreign]), config), _over_worlds(clips.truth))
-
-
-def _over_worlds(truth: Videos) -> float:
-    return float(np.sqrt(truth[:, -1].astype(np.float32).var(0, ddof=1).mean()))
+    swapped = clips.generate(model, seed, [*captions[1:], captions[0]])
+    unrelated = None
+    if config.image_start:
+        unrelated = float(np.sqrt(clips.truth[:, -1].astype(np.float32).var(0, ddof=1).mean()))
+    return Diversity(_spread(drawn, config), _spread(np.stack([drawn[0], swapped]), config), unrelated)
 
 
 def _spread(videos: UInt8[np.ndarray, "k c n h w 3"], config: ModelConfig) -> list[float]:

@@ -85,7 +85,7 @@ class Quality:
     of the truth: 1 is no seam. (Latents have seams of their own, which are the codec's.)"""
 
 
-def quality(
+def measure_quality(
     generated: UInt8[Array, "c n h w 3"],
     truth: UInt8[Array, "..."],
     spans: Sequence[tuple[int, int]],

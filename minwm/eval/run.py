@@ -1,50 +1,63 @@
-"""All measurements of one or several models of one kind, and of the baselines, on the same held-out worlds."""
+"""Models of one kind and the baselines, measured on the same held-out cases. Finished rows are kept on disk."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from minwm.bench.stream import BenchResult, bench_model
-from minwm.core.config import ConfigError, UserError
-from minwm.core.media import Frame, contact_sheet
-from minwm.eval.camera.follow import Confusion, FollowResult
-from minwm.eval.cases import Clips, HeldOut, Videos, counterfactual, measure
-from minwm.eval.diversity import Diversity, diversity
-from minwm.eval.drift import Curve, LongRun
-from minwm.eval.image import Quality
-from minwm.eval.revisit import Revisit, revisit, revisits
+from minwm.core.config import ConfigError, UserError, dumps, loads
+from minwm.core.files import atomic, write_text
+from minwm.eval.camera.confusion import Confusion, counterfactual
+from minwm.eval.camera.follow import FollowReference, FollowResult, measure_following
+from minwm.eval.cases import BASELINES, HELD_OUT, Case, Clips, Videos, held_out
+from minwm.eval.diversity import Diversity, measure_diversity
+from minwm.eval.drift import DriftCurves, Frames, LongRollouts
+from minwm.eval.image import Quality, chunk_spans, measure_quality
+from minwm.eval.revisit import Revisit, measure_revisits, routes
+from minwm.nets.codec import VideoCodec
+from minwm.render.base import Scenes
+from minwm.render.worlds import World
 from minwm.store.model import Model, ModelConfig
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
+MAX_PASSES = 8
+"""Network passes per chunk above which a model is too slow for the long rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How much is generated and measured. Worlds and trajectories are fixed; see docs/evaluation.md."""
+    """What is measured, and how much is generated for it. Scenes and trajectories are fixed; see docs/evaluation.md."""
 
     clips: int = 32
     """Held-out clips for camera following and quality."""
+    counterfactual: tuple[str, ...] | None = None
+    """Models that are given every action from one first frame; None: all."""
     revisits: int = 8
-    """Clips that go out and come back, of each kind."""
+    """Clips that go out and come back, of each kind; 0: none."""
     walks: int = 4
-    """Worlds of the long streams, each with three routes."""
+    """Scenes of the long rollouts, each with three routes; 0: none."""
     seconds: int = 60
-    """Length of the long streams."""
+    """Length of the long rollouts."""
     seeds: int = 3
-    """Seeds over which diversity is measured."""
-    counterfactual: bool = True
-    """Every action from one first frame."""
+    """Seeds over which diversity is measured, on the revisits; 0: it is not."""
     bench_repeats: int = 3
+    """Clips over which latency is measured; 0: it is not."""
     seed: int = 1
     """Of the models' noise."""
 
     def __post_init__(self) -> None:
-        least = {"clips": 3, "revisits": 2, "walks": 1, "seconds": 2, "seeds": 2, "bench_repeats": 1}
-        for name, bound in least.items():
-            if (value := vars(self)[name]) < bound:
-                raise ConfigError(f"eval.{name}={value}: give at least {bound}")
+        optional = {"revisits": 2, "walks": 1, "seeds": 2, "bench_repeats": 1}
+        for name, least in {"clips": 3, "seconds": 2, **optional}.items():
+            value = vars(self)[name]
+            if value < least and not (value == 0 and name in optional):
+                raise ConfigError(f"eval.{name}={value}: give at least {least}{', or 0' * (name in optional)}")
+        if self.seeds and not self.revisits:
+            raise ConfigError(f"eval.seeds={self.seeds}: diversity is measured on eval.revisits, which is 0; set both")
 
 
 QUICK = EvalConfig(clips=4, revisits=2, walks=1, seconds=4, seeds=2, bench_repeats=1)
@@ -52,160 +65,194 @@ QUICK = EvalConfig(clips=4, revisits=2, walks=1, seconds=4, seeds=2, bench_repea
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """One row of every table: a model, or a baseline."""
+class EvalResult:
+    """Measurements of a model or a baseline: a row of every table. None: not measured."""
 
-    follow: FollowResult
-    quality: Quality
+    follow: FollowResult | None = None
+    """As quality and confusion, of models that start from images."""
+    quality: Quality | None = None
     confusion: Confusion | None = None
     revisit: Revisit | None = None
-    """Within a clip of training."""
+    """Within a training clip."""
     revisit_away: Revisit | None = None
-    """Until the first view is out of sight; for models that stream."""
-    drift: dict[str, Curve] | None = None
-    """By route; for models that stream."""
+    """Until the first view is out of sight; of models that stream."""
+    drift: dict[str, DriftCurves] | None = None
+    """By route; of models that stream in at most `MAX_PASSES` passes."""
     diversity: Diversity | None = None
     bench: BenchResult | None = None
-    """None for baselines, which are no models."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What was aimed at, and what came out."""
-
-    what: str
-    value: float
-    bound: float
-    met: bool
+    eval_seconds: float = 0.0
+    """Generating and measuring; rendering the truth counts in the row that needs it first."""
 
 
 @dataclass(frozen=True)
-class Truths:
-    """All that the models are compared with, rendered once."""
-
-    held: HeldOut
-    near: Clips
-    away: Clips
-    long: LongRun
-
-    @classmethod
-    def make(cls, model: Model, cfg: EvalConfig) -> "Truths":
-        config = model.config
-        return cls(
-            HeldOut.of(config, cfg.clips),
-            revisits(config, cfg.revisits, away=False),
-            revisits(config, cfg.revisits, away=True),
-            LongRun.make(config, model.codec, cfg.walks, cfg.seconds),
-        )
-
-
-@dataclass
-class Evaluation:
-    """Rows by name, models first, and the videos of the held-out clips behind them."""
+class HeldOut:
+    """What the models are given and compared with, rendered when first needed and once."""
 
     config: ModelConfig
-    truths: Truths
-    rows: dict[str, Evaluated] = field(default_factory=dict)
-    videos: dict[str, Videos] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """What each row took, and `truth`: rendering what they are compared with."""
+    codec: VideoCodec
+    cfg: EvalConfig
+    scenes: Scenes = World
+
+    @cached_property
+    def clips(self) -> Clips:
+        return held_out(self.config, self.cfg.clips, self.scenes)
+
+    @cached_property
+    def reference(self) -> FollowReference:
+        size = self.config.height, self.config.width
+        return FollowReference.render(self.clips.cases, *size, stride=self.config.motion.stride)
+
+    @cached_property
+    def revisits(self) -> Clips:
+        return self._revisits(away=False)
+
+    @cached_property
+    def revisits_away(self) -> Clips:
+        return self._revisits(away=True)
+
+    def _revisits(self, *, away: bool) -> Clips:
+        return Clips.make(self.config, routes(self.config, self.cfg.revisits, away=away), self.scenes, HELD_OUT + 1)
+
+    @cached_property
+    def long(self) -> LongRollouts:
+        return LongRollouts.make(self.config, self.codec, self.scenes, self.cfg.walks, self.cfg.seconds)
 
 
-def evaluate(models: Mapping[str, Model], cfg: EvalConfig, say: Say) -> Evaluation:
-    """Measure the models, then the baselines. Raises UserError if the models do not see the same things."""
-    check_alike({name: model.config for name, model in models.items()})
-    last = list(models.values())[-1]
-    began = time.monotonic()
-    result = Evaluation(last.config, Truths.make(last, cfg))
-    result.seconds["truth"] = time.monotonic() - began
-    for name, model in models.items():
-        began = time.monotonic()
-        result.videos[name] = result.truths.held.generate(model, cfg.seed)
-        result.rows[name] = measure_model(model, result.truths, result.videos[name], cfg)
-        result.seconds[name] = time.monotonic() - began
-        say(f"{name}: {headline(result.rows[name])} ({result.seconds[name]:.0f} s)")
-    began = time.monotonic()
-    baselines(result, last)
-    result.seconds["baselines"] = time.monotonic() - began
-    return result
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` left in a folder."""
+
+    folder: Path
+    models: Sequence[str]
+    config: ModelConfig
+    cfg: EvalConfig
+    scenes: Scenes = World
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Of the held-out clips."""
+        return held_out(self.config, self.cfg.clips, self.scenes).cases
+
+    @cached_property
+    def rows(self) -> dict[str, EvalResult]:
+        """By name, models first."""
+        paths = {name: _path(self.folder, name, "json") for name in (*self.models, *BASELINES)}
+        return {name: loads(EvalResult, path.read_text()) for name, path in paths.items() if path.exists()}
+
+    def videos(self, name: str) -> Videos:
+        """Of the held-out clips."""
+        return load_file(_path(self.folder, name, "safetensors"))["frames"]
 
 
-def best_and_worst(result: Evaluation, name: str, each: int = 2) -> Frame:
-    """A contact sheet of a model's clips that follow their cameras best and worst, each below the truth."""
-    follow, held, videos = result.rows[name].follow, result.truths.held, result.videos[name]
-    parts = (follow.rot_err_per_clip, follow.static_rot_deg), (follow.trans_err_per_clip, follow.static_trans_u)
-    missed = sum(np.array(errors) / max(still, 1e-6) for errors, still in parts)
-    order, rows, labels = np.argsort(missed), [], []
-    for kind, clips in (("best", order[:each]), ("worst", order[-each:])):
-        for i in clips:
-            rows += [held.truth[i], videos[i]]
-            labels += [held.trajectories[i], f"{name}: {kind}"]
-    return contact_sheet(rows, every=2 * result.config.motion.stride, labels=labels)
+def evaluate(
+    models: Mapping[str, Callable[[], Model]], cfg: EvalConfig, folder: Path, log: Log, scenes: Scenes = World
+) -> Evaluation:
+    """Measure models, each loaded when it is its turn, and the baselines; rows that `folder` holds are kept.
+
+    Raises UserError if the models differ in what they see, or if the rows are those of another config.
+    """
+    check_config(folder, cfg)
+    *_, (last, load) = models.items()
+    reference = load()
+    held = HeldOut(reference.config, reference.codec, cfg, scenes)
+    image_start = held.config.image_start
+    if not image_start:
+        log("text starts: camera following, quality and counterfactual control need a first image, and are skipped")
+
+    def model_row(name: str) -> tuple[Videos, EvalResult]:
+        model = reference if name == last else models[name]()
+        check_alike({last: held.config, name: model.config})
+        return measure_model(name, model, held)
+
+    def baseline_row(name: str) -> tuple[Videos, EvalResult]:
+        return _measure(
+            held, held.config, lambda clips: clips.baseline(name, held.codec), lambda long: long.baseline(name)
+        )
+
+    for name in models:
+        _keep(folder, name, model_row, log)
+    for name in BASELINES if image_start or cfg.revisits or cfg.walks else ():
+        _keep(folder, name, baseline_row, log)
+    return Evaluation(folder, [*models], held.config, cfg, scenes)
 
 
-def headline(row: Evaluated) -> str:
-    return f"camera score {row.follow.score.value:.2f}, PSNR {row.quality.psnr:.1f} dB"
-
-
-def measure_model(model: Model, truths: Truths, videos: Videos, cfg: EvalConfig) -> Evaluated:
-    """A row from a model; `videos` are those of the held-out clips."""
-    config, streams = model.config, model.config.sampler.causal
-    measured = measure(config, truths.held, videos)
-    long = truths.long
-    return Evaluated(
-        follow=measured.follow,
-        quality=measured.quality,
-        confusion=counterfactual(model, cfg.seed)[2] if cfg.counterfactual else None,
-        revisit=revisit(config, truths.near, truths.near.generate(model, cfg.seed)),
-        revisit_away=revisit(config, truths.away, truths.away.generate(model, cfg.seed)) if streams else None,
-        drift=long.measure(long.generate(model, cfg.seed)) if streams and model.config.sampler.passes <= MANY else None,
-        diversity=diversity(model, truths.near, cfg.seeds, cfg.seed),
-        bench=bench_model(model, repeats=cfg.bench_repeats),
+def measure_model(name: str, model: Model, held: HeldOut) -> tuple[Videos, EvalResult]:
+    """A model's videos of the held-out clips, and its row."""
+    cfg, config = held.cfg, model.config
+    long = config.sampler.causal and config.sampler.passes <= MAX_PASSES
+    videos, row = _measure(
+        held,
+        config,
+        lambda clips: clips.generate(model, cfg.seed),
+        (lambda rollouts: rollouts.generate(model, cfg.seed)) if long else None,
+        away=config.sampler.causal,
+    )
+    actions = config.image_start and (cfg.counterfactual is None or name in cfg.counterfactual)
+    return videos, replace(
+        row,
+        confusion=counterfactual(model, held.scenes, cfg.seed) if actions else None,
+        diversity=measure_diversity(model, held.revisits, cfg.seeds, cfg.seed) if cfg.seeds else None,
+        bench=bench_model(model, repeats=cfg.bench_repeats) if cfg.bench_repeats else None,
     )
 
 
-MANY = 8
-"""Network passes per chunk above which a model is too slow for the long streams."""
+def _measure(
+    held: HeldOut,
+    config: ModelConfig,
+    make: Callable[[Clips], Videos],
+    rollout: Callable[[LongRollouts], Mapping[str, Frames]] | None,
+    *,
+    away: bool = True,
+) -> tuple[Videos, EvalResult]:
+    """The videos that `make` gives for the held-out clips, and what is measured of models and baselines alike. None for
+    `rollout`, and not `away`: nothing is longer than a training clip."""
+    stream, motion, cfg = config.stream, config.motion, held.cfg
+    videos = make(held.clips)
+    follow = quality = near = far = drift = None
+    if config.image_start:
+        spans = chunk_spans(videos.shape[1], stream.first_chunk_frames, stream.chunk, motion.stride)
+        follow = measure_following(held.reference, videos)
+        quality = measure_quality(videos, held.clips.truth, spans, fps=motion.fps, stride=motion.stride)
+    if cfg.revisits:
+        near = measure_revisits(config, held.revisits, make(held.revisits))
+    if cfg.revisits and away:
+        far = measure_revisits(config, held.revisits_away, make(held.revisits_away))
+    if cfg.walks and rollout:
+        drift = held.long.measure(rollout(held.long))
+    return videos, EvalResult(follow=follow, quality=quality, revisit=near, revisit_away=far, drift=drift)
 
 
-def baselines(result: Evaluation, model: Model) -> None:
-    """Add the rows of the baselines, measured like the models."""
-    truths, config = result.truths, result.config
-    long = truths.long.anchors()
-    near, away = (clips.anchors(model.codec) for clips in (truths.near, truths.away))
-    for name, videos in truths.held.anchors(model.codec).items():
-        measured = measure(config, truths.held, videos)
-        result.videos[name] = videos
-        result.rows[name] = Evaluated(
-            follow=measured.follow,
-            quality=measured.quality,
-            revisit=revisit(config, truths.near, near[name]),
-            revisit_away=revisit(config, truths.away, away[name]),
-            drift=truths.long.measure(long[name]),
-        )
+def _keep(folder: Path, name: str, make: Callable[[str], tuple[Videos, EvalResult]], log: Log) -> None:
+    """Make a row and its videos, unless `folder` holds them."""
+    path = _path(folder, name, "json")
+    if path.exists():
+        return
+    began = time.monotonic()
+    videos, row = make(name)
+    with atomic(_path(folder, name, "safetensors")) as temporary:
+        save_file({"frames": np.ascontiguousarray(videos)}, temporary)
+    seconds = time.monotonic() - began
+    write_text(path, dumps(replace(row, eval_seconds=seconds)))
+    log(f"evaluated {name}: {headline(row)} ({seconds:.0f} s)")
 
 
-def targets(row: Evaluated, teacher: Evaluated | None = None) -> list[Target]:
-    """The demo world's aims, judged on medians; `teacher` is the multi-step model that the few-step one came from."""
-    motion, found = row.follow.motion.overall, []
-    if motion.turn_error:
-        found.append(_target("yaw and pitch missed, share of the command", motion.turn_error.value, TURN_SHARE))
-    if motion.direction_deg:
-        found.append(_target("direction of movement missed, degrees", motion.direction_deg.value, DIRECTION_DEG))
-    if teacher and teacher.quality.psnr_at and row.quality.psnr_at:
-        behind = teacher.quality.psnr_at[0].value - row.quality.psnr_at[0].value
-        found.append(_target("PSNR behind the multi-step teacher after 1 s, dB", behind, BEHIND_DB))
-    if row.drift:
-        ends = [second for curve in row.drift.values() for second in curve.collapsed]
-        found.append(_target("long streams that collapsed", sum(end is not None for end in ends), 0))
-    return found
+def _path(folder: Path, name: str, suffix: str) -> Path:
+    return folder / f"{name.strip('/')}.{suffix}"
 
 
-TURN_SHARE, DIRECTION_DEG, BEHIND_DB = 0.15, 15.0, 2.0
+def headline(row: EvalResult) -> str:
+    """The row in a few words."""
+    if row.follow and row.quality:
+        return f"camera score {row.follow.score.value:.2f}, PSNR {row.quality.psnr:.1f} dB"
+    return f"revisits {row.revisit.consistency.value:.1f} dB alike" if row.revisit else "no camera score"
 
 
-def _target(what: str, value: float, bound: float) -> Target:
-    return Target(what=what, value=value, bound=bound, met=value <= bound)
+def check_config(folder: Path, cfg: EvalConfig) -> None:
+    """Raise UserError if `folder` holds rows of another config; else note this one there."""
+    path = folder / "config.json"
+    if path.exists() and (other := loads(EvalConfig, path.read_text())) != cfg:
+        raise UserError(f"{folder} holds rows measured with {other}, not with {cfg}; give another folder or delete it")
+    write_text(path, dumps(cfg))
 
 
 def check_alike(configs: Mapping[str, ModelConfig]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from minwm.bench.stream import BenchResult, bench_model
 from minwm.core.config import dumps, loads
 from minwm.core.files import write_text
 from minwm.core.runtime import generator, pick_device
@@ -16,12 +15,9 @@ from minwm.core.weights import read_weights, write_safetensors
 from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
-from minwm.eval.camera.follow import FollowResult
-from minwm.eval.cases import HeldOut, measure
-from minwm.eval.drift import Curve, LongRun
-from minwm.eval.image import Quality
-from minwm.eval.report.figure import Dot, Panel, figure
-from minwm.eval.run import Say
+from minwm.eval.report.charts import Dot, Panel, figure
+from minwm.eval.run import EvalConfig, EvalResult, HeldOut, Log, headline, measure_model
+from minwm.eval.stats import Interval
 from minwm.experiments.ablations import Ablation, Arm, shipped
 from minwm.experiments.pipeline import PipelinePart, collect_for, part_seconds
 from minwm.experiments.presets.demo import demo, tiny_model
@@ -35,16 +31,14 @@ CLIPS = 1600
 """Training clips of 33 frames at 64x64."""
 WORLDS = 5
 """Seed of their worlds."""
-MEASURED = 12
-"""Held-out clips on which an arm is measured."""
+EVALUATION = EvalConfig(clips=12, counterfactual=(), revisits=0, walks=2, seconds=20, seeds=0)
+"""What is measured of an arm; long rollouts where the ablation asks for them, speed of few-step models."""
 TRAJECTORIES = 64
-STREAMS, SECONDS = 2, 20
-"""Worlds and length of the long streams."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmResult:
-    """What an arm came to."""
+class ArmResult(EvalResult):
+    """What an arm came to: its measurements, and its training."""
 
     name: str
     x: float
@@ -57,55 +51,54 @@ class ArmResult:
     loss: float | None
     """On held-out clips with true cameras; None where reliance is not measured."""
     reliance: float | None
-    """1 - that loss over the loss with the cameras of other clips: 0 does not listen to cameras."""
-    follow: FollowResult
-    quality: Quality
+    """1 - that loss over the loss with the cameras of other clips: 0 ignores cameras."""
     stored_mb: float = 0.0
     """Trajectories that had to be stored first."""
-    drift: dict[str, Curve] | None = None
-    bench: BenchResult | None = None
-    """Of few-step models."""
 
 
-def run_ablation(plan: Ablation, out: Path, say: Say) -> Iterator[list[ArmResult]]:
+def run_ablation(plan: Ablation, out: Path, log: Log) -> Iterator[list[ArmResult]]:
     """Train and measure the arms that `out` lacks; yields the results so far after every arm."""
-    _prepare(out, say)
-    measurer, results = _Measurer(plan, out), []
+    _prepare(out, log)
+    cfg = EVALUATION if plan.drift else replace(EVALUATION, walks=0, bench_repeats=0)
+    held, results = None, []
     for arm in plan.arms:
         folder = out / plan.name
         done = folder / "results" / f"{arm.name.replace(':', '').replace(', ', '-').replace(' ', '-')}.json"
         if not done.exists():
             began = time.monotonic()
-            seconds = sum(_train(run, folder / run.name, out, say) for run in arm.runs)
-            result = measurer(arm, folder / arm.runs[-1].name, seconds)
+            seconds = sum(_train(run, folder / run.name, out, log) for run in arm.runs)
+            made = folder / arm.runs[-1].name
+            model = _quick(load_model(made).ready(), arm)
+            held = held or HeldOut(model.config, model.codec, cfg)
+            result = _measure(plan, arm, model, held, made, out, seconds)
             write_text(done, dumps(result))
-            say(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")
+            log(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")
         results.append(loads(ArmResult, done.read_text()))
         yield results
 
 
 def _headline(result: ArmResult) -> str:
     listens = "" if result.reliance is None else f", reliance on cameras {result.reliance:.2f}"
-    return f"camera score {result.follow.score.value:.2f}{listens}"
+    return f"{headline(result)}{listens}"
 
 
-def _train(run: Run, folder: Path, out: Path, say: Say) -> float:
+def _train(run: Run, folder: Path, out: Path, log: Log) -> float:
     """Seconds that the run takes, or took."""
     extra = 0.0
     if run.recipe.needs_trajectories:
-        PipelinePart(out, say)("collect", lambda: collect_for(run, out, TRAJECTORIES))
+        PipelinePart(out, log)("collect", lambda: collect_for(run, out, TRAJECTORIES))
         extra = part_seconds(out, "collect")
     return extra + train(run, folder).seconds
 
 
-def _prepare(out: Path, say: Say) -> None:
+def _prepare(out: Path, log: Log) -> None:
     """Training clips, and what arms start from, as far as `out` lacks them."""
     _start(out / "start")
     _teacher(out / "ar")
     render = demo(out).render
     assert render is not None
     raw, latents, codec = out / "raw", out / "latents", load_codec(shipped("codec"))
-    part = PipelinePart(out, say)
+    part = PipelinePart(out, log)
     part("render", lambda: render_worlds(raw, replace(render, seed=WORLDS), clips=CLIPS, workers=2))
     part("encode", lambda: encode_clips(raw, latents, codec, tiny_model().text))
 
@@ -131,32 +124,20 @@ def _teacher(folder: Path) -> None:
         save_model(folder, replace(config, codec=codec.cfg), net, codec)
 
 
-class _Measurer:
-    """Measures arms on the same held-out worlds, rendered once."""
-
-    def __init__(self, plan: Ablation, out: Path) -> None:
-        self.plan, self.out = plan, out
-        self.held: HeldOut | None = None
-        self.long: LongRun | None = None
-
-    def __call__(self, arm: Arm, folder: Path, seconds: float) -> ArmResult:
-        model, run = _quick(load_model(folder).ready(), arm), arm.runs[-1]
-        self.held = held = self.held or HeldOut.of(model.config, MEASURED)
-        measured = measure(model.config, held, held.generate(model, seed=1))
-        losses = _losses(run, folder) if self.plan.reliance else None
-        stores = run.recipe.needs_trajectories
-        return ArmResult(
-            name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
-            loss=losses and losses[0], reliance=losses and 1 - losses[0] / losses[1],
-            follow=measured.follow, quality=measured.quality,
-            stored_mb=sum(p.stat().st_size for p in (self.out / "trajectories").glob("*")) / 1e6 if stores else 0.0,
-            drift=self.stream(model) if self.plan.drift else None,
-            bench=bench_model(model, repeats=3) if model.config.sampler.causal else None,
-        )  # fmt: skip
-
-    def stream(self, model: Model) -> dict[str, Curve]:
-        self.long = long = self.long or LongRun.make(model.config, model.codec, STREAMS, SECONDS)
-        return long.measure(long.generate(model, seed=1))
+def _measure(
+    plan: Ablation, arm: Arm, model: Model, held: HeldOut, folder: Path, out: Path, seconds: float
+) -> ArmResult:
+    """An arm whose last stage left `model` in `folder`."""
+    run = arm.runs[-1]
+    losses = _losses(run, folder) if plan.reliance else None
+    stores = run.recipe.needs_trajectories
+    _, row = measure_model(arm.name, model, held)
+    return ArmResult(
+        name=arm.name, x=arm.x, seed=arm.seed, steps=run.steps, batch=run.batch, seconds=seconds,
+        loss=losses and losses[0], reliance=losses and 1 - losses[0] / losses[1],
+        stored_mb=sum(p.stat().st_size for p in (out / "trajectories").glob("*")) / 1e6 if stores else 0.0,
+        **vars(row),
+    )  # fmt: skip
 
 
 def _quick(model: Model, arm: Arm) -> Model:
@@ -194,15 +175,17 @@ def draw(plan: Ablation, results: list[ArmResult]) -> str:
         dots = [Dot(r.x, *v, r.name) for r, v in zip(results, values, strict=True) if v]
         return Panel(title, dots)
 
-    scores = [(r.follow.score.value, r.follow.score.low, r.follow.score.high) for r in results]
-    direction = [d and (d.value, d.low, d.high) for d in (r.follow.motion.overall.direction_deg for r in results)]
-    panels = [panel("camera score", [*scores])]
+    def spread(x: Interval | None) -> tuple[float, float, float] | None:
+        return x and (x.value, x.low, x.high)
+
+    panels = [panel("camera score", [spread(r.follow and r.follow.score) for r in results])]
     if all(r.reliance is not None for r in results):
         reliance = [r.reliance for r in results if r.reliance is not None]
         panels.append(panel("reliance on cameras", [(x, x, x) for x in reliance]))
+    direction = [spread(r.follow and r.follow.motion.overall.direction_deg) for r in results]
     panels.append(panel("direction missed, degrees", direction))
     if plan.drift:
-        worst = [max(c.strangeness[-1] for c in r.drift.values()) if r.drift else 0.0 for r in results]
-        panels.append(panel(f"strangeness after {SECONDS} s", [(x, x, x) for x in worst]))
+        worst = [max(c.feature_distance[-1] for c in r.drift.values()) if r.drift else 0.0 for r in results]
+        panels.append(panel(f"feature distance after {EVALUATION.seconds} s", [(x, x, x) for x in worst]))
     names = {} if plan.numeric else {arm.x: arm.name for arm in plan.arms}
     return figure(panels, plan.varies, names)

@@ -47,7 +47,7 @@ class Ablation:
     reliance: bool = False
     """The last stage's loss on held-out clips is measured too, with their cameras and with those of other clips."""
     drift: bool = False
-    """Long streams are measured too."""
+    """Long rollouts and speed are measured too."""
 
 
 def shipped(name: str) -> Path:

@@ -3,32 +3,27 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from minwm.bench.stream import bench_model
 from minwm.core.config import dumps, loads
-from minwm.core.files import atomic, write_text
+from minwm.core.files import write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.types import Clip
 from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.data.trajectories import collect_trajectories
-from minwm.eval.cases import ANCHORS, HeldOut, Videos, counterfactual, measure
-from minwm.eval.run import Evaluated, headline
-from minwm.experiments.presets.base import Evaluation, Pipeline
+from minwm.eval.run import Evaluation, Log, evaluate
+from minwm.experiments.presets.base import Pipeline
 from minwm.store.folder import load_codec, load_model
-from minwm.store.model import ModelConfig
+from minwm.store.model import Model
 from minwm.train.build import train
 from minwm.train.config import Run, Summary
 from minwm.train.loop import autocast
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +33,13 @@ class Timing:
     seconds: float
 
 
-def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = None) -> None:
-    """Make everything that `out` lacks, to the end or to the stage `until`; `say` gets a line per part."""
-    part = PipelinePart(out, say)
+def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = None) -> None:
+    """Make everything that `out` lacks, to the end or to the stage `until`; `log` gets a line per part."""
+    part = PipelinePart(out, log)
     if (render := pipeline.render) is not None:
         part("render", lambda: render_worlds(out / "raw", render, clips=pipeline.clips, workers=pipeline.workers))
     if pipeline.codec:
-        _train(pipeline.codec, out, say)
+        _train(pipeline.codec, out, log)
         if until == "codec":
             return
     start = pipeline.stages[0]
@@ -56,38 +51,38 @@ def run_pipeline(pipeline: Pipeline, out: Path, say: Say, until: str | None = No
     for run in pipeline.stages:
         if run.recipe.needs_trajectories:
             part("collect", lambda run=run: collect_for(run, out, pipeline.collect))
-        _train(run, out, say)
+        _train(run, out, log)
         if run.name == until:
             return
-    part("evaluate", lambda: evaluate(pipeline, out, say))
+    part("evaluate", lambda: evaluate_stages(pipeline, out, log))
 
 
 class PipelinePart:
     """Runs a part unless `out/parts/{name}.json` says that it is done."""
 
-    def __init__(self, out: Path, say: Say) -> None:
-        self.folder, self.say = out / "parts", say
+    def __init__(self, out: Path, log: Log) -> None:
+        self.folder, self.log = out / "parts", log
 
     def __call__(self, name: str, work: Callable[[], object]) -> None:
         done = self.folder / f"{name}.json"
         if done.exists():
-            self.say(f"{name}: done before")
+            self.log(f"{name}: done before")
             return
         start = time.monotonic()
         work()
         seconds = time.monotonic() - start
         write_text(done, dumps(Timing(seconds=seconds)))
-        self.say(f"{name}: {seconds:.0f} s")
+        self.log(f"{name}: {seconds:.0f} s")
 
 
 def part_seconds(out: Path, name: str) -> float:
     return loads(Timing, (out / "parts" / f"{name}.json").read_text()).seconds
 
 
-def _train(run: Run, out: Path, say: Say) -> Summary:
+def _train(run: Run, out: Path, log: Log) -> Summary:
     summary = train(run, out / run.name)
     speed = summary.steps / max(summary.seconds, 1e-9)
-    say(
+    log(
         f"{run.name}: {summary.steps} steps in {summary.seconds:.0f} s ({speed:.2f}/s), "
         f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}"
     )
@@ -110,52 +105,16 @@ def collect_for(run: Run, out: Path, clips: int) -> None:
     collect_trajectories(source, out / "trajectories", clips, states, about, batch=run.batch)
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+def evaluate_stages(pipeline: Pipeline, out: Path, log: Log) -> Evaluation:
+    """Measure the stages and the baselines on the same held-out clips; finished rows are kept."""
+
+    def load(name: str) -> Model:
+        return load_model(out / name).ready()
+
+    return evaluate({name: partial(load, name) for name in pipeline.evaluated}, pipeline.evaluation, out / "eval", log)
 
 
-def evaluate(pipeline: Pipeline, out: Path, say: Say) -> None:
-    """Measure the stages of the evaluation and the anchors on the same held-out clips; finished rows are kept."""
-    plan, folder = pipeline.evaluation, out / "eval"
-    last = load_model(out / plan.stages[-1]).ready()
-    held = HeldOut.of(last.config, plan.clips)
-    _save_videos(folder / "truth.safetensors", held.truth)
-    for name, anchor in held.anchors(last.codec).items():
-        _keep(folder, name, lambda anchor=anchor: _anchor(last.config, held, anchor), say)
-    for name in plan.stages:
-        _keep(folder, name, lambda name=name: _evaluate_stage(plan, out, name, held), say)
-
-
-def load_rows(pipeline: Pipeline, out: Path) -> dict[str, Evaluated]:
-    """What `evaluate` found, stages first."""
-    names = [*pipeline.evaluation.stages, *ANCHORS]
-    return {name: loads(Evaluated, (out / "eval" / f"{name}.json").read_text()) for name in names}
-
-
-def _keep(rows: Path, name: str, make: Callable[[], Evaluated], say: Say) -> None:
-    path = rows / f"{name}.json"
-    if path.exists():
-        return
-    start, result = time.monotonic(), make()
-    write_text(path, dumps(result))
-    say(f"evaluated {name}: {headline(result)} ({time.monotonic() - start:.0f} s)")
-
-
-def _anchor(config: ModelConfig, held: HeldOut, videos: Videos) -> Evaluated:
-    measured = measure(config, held, videos)
-    return Evaluated(follow=measured.follow, quality=measured.quality)
-
-
-def _evaluate_stage(plan: Evaluation, out: Path, name: str, held: HeldOut) -> Evaluated:
-    model = load_model(out / name).ready()
-    videos = held.generate(model, plan.seed)
-    _save_videos(out / "eval" / f"{name}.safetensors", videos)
-    measured, table = measure(model.config, held, videos), None
-    if name in plan.counterfactual:
-        _, _, table = counterfactual(model, plan.seed)
-    bench = bench_model(model, repeats=plan.bench_repeats)
-    return Evaluated(follow=measured.follow, quality=measured.quality, confusion=table, bench=bench)
-
-
-def _save_videos(path: Path, videos: Videos) -> None:
-    with atomic(path) as temporary:
-        save_file({"frames": np.ascontiguousarray(videos)}, temporary)
+def evaluation(pipeline: Pipeline, out: Path) -> Evaluation:
+    """What `evaluate_stages` has left."""
+    config = pipeline.stage(pipeline.evaluated[-1]).model
+    return Evaluation(out / "eval", pipeline.evaluated, config, pipeline.evaluation)

@@ -1,19 +1,20 @@
 """The report of a pipeline: gathers what the stages left on disk. Every number and picture is read, none is typed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import load_file
-
-from minwm.cameras.trajectory import parse
 from minwm.core.config import loads
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, versions
-from minwm.eval.cases import ANCHORS, HeldOut
-from minwm.eval.report.pipeline import Command, Example, Latency, ReportData, Stage, Video, write_report
-from minwm.eval.run import Evaluated
+from minwm.eval.cases import BASELINES
+from minwm.eval.report.charts import COLOURS, Series, duration, line_chart, number, smooth
+from minwm.eval.report.gallery import examples, gallery
+from minwm.eval.report.page import Section, caveats, commands, facts_list, write_page
+from minwm.eval.report.sections import evaluation_sections, tiles
+from minwm.eval.run import Evaluation
 from minwm.experiments.pipeline import part_seconds
 from minwm.experiments.presets.base import Pipeline
 from minwm.train.config import Run, Summary
@@ -27,50 +28,58 @@ WHAT = {
     "consistency": "stage 2b: causal consistency distillation",
     "dmd": "stage 3: asymmetric DMD on self-rollouts",
 }
-
 SHIPPED = "shipped checkpoint"
 
 
-def report(pipeline: Pipeline, out: Path, rows: Mapping[str, Evaluated]) -> Path:
+@dataclass(frozen=True)
+class Stage:
+    """A part of the pipeline; those that train have steps and curves."""
+
+    name: str
+    what: str
+    """What it does, in a few words."""
+    seconds: float
+    steps: int = 0
+    init_from: str = "random"
+    losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Curves by name, one value per logged step; the first is the stage's main loss."""
+    held_out: Sequence[tuple[int, float]] = ()
+    """(step, loss) on clips that are not trained on."""
+    passes_per_chunk: int | None = None
+    """Network passes that one generated chunk costs with this model; None where it does not generate chunks."""
+
+
+def report(pipeline: Pipeline, out: Path, result: Evaluation) -> Path:
     """Write `out/report.html`."""
-    config = pipeline.stages[-1].model
-    models = {name: rows[name] for name in pipeline.evaluation.stages}
-    stages = _stages(pipeline, out)
-    about = versions()
+    config, stages, about = result.config, _stages(pipeline, out), versions()
     facts = {
         "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "Commit": git_commit() or "not a checkout",
         "Processor": about.get("gpu", about["cpu"]), "Python": about["python"], "PyTorch": about["torch"],
         "Network": f"{_summary(out, pipeline.stages[-1]).parameters / 1e6:.2f} M parameters",
         "Video": f"{config.height}x{config.width}, {config.motion.fps:g} fps, {config.latents} latents",
     }  # fmt: skip
-    return write_report(
+    shown = [name for name in (BASELINES[0], *result.models) if name in result.rows]
+    return write_page(
         out / "report.html",
-        ReportData(
-            title=f"minwm {pipeline.name}",
-            sentence=(
-                "From rendered clips to a world model that follows the camera: every stage of the recipe, trained "
-                "and measured in this run on worlds it had not seen."
-            ),
-            facts=facts,
-            seconds=sum(stage.seconds for stage in stages),
-            fps=config.motion.fps,
-            stages=stages,
-            examples=_examples(pipeline, out),
-            latency=[_latency(name, row, pipeline) for name, row in models.items() if row.bench],
-            following={name: row.follow for name, row in models.items()},
-            anchors={name: rows[name].follow for name in ANCHORS},
-            confusion={name: row.confusion for name, row in models.items() if row.confusion},
-            quality={name: row.quality for name, row in rows.items()},
-            quality_anchors=ANCHORS,
-            commands=_commands(pipeline, out),
-            caveats=_caveats(stages),
-        ),
+        f"minwm {pipeline.name}",
+        "From clips to a world model that follows the camera: every stage of the recipe, trained and measured in this "
+        "run on scenes that it had not seen.",
+        facts,
+        [(duration(sum(stage.seconds for stage in stages)), "whole run"), *tiles(result.rows)],
+        [
+            Section("pipeline", "Pipeline", _cards(stages)),
+            gallery(examples(result, shown), config.motion.fps),
+            *evaluation_sections(result.rows),
+            Section("training", "Training", _training(stages)),
+            commands(_commands(pipeline, out)),
+            caveats(_caveats(stages)),
+        ],
     )
 
 
 def _stages(pipeline: Pipeline, out: Path) -> list[Stage]:
     def part(name: str, what: str) -> Stage:
-        return Stage(name, what, None, 0, part_seconds(out, name))
+        return Stage(name, what, part_seconds(out, name))
 
     stages = [part("render", f"{pipeline.clips} clips with exact cameras")] if pipeline.render else []
     stages += [_stage(pipeline.codec, out)] if pipeline.codec else []
@@ -83,25 +92,25 @@ def _stages(pipeline: Pipeline, out: Path) -> list[Stage]:
 
 
 def _stage(run: Run, out: Path) -> Stage:
-    summary, lines = _summary(out, run), read_metrics(out / run.name)
+    summary, lines, sampler = _summary(out, run), read_metrics(out / run.name), run.model.sampler
     names = [name for name in ("loss", "dmd", "critic") if any(name in line for line in lines)]
-    generates = run.name not in ("codec", "foundation") and run.model.sampler.causal
+    generates = run.name not in ("codec", "foundation") and sampler.causal
     return Stage(
         run.name,
         WHAT.get(run.name, run.recipe.kind),
-        _origin(run.init.student, out),
-        summary.steps,
         summary.seconds,
+        summary.steps,
+        _origin(run.init.student, out),
         {name: [line[name] for line in lines if name in line] for name in names},
-        passes_per_chunk=run.model.sampler.passes if generates else None,
-        held_out=[(line["step"], line["val"]) for line in lines if "val" in line],
+        [(line["step"], line["val"]) for line in lines if "val" in line],
+        sampler.passes if generates else None,
     )
 
 
-def _origin(source: str | None, out: Path) -> str | None:
+def _origin(source: str | None, out: Path) -> str:
     """What a stage continued from, in words."""
     if source is None:
-        return None
+        return "random"
     path = Path(source)
     return path.name if path.parent == out else f"{SHIPPED} {path.name}"
 
@@ -110,53 +119,67 @@ def _summary(out: Path, run: Run) -> Summary:
     return loads(Summary, (out / run.name / "summary.json").read_text())
 
 
-def _latency(name: str, row: Evaluated, pipeline: Pipeline) -> Latency:
-    bench, sampler = row.bench, pipeline.stage(name).model.sampler
-    assert bench is not None
-    return Latency(
-        name, sampler.passes, bench.first_chunk.median_ms, bench.chunk.median_ms, bench.chunk.p90_ms, bench.fps
-    )
-
-
-def _examples(pipeline: Pipeline, out: Path) -> list[Example]:
-    plan = pipeline.evaluation
-    held = HeldOut.labels(pipeline.stages[-1].model, plan.clips)
-    names = {"truth": "ground truth"} | {name: name for name in plan.stages}
-    videos = {label: load_file(out / "eval" / f"{file}.safetensors")["frames"] for file, label in names.items()}
-    return [
-        Example(
-            caption,
-            trajectory,
-            parse(trajectory).keys_per_frame(),
-            [Video(label, np.ascontiguousarray(frames[i])) for label, frames in videos.items()],
+def _cards(stages: Sequence[Stage]) -> str:
+    total = max(sum(stage.seconds for stage in stages), 1e-9)
+    cards = []
+    for i, stage in enumerate(stages):
+        facts = {"time": duration(stage.seconds)}
+        if stage.steps:
+            speed = f"{number(stage.steps / max(stage.seconds, 1e-9))} steps/s"
+            facts |= {"init": stage.init_from, "steps": number(stage.steps), "speed": speed}
+        for name, values in [*stage.losses.items()][:1]:
+            curve = smooth(values)
+            facts[name] = f"{number(curve[0])} → {number(curve[-1])}"
+        if stage.passes_per_chunk is not None:
+            facts["passes per chunk"] = str(stage.passes_per_chunk)
+        cards.append(
+            f'<li class="k{i % COLOURS}"><h3>{escape(stage.name)}</h3><p>{escape(stage.what)}</p>'
+            f"<dl>{facts_list(facts)}</dl></li>"
         )
-        for i, (trajectory, caption) in enumerate(held[: plan.examples])
-    ]
+    share = "".join(
+        f'<i class="f{i % COLOURS}" style="flex:{stage.seconds / total:.4f}" '
+        f'title="{escape(stage.name)}: {duration(stage.seconds)}"></i>'
+        for i, stage in enumerate(stages)
+    )
+    shares = f'<div class="share">{share}</div><p class="hint">Share of the time.</p>'
+    return f'<ol class="stages">{"".join(cards)}</ol>{shares}'
 
 
-def _commands(pipeline: Pipeline, out: Path) -> list[Command]:
-    last = out / pipeline.evaluation.stages[-1]
-    return [
-        Command("the whole run again; finished parts are kept", f"minwm pipeline {pipeline.name} --out {out}"),
-        Command(
-            "your own trajectory, in a world of your choice, with the keys drawn in",
-            f'minwm generate --model {last} --world 5042 --trajectory "w*4,l*4" --keys --out my.mp4',
+def _training(stages: Sequence[Stage]) -> str:
+    figures = []
+    for i, stage in enumerate(stages):
+        for name, values in stage.losses.items():
+            steps = range(len(values))
+            curves = [Series(name, steps, values, i, faint=True), Series(name, steps, smooth(values), i)]
+            if stage.held_out and name == "loss":
+                at, held_out = zip(*stage.held_out, strict=True)
+                curves.append(Series("on other clips", at, held_out, i + 1))
+            chart = line_chart(curves, x_label="step", y_label=f"{stage.name}: {name}", width=340, height=200)
+            figures.append(f"<figure><figcaption>{escape(stage.name)}: {escape(name)}</figcaption>{chart}</figure>")
+    return f'<div class="curves">{"".join(figures)}</div>' if figures else ""
+
+
+def _commands(pipeline: Pipeline, out: Path) -> dict[str, str]:
+    last = out / pipeline.evaluated[-1]
+    return {
+        "the whole run again; finished parts are kept": f"minwm pipeline {pipeline.name} --out {out}",
+        "your own trajectory, in a world of your choice, with the keys drawn in": (
+            f'minwm generate --model {last} --world 5042 --trajectory "w*4,l*4" --keys --out my.mp4'
         ),
-        Command("measure one model alone", f"minwm eval --model {last} --json eval.json"),
-        Command("its latency and speed", f"minwm bench --model {last} --json bench.json"),
-        Command(
-            "one stage with another setting, in a folder of its own",
-            f"minwm train {pipeline.name}/dmd --recipe.guidance 2.0 --root {out} --out runs/my-dmd",
+        "measure one model alone": f"minwm eval --model {last} --json eval.json",
+        "its latency and speed": f"minwm bench --model {last} --json bench.json",
+        "one stage with another setting, in a folder of its own": (
+            f"minwm train {pipeline.name}/dmd --recipe.guidance 2.0 --root {out} --out runs/my-dmd"
         ),
-    ]
+    }
 
 
 def _caveats(stages: Sequence[Stage]) -> list[str]:
-    shipped = [stage.name for stage in stages if (stage.init_from or "").startswith(SHIPPED)]
+    shipped = [stage.name for stage in stages if stage.init_from.startswith(SHIPPED)]
     notes = [
-        "Camera scores are measured on generated pixels, by aligning them to the known world, and only where the "
-        "first frame saw it; what a model invents elsewhere is not judged.",
-        "Latency is that of this machine, batch 1, float32; the clock is that of the paper's table 1 (network only).",
+        "Camera scores are measured on generated pixels, by aligning them to the known scene, and only where the "
+        "first frame saw it; what a model invents elsewhere does not count.",
+        "Latency is that of this machine, batch 1; the clock is that of the paper's table 1 (network only).",
     ]
     if shipped:
         start = (

@@ -54,7 +54,7 @@ def world_scenario(seed: int, cfg: ModelConfig) -> Scenario:
         title="procedural world",
         views=("world",),
         config=cfg,
-        start=StartState(seed=seed, prompt=spawn_world(seed, cfg).world.caption),
+        start=StartState(seed=seed, prompt=spawn_world(seed, cfg).scene.caption),
         engines=lambda start: [spawn_world(start.seed, cfg)],
     )
 
@@ -113,4 +113,4 @@ def _check_comparable(ours: ModelConfig, theirs: ModelConfig) -> None:
 
 def with_caption(start: StartState, engine: Engine) -> StartState:
     """The start state with the world's caption as its prompt, if the engine renders a world."""
-    return replace(start, prompt=engine.world.caption) if isinstance(engine, RendererEngine) else start
+    return replace(start, prompt=engine.scene.caption) if isinstance(engine, RendererEngine) else start

@@ -4,13 +4,12 @@ One integer seed gives one world: hour, ground, about a dozen objects in four fa
 Objects and ground move under rotation and translation, sky and skyline only under rotation.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Bool, Float
 
 from minwm.cameras.track import CameraTrack
 from minwm.render import raycast
+from minwm.render.base import Rendered
 from minwm.render.raycast import Ground, Light, RaycastScene
 from minwm.render.scenery import GROUNDS, SKYLINES, TIMES_OF_DAY, haze_colour, paint_shadow, paint_sky
 from minwm.render.things import article, draw_groups, lay_out
@@ -25,16 +24,8 @@ LIGHT_ELEVATION = 0.6
 """Objects are lit from at least this height (radians), or a low sun would leave the ground dark."""
 
 
-@dataclass(frozen=True)
-class Rendered:
-    frames: np.ndarray
-    """n h w 3 uint8."""
-    depth: np.ndarray
-    """n h w float32 z-depth of the pixel centres, inf where the sky is."""
-
-
 class World:
-    """The world of one seed.
+    """The world of one seed, a `Scene`.
 
     >>> world = World(7)
     >>> placement = world.spawn(np.random.default_rng(0), track)

@@ -20,6 +20,7 @@ from minwm.core.flow import Latents
 from minwm.core.media import to_pixels, to_uint8
 from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
+from minwm.render.base import Scene, Scenes
 from minwm.render.worlds import World
 from minwm.session.generate import check_image
 from minwm.store.model import Model, ModelConfig
@@ -75,25 +76,25 @@ class Engine(Protocol):
 
 
 class RendererEngine:
-    """Ground truth: a procedural world seen from a placed camera."""
+    """Ground truth: a scene seen from a placed camera."""
 
     def __init__(
-        self, world: World, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
+        self, scene: Scene, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
     ) -> None:
-        self.world, self.origin, self.K = world, origin, K
+        self.scene, self.origin, self.K = scene, origin, K
         self.motion, self.chunk, self.size = motion, chunk, size
         self.timer = StageTimer()
 
     @classmethod
-    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
-        """A world, and a place in it from which the whole anchored track is free, seen as a model would see it."""
+    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig, scenes: Scenes = World) -> "RendererEngine":
+        """The scene of a seed, from a pose from which the whole track is free, as large as a model would see it."""
         if seed < 0:
             raise UserError(f"world {seed}: worlds are numbered from 0")
-        world = World(seed)
-        origin = world.spawn(np.random.default_rng(seed), track)
+        scene = scenes(seed)
+        origin = scene.spawn(np.random.default_rng(seed), track)
         if origin is None:
             raise UserError(f"world {seed} has no free path for this trajectory; try another world or a shorter one")
-        return cls(world, origin, track.K[0], cfg.motion, cfg.stream.chunk, (cfg.height, cfg.width))
+        return cls(scene, origin, track.K[0], cfg.motion, cfg.stream.chunk, (cfg.height, cfg.width))
 
     def start(self) -> Frames:
         self.timer.restart()
@@ -107,14 +108,14 @@ class RendererEngine:
 
     def _render(self, c2w: Float[np.ndarray, "n 4 4"]) -> Frames:
         track = CameraTrack(c2w, self.K, self.motion.fps).transformed(self.origin)
-        frames = self.world.render(track, *self.size).frames
+        frames = self.scene.render(track, *self.size).frames
         self.timer.record("diffuse")
         return frames
 
     def update_cache(self) -> None: ...
 
     def snapshot(self) -> None:
-        """A world has no memory."""
+        """A scene has no memory."""
 
     def restore(self, snapshot: None) -> None: ...
 

@@ -34,7 +34,7 @@ def generate_clips(
 
 @torch.no_grad()
 def stream_clips(
-    model: Model, images: UInt8[np.ndarray, "b h w 3"], prompts: Prompts, tracks: list[CameraTrack], seed: int
+    model: Model, images: UInt8[np.ndarray, "b h w 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
 ) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
     """The same of a causal model, as frames chunk by chunk, the images first: pixels of long videos fill no memory."""
     sampler, decoding = model.config.sampler, None

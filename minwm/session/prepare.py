@@ -22,6 +22,6 @@ def fp8_trial(model: Model, seed: int = 0) -> Fp8Trial:
     )
     if cfg.geometry.first_chunk_frames == 1:
         world = RendererEngine.spawn(seed, turn, cfg)  # the way ahead may be blocked: only differences are judged
-        image, prompt = world.start(), world.world.caption
+        image, prompt = world.start(), world.scene.caption
     noise, cond = sampling_inputs(model, image, [prompt], [track], seed)
     return Fp8Trial(cond, noise, cfg.sampler, model.codec.decode)

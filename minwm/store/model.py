@@ -59,6 +59,11 @@ class ModelConfig:
         return self.motion.stride * (self.latents - 1) + 1
 
     @property
+    def image_start(self) -> bool:
+        """Whether clips start from an image, which is the first chunk, in training and after; else from text alone."""
+        return self.stream.first_chunk_frames == 1
+
+    @property
     def scale(self) -> int:
         return self.codec.scale
 

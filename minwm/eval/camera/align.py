@@ -1,12 +1,12 @@
-"""Where was the camera? Photometric alignment of frames to a scene whose image and depth are known.
+"""The camera that a video shows, by photometric alignment to a scene whose image and depth are known.
 
-No network and no features: at the current estimate the true scene is rendered, each of its pixels is moved by
-a small rigid motion into the frame, and the motion that makes the details agree is found by Gauss-Newton on
-SE(3) (coarse to fine, Huber, gain and bias per frame, render blurred as much as the frame is). Details: a generator's
-colours may be off over whole regions, and such errors, which need not move as surfaces do, would pass for motion. The
-tracker never sees the commanded camera: each frame starts from the estimate of the one before, so a video that stands
-still reads as still. Only surfaces that the first frame shows take part: what was hidden, a generator may
-invent.
+No network and no features: at the current estimate the true scene is rendered, each of its pixels is moved by a small
+rigid motion into the frame, and the motion that makes the details agree is found by Gauss-Newton on SE(3): coarse to
+fine, with Huber weights, gain and bias per frame, the render blurred as much as the frame is. Details are compared, not
+colours: a generator's colours may be off over whole regions, and such errors, which need not move as surfaces do, would
+pass for motion. The commanded camera is never used: each frame starts from the estimate of the one before, so a video
+that stands still is measured as still. Only surfaces that the first frame shows take part, for what was hidden a
+generator may invent.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
-class Tracked:
+class TrackedCameras:
     """Estimated cameras of c clips with f latent frames. A lost frame keeps the pose of the frame before."""
 
     c2w: Float[Array, "c f 4 4"]
@@ -90,9 +90,8 @@ def track(
     K: Float[Array, "c f 4"],
     frames: UInt8[Array, "c f h w 3"],
     config: AlignConfig,
-) -> Tracked:
-    """Follow the camera through `frames` at the latent rate, from the known pose `start` (world
-    coordinates)."""
+) -> TrackedCameras:
+    """The cameras of `frames` at the latent rate, from the known first pose `start` in scene coordinates."""
     count, length = frames.shape[:2]
     first = FirstView(scenes, start, K[:, 0], frames.shape[2:4], config)
     images = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 2).float() / 255
@@ -113,7 +112,7 @@ def track(
         c2w[:, i] = np.where(lost[:, i, None, None], before, pose)
         if lost[:, i].any():
             view = first.view(c2w[:, i], K[:, i])
-    return Tracked(c2w, valid, lost)
+    return TrackedCameras(c2w, valid, lost)
 
 
 class FirstView:

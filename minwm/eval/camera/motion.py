@@ -23,14 +23,14 @@ STILL = 0.1
 
 
 @dataclass(frozen=True)
-class Following:
+class MotionErrors:
     """Medians over samples with bootstrap intervals over clips; None where nothing was commanded."""
 
     turns: int
     """Samples in which yaw or pitch was commanded."""
     moves: int
     turn_ratio: Interval | None
-    """Shown rotation along the commanded axis over the commanded one: 1 obeys, 0 does not turn."""
+    """Shown rotation along the commanded axis over the commanded one: 1 follows, 0 does not turn."""
     turn_error: Interval | None
     """|turn_ratio - 1| per sample, then the median: the share by which commanded yaw and pitch are missed."""
     speed_ratio: Interval | None
@@ -46,48 +46,48 @@ class Following:
 
 
 @dataclass(frozen=True)
-class Motions:
-    overall: Following
-    per_second: list[Following]
+class MotionResult:
+    overall: MotionErrors
+    per_second: list[MotionErrors]
     """Second 1, 2, ... of the clips."""
-    per_key: dict[str, Following]
+    per_key: dict[str, MotionErrors]
     """By the keys held throughout a second, such as `w+j`."""
 
 
-def motions(
+def measure_motion(
     shown: Poses,
-    wanted: Poses,
+    commanded: Poses,
     scored: Bool[Array, "c f"],
     lost: Bool[Array, "c f"],
-    commands: Sequence[str],
+    trajectories: Sequence[str],
     latents_per_second: int,
     bootstrap: Bootstrap,
-) -> Motions:
-    """Poses at the latent rate, relative to the first frame. `commands` are the trajectories, "" if unknown.
+) -> MotionResult:
+    """Poses at the latent rate, relative to the first frame. `trajectories` are the commands in keys, "" if unknown.
 
     A lost frame is charged as a camera that stood still, since the start of its second or of the clip.
     """
-    ends = range(latents_per_second, wanted.shape[1], latents_per_second)
+    ends = range(latents_per_second, commanded.shape[1], latents_per_second)
     if not ends:
-        ends = range(wanted.shape[1] - 1, wanted.shape[1])  # less than a second: the whole clip is the sample
-    samples = [_second(shown, wanted, scored, lost, max(0, end - latents_per_second), end) for end in ends]
+        ends = range(commanded.shape[1] - 1, commanded.shape[1])  # less than a second: the whole clip is the sample
+    samples = [_second(shown, commanded, scored, lost, max(0, end - latents_per_second), end) for end in ends]
     table = {name: np.stack([sample[name] for sample in samples], 1) for name in samples[0]}
-    keys = np.array([[_held(command, end - latents_per_second, end) for end in ends] for command in commands])
+    keys = np.array([[_keys_held(text, end - latents_per_second, end) for end in ends] for text in trajectories])
 
-    def summary(chosen: Bool[Array, "c k"]) -> Following:
+    def summary(chosen: Bool[Array, "c k"]) -> MotionErrors:
         return _summarise({name: np.where(chosen, values, np.nan) for name, values in table.items()}, bootstrap)
 
     every = np.ones(keys.shape, bool)
-    return Motions(
+    return MotionResult(
         summary(every),
         [summary(every & (np.arange(len(ends)) == i)) for i in range(len(ends))],
         {str(key): summary(keys == key) for key in sorted(set(keys.flat) - {""})},
     )
 
 
-def _second(shown: Poses, wanted: Poses, scored: Array, lost: Array, start: int, end: int) -> dict[str, Array]:
+def _second(shown: Poses, commanded: Poses, scored: Array, lost: Array, start: int, end: int) -> dict[str, Array]:
     """Measurements of all clips in one second, NaN where it does not count."""
-    command, did = (se3_inverse(poses[:, start]) @ poses[:, end] for poses in (wanted, shown))
+    command, did = (se3_inverse(poses[:, start]) @ poses[:, end] for poses in (commanded, shown))
     did = np.where(lost[:, end, None, None], np.eye(4), did)
     turn, turned = so3_log(command[:, :3, :3]), so3_log(did[:, :3, :3])
     move, moved = command[:, :3, 3], did[:, :3, 3]
@@ -98,9 +98,9 @@ def _second(shown: Poses, wanted: Poses, scored: Array, lost: Array, start: int,
     far = np.linalg.norm(moved, axis=-1)
     cosine = (moved * move).sum(-1) / np.maximum(far * length, 1e-9)
     direction = np.where(far < STILL * length, 90.0, np.degrees(np.arccos(cosine.clip(-1, 1))))
-    at, goal, scale = shown[:, end, :3, 3], wanted[:, end, :3, 3], _scales(shown, wanted, scored & ~lost)
-    way = so3_log(shown[:, end, :3, :3].swapaxes(1, 2) @ wanted[:, end, :3, :3])
-    still_deg, still_u = np.linalg.norm(so3_log(wanted[:, end, :3, :3]), axis=-1), np.linalg.norm(goal, axis=-1)
+    at, goal, scale = shown[:, end, :3, 3], commanded[:, end, :3, 3], _scales(shown, commanded, scored & ~lost)
+    way = so3_log(shown[:, end, :3, :3].swapaxes(1, 2) @ commanded[:, end, :3, :3])
+    still_deg, still_u = np.linalg.norm(so3_log(commanded[:, end, :3, :3]), axis=-1), np.linalg.norm(goal, axis=-1)
 
     def where(mask: Array, values: Array) -> Array:
         return np.where(mask, values, np.nan)
@@ -119,24 +119,24 @@ def _second(shown: Poses, wanted: Poses, scored: Array, lost: Array, start: int,
     }
 
 
-def _scales(shown: Poses, wanted: Poses, mask: Bool[Array, "c f"]) -> Float[Array, " c"]:
+def _scales(shown: Poses, commanded: Poses, mask: Bool[Array, "c f"]) -> Float[Array, " c"]:
     """The factor per clip that takes its shown path nearest to the commanded one; never negative."""
-    at, goal = shown[..., :3, 3], wanted[..., :3, 3]
+    at, goal = shown[..., :3, 3], commanded[..., :3, 3]
     joint, own = (((x * at).sum(-1) * mask).sum(1) for x in (goal, at))
     return np.maximum(joint, 0) / np.maximum(own, 1e-6)
 
 
-def _held(command: str, start: int, end: int) -> str:
+def _keys_held(trajectory: str, start: int, end: int) -> str:
     """The keys held from latent `start` to latent `end`; "" if they changed."""
-    if not command or start < 0:
+    if not trajectory or start < 0:
         return ""
-    held = [segment.keys for segment in parse(command).segments for _ in range(segment.latents)][start:end]
+    held = [segment.keys for segment in parse(trajectory).segments for _ in range(segment.latents)][start:end]
     return "+".join(held[0]) if len(set(held)) == 1 else ""
 
 
-def _summarise(table: dict[str, Float[Array, "c k"]], bootstrap: Bootstrap) -> Following:
+def _summarise(table: dict[str, Float[Array, "c k"]], bootstrap: Bootstrap) -> MotionErrors:
     medians = ("turn_ratio", "turn_error", "speed_ratio", "direction_deg")
-    return Following(
+    return MotionErrors(
         turns=int((~np.isnan(table["turn_ratio"])).sum()),
         moves=int((~np.isnan(table["direction_deg"])).sum()),
         **{name: (bootstrap.median if name in medians else bootstrap.mean)(table[name]) for name in table},

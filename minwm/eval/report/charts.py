@@ -1,8 +1,8 @@
-"""Small charts as SVG and HTML text. Colours come from the page's CSS (classes s0..s7), so they follow its
-theme."""
+"""Charts as SVG and HTML text: those of a page, whose CSS gives the colours (classes s0..s7), and figures for the
+docs, which stand alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -11,6 +11,13 @@ import numpy as np
 COLOURS = 8
 RAW_POINTS = 300
 """A raw curve is thinned to this many points: more cannot be told apart on a page."""
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 320, 260, 64, 28, 92
+STYLE = (
+    "text{font:11px system-ui,sans-serif;fill:#444}.title{font-weight:600;fill:#111}"
+    ".grid{stroke:#ddd}.dot{fill:#2f6fde}.whisker{stroke:#2f6fde;stroke-width:1.5;opacity:.45}"
+    ".mean{fill:none;stroke:#2f6fde;stroke-width:1.5;opacity:.6}"
+)
+"""Of a figure's panels."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
     y_low, y_high = min(ys.min(), y_ticks[0]), max(ys.max(), y_ticks[-1])
     left, right, top, bottom = 46, 10, 10, 34
 
-    def at_x(value: float) -> float:
-        return left + (width - left - right) * (value - xs.min()) / max(xs.max() - xs.min(), 1e-12)
-
-    def at_y(value: float) -> float:
-        a, b, v = (math.log(y_low), math.log(y_high), math.log(value)) if log else (y_low, y_high, value)
-        return height - bottom - (height - top - bottom) * (v - a) / max(b - a, 1e-12)
-
+    at_x, at_y = _axis(xs.min(), xs.max(), left, width - right), _axis(y_low, y_high, height - bottom, top, log=log)
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">']
-    for tick in y_ticks:
-        y = at_y(tick)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+    parts += _grid(y_ticks, at_y, left, width - right)
     base = height - bottom + 15
     parts += [f'<text x="{at_x(tick):.1f}" y="{base}" text-anchor="middle">{number(tick)}</text>' for tick in x_ticks]
     middle = (left + width - right) / 2
@@ -79,6 +77,21 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
             ]
     shown = [s for s, *_ in lines if not s.faint]
     return "".join(parts) + "</svg>" + (_legend(shown) if len(shown) > 1 else "")
+
+
+def _axis(low: float, high: float, start: float, end: float, *, log: bool = False) -> Callable[[float], float]:
+    """Values from `low` to `high` as positions from `start` to `end`."""
+    scale = math.log if log else float
+    span = max(scale(high) - scale(low), 1e-12)
+    return lambda value: start + (end - start) * (scale(value) - scale(low)) / span
+
+
+def _grid(ticks: Sequence[float], at_y: Callable[[float], float], left: float, right: float) -> list[str]:
+    return [
+        f'<line class="grid" x1="{left}" x2="{right}" y1="{at_y(tick):.1f}" y2="{at_y(tick):.1f}"/>'
+        f'<text x="{left - 6}" y="{at_y(tick) + 3.5:.1f}" text-anchor="end">{number(tick)}</text>'
+        for tick in ticks
+    ]
 
 
 def bar(value: float, low: float, high: float, *, colour: int = 0) -> str:
@@ -160,3 +173,57 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _legend(series: Sequence[Series]) -> str:
     items = "".join(f'<li class="k{s.colour % COLOURS}">{escape(s.name)}</li>' for s in series)
     return f'<ul class="legend">{items}</ul>'
+
+
+@dataclass(frozen=True)
+class Dot:
+    x: float
+    value: float
+    low: float
+    high: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    dots: Sequence[Dot]
+
+
+def figure(panels: Sequence[Panel], x_label: str, names: Mapping[float, str]) -> str:
+    """`names` of the places on the x axis; without any it is a number, on a logarithmic scale."""
+    drawn = "".join(
+        f'<g transform="translate({i * WIDTH} 0)">{_panel(panel, x_label, names)}</g>' for i, panel in enumerate(panels)
+    )
+    size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
+    background = '<rect width="100%" height="100%" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{background}{drawn}</svg>\n'
+
+
+def _panel(panel: Panel, x_label: str, names: Mapping[float, str]) -> str:
+    places = sorted({dot.x for dot in panel.dots})
+    low, high = min(0.0, *(d.low for d in panel.dots)), max(d.high for d in panel.dots)
+    high = high if high > low else low + 1
+    at_x = _axis(places[0], places[-1], LEFT + 18, WIDTH - 30, log=not names)
+    at_y = _axis(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(panel.title)}</text>']
+    parts += _grid(linear_ticks(low, high), at_y, LEFT, WIDTH - 12)
+    for place in places:
+        x, y = at_x(place), HEIGHT - BOTTOM + 14
+        turned = f' text-anchor="end" transform="rotate(-35 {x:.1f} {y})"' if names else ' text-anchor="middle"'
+        parts.append(f'<text x="{x:.1f}" y="{y}"{turned}>{escape(names.get(place) or number(place))}</text>')
+    if not names:
+        parts.append(
+            f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - BOTTOM + 34}" text-anchor="middle">{escape(x_label)}</text>'
+        )
+        means = [(place, [d.value for d in panel.dots if d.x == place]) for place in places]
+        points = " ".join(f"{at_x(place):.1f},{at_y(sum(v) / len(v)):.1f}" for place, v in means)
+        parts.append(f'<polyline class="mean" points="{points}"/>')
+    for d in panel.dots:
+        x = at_x(d.x)
+        parts.append(
+            f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(d.low):.1f}" y2="{at_y(d.high):.1f}"/>'
+        )
+        label = f"<title>{escape(d.name)}: {number(d.value)}</title>"
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{at_y(d.value):.1f}" r="3.5">{label}</circle>')
+    return "".join(parts)

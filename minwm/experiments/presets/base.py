@@ -5,22 +5,11 @@ from dataclasses import dataclass
 from minwm.core.config import lookup
 from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
+from minwm.eval.run import EvalConfig
 from minwm.train.config import Run
 
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What is generated and measured at the end."""
-
-    clips: int = 16
-    """Held-out clips, each in a world that no stage has seen."""
-    stages: tuple[str, ...] = ("camera", "ar", "ode", "consistency", "dmd")
-    counterfactual: tuple[str, ...] = ("camera", "dmd")
-    """Stages that also get every action from one first frame."""
-    examples: int = 6
-    """Clips shown in the report."""
-    seed: int = 1
-    bench_repeats: int = 3
+EVALUATION = EvalConfig(clips=16, counterfactual=("camera", "dmd"), revisits=0, walks=0, seeds=0)
+"""What takes minutes: camera following, quality and speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +27,9 @@ class Pipeline:
     stages: tuple[Run, ...]
     collect: int = 0
     """Clips whose ODE trajectories are collected before the stage `ode`."""
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvalConfig = EVALUATION
+    evaluated: tuple[str, ...] = ("camera", "ar", "ode", "consistency", "dmd")
+    """Stages that are measured at the end."""
     workers: int = 2
 
     def stage(self, name: str) -> Run:

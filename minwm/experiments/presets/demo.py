@@ -8,7 +8,7 @@ from pathlib import Path
 from minwm.core.config import UserError
 from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
-from minwm.experiments.presets.base import Evaluation, Pipeline
+from minwm.experiments.presets.base import EVALUATION, Pipeline
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
@@ -156,7 +156,7 @@ def smoke(out: Path) -> Pipeline:
         codec=pipeline.codec and replace(pipeline.codec, model=small),
         stages=shrunk,
         collect=4,
-        evaluation=Evaluation(clips=3, bench_repeats=1),
+        evaluation=replace(EVALUATION, clips=3, bench_repeats=1),
     )
 
 

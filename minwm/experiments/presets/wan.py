@@ -6,7 +6,7 @@ from pathlib import Path
 from minwm.cameras.trajectory import Motion
 from minwm.core.config import lookup
 from minwm.data.encode import EncodeConfig
-from minwm.experiments.presets.base import Pipeline
+from minwm.experiments.presets.base import EVALUATION, Pipeline
 from minwm.families.wan.convert import RELEASES
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.vae import WAN22, WanVaeConfig
@@ -109,4 +109,8 @@ def wan(size: str, out: Path) -> Pipeline:
         run("consistency", few, ConsistencyConfig(guidance=3.0), 2000, after_ar),
         replace(dmd, critic=replace(optim, lr=4e-7), checkpointing=True),  # three networks: to fit 80 GB
     )
-    return Pipeline(name=size, render=None, clips=0, encode=EncodeConfig(), codec=None, stages=stages, collect=4096)
+    evaluation = replace(EVALUATION, revisits=4, seeds=2)  # the rest is for image starts
+    return Pipeline(
+        name=size, render=None, clips=0, encode=EncodeConfig(), codec=None, stages=stages, collect=4096,
+        evaluation=evaluation,
+    )  # fmt: skip
