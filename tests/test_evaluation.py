@@ -25,7 +25,7 @@ from minwm.eval.stats import Bootstrap
 from minwm.experiments import presets
 from minwm.experiments.pipeline import evaluate_stages
 from minwm.nets.attention import StreamConfig
-from minwm.nets.codec import CodecConfig
+from minwm.nets.small_codec import SmallCodecConfig
 from minwm.render.worlds import World
 from minwm.store.folder import load_codec, save_model
 from minwm.store.model import ModelConfig
@@ -193,7 +193,7 @@ def test_models_that_see_other_things_are_not_compared() -> None:
 TEXT = replace(
     CONFIG,
     network=replace(CONFIG.network, dim=32, heads=2, layers=1, ffn=32, channels=4),
-    codec=CodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
+    codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=1),
     height=32,
     width=32,
     latents=8,
