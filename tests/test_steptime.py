@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwm.bench.training import StepTime, count_flops, headline, measure_steps, pass_flops, random_network
+from minwm.bench.training import StepTime, headline, measure_steps, random_network
 from minwm.cli import main
 from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
 from minwm.core.types import Clip
@@ -27,6 +27,7 @@ from minwm.recipes.base import Recipe
 from minwm.recipes.dmd import DmdConfig
 from minwm.train.build import build_recipe
 from minwm.train.config import Run
+from minwm.train.flops import count_flops, pass_flops
 from minwm.train.loop import Trainer, loop
 
 NAMES = ("camera", "ar", "ode", "consistency", "dmd")
@@ -87,7 +88,7 @@ def test_a_pass_costs_what_its_scope_lets_it_see() -> None:
     for scope in (Cached, ReadOnlyCache):
         seen = scope(net.arena(geometry, 1), 2)
         assert pass_flops(net, run.model.latent_shape(1, 2), seen) == net.flops(2, p, 5 * p)
-    with pytest.raises(ConfigError, match="Other sees is not known"):
+    with pytest.raises(ConfigError, match="Other attends to is not known"):
         pass_flops(net, run.model.latent_shape(1, 2), Other())
 
 

@@ -2,39 +2,45 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from minwm.bench.memory import plan_training
+from minwm.bench.training import measure_steps
 from minwm.cameras.trajectory import Motion
-from minwm.core.config import ConfigError
+from minwm.core.config import ConfigError, dumps, loads
+from minwm.core.flow import interpolate, x0_from_velocity
 from minwm.core.metrics import read_metrics
+from minwm.core.types import Clip
 from minwm.data.dataset import Loader, ShardDataset, loader
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.data.trajectories import collect_trajectories
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import StreamConfig
+from minwm.nets.backbone import Backbone
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
-from minwm.recipes.base import Loss, Recipe
+from minwm.recipes.base import Loss, Recipe, RecipeConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
+from minwm.recipes.ops import frame_mse, loss_mask, noise_like
 from minwm.store.folder import load_codec, load_model, save_codec, save_model
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import FewStepSampler
 from minwm.train import state
 from minwm.train.build import train
-from minwm.train.config import Init, OptimConfig, Run
+from minwm.train.config import AnyRecipeConfig, Init, OptimConfig, Run
 from minwm.train.loop import DivergedError, loop
 from minwm.train.state import States
 
@@ -61,7 +67,7 @@ RECIPES = {
     "codec": CodecTraining(),
 }
 STEPS = 7
-COSTS = ("clips_per_s", "tokens_per_s", "data_wait_s", "memory_gb", "tflops")
+COSTS = ("clips_per_s", "tokens_per_s", "data_wait_s", "peak_memory_gb", "tflops")
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +211,56 @@ def test_roles_that_cannot_be_filled_are_named(project: Path, tmp_path: Path) ->
         train(replace(run, init=replace(run.init, teacher=None)), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"init\.codec names the codec"):
         train(replace(run, init=replace(run.init, codec=None)), tmp_path / "b")
+
+
+def test_costs_are_logged_beside_the_loss(project: Path, tmp_path: Path) -> None:
+    for name, rates in {"ode": {"tokens_per_s", "tflops"}, "codec": set()}.items():
+        train(stage(name, project, steps=2, accumulate=2), tmp_path / name)
+        for line in read_metrics(tmp_path / name):
+            costs = {key: line[key] for key in line.keys() & set(COSTS)}
+            assert costs.keys() == {"clips_per_s", "data_wait_s", "peak_memory_gb", *rates}
+            assert min(costs.values()) > 0 and line["data_wait_s"] < 4 / line["clips_per_s"]
+            assert name != "ode" or line["tokens_per_s"] == pytest.approx(5 * 4 * line["clips_per_s"])
+
+
+# ---------------------------------------------------------------------------------------------
+# A recipe of one file
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig(RecipeConfig):
+    """Predicts the clip from one noise level."""
+
+    kind: ClassVar[str] = "denoiser"
+    noise: float = 0.5
+
+    def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "Denoiser":
+        return Denoiser(self, model, networks)
+
+
+class Denoiser(Recipe[Backbone]):
+    cfg: DenoiserConfig
+
+    def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        t = clip.latents.new_full(clip.latents.shape[:2], self.cfg.noise)
+        x_t = interpolate(clip.latents, noise_like(clip.latents, generator), t)
+        x0 = x0_from_velocity(x_t, self.networks["student"](x_t, t, clip.cond), t)
+        total = frame_mse(x0, clip.latents, loss_mask(clip))
+        return Loss(total, "student", {"loss": total.detach()})
+
+
+def test_a_new_recipe_is_one_file(project: Path, tmp_path: Path) -> None:
+    """It trains, validates, resumes from its states, saves a model, is planned and measured; and its config is read
+    once it is in the union."""
+    run: Any = stage("bidirectional", project)
+    run = replace(run, recipe=DenoiserConfig(noise=0.4), steps=2)
+    train(run, tmp_path)
+    assert load_model(tmp_path).config == MODEL
+    before = dict(load_model(project / "one").net.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in load_model(tmp_path).net.named_parameters())
+    assert plan_training(run).total > 0
+    assert measure_steps(run, steps=1, warmup=1).tflops > 0
+    assert loads(AnyRecipeConfig | DenoiserConfig, dumps(run.recipe)) == run.recipe
 
 
 # ---------------------------------------------------------------------------------------------

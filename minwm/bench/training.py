@@ -3,19 +3,13 @@
 A stage is built as its config says, with random weights and one random batch, and makes steps with the loop's own
 `Trainer`: passes, backward, clipping, AdamW, average. Loading clips, logs, validation and saving are not in the time.
 
-Useful FLOPs are those of the passes that the recipe makes, each by the closed form `Backbone.flops`: three times for a
-pass under gradient, since going backward takes two forward, and once for all others: teachers, scores, rollouts. What
-is computed again for the backward pass, by checkpointing or inside a kernel of attention, is not useful (MFU, not HFU).
-Prompts and times, which are read once per pass, and the optimiser are left out: little, and on the safe side.
+`train/flops.py` says which FLOPs are useful.
 """
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +18,10 @@ from torch import nn
 from minwm.bench.machine import Machine, compiled_graphs, faster, measure_machine, peak_memory, reset_peak_memory
 from minwm.core.config import ConfigError
 from minwm.core.runtime import StageTimer, pick_device
-from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Masked, ReadOnlyCache
 from minwm.nets.backbone import Backbone
 from minwm.train.build import build_recipe
 from minwm.train.config import Init, Run
+from minwm.train.flops import count_flops
 from minwm.train.loop import DivergedError, Trainer
 
 
@@ -153,40 +147,6 @@ def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
         update = laps.record("update")
         made.append(_Step(gradients.trains, sum(laps.seconds.values()), update, sum(passes)))
     return made
-
-
-@contextmanager
-def count_flops(networks: Iterable[Backbone]) -> Iterator[list[int]]:
-    """Useful FLOPs of every pass that the networks make meanwhile, the backward pass included if there is one."""
-    flops, networks = list[int](), list(networks)
-
-    def count(net: Any, args: Any) -> None:
-        scope = args[3] if len(args) > 3 else FULL
-        flops.append((3 if torch.is_grad_enabled() else 1) * pass_flops(net, args[0].shape, scope))
-
-    hooks = [net.register_forward_pre_hook(count) for net in networks]
-    try:
-        yield flops
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> int:
-    """Forward FLOPs of a pass over latents of `shape`, b f c h w, by the network's closed form."""
-    batch, frames, _, height, width = shape
-    tokens = net.tokens_per_frame(height, width)
-    match scope:
-        case Full():
-            seen = [(frames, frames * tokens)]
-        case Masked():
-            groups = zip(scope.query_groups, scope.visible_groups, strict=True)
-            seen = [(size, tokens * sum(scope.key_groups[i] for i in pieces)) for size, pieces in groups]
-        case Cached() | ReadOnlyCache():
-            seen = [(frames, scope.arena.geometry.valid_rows(scope.chunk))]
-        case _:
-            raise ConfigError(f"what a pass under {type(scope).__name__} sees is not known here")
-    return batch * sum(net.flops(size, tokens, rows) for size, rows in seen)
 
 
 def _row(steps: list[_Step], machine: Machine) -> Steps:

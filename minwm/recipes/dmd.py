@@ -54,8 +54,9 @@ class DmdConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         check_probabilities(self, "image_start", "static_cameras", "long_rollouts")
-        if self.max_prefix_chunks < 1:
-            raise ConfigError(f"dmd.max_prefix_chunks={self.max_prefix_chunks}: must be at least 1")
+        for name in ("max_prefix_chunks", "critic_updates"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
 

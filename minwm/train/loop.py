@@ -19,6 +19,7 @@ from minwm.core.runtime import peak_memory_gb, progress, rank
 from minwm.data.dataset import Loader
 from minwm.recipes.base import Recipe
 from minwm.train.config import Run
+from minwm.train.flops import count_flops
 from minwm.train.state import States
 
 
@@ -108,9 +109,14 @@ def loop(
         clips.load(extra["data"])
         seconds_before = extra["seconds"]
     start = time.monotonic() - seconds_before
-    with metrics_log(out, first_step, run.tensorboard) as log, progress(run.steps - first_step, run.name) as bar:
+    with (
+        metrics_log(out, first_step, run.tensorboard) as log,
+        progress(run.steps - first_step, run.name) as bar,
+        count_flops(recipe.networks.values()) as flops,
+    ):
         for step in range(first_step, run.steps):
             step_start = time.perf_counter()
+            flops.clear()
             gradients = trainer.gradients(step, clips)
             if not math.isfinite(gradients.norm):
                 lr = trainer.settings[gradients.trains].lr
@@ -119,11 +125,11 @@ def loop(
                     f"the state after {states.latest() or 0} steps is untouched: lower optim.lr (now {lr})"
                 )
             rate = trainer.update(step, gradients.trains)
-            speed = throughput(run, time.perf_counter() - step_start)
+            speed = throughput(run, time.perf_counter() - step_start, flops)
             save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
             val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
             losses, optimisation = gradients.losses | val, {"grad_norm": gradients.norm, "lr": rate}
-            cost = speed | {"data_wait_s": gradients.data_wait, "memory_gb": peak_memory_gb(device)}
+            cost = speed | {"data_wait_s": gradients.data_wait, "peak_memory_gb": peak_memory_gb(device)}
             log(step, gradients.trains, losses | optimisation | cost)
             bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             if save:
@@ -137,11 +143,15 @@ def read_scalars(values: Sequence[Tensor]) -> list[float]:
     return torch.stack([value.double() for value in values]).tolist()
 
 
-def throughput(run: Run, seconds: float) -> dict[str, float]:
-    """Rates of one step of this process. Validation and saving are not in its time; a first step holds compilation."""
-    clips = run.batch * run.accumulate / seconds
-    tokens = {"tokens_per_s": clips * run.model.latents * run.model.geometry.tokens}
-    return {"clips_per_s": clips} | (tokens if run.recipe.trains_backbone else {})
+def throughput(run: Run, seconds: float, flops: Sequence[int]) -> dict[str, float]:
+    """Rates of this process in a step of that time: clips, their tokens, and useful FLOPs in 1e12 (MFU is these over
+    the machine's rate, which `minwm bench-train` measures). Validation and saving are not in the time."""
+    rates = {"clips_per_s": run.batch * run.accumulate / seconds}
+    if run.recipe.trains_backbone:
+        rates["tokens_per_s"] = rates["clips_per_s"] * run.model.latents * run.model.geometry.tokens
+    if flops:
+        rates["tflops"] = sum(flops) / seconds / 1e12
+    return rates
 
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
