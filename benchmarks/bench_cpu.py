@@ -34,7 +34,7 @@ Step = Callable[[Condition, Tensor], Tensor]
 
 
 def tiny() -> ModelConfig:
-    """The demo's model in its last form: cameras, 4 passes and a commit per chunk."""
+    """The demo's model in its last form: cameras, 4 passes and a cache update per chunk."""
     base = presets.demo.tiny_model()
     return replace(base, network=replace(base.network, camera="dual"), sampler=FewStepSampler(steps=4, shift=3.0))
 
@@ -136,7 +136,7 @@ def measure(makers: dict[str, Callable[[Walk, Condition], Step]], threads: list[
         times, difference = race(makers, chunks)
         rows[str(count)], apart = summary(times), max(apart, difference)
     return {
-        "what": "a steady chunk of the demo's network: 4 passes and the commit of 2 latents, ring full",
+        "what": "a steady chunk of the demo's network: 4 passes and the cache update of 2 latents, ring full",
         "chunks": chunks,
         "largest_difference": apart,
         "threads": rows,

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_options.py --out results/options-cpu.json
 
-PSNR of generated frames against the usual stream (4 passes and a commit per chunk) and against the true view.
+PSNR of generated frames against the usual stream (4 passes and a cache update per chunk) and against the true view.
 """
 
 import argparse

@@ -84,8 +84,9 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
         raise ConfigError(f"{run.name} trains a codec, whose FLOPs have no closed form; name a stage of the network")
     if min(steps, warmup) < 1:
         raise ConfigError(f"steps={steps}, warmup={warmup}: at least one of each is needed")
-    device, turn = pick_device(), len(run.recipe.turn)
+    turn = len(run.recipe.turn)
     warmup, steps = (turn * math.ceil(count / turn) for count in (warmup, steps))
+    device = pick_device()
     run = replace(run, init=Init(), data="")  # nothing is read from the folders that it names
     like = torch.empty((), dtype=torch.bfloat16 if run.precision == "bfloat16" else torch.float32, device=device)
     before = measure_machine(like)
@@ -103,7 +104,8 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
         allocated, reserved = peak_memory(device)
     machine = faster(before, measure_machine(like))
     roles = {role: [step for step in timed if step.role == role] for role in run.recipe.trained}
-    clips, tflops = run.batch * run.accumulate * steps / sum(step.seconds for step in timed), _tflops(timed)
+    clips = run.batch * run.accumulate * steps / sum(step.seconds for step in timed)
+    tflops = _tflops(timed)
     return StepTime(
         run=run,
         parameters=sum(p.numel() for p in trainer.networks["student"].parameters()),
@@ -132,20 +134,20 @@ def random_network(run: Run) -> Backbone:
 
 def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
     """Train on one random batch; `passes` is what `count_flops` yields."""
-    run, laps, made = trainer.run, StageTimer(trainer.device), list[_Step]()
+    run, timer, made = trainer.run, StageTimer(trainer.device), list[_Step]()
     clips = repeat(run.recipe.example_batch(run.model, run.batch).to(trainer.device))
     for step in numbers:
         passes.clear()
-        laps.restart()
+        timer.restart()
         gradients = trainer.gradients(step, clips)
-        laps.record("gradients")
+        timer.record("gradients")
         if not math.isfinite(gradients.norm):
             raise DivergedError(
                 f"{run.name}: step {step} on random clips: gradient norm {gradients.norm}; lower optim.lr"
             )
         trainer.update(step, gradients.trains)
-        update = laps.record("update")
-        made.append(_Step(gradients.trains, sum(laps.seconds.values()), update, sum(passes)))
+        update = timer.record("update")
+        made.append(_Step(gradients.trains, sum(timer.seconds.values()), update, sum(passes)))
     return made
 
 

@@ -1,4 +1,4 @@
-"""A walk: an engine and where its camera is."""
+"""Sessions: an engine steered by actions, and `walk`, which starts one from a model."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from minwm.store.model import Model
 
 @dataclass
 class Session:
-    """An engine and where its camera is. `step` blocks for one chunk; `rewind` goes back to any earlier one."""
+    """An engine and the pose of its camera. `step` blocks for one chunk; `rewind` undoes steps."""
 
     engine: Engine
     pose: Pose = field(default_factory=lambda: np.eye(4))
     """Camera-to-world relative to the first frame, float64."""
     history: int | None = None
-    """Steps that can be undone; None: all of them, whatever memory their snapshots take."""
+    """Steps that can be undone; None: all, and the memory of their snapshots grows with every step."""
     past: deque[tuple[Pose, Any]] = field(default_factory=deque, init=False)
     """Pose and engine snapshot before each of those steps."""
 
     def start(self) -> Frames:
-        """The first frame; a session that has walked begins anew."""
+        """The first frame; pose and history are reset."""
         self.pose, self.past = np.eye(4), deque(maxlen=self.history)
         return self.engine.start()
 
@@ -38,7 +38,8 @@ class Session:
         return np.concatenate(list(self.step_by_latent(action)))
 
     def step_by_latent(self, action: Action) -> Iterator[Frames]:
-        """The same, latent by latent: the first frames can be shown before the last are drawn. Take all."""
+        """The same, latent by latent, so that the first frames are shown before the last are decoded. The iterator must
+        be exhausted."""
         self.past.append((self.pose, self.engine.snapshot()))
         frames = self.engine.chunk * self.engine.motion.stride
         c2w = integrate_actions(self.pose, [action] * frames, self.engine.motion)
@@ -52,7 +53,7 @@ class Session:
             yield self.step(action)
 
     def rewind(self, steps: int = 1) -> None:
-        """Undo steps; what follows may take another way."""
+        """Undo the newest steps."""
         if not 1 <= steps <= len(self.past):
             kept = "were made" if self.history is None else f"are kept (history={self.history})"
             raise UserError(f"cannot rewind {steps} steps: {len(self.past)} {kept}")
@@ -68,7 +69,7 @@ def walk(
     seed: int = 0,
     history: int | None = None,
 ) -> Session:
-    """A walk through what a model makes of a picture (an array or a file, cropped to its size) and a prompt.
+    """A session of a causal model that starts from a prompt and an image (an array or a file, resized and cropped).
 
     >>> model = minwm.load("runs/demo/dmd")
     >>> session = minwm.walk(model, "a red tower and a blue dome on a stone plaza", "start.png")
