@@ -15,7 +15,7 @@ def test_ring_with_text_prefix_equals_attention_over_the_visible_rows(window: in
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 2 * 13, 4, generator=generator, dtype=torch.float64)
     text_k, text_v = torch.randn(2, 1, 2, 3, 4, generator=generator, dtype=torch.float64)
-    arena = KVArena(geometry, 1, 1, 2, 4, dtype=torch.float64)
+    arena = KVArena(geometry, (1, 1, 2, 4), torch.float64)
     arena.write_text_kv(0, text_k, text_v)
     rule, frame = chunk_causal(geometry), torch.arange(13)
     visible = rule(frame[:, None], frame[None]).repeat_interleave(2, 0).repeat_interleave(2, 1)

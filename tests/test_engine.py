@@ -1,8 +1,5 @@
 """The engine: what it does not do on the way, and that each of its fast forms equals the plain one."""
 
-import subprocess
-import sys
-import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from compiling import run_script
 from contracts.backbones import CHANNELS, HEIGHT, WIDTH, condition, small
 from plain import PlainStream
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -163,41 +161,21 @@ def test_warm_up_visits_every_regime(level: float) -> None:
     assert set(stream.recorded) == before
 
 
-def test_blocks_compile_to_one_graph_for_all_layers_and_regimes() -> None:
-    """Without the import hook of these tests, whose checks no compiler can read."""
-    script = """
+def test_blocks_compile_to_one_graph_for_all_layers_and_chunks() -> None:
+    run_script("""
     import torch
-    from contracts.backbones import condition, small
-    from minwm.nets.attention import Geometry
-    from minwm.stream.rollout import Stream
-    from minwm.stream.solvers import FewStepSampler
-
-    graphs = []
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    @torch.no_grad()
-    def walk(net):
-        cond = condition(2, batch=1)
-        stream = Stream(net, cond, Geometry(tokens=6, chunk=2, window=3, sink=1))
-        for i in range(12):
-            bound = stream.prepare_chunk(cond)
-            noise = torch.randn(2, 1, 2, 4, 4, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-            x = stream.next_chunk(bound, noise, FewStepSampler(steps=2))
-            stream.update_cache(bound, x)
-        return x
+    from compiling import backend, graphs, walk
+    from contracts.backbones import small
 
     for name in ("wan-none", "wan-dual", "wan-single"):
         net = small(name)
-        plain = walk(net)
+        plain = walk(net, chunks=12, steps=2, window=3)
         graphs.clear()
         torch._dynamo.reset()
         net.compile_blocks(backend)
-        torch.testing.assert_close(walk(net), plain, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(walk(net, chunks=12, steps=2, window=3), plain, atol=1e-6, rtol=1e-6)
         assert len(graphs) == 2, (name, len(graphs))
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd="tests")
+    """)
 
 
 def test_kernels_race_and_choices_are_never_silent() -> None:

@@ -1,8 +1,5 @@
 """FP8: what it rounds and what it leaves alone, and that its gate lets nothing pass that a trial speaks against."""
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from compiling import run_script
 from contracts.backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, small
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,7 +16,7 @@ from minwm.core.config import ConfigError
 from minwm.nets import fp8
 from minwm.nets.attention import Cached, Geometry, KVArena, ReadOnlyCache
 from minwm.nets.backbone import Backbone
-from minwm.nets.fp8 import Fp8Arena, Linear, scaled
+from minwm.nets.fp8 import Fp8Arena, Linear, quantize
 from minwm.session.prepare import fp8_trial
 from minwm.store.folder import load_model
 from minwm.store.model import Model
@@ -60,16 +58,16 @@ def change(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_rounding_is_bounded_whatever_the_size_of_a_row() -> None:
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 8, 200)[:, None]
     x[3] = 0
-    numbers, scale = scaled(x)
-    error, largest = (numbers.float() * scale - x).abs(), x.abs().amax(1, keepdim=True)
+    quantized, scale = quantize(x)
+    error, largest = (quantized.float() * scale - x).abs(), x.abs().amax(1, keepdim=True)
     assert (error <= x.abs() / 16 + 3e-6 * largest).all()
-    torch.testing.assert_close((numbers.float() * scale).abs().amax(1, keepdim=True), largest)
-    assert error.max() > 0 and numbers.itemsize == 1
+    torch.testing.assert_close((quantized.float() * scale).abs().amax(1, keepdim=True), largest)
+    assert error.max() > 0 and quantized.itemsize == 1
 
 
 @torch.no_grad()
 def test_products_of_what_fp8_can_hold_are_exact_and_rows_do_not_disturb_each_other() -> None:
-    """Whole numbers up to 7, times any power of two per row."""
+    """Whole quantized up to 7, times any power of two per row."""
     generator, layer = torch.Generator().manual_seed(0), Linear(32, 48)
     x, weight = (torch.randint(-7, 8, (n, 32), generator=generator).float() for n in (10, 48))
     x[:, 0], weight[:, 1] = 7, -7
@@ -97,7 +95,7 @@ def test_blocks_go_to_fp8_and_back_and_what_is_sensitive_never_does() -> None:
     )
     net.use_fp8()
     rounded = {
-        name.split(".", 2)[2] for name, m in net.named_modules() if isinstance(m, Linear) and m.numbers is not None
+        name.split(".", 2)[2] for name, m in net.named_modules() if isinstance(m, Linear) and m.quantized is not None
     }
     assert rounded == {*(f"self_attn.{x}" for x in "qkvo"), "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"}
     assert kept.keys() == net.state_dict().keys()
@@ -120,38 +118,18 @@ def test_replayed_chunks_in_fp8_equal_plain_ones(what: Fp8) -> None:
 
 
 def test_blocks_in_fp8_compile_to_one_graph() -> None:
-    """Without the import hook of these tests, whose checks no compiler can read."""
-    script = """
-    import torch
-    from contracts.backbones import condition, small
-    from minwm.nets.attention import Geometry
-    from minwm.stream.rollout import Stream
-    from minwm.stream.solvers import FewStepSampler
-
-    graphs = []
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    @torch.no_grad()
-    def walk(net):
-        cond = condition(2, batch=1)
-        stream = Stream(net, cond, Geometry(tokens=6, chunk=2, window=2, sink=1))
-        for i in range(4):
-            bound = stream.prepare_chunk(cond)
-            x = stream.next_chunk(bound, torch.ones(1, 1, 2, 4, 4, 6), FewStepSampler(steps=1))
-            stream.update_cache(bound, x)
-        return x
+    run_script("""
+    from compiling import backend, graphs, walk
+    from contracts.backbones import small
 
     net = small("wan-dual").float()
     net.use_fp8()
-    plain = walk(net)
+    plain = walk(net, chunks=4, steps=1)
     net.compile_blocks(backend)
-    compiled = walk(net)
+    compiled = walk(net, chunks=4, steps=1)
     assert (compiled - plain).norm() < 0.05 * plain.norm(), (compiled - plain).norm() / plain.norm()
     assert len(graphs) == 2 and all("scaled_mm" in graph.code for graph in graphs)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd="tests")
+    """)
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -173,10 +151,10 @@ def test_a_cache_in_fp8_rounds_the_window_alone(name: str) -> None:
 
 def test_a_cache_in_fp8_takes_half_of_the_memory_of_bfloat16() -> None:
     geometry = Geometry(tokens=100, chunk=4, window=10, sink=0)
-    plain, rounded = (kind(geometry, 30, 1, 2, 128, dtype=torch.bfloat16) for kind in (KVArena, Fp8Arena))
-    held = sum(x.nbytes for x in (rounded.kv, rounded.numbers, rounded.scales))  # pyright: ignore
+    plain, rounded = (kind(geometry, (30, 1, 2, 128), torch.bfloat16) for kind in (KVArena, Fp8Arena))
+    held = sum(x.nbytes for x in (rounded.kv, rounded.quantized, rounded.scales))  # pyright: ignore
     assert held == pytest.approx((0.5 + 2 / 128) * plain.kv.nbytes)
-    assert rounded.wide.nbytes == plain.kv.nbytes / 30  # pyright: ignore[reportAttributeAccessIssue]
+    assert rounded.unpacked.nbytes == plain.kv.nbytes / 30  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_sinks_that_are_turned_in_every_chunk_are_not_rounded_again_and_again() -> None:
@@ -226,7 +204,7 @@ def test_the_shipped_model_passes_the_gate(shipped: Model, what: Fp8) -> None:
     _, times, fidelity = prepare_network(cfg, shipped.net, geometry, fp8_trial(shipped))
     assert times is None and fidelity and fidelity.psnr and fidelity.psnr > 35
     assert 0.001 < fidelity.error < fidelity.limit
-    in_fp8 = any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
+    in_fp8 = any(m.quantized is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert (in_fp8, shipped.net.arena_type is Fp8Arena) == (what != "cache", what != "linears")
 
 
@@ -236,13 +214,13 @@ def test_a_broken_scale_does_not_pass_and_leaves_the_network_plain(
     shipped: Model, what: Fp8, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers, scale = scaled(x)
-        return numbers, factor * scale
+        quantized, scale = quantize(x)
+        return quantized, factor * scale
 
-    monkeypatch.setattr(fp8, "scaled", broken)
+    monkeypatch.setattr(fp8, "quantize", broken)
     with pytest.raises(ConfigError, match=rf"engine\.fp8={what}: .* is above engine\.fp8_limit=0\.1"):
         check_fp8(EngineConfig(fp8=what), shipped.net, shipped.config.geometry, fp8_trial(shipped))
-    assert not any(m.numbers is not None for m in shipped.net.modules() if isinstance(m, Linear))
+    assert not any(m.quantized is not None for m in shipped.net.modules() if isinstance(m, Linear))
     assert shipped.net.arena_type is KVArena
 
 

@@ -238,6 +238,10 @@ def _starts(runs: list[int]) -> list[int]:
     return list(accumulate(runs, initial=0))[:-1]
 
 
+ArenaSize = tuple[int, int, int, int]
+"""Layers, batch, heads and head width."""
+
+
 class KVArena:
     """Keys and values of a stream, `[layer, 2, b, a, rows, e]`: one allocation, stable pointers, slot = chunk.
 
@@ -245,18 +249,11 @@ class KVArena:
     """
 
     def __init__(
-        self,
-        geometry: Geometry,
-        layers: int,
-        batch: int,
-        heads: int,
-        head_width: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, geometry: Geometry, size: ArenaSize, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.geometry = geometry
-        self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, head_width, dtype=dtype, device=device)
+        layers, batch, heads, width = size
+        self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, width, dtype=dtype, device=device)
 
     def write_text_kv(self, layer: int, k: Heads, v: Heads) -> None:
         """Write the text prefix, once per prompt; it must fill `geometry.text_rows`."""

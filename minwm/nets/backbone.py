@@ -184,8 +184,8 @@ class Backbone(nn.Module, ABC):
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        sizes = self.layers, batch, self.cache_heads, self.head_width
-        return self.arena_type(geometry, *sizes, dtype=dtype, device=weight.device)
+        size = self.layers, batch, self.cache_heads, self.head_width
+        return self.arena_type(geometry, size, dtype, weight.device)
 
 
 @dataclass(frozen=True)

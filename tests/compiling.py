@@ -1,0 +1,40 @@
+"""Counting what torch.compile compiles, in a process without the import hook of the tests."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from contracts.backbones import condition
+from torch import Tensor, nn
+
+from minwm.nets.attention import Geometry
+from minwm.nets.backbone import Backbone
+from minwm.stream.rollout import Stream
+from minwm.stream.solvers import FewStepSampler
+
+graphs: list[nn.Module] = []
+
+
+def backend(module: nn.Module, _inputs: list[Tensor]) -> Callable:
+    graphs.append(module)
+    return module.forward
+
+
+@torch.no_grad()
+def walk(net: Backbone, chunks: int, steps: int, window: int = 2) -> Tensor:
+    """The last chunk of a stream whose ring was filled."""
+    cond, dtype = condition(2, batch=1), next(net.parameters()).dtype
+    stream, x = Stream(net, cond, Geometry(tokens=6, chunk=2, window=window)), torch.empty(0)
+    for i in range(chunks):
+        chunk = stream.prepare_chunk(cond)
+        noise = torch.randn(steps, 1, 2, 4, 4, 6, generator=torch.Generator().manual_seed(i), dtype=dtype)
+        x = stream.next_chunk(chunk, noise, FewStepSampler(steps=steps))
+        stream.update_cache(chunk, x)
+    return x
+
+
+def run_script(script: str) -> None:
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=Path(__file__).parent)
