@@ -1,9 +1,9 @@
-"""Measure live play as a visitor has it: keys pressed in headless Chromium, until the picture shows them.
+"""Measure live play in headless Chromium: latency from random key presses to the display of their frames.
 
     python benchmarks/play_latency.py results/play-cpu.json minwm/assets/world/dmd 7:128
 
-plays every model folder and every procedural world (SEED:PIXELS) for half a minute each, with keys that go down and
-up at random, and writes what the page itself has measured over its last ten seconds.
+plays every model folder and every procedural world (SEED:PIXELS) for half a minute each, and writes the statistics of
+the page over the last ten seconds.
 """
 
 import random
@@ -48,18 +48,18 @@ def latency(page: Any, _: ServerProcess) -> dict[str, float]:
     return {"fps": median["fps"], **photon, **milliseconds}
 
 
-def measure(out: Path, games: list[str], what: str, how: Callable[[Any, ServerProcess], dict[str, Any]]) -> None:
-    """Play one game after another in the browser, and write what `how` found of each."""
+def measure(out: Path, scenarios: list[str], what: str, how: Callable[[Any, ServerProcess], dict[str, Any]]) -> None:
+    """Play each scenario in the browser, and write what `how` measures of it."""
     results: dict[str, Any] = {}
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        for game in games:
-            seed, _, size = game.partition(":")
-            words = ("--world", seed, "--size", size) if size else ("--model", game)
+        for scenario in scenarios:
+            seed, _, size = scenario.partition(":")
+            words = ("--world", seed, "--size", size) if size else ("--model", scenario)
             server = ServerProcess(*words)
             try:
                 for page in visit(browser, server.url):
-                    results[f"world {seed}, {size}x{size}" if size else game] = how(page, server)
+                    results[f"world {seed}, {size}x{size}" if size else scenario] = how(page, server)
             finally:
                 server.close()
         version = browser.version
@@ -74,8 +74,8 @@ def measure(out: Path, games: list[str], what: str, how: Callable[[Any, ServerPr
     write_json(out, {**about, **results})
 
 
-def main(out: str, *games: str) -> None:
-    measure(Path(out), [*games], "medians over the last 10 of 30 seconds", latency)
+def main(out: str, *scenarios: str) -> None:
+    measure(Path(out), [*scenarios], "medians over the last 10 of 30 seconds", latency)
 
 
 if __name__ == "__main__":

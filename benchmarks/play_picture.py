@@ -1,8 +1,8 @@
-"""A picture of the player at play, for the README.
+"""A screenshot of the player, for the README.
 
     python benchmarks/play_picture.py docs/play.png 1280x800 --model runs/demo --compare truth
 
-opens the game in headless Chromium, walks a little, and keeps what is then on the screen.
+opens the page in headless Chromium, presses some keys, and takes a screenshot.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Play for long, and see whether anything grows: keys in headless Chromium, and the server's memory beside them.
+"""Play for long with random keys in headless Chromium, and record latency, memory and threads over time.
 
     python benchmarks/play_soak.py results/play-soak.json 10 runs/demo/dmd 7:128
 
@@ -58,11 +58,11 @@ def compared(samples: list[dict[str, float]], skip: int = round(SETTLED / WINDOW
     return {**medians, "samples": {key: [round(sample[key], 1) for sample in samples] for key in samples[0]}}
 
 
-def main(out: str, minutes: str, *games: str) -> None:
+def main(out: str, minutes: str, *scenarios: str) -> None:
     what = (
         f"{minutes} minutes of keys in the browser, a sample every {WINDOW:g} s; thirds of what follows {SETTLED:g} s"
     )
-    measure(Path(out), [*games], what, lambda page, server: compared(soak(page, server, 60 * float(minutes))))
+    measure(Path(out), [*scenarios], what, lambda page, server: compared(soak(page, server, 60 * float(minutes))))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def hosting() -> Iterator[Callable[..., ServerThread]]:
     """A function that starts servers; they are closed after the test."""
     servers: list[ServerThread] = []
 
-    def start(scenario: Scenario | None = None, **how: Any) -> ServerThread:
-        servers.append(ServerThread(scenario or painted(), **how))
+    def start(scenario: Scenario | None = None, **options: Any) -> ServerThread:
+        servers.append(ServerThread(scenario or painted(), **options))
         return servers[-1]
 
     yield start

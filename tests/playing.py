@@ -89,13 +89,13 @@ class PositionEngine:
     def restore(self, snapshot: None) -> None: ...
 
 
-def painted(views: int = 1, **how: Any) -> Scenario:
+def painted(views: int = 1, **options: Any) -> Scenario:
     return Scenario(
         title="painted",
         views=("model", "other")[:views],
         config=replace(SMALL, height=16, width=16),
         start=StartState(seed=3, prompt="a room"),
-        engines=lambda _: [PositionEngine(**how) for _ in range(views)],
+        engines=lambda _: [PositionEngine(**options) for _ in range(views)],
         takes_image=True,
     )
 
@@ -128,8 +128,9 @@ async def served(server: PlayServer, access: Access = SECRET) -> AsyncIterator[s
 class ServerThread:
     """A `PlayServer` in a thread of this process, so that a test can inspect it."""
 
-    def __init__(self, scenario: Scenario, access: Access = SECRET, **how: Any) -> None:
-        self.play_server, self.loop, self.ended = PlayServer(scenario, **how), asyncio.new_event_loop(), asyncio.Event()
+    def __init__(self, scenario: Scenario, access: Access = SECRET, **options: Any) -> None:
+        self.play_server = PlayServer(scenario, **options)
+        self.loop, self.ended = asyncio.new_event_loop(), asyncio.Event()
         self.url, started = "", threading.Event()
 
         async def main() -> None:

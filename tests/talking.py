@@ -94,10 +94,13 @@ over_every_transport = pytest.mark.parametrize("transport", TRANSPORTS.values(),
 
 
 def run_scene(
-    scene: Callable[[PlayServer, Dial], Awaitable[None]], transport: Any, scenario: Scenario | None = None, **how: Any
+    scene: Callable[[PlayServer, Dial], Awaitable[None]],
+    transport: Any,
+    scenario: Scenario | None = None,
+    **options: Any,
 ) -> None:
     async def main() -> None:
-        server = PlayServer(scenario or painted(), **how)
+        server = PlayServer(scenario or painted(), **options)
         async with transport(server) as dial:
             await scene(server, dial)
 

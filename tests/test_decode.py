@@ -366,11 +366,11 @@ def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.Capture
     """The shipped model: its kernels are timed and named, and its frames are those of the plain form."""
     name = str(model_to_play())
     flags = EngineFlags(attention="fastest", decode="channels_last")
-    games = [_model_scenario(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
-    _warm_up(games[0])
+    scenarios = [_model_scenario(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
+    _warm_up(scenarios[0])
     said = capsys.readouterr().out
     assert said.count("is used") == said.count("warm-up: the start in") == 1
-    fast, plain = (scenario.engines(scenario.start)[0] for scenario in games)
+    fast, plain = (scenario.engines(scenario.start)[0] for scenario in scenarios)
     assert isinstance(fast, ModelEngine) and fast.engine.attention in ("flash", "math")
     for a, b in zip(Session(fast).play(KEYS[:2]), Session(plain).play(KEYS[:2]), strict=True):
         assert np.abs(a.astype(int) - b).max() <= 2

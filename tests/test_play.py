@@ -169,9 +169,9 @@ class Screen:
         return [header for header, _ in self.shots]
 
 
-def started(scenario: Scenario, **how: Any) -> tuple[PlayLoop, list[str]]:
+def started(scenario: Scenario, **options: Any) -> tuple[PlayLoop, list[str]]:
     reasons: list[str] = []
-    loop = PlayLoop(scenario, on_error=reasons.append, **how)
+    loop = PlayLoop(scenario, on_error=reasons.append, **options)
     loop.start()
     return loop, reasons
 

@@ -64,7 +64,7 @@ AnyCommand = Command | StartImage | ResendFrame
 
 
 class PlayLoop:
-    """`run` blocks until `close` and raises what the engines raise: give it a thread of its own."""
+    """Generates one rollout at a time. `run` blocks until `close`, and raises what the engines raise."""
 
     def __init__(
         self,
