@@ -252,7 +252,9 @@ def test_a_hundred_rollouts_leak_nothing() -> None:
             for _ in range(visits):
                 await visit()
             counts.append(await asyncio.to_thread(count))
-        assert counts[1].pop("objects") - counts[0].pop("objects") < 100, "one each would be a leak"
+        growth = {name: counts[1].pop(name) - counts[0].pop(name) for name in ("objects", "bytes")}
+        assert growth["objects"] < 100, "one each would be a leak"
+        assert growth["bytes"] < 100 * 100, "RoPE tables of at most 16 chunks are cached"
         assert all(counts[1][kind] <= count for kind, count in counts[0].items()), counts
 
     run_scene(scene, in_memory, scenario, clock=clock)
