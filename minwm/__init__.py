@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from minwm.cameras.trajectory import Action as Action
     from minwm.cameras.trajectory import parse as parse
     from minwm.core.types import Clip as Clip
+    from minwm.eval.run import evaluate as evaluate
     from minwm.session.session import Session as Session
     from minwm.session.session import walk as walk
     from minwm.store.hub import from_pretrained as from_pretrained
@@ -24,6 +25,7 @@ _MODULES = {
     "Clip": "minwm.core.types",
     "Model": "minwm.store.model",
     "Session": "minwm.session.session",
+    "evaluate": "minwm.eval.run",
     "from_pretrained": "minwm.store.hub",
     "load": "minwm.store.hub",
     "parse": "minwm.cameras.trajectory",

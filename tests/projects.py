@@ -1,12 +1,12 @@
 """A small project with all its stages trained, a published model adopted, and what is read in their cards."""
 
 import shutil
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hub
 import pytest
 from safetensors.torch import save_file
 
@@ -30,8 +30,6 @@ from minwm.stream.solvers import BidirectionalSampler, FewStepSampler
 from minwm.train.build import train
 from minwm.train.config import Init, OptimConfig, Run
 
-hub = pytest.importorskip("huggingface_hub")
-
 NETWORK = WanConfig(
     dim=32, heads=2, layers=1, ffn=32, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
 )
@@ -51,7 +49,7 @@ VAE = WanVaeConfig(base=8, decoder_base=8, channels=4, depth=1, mean=(0.0,) * 4,
 
 @cache
 def trained(out: Path) -> Path:
-    """A codec, a bidirectional model and a few-step one made from it, trained where huggingface_hub is missing."""
+    """A codec, a bidirectional model and a few-step one made from it."""
     render = RenderConfig(seed=5, motion=MODEL.motion, latents=MODEL.latents, height=32, width=32)
     render_worlds(out / "raw", render, clips=6, workers=1)
 
@@ -60,15 +58,13 @@ def trained(out: Path) -> Path:
         optim, critic = OptimConfig(lr=3e-4), OptimConfig(lr=7e-5)
         train(replace(known, steps=1, batch=2, accumulate=3, optim=optim, critic=critic), out / name)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "huggingface_hub", None)
-        run("codec", MODEL, CodecTraining(fit_clips=2), "raw", Init())
-        encode_clips(out / "raw", out / "latents", load_codec(out / "codec"), MODEL.text)
-        folders = {name: str(out / name) for name in ("codec", "camera")}
-        whole = replace(MODEL, sampler=BidirectionalSampler(steps=3))
-        run("camera", whole, BidirectionalConfig(), "latents", Init(codec=folders["codec"]))
-        init = Init(student=folders["camera"], critic=folders["camera"], real=folders["camera"], codec=folders["codec"])
-        run("dmd", MODEL, DmdConfig(), "latents", init)
+    run("codec", MODEL, CodecTraining(fit_clips=2), "raw", Init())
+    encode_clips(out / "raw", out / "latents", load_codec(out / "codec"), MODEL.text)
+    folders = {name: str(out / name) for name in ("codec", "camera")}
+    whole = replace(MODEL, sampler=BidirectionalSampler(steps=3))
+    run("camera", whole, BidirectionalConfig(), "latents", Init(codec=folders["codec"]))
+    init = Init(student=folders["camera"], critic=folders["camera"], real=folders["camera"], codec=folders["codec"])
+    run("dmd", MODEL, DmdConfig(), "latents", init)
     return out
 
 

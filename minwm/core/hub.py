@@ -1,12 +1,12 @@
 """Files from and to the Hugging Face Hub."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from minwm.core.config import UserError
-from minwm.core.runtime import require
 
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """A repository name, USER/NAME."""
@@ -25,7 +25,8 @@ def fetch(
 
     `first` is downloaded before the rest: a repository without that file is refused. `local` uses the cache alone.
     """
-    hub = require("huggingface_hub", "pretrained")
+    import huggingface_hub as hub
+
     with _explained(f"{repo} is no folder here, and no model that the Hub gives"):
         if first:
             hub.hf_hub_download(repo, first, revision=revision)
@@ -37,7 +38,8 @@ def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, priva
 
     Raises HubError if the Hub refuses, and before any upload if `private` is asked for a public repository.
     """
-    hub = require("huggingface_hub", "pretrained")
+    import huggingface_hub as hub
+
     with _explained(f"{repo} is not written (`hf auth login` or HF_TOKEN says who you are)"):
         address = hub.create_repo(repo, private=private or None, exist_ok=True)
         if private and not hub.model_info(repo).private:
@@ -46,11 +48,20 @@ def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, priva
     return str(address)
 
 
+def render_card(template: Path, metadata: Mapping[str, Any], **values: Any) -> str:
+    """A model card: a Jinja template with `values`, and YAML front matter with what is not None of `metadata`."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData(**metadata), template_path=str(template), **values))
+
+
 @contextmanager
 def _explained(problem: str) -> Iterator[None]:
     """Turn errors of the Hub and of the network into HubError: `problem`, then the error in one line."""
-    refused = require("huggingface_hub.errors", "pretrained").HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # of its HTTP library
     try:
         yield
-    except (OSError, ValueError, *refused.__bases__) as error:  # its bases: the errors of its HTTP library
+    except (OSError, ValueError, *http_errors) as error:
         raise HubError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from error
