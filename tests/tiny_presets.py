@@ -15,8 +15,7 @@ from minwm.store.layouts import open_published
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
-SIDE = 64
-CLIPS = 12
+CLIPS = 8
 
 
 def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
@@ -26,16 +25,18 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
     stages = tuple(tiny_run(run, text_encoder) for run in pipeline.stages)
     model = stages[0].model
     render = RenderConfig(
-        latents=model.latents, height=SIDE, width=SIDE, focal=model.focal, motion=model.motion, seed=5
+        latents=model.latents, height=model.height, width=model.width, focal=model.focal, motion=model.motion, seed=5
     )
     if pipeline.render is None:
         render_worlds(out / "raw", render, clips=CLIPS)
         publish(model, out / "base")
     else:
-        render = replace(pipeline.render, latents=model.latents, height=SIDE, width=SIDE)
+        render = replace(pipeline.render, latents=model.latents, height=model.height, width=model.width)
     return replace(
-        pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1
-    )
+        pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1,
+        evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1),
+        evaluated=("camera", "dmd"),
+    )  # fmt: skip
 
 
 def tiny_run(run: Run, text_encoder: Path) -> Run:
@@ -61,9 +62,9 @@ def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
     sizes = {"small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1}}
     codec = replace(model.codec, **sizes.get(model.codec.kind, {"base": 8, "decoder_base": 8, "depth": 1}))
     sampler = model.sampler if model.sampler.kind == "few_step" else replace(model.sampler, steps=2)
-    latents = model.stream.first_chunk_frames + 2 * model.stream.chunk
+    latents, side = model.stream.first_chunk_frames + model.stream.chunk, 2 * network.patch * codec.scale
     return replace(
-        model, network=network, codec=codec, text=text, sampler=sampler, latents=latents, height=SIDE, width=SIDE
+        model, network=network, codec=codec, text=text, sampler=sampler, latents=latents, height=side, width=side
     )
 
 
