@@ -217,9 +217,9 @@ def test_the_first_frames_of_a_chunk_are_sent_before_the_last_are_decoded(model:
         clock=clock,
     )
     (session,), left = loop.sessions, []
-    decode, screen = session.engine.decode, Screen(loop)  # type: ignore[attr-defined]
+    decode, screen = session.engine.decode_next, Screen(loop)  # type: ignore[attr-defined]
     slow = lambda *args: (setattr(clock, "now", clock.now + 0.1), decode(*args))[1]  # noqa: E731
-    session.engine.decode = slow  # type: ignore[attr-defined]
+    session.engine.decode_next = slow  # type: ignore[attr-defined]
     screen.queue.on_put = lambda: (screen.drain(), left.append((len(screen.shots), round(clock.now - 100, 3))))
     loop.set_input(make_input(1, "w"))
     loop.step()
@@ -230,7 +230,7 @@ def test_the_first_frames_of_a_chunk_are_sent_before_the_last_are_decoded(model:
 
 
 def test_a_step_before_the_start_is_refused(model: Model) -> None:
-    with pytest.raises(UserError, match=r"call start\(\) before step\(\)"):
+    with pytest.raises(UserError, match=r"call start\(\) first"):
         Session(ModelEngine(model, start_image(), "a red room")).step(Action.of("w"))
 
 

@@ -155,6 +155,7 @@ class ModelEngine:
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
         self.inputs = self.encode_inputs(image, prompt, seed)
         self._stream: Stream | None = None
+        self.pending_update: tuple[Any, ...] | None = None
 
     def encode_inputs(self, image: Image | None, prompt: str, seed: int) -> StartInputs:
         """What `inputs` may be set to before the next `start`.
