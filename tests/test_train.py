@@ -37,7 +37,7 @@ from minwm.recipes.ode import OdeConfig
 from minwm.recipes.ops import frame_mse, loss_mask, noise_like
 from minwm.store.folder import load_codec, load_model, save_codec, save_model
 from minwm.store.model import ModelConfig
-from minwm.stream.solvers import FewStepSampler
+from minwm.stream.solvers import BidirectionalSampler, FewStepSampler
 from minwm.train import state
 from minwm.train.build import train
 from minwm.train.config import AnyRecipeConfig, Init, OptimConfig, Run
@@ -390,3 +390,15 @@ def test_nonsense_is_refused() -> None:
     for change, message in {"steps": "at least 1", "accumulate": "at least 1", "ema": "a decay"}.items():
         with pytest.raises(ConfigError, match=message):
             replace(run, **{change: 1 if change == "ema" else 0})
+    with pytest.raises(ConfigError, match="critic_updates=0: must be at least 1"):
+        DmdConfig(critic_updates=0)
+
+
+@pytest.mark.parametrize("name", ["ode", "dmd"])
+def test_the_times_of_a_student_are_those_of_its_sampler(name: str) -> None:
+    run: Any = Run(name=name, model=MODEL, recipe=RECIPES[name], data="")
+    with pytest.raises(ConfigError, match=r"needs model\.sampler\.kind=few_step, not bidirectional"):
+        replace(run, model=replace(MODEL, sampler=BidirectionalSampler()))
+    if name == "ode":
+        with pytest.raises(ConfigError, match=r"ode_steps=4 is not a multiple of sampler.steps=3; try 3"):
+            replace(run, model=replace(MODEL, sampler=FewStepSampler(steps=3)))

@@ -78,8 +78,8 @@ def run_ablation(plan: Ablation, out: Path, log: Log) -> Iterator[list[ArmResult
 
 
 def _headline(result: ArmResult) -> str:
-    listens = "" if result.reliance is None else f", reliance on cameras {result.reliance:.2f}"
-    return f"{headline(result)}{listens}"
+    reliance = "" if result.reliance is None else f", reliance on cameras {result.reliance:.2f}"
+    return f"{headline(result)}{reliance}"
 
 
 def _train(run: Run, folder: Path, out: Path, log: Log) -> float:
