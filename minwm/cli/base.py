@@ -1,4 +1,4 @@
-"""What all verbs share: how they are registered, parsed and heard.
+"""What all verbs share: registration, parsing, common arguments and output.
 
 A verb is a typed function. Parsing only binds its arguments, so errors of parsing and of running stay apart.
 """
@@ -194,7 +194,7 @@ def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory 
         return route.track(cfg.motion, cfg.intrinsics), route
     track = CameraTrack.load(text).relative_to_first()
     if track.fps != cfg.motion.fps:
-        say(f"{text}: {track.fps:g} poses per second, resampled to the model's {cfg.motion.fps:g}")
+        echo(f"{text}: {track.fps:g} poses per second, resampled to the model's {cfg.motion.fps:g}")
         track = track.resample(cfg.motion.fps)
     return track, None
 
@@ -207,7 +207,7 @@ def refuse_existing(path: Path, suffix: str) -> None:
         raise UserError(f"--out {path} exists; delete it, or give another name")
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     print(text, flush=True)  # noqa: T201  (the command line prints)
 
 
@@ -219,7 +219,7 @@ def numbers(values: Mapping[str, Any], file: Path | None) -> None:
     """Print values with four digits, a line each, and write them in full to `file`."""
     rounded = jsonlib.loads(jsonlib.dumps(values), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     for line in _flat(rounded, ""):
-        say(line)
+        echo(line)
     write_numbers(values, file)
 
 

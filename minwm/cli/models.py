@@ -22,12 +22,12 @@ from minwm.cli.base import (
     Steps,
     command,
     command_line,
+    echo,
     numbers,
     parse_fields,
     print_fields,
     read_track,
     refuse_existing,
-    say,
     write_numbers,
 )
 from minwm.core.config import UserError, dumps, override, to_dict
@@ -44,7 +44,7 @@ def list_pipelines(_words: list[str]) -> None:
     from minwm.experiments.presets import PIPELINES
 
     for name, make in PIPELINES.items():
-        say(f"  {name:<15} {(make.__doc__ or '').partition(chr(10))[0]}")
+        echo(f"  {name:<15} {(make.__doc__ or '').partition(chr(10))[0]}")
 
 
 def list_fields(words: list[str]) -> None:
@@ -53,7 +53,7 @@ def list_fields(words: list[str]) -> None:
 
     stage = next(iter(words), "")
     if "/" not in stage:
-        say("--FIELD VALUE sets any field of a stage; PIPELINE/STAGE --help lists them. Pipelines:")
+        echo("--FIELD VALUE sets any field of a stage; PIPELINE/STAGE --help lists them. Pipelines:")
         return list_pipelines(words)
     return print_fields(presets.stage(stage, Path("runs") / stage.partition("/")[0]), f"train {stage}")
 
@@ -80,11 +80,11 @@ def pipeline(
     plan = presets.pipeline(name, out)
     if until:
         plan.stage(until)
-    run_pipeline(plan, out, say, until)
+    run_pipeline(plan, out, echo, until)
     if not until:
         result = evaluation(plan, out)
         write_numbers({name: to_dict(row) for name, row in result.rows.items()}, json)
-        say(f"report: {report(plan, out, result)}")
+        echo(f"report: {report(plan, out, result)}")
 
 
 @command("train", details=list_fields)
@@ -107,11 +107,11 @@ def train(
     root = root or Path("runs") / stage.partition("/")[0]
     run = override(presets.stage(stage, root), parse_fields(fields))
     if show:
-        return say(dumps(run))
+        return echo(dumps(run))
     out = out or root / run.name
     if resume and not (out / "run.json").exists():
         raise UserError(f"--resume: {out} holds no run; leave it out to start one")
-    say(f"{stage}: {run.recipe.kind}, {run.steps} steps of {run.batch * run.accumulate} clips -> {out}")
+    echo(f"{stage}: {run.recipe.kind}, {run.steps} steps of {run.batch * run.accumulate} clips -> {out}")
     return numbers(asdict(run_training(run, out)), json)
 
 
@@ -148,14 +148,14 @@ def generate(
     else:
         raise UserError("give --prompt TEXT (and --image PNG), or --world SEED (which --compare needs)")
     if loaded.config.network.camera == "none":
-        say("this model has no camera control: the trajectory only says how long the video is")
+        echo("this model has no camera control: the trajectory only says how long the video is")
     start = time.monotonic()
     videos = [*truth, generate_clips(loaded, first, [prompt], [track], seed)[0]]
     seconds = time.monotonic() - start
     if keys and route:
         videos = [overlay_keys(video, route.keys_per_frame()) for video in videos]
     write_video(out, np.concatenate(videos, axis=2), loaded.config.motion.fps)
-    say(f"{prompt!r}\n{out}: {len(track)} frames in {seconds:.1f} s")
+    echo(f"{prompt!r}\n{out}: {len(track)} frames in {seconds:.1f} s")
 
 
 def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
@@ -164,7 +164,7 @@ def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']
     image = read_image(path)
     if image.shape[:2] != (cfg.height, cfg.width):
         h, w = image.shape[:2]
-        say(f"{path}: {w}x{h} pixels, cropped in the middle and resized to the model's {cfg.width}x{cfg.height}")
+        echo(f"{path}: {w}x{h} pixels, cropped in the middle and resized to the model's {cfg.width}x{cfg.height}")
     return resize_and_crop(image, cfg.height, cfg.width)[None]
 
 
@@ -194,13 +194,13 @@ def evaluate(
     names = _names(model)
     with TemporaryDirectory() as temporary:
         models = {name: partial(_load, path) for name, path in names.items()}
-        result = evaluate_models(models, cfg, out or Path(temporary), say)
+        result = evaluate_models(models, cfg, out or Path(temporary), echo)
         rows = {name: result.rows[name] for name in names}
         teacher = next((row for row in rows.values() if row.bench and row.bench.sampler == "autoregressive"), None)
         aims = {name: targets(row, None if row is teacher else teacher) for name, row in rows.items()}
         for name, found in aims.items():
             for aim in found:
-                say(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: at most {aim.bound:g})")
+                echo(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: at most {aim.bound:g})")
         plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
         seconds = {name: row.eval_seconds for name, row in result.rows.items()}
         listed = {name: [to_dict(aim) for aim in found] for name, found in aims.items()}
@@ -212,7 +212,7 @@ def evaluate(
             about = versions()
             facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
                      "PyTorch": about["torch"], "Clips": str(cfg.clips)}  # fmt: skip
-            say(f"page: {write_evaluation(html, result, aims, facts, command_line())}")
+            echo(f"page: {write_evaluation(html, result, aims, facts, command_line())}")
 
 
 def _names(models: list[Path]) -> dict[str, Path]:
@@ -241,7 +241,7 @@ def ablate(
 
     plan = ablation(name, out)
     about = {"question": plan.question, "varies": plan.varies, "small": plan.small, "planned": len(plan.arms)}
-    for results in run_ablation(plan, out, say):
+    for results in run_ablation(plan, out, echo):
         write_numbers({"ablation": plan.name, **about, "arms": [to_dict(result) for result in results]}, json)
         if svg:
             write_text(svg, draw(plan, results))
@@ -270,7 +270,7 @@ def bench(
     from minwm.store.folder import tiny_decoder
 
     if compare:
-        return say("\n".join(report.compare(*(read_json(path) for path in compare))))
+        return echo("\n".join(report.compare(*(read_json(path) for path in compare))))
     if model and not (preset or random_weights):
         loaded = _load(model)
     elif preset and random_weights and not model:
@@ -286,7 +286,7 @@ def bench(
         loaded = tiny_decoder(loaded, decoder, random_weights)
     loaded.ready()
     if random_weights and engine.fp8 != "none":
-        say("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
+        echo("random weights say nothing about what FP8 does to a picture: this trial is no evidence")
     result = bench_model(loaded, engine.config(), repeats, chunks, roofline=True)
     if plot:
         write_text(plot, report.plot(result))
@@ -321,7 +321,7 @@ def bench_train(
     measured = {}
     for run in runs:
         measured[run.name] = measure_steps(override(run, parse_fields(fields)), steps, warmup, peak)
-        say("\n".join(headline(f"{pipeline}/{run.name}", measured[run.name])))
+        echo("\n".join(headline(f"{pipeline}/{run.name}", measured[run.name])))
     write_numbers({"stages": {name: to_dict(found) for name, found in measured.items()}}, json)
 
 
@@ -343,7 +343,7 @@ def _load(model: Path) -> "Model":
 
 
 def inspect_model(folder: Path, json: Path | None) -> None:
-    """Say what is in a model folder: sizes, sampler, geometry, speeds of its keys."""
+    """Show what is in a model folder: sizes, sampler, geometry, speeds of its keys."""
     from minwm.store.folder import load_model
 
     model = load_model(folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, command, say
+from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, command, echo
 from minwm.cli.models import first_frame, with_steps
 from minwm.core.config import UserError
 
@@ -68,7 +68,7 @@ def play(
     else:
         scenario = world_scenario(world, _world_config(size))
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl+C stops the server
-        asyncio.run(serve(scenario, host, port, rewind, access, say))
+        asyncio.run(serve(scenario, host, port, rewind, access, echo))
 
 
 def _model_scenario(
@@ -101,13 +101,13 @@ def _model_scenario(
         raise UserError("--compare truth needs a model that starts in a procedural world: give --world SEED")
     start, title = StartState(seed=seed, prompt=prompt, image=first), "/".join(Path(name).parts[-2:])
     if cfg.network.camera == "none":
-        say("this model has no camera control: keys and mouse do not move its camera")
+        echo("this model has no camera control: keys and mouse do not move its camera")
     chosen, kernels, fp8 = prepare_model(model, engine.config())
     if fp8:
-        say(f"FP8 changes the latents of a trial by {fp8.error:.3g} of their norm, its frames by {fp8.psnr:.1f} dB")
+        echo(f"FP8 changes the latents of a trial by {fp8.error:.3g} of their norm, its frames by {fp8.psnr:.1f} dB")
     if kernels:
         times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in kernels.ms.items() if ms is not None)
-        say(f"attention of a chunk: {times}; {kernels.fastest} is used")
+        echo(f"attention of a chunk: {times}; {kernels.fastest} is used")
     if compare == "truth":
         return model_scenario(model, title, start, truth=truth, engine=chosen)
     other = _load(compare, decoder) if compare else None
@@ -123,7 +123,7 @@ def _warm_up(scenario: "Scenario") -> None:
     for one in scenario.engines(scenario.start):
         if isinstance(one, ModelEngine):
             start, *regimes = one.warm_up()
-            say(f"warm-up: the start in {start:.1f} s, {len(regimes)} kinds of chunk in {sum(regimes):.1f} s")
+            echo(f"warm-up: the start in {start:.1f} s, {len(regimes)} kinds of chunk in {sum(regimes):.1f} s")
 
 
 def _load(name: str, decoder: str | None) -> "Model":

@@ -14,12 +14,12 @@ from minwm.cli.base import (
     Out,
     Show,
     command,
+    echo,
     numbers,
     parse_fields,
     print_fields,
     read_track,
     refuse_existing,
-    say,
     write_numbers,
 )
 from minwm.core.config import UserError, dumps, override
@@ -44,9 +44,9 @@ def data_render(out: Out, clips: Count = 64, workers: Count = 1, show: Show = Fa
 
     cfg = override(RenderConfig(), parse_fields(fields))
     if show:
-        return say(dumps(cfg))
+        return echo(dumps(cfg))
     folder = render_worlds(out, cfg, clips=clips, workers=workers)
-    return say(f"{out}: {len(folder.ids())} clips")
+    return echo(f"{out}: {len(folder.ids())} clips")
 
 
 @command("data", "encode", details=list_encode_fields)
@@ -65,10 +65,10 @@ def data_encode(
 
     cfg, device = override(EncodeConfig(), parse_fields(fields)), pick_device()
     if show:
-        return say(dumps(cfg))
+        return echo(dumps(cfg))
     text = load_config(codec).text if (codec / "model.json").exists() else WordText()
     made = encode_clips(raw, out, load_codec(codec).to(device), text, device, cfg)
-    return say(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
+    return echo(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 
 @command("data", "prompts")
@@ -94,7 +94,7 @@ def data_prompts(
             raise UserError(f"{file}: give .txt or .safetensors files")
     if lines:
         text.encode(lines)
-    say(f"{len(lines)} prompts encoded, {sum(file.suffix == '.safetensors' for file in files)} taken as they are")
+    echo(f"{len(lines)} prompts encoded, {sum(file.suffix == '.safetensors' for file in files)} taken as they are")
 
 
 @command("data", "check")
@@ -110,10 +110,10 @@ def data_check(folder: Folder, json: Json = None) -> None:
         problems = check(folder) or check_renders(ClipFolder(folder))
     write_numbers({"problems": problems}, json)
     for problem in problems:
-        say(problem)
+        echo(problem)
     if problems:
         raise UserError(f"{folder}: problems found, {len(problems)} in all (listed above)")
-    say(f"{folder}: nothing wrong")
+    echo(f"{folder}: nothing wrong")
 
 
 @command("data", "report")
@@ -157,9 +157,9 @@ def camera_check(file: File, json: Json = None) -> None:
         values |= {"latents": (len(track) - 1) // 4 + 1, "motion": list(dict.fromkeys(actions(track)))}
     numbers(values, json)
     if "latents" not in values:
-        say("note: models take 4 * k + 1 frames")
+        echo("note: models take 4 * k + 1 frames")
     if ahead < -0.5:
-        say("note: it moves backwards; if it should not, these poses are world-to-camera: invert them")
+        echo("note: it moves backwards; if it should not, these poses are world-to-camera: invert them")
 
 
 @command("camera", "show")
@@ -186,10 +186,10 @@ def camera_show(
         "heading": np.degrees(np.arctan2(x, z)).tolist(),
         "elevation": np.degrees(np.arcsin((0 - y).clip(-1, 1))).tolist(),
     }
-    say(f"{route.describe() if route else trajectory}: {len(track)} frames at {track.fps:g} per second")
-    say("".join(f"{name:>11}" for name in ("latent", *table)))
+    echo(f"{route.describe() if route else trajectory}: {len(track)} frames at {track.fps:g} per second")
+    echo("".join(f"{name:>11}" for name in ("latent", *table)))
     for latent, row in enumerate(zip(*table.values(), strict=True)):
-        say(f"{latent:>11}" + "".join(f"{value:>11.3f}" for value in row))
+        echo(f"{latent:>11}" + "".join(f"{value:>11.3f}" for value in row))
     write_numbers(table, json)
     if out:
         track.save(out)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from minwm.cli.base import Fields, Flag, Json, command, numbers, parse_fields, say, write_numbers
+from minwm.cli.base import Fields, Flag, Json, command, echo, numbers, parse_fields, write_numbers
 from minwm.cli.models import inspect_model
 from minwm.core.config import UserError, override, to_dict
 
@@ -20,7 +20,7 @@ Heads = Annotated[int | None, arg(metavar="N", help="if no config.json says, and
 
 @command("inspect")
 def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json: Json = None) -> None:
-    """Say what is in a checkpoint or a model folder, without loading it."""
+    """Show what is in a checkpoint or a model folder, without loading it."""
     from minwm.core.weights import read_weights
     from minwm.store import layouts
 
@@ -53,7 +53,7 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
         notes = published.notes
     numbers({name: _short(value) for name, value in values.items() if value}, None)
     for note in notes:
-        say(f"note: {note}")
+        echo(f"note: {note}")
     return write_numbers(values | {"notes": list(notes)}, json)
 
 
@@ -100,8 +100,8 @@ def convert_weights(
         tensors, cfg, notes = published.tensors, published.config, published.notes
     types = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
     for note in (*notes, *FAMILIES[cfg.kind].export(tensors, cfg, target, to, types[dtype])):
-        say(f"note: {note}")
-    return say(f"{target}: {len(tensors)} tensors in {to} names")
+        echo(f"note: {note}")
+    return echo(f"{target}: {len(tensors)} tensors in {to} names")
 
 
 def _write_model(
@@ -127,8 +127,8 @@ def _write_model(
         raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")
     save_published(target, override(config, parse_fields(fields)), published, codec)
     for note in published.notes:
-        say(f"note: {note}")
-    say(f"{target}: a model folder, codec from {codec}")
+        echo(f"note: {note}")
+    echo(f"{target}: a model folder, codec from {codec}")
 
 
 @command("push")
@@ -141,4 +141,4 @@ def push_model(
     """Put a model on the Hub, with a card that says what it is; log in first: hf auth login, or HF_TOKEN."""
     from minwm.store.hub import push
 
-    say(push(model, repo, private=private, license=license))
+    echo(push(model, repo, private=private, license=license))

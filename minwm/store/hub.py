@@ -20,9 +20,9 @@ def load(name: str | Path) -> Model:
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of that name, else the local copy of the Hub's USER/NAME or USER/NAME@REVISION, fetched if need be.
+    """The folder of that name, else the local copy of the Hub's USER/NAME or USER/NAME@REVISION.
 
-    Of a Hub repository only what a model folder holds is fetched. Raises HubError.
+    Only the files of a model folder are downloaded. Raises HubError.
     """
     folder = Path(name)
     if folder.exists():
@@ -43,7 +43,7 @@ def save_pretrained(model: Model, folder: Path, license: str | None = None) -> N
 
 
 def push_to_hub(model: Model, repo: str, *, private: bool = False, license: str | None = None) -> str:
-    """`push` of a model that is in memory; what its training left beside its weights is not known then."""
+    """`push` of a model in memory: its card has no training history and no measurements."""
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder), license)
         return push(Path(folder), repo, private=private, license=license)
@@ -52,10 +52,10 @@ def push_to_hub(model: Model, repo: str, *, private: bool = False, license: str 
 def push(folder: Path, repo: str, *, private: bool = False, license: str | None = None) -> str:
     """Write the card of a model folder, and put both into a repository of the Hub; returns its address.
 
-    A new repository is private if asked, else what the account has as its default. `license` is an identifier of the
-    Hub, such as apache-2.0; without one, that of the card before stays. Who pushes, HF_TOKEN or `hf auth login` says.
-    Raises CheckpointError if the folder is no whole model; HubError if the Hub refuses, or shows to all what was to be
-    private, or if the model reads its prompts with an encoder that only this machine has: then nothing is uploaded.
+    A new repository is private if asked, else as the account's default is. `license` is an identifier of the Hub, such
+    as apache-2.0; without one, that of the existing card stays. Credentials are HF_TOKEN or those of `hf auth login`.
+    Raises CheckpointError if the folder is no whole model; HubError if the Hub refuses, if `private` is asked for a
+    public repository, or if the text encoder is a folder of this machine: then nothing is uploaded.
     """
     if not REPO.fullmatch(repo):
         raise HubError(f"{repo} is no name of a repository; give USER/NAME")

@@ -70,8 +70,8 @@ class ModelConfig:
     def encode_prompts(self, prompts: Prompts) -> dict[str, Tensor]:
         """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
         if not isinstance(prompts, Tensor):
-            known = [*prompts] if self.negative is None else [*prompts, self.negative]
-            prompts = self.text.encode(known)[: len(prompts)]  # all at once: a large encoder is loaded once
+            every = [*prompts] if self.negative is None else [*prompts, self.negative]
+            prompts = self.text.encode(every)[: len(prompts)]  # all at once: a large encoder is loaded once
         return (
             {"text": prompts}
             if (null := self.negative_text()) is None
