@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from minwm.cameras.trajectory import parse as parse
     from minwm.core.types import Clip as Clip
     from minwm.eval.run import evaluate as evaluate
+    from minwm.session.generate import generate as generate
     from minwm.session.session import Session as Session
     from minwm.session.session import walk as walk
     from minwm.store.hub import from_pretrained as from_pretrained
@@ -27,6 +28,7 @@ _MODULES = {
     "Session": "minwm.session.session",
     "evaluate": "minwm.eval.run",
     "from_pretrained": "minwm.store.hub",
+    "generate": "minwm.session.generate",
     "load": "minwm.store.hub",
     "parse": "minwm.cameras.trajectory",
     "push_to_hub": "minwm.store.hub",

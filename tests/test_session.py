@@ -23,8 +23,8 @@ from minwm.nets.attention import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.render.worlds import World
-from minwm.session.engines import Engine, ModelEngine, RendererEngine
-from minwm.session.generate import generate_clips
+from minwm.session.engines import Engine, ModelEngine, SceneEngine
+from minwm.session.generate import generate
 from minwm.session.session import Session
 from minwm.store.folder import save_model
 from minwm.store.model import Model, ModelConfig
@@ -224,13 +224,13 @@ def test_an_image_of_another_size_is_refused(model: Model) -> None:
 @pytest.mark.parametrize("sampler", [BidirectionalSampler(steps=2), *STREAMING], ids=str)
 def test_generated_clips_start_with_their_image(model: Model, image: np.ndarray, sampler: Sampler) -> None:
     model = with_sampler(model, sampler)
-    tracks = [parse(way).track(CONFIG.motion, CONFIG.intrinsics) for way in (ALONG, "l*6")]
-    videos = generate_clips(model, np.stack([image, 255 - image]), ["a room", "a hall"], tracks, seed=0)
+    trajectories = [ALONG, parse("l*6").track(CONFIG.motion, CONFIG.intrinsics)]
+    videos = generate(model, np.stack([image, 255 - image]), ["a room", "a hall"], trajectories)
     assert videos.shape == (2, 25, 32, 32, 3)
     seen = to_frames(model.codec.decode(model.codec.encode(to_pixels(image)[None, None]))[0])
     assert different(videos[0, :1], seen) <= 1
     with pytest.raises(UserError, match="latents"):
-        generate_clips(model, image[None], ["a room"], [parse("w*5").track(CONFIG.motion, CONFIG.intrinsics)], 0)
+        generate(model, image[None], ["a room"], ["w*5"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def place() -> tuple[World, np.ndarray, CameraTrack]:
 def test_a_renderer_is_an_engine(place: tuple[World, np.ndarray, CameraTrack]) -> None:
     """Frame for frame the world itself, seen along the whole track at once."""
     world, origin, track = place
-    engine: Engine = RendererEngine(world, origin, CONFIG.intrinsics, CONFIG.motion, 2, (16, 24))
+    engine: Engine = SceneEngine(world, origin, CONFIG.intrinsics, CONFIG.motion, 2, (16, 24))
     session = Session(engine)
     walked = np.concatenate(list(session.play(ACTIONS)))
     assert different(walked, world.render(track.transformed(origin), 16, 24).frames) <= 1
@@ -259,7 +259,7 @@ def test_a_renderer_is_an_engine(place: tuple[World, np.ndarray, CameraTrack]) -
 
 def test_a_world_finds_a_free_place(place: tuple[World, np.ndarray, CameraTrack]) -> None:
     _, _, track = place
-    engine = RendererEngine.spawn(4, track, CONFIG)
+    engine = SceneEngine.spawn(4, track, CONFIG)
     assert engine.start().shape == (1, 32, 32, 3)
     with pytest.raises(UserError, match="numbered from 0"):
-        RendererEngine.spawn(-1, track, CONFIG)
+        SceneEngine.spawn(-1, track, CONFIG)

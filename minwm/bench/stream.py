@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.bench.machine import Machine, Work, compiled_graphs, faster, measure_machine, peak_memory, reset_peak_memory
-from minwm.cameras.trajectory import Action, parse
+from minwm.cameras.trajectory import Action
 from minwm.core.config import UserError
 from minwm.core.media import to_uint8
 from minwm.core.runtime import StageTimer, git_commit, versions
@@ -292,10 +292,9 @@ def _measure_clips(model: Model, repeats: int) -> _Measured:
 def _time_clip(model: Model) -> dict[str, float]:
     """Seconds by stage."""
     cfg, image = model.config, _image(model.config)
-    track = parse(f"l*{cfg.latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
-    prompt = cfg.encode_prompts(["a room"])["text"]
+    trajectory, prompt = f"l*{cfg.latents - 1}", cfg.encode_prompts(["a room"])["text"]
     timer = StageTimer(next(model.net.parameters()).device)
-    noise, cond = sampling_inputs(model, image if image is None else image[None], prompt, [track], seed=0)
+    noise, cond = sampling_inputs(model, image if image is None else image[None], prompt, [trajectory], seed=0)
     timer.record("encode")
     latents = generate_latents(model.net, cfg.sampler, noise, cond, cfg.geometry)
     timer.record("diffuse")

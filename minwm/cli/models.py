@@ -131,8 +131,8 @@ def generate(
     import numpy as np
 
     from minwm.core.media import overlay_keys, write_video
-    from minwm.session.engines import RendererEngine
-    from minwm.session.generate import generate_clips
+    from minwm.session.engines import SceneEngine
+    from minwm.session.generate import generate as generate_videos
 
     refuse_existing(out, ".mp4")
     loaded = _load(model)
@@ -140,7 +140,7 @@ def generate(
     if keys and route is None:
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
     if world is not None and not image:
-        place = RendererEngine.spawn(world, track, loaded.config)
+        place = SceneEngine.spawn(world, track, loaded.config)
         first, truth = place.start(), [np.concatenate(list(place.advance(track.c2w)))] if compare else []
         prompt = place.scene.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
@@ -150,7 +150,7 @@ def generate(
     if loaded.config.network.camera == "none":
         echo("this model has no camera control: the trajectory only says how long the video is")
     start = time.monotonic()
-    videos = [*truth, generate_clips(loaded, first, [prompt], [track], seed)[0]]
+    videos = [*truth, generate_videos(loaded, first, [prompt], [track], seed)[0]]
     seconds = time.monotonic() - start
     if keys and route:
         videos = [overlay_keys(video, route.keys_per_frame()) for video in videos]

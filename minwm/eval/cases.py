@@ -15,7 +15,7 @@ from minwm.core.config import UserError
 from minwm.core.media import to_frames, to_pixels
 from minwm.nets.codec import VideoCodec
 from minwm.render.base import Scene, Scenes
-from minwm.session.generate import generate_clips
+from minwm.session.generate import generate
 from minwm.store.model import Model, ModelConfig
 
 Array = np.ndarray
@@ -96,7 +96,7 @@ class Clips:
         """Along the tracks, from the true first frames if the model takes images; `captions` in place of the
         scenes'."""
         images = self.truth[:, 0] if model.config.image_start else None
-        return generate_clips(model, images, captions or self.captions, [case.track for case in self.cases], seed)
+        return generate(model, images, captions or self.captions, [case.track for case in self.cases], seed)
 
     def baseline(self, name: str, codec: VideoCodec) -> Videos:
         """The videos of one of `BASELINES`."""

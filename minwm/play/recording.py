@@ -20,7 +20,7 @@ from minwm.core.runtime import git_commit
 from minwm.data.clips import ClipFolder, ClipRecord
 from minwm.data.rerender import split_key
 from minwm.play.scenario import Scenario, StartState
-from minwm.session.engines import Engine, RendererEngine
+from minwm.session.engines import Engine, SceneEngine
 
 VIDEO_WIDTH = 512
 """Videos of smaller frames are enlarged by a whole factor to about this width, pixels per view."""
@@ -92,7 +92,7 @@ class Recording:
     def _record(self, track: CameraTrack) -> ClipRecord:
         config = self.scenario.config
         about: dict[str, Any]
-        if isinstance(self.engine, RendererEngine):
+        if isinstance(self.engine, SceneEngine):
             about = {
                 "source": "procedural",
                 "source_id": f"world {self.start.seed}",

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
-from minwm.session.engines import Engine, ModelEngine, RendererEngine
+from minwm.session.engines import Engine, ModelEngine, SceneEngine
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import PLAIN, EngineConfig
 
@@ -43,9 +43,9 @@ class Scenario:
     takes_image: bool = False
 
 
-def spawn_world(seed: int, cfg: ModelConfig) -> RendererEngine:
+def spawn_world(seed: int, cfg: ModelConfig) -> SceneEngine:
     """A procedural world, seen from a position from which `FREE_PATH` is free."""
-    return RendererEngine.spawn(seed, parse(FREE_PATH, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics), cfg)
+    return SceneEngine.spawn(seed, parse(FREE_PATH, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics), cfg)
 
 
 def world_scenario(seed: int, cfg: ModelConfig) -> Scenario:
@@ -64,7 +64,7 @@ def model_scenario(
     title: str,
     start: StartState,
     other: Model | None = None,
-    truth: RendererEngine | None = None,
+    truth: SceneEngine | None = None,
     engine: EngineConfig = PLAIN,
 ) -> Scenario:
     """A model, and beside it another model or the world (`truth`) that rendered its start image.
@@ -113,4 +113,4 @@ def _check_comparable(ours: ModelConfig, theirs: ModelConfig) -> None:
 
 def with_caption(start: StartState, engine: Engine) -> StartState:
     """The start state with the world's caption as its prompt, if the engine renders a world."""
-    return replace(start, prompt=engine.scene.caption) if isinstance(engine, RendererEngine) else start
+    return replace(start, prompt=engine.scene.caption) if isinstance(engine, SceneEngine) else start

@@ -75,7 +75,7 @@ class Engine(Protocol):
         ...
 
 
-class RendererEngine:
+class SceneEngine:
     """Ground truth: a scene seen from a placed camera."""
 
     def __init__(
@@ -86,7 +86,7 @@ class RendererEngine:
         self.timer = StageTimer()
 
     @classmethod
-    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig, scenes: Scenes = World) -> "RendererEngine":
+    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig, scenes: Scenes = World) -> "SceneEngine":
         """The scene of a seed, from a pose from which the whole track is free, as large as a model would see it."""
         if seed < 0:
             raise UserError(f"world {seed}: worlds are numbered from 0")

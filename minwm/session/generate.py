@@ -1,12 +1,13 @@
-"""Whole videos along camera tracks."""
+"""Whole videos along trajectories: `generate`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
 from minwm.cameras.track import CameraTrack, latent_cameras
+from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
 from minwm.core.media import to_frames as to_frames
 from minwm.core.media import to_pixels
@@ -16,41 +17,50 @@ from minwm.store.model import Model, ModelConfig, Prompts
 from minwm.stream.rollout import generate_latents, sample_noise, stream_latents
 from minwm.stream.solvers import Noise
 
+Images = UInt8[np.ndarray, "b H W 3"]
+Trajectories = Sequence[str | CameraTrack]
+"""Keys such as "w*8", or tracks at pixel rate; all of one length."""
+
 
 @torch.no_grad()
-def generate_clips(
-    model: Model, images: UInt8[np.ndarray, "b h w 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
-) -> UInt8[np.ndarray, "b n h w 3"]:
-    """Videos along camera tracks (pixel rate), with whatever sampler the model has, on its device.
+def generate(
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int = 0
+) -> UInt8[np.ndarray, "b n H W 3"]:
+    """Whole videos along trajectories, with whatever sampler the model has, on its device.
 
-    They begin with the images; without any, with what the prompts say.
-    Raises UserError for images of another size, or a length that the model cannot make.
+    They start with the images; without any, from the prompts alone. Raises UserError for images of another size, or a
+    length that the model cannot make.
+
+    >>> video = minwm.generate(model, None, ["a red tower"], ["w*8"])[0]       # n h w 3 uint8
     """
-    noise, cond = sampling_inputs(model, images, prompts, tracks, seed)
-    return to_frames(
-        model.codec.decode(generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry))
-    )
+    noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
+    latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry)
+    return to_frames(model.codec.decode(latents))
 
 
 @torch.no_grad()
-def stream_clips(
-    model: Model, images: UInt8[np.ndarray, "b h w 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
-) -> Iterator[UInt8[np.ndarray, "b n h w 3"]]:
-    """The same of a causal model, as frames chunk by chunk, the images first: pixels of long videos fill no memory."""
-    sampler, decoding = model.config.sampler, None
+def generate_by_chunk(
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int = 0
+) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
+    """The same of a causal model, as frames of one chunk after another, so that long videos need not fit in memory."""
+    sampler, state = model.config.sampler, None
     if not sampler.causal:
-        raise UserError("a bidirectional model makes whole clips and cannot stream; take an autoregressive one")
-    noise, cond = sampling_inputs(model, images, prompts, tracks, seed)
+        raise UserError("a bidirectional model makes whole clips, not chunks; take an autoregressive one")
+    noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
     for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry):
-        decoded, decoding = model.codec.decode_next(latents, decoding)
+        decoded, state = model.codec.decode_next(latents, state)
         yield to_frames(decoded)
 
 
 def sampling_inputs(
-    model: Model, images: UInt8[np.ndarray, "b H W 3"] | None, prompts: Prompts, tracks: list[CameraTrack], seed: int
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device
+    tracks = [
+        parse(t, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics) if isinstance(t, str) else t
+        for t in trajectories
+    ]
     w2c, K = latent_cameras(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
     first = None

@@ -1,7 +1,7 @@
 """A model made ready for the options of an engine."""
 
 from minwm.cameras.trajectory import parse
-from minwm.session.engines import RendererEngine
+from minwm.session.engines import SceneEngine
 from minwm.session.generate import sampling_inputs
 from minwm.store.model import Model
 from minwm.stream.accelerate import EngineConfig, Fp8Fidelity, Fp8Trial, KernelTimes, prepare_network
@@ -16,12 +16,9 @@ def fp8_trial(model: Model, seed: int = 0) -> Fp8Trial:
     """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
     cfg, image, prompt = model.config, None, "a room"
     latents = cfg.geometry.start(cfg.geometry.sink + 3)
-    track, turn = (
-        parse(f"{keys}*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
-        for keys in ("w+l", "l")
-    )
     if cfg.geometry.first_chunk_frames == 1:
-        world = RendererEngine.spawn(seed, turn, cfg)  # the way ahead may be blocked: only differences are judged
+        turn = parse(f"l*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
+        world = SceneEngine.spawn(seed, turn, cfg)  # the way ahead may be blocked: only differences are judged
         image, prompt = world.start(), world.scene.caption
-    noise, cond = sampling_inputs(model, image, [prompt], [track], seed)
+    noise, cond = sampling_inputs(model, image, [prompt], [f"w+l*{latents - 1}"], seed)
     return Fp8Trial(cond, noise, cfg.sampler, model.codec.decode)

@@ -7,7 +7,7 @@ from scenes import SCENES
 from minwm.cameras.trajectory import parse
 from minwm.experiments.presets.demo import tiny_model
 from minwm.render.base import Scenes
-from minwm.session.engines import RendererEngine
+from minwm.session.engines import SceneEngine
 
 CONFIG = tiny_model()
 TRACK = parse("w*1,l*1").track(CONFIG.motion, CONFIG.intrinsics)
@@ -31,6 +31,6 @@ def test_a_seed_is_a_scene_and_a_spawned_path_is_free(scenes: Scenes) -> None:
 
 @every_scene
 def test_ground_truth_is_walked_through_in_every_scene(scenes: Scenes) -> None:
-    engine = RendererEngine.spawn(3, TRACK, CONFIG, scenes)
+    engine = SceneEngine.spawn(3, TRACK, CONFIG, scenes)
     frames = [*engine.advance(TRACK.c2w[1:9])]
     assert engine.start().shape == (1, 64, 64, 3) and [len(part) for part in frames] == [4, 4]

@@ -11,7 +11,7 @@ from minwm.cameras.trajectory import parse
 from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, EvalError, Videos
 from minwm.eval.image import psnr
 from minwm.render.base import Scene, Scenes
-from minwm.session.generate import generate_clips
+from minwm.session.generate import generate
 from minwm.store.model import Model
 
 ACTIONS = ("w", "s", "a", "d", "j", "l", "i", "k")
@@ -47,9 +47,7 @@ def counterfactual(model: Model, scenes: Scenes, seed: int) -> Confusion:
     tracks = [trajectory.track(config.motion, config.intrinsics) for trajectory in trajectories]
     scene, origin = _open_scene(scenes, tracks)
     truth = np.stack([scene.render(t.transformed(origin), config.height, config.width).frames for t in tracks])
-    videos: Videos = np.concatenate(
-        [generate_clips(model, truth[:1, 0], [scene.caption], [track], seed) for track in tracks]
-    )
+    videos: Videos = np.concatenate([generate(model, truth[:1, 0], [scene.caption], [track], seed) for track in tracks])
     return measure_confusion(videos, truth, ACTIONS)
 
 
