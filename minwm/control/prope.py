@@ -16,7 +16,7 @@ from minwm.cameras.track import se3_inverse
 
 Mode = Literal["none", "dual", "single", "plucker"]
 """none: no camera · dual: a zero-initialised second attention branch, every channel projective (the released
-weights) · single: one branch, half of the channels projective, the rest RoPE over x and y (the paper's form) ·
+weights) · single: one branch, half of the channels projective, the rest RoPE over x and y (the PRoPE paper's form) ·
 plucker: no PRoPE, ray maps added to tokens (control/plucker.py)."""
 
 Tokens = Float[Tensor, "b s a e"]
@@ -30,11 +30,20 @@ class Projection:
     """P, P^-T and P^T: what rows of queries, of keys and values, and of outputs are multiplied by."""
 
     @classmethod
-    def from_cameras(cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"]) -> "Projection":
-        """Only the focal lengths enter; the principal point is dropped, as in every released checkpoint."""
-        focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1).float()  # diag(fx, fy, 1, 1)
-        w2c = w2c.float()
+    def from_cameras(
+        cls, w2c: Float[Tensor, "b f 4 4"], K: Float[Tensor, "b f 4"], principal_point: bool = True
+    ) -> "Projection":
+        """P = lift(K) V with image coordinates from -1/2 to 1/2: K = [[fx, 0, cx - 1/2], [0, fy, cy - 1/2], [0, 0, 1]].
+
+        Without `principal_point` it is taken to be the middle of the picture, whatever K says.
+        """
+        w2c, K = w2c.float(), K.float()
+        focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1)  # diag(fx, fy, 1, 1)
         forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
+        if principal_point:
+            offset = K[..., 2:] - 0.5
+            forward[..., :2, :] += offset[..., None] * w2c[..., 2:3, :]
+            inverse[..., 2] -= (inverse[..., :2] * offset[..., None, :]).sum(-1)
         return cls(torch.stack([forward, inverse.mT, forward.mT]))
 
     def queries(self, q: Tokens) -> Tokens:

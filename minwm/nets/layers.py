@@ -120,6 +120,16 @@ def rotate(
     return turned.flatten(-2).to(x.dtype)
 
 
+def halves_to_pairs(x: Float[Tensor, "*b e"], axes: int) -> Float[Tensor, "*b e"]:
+    """Channels of every rotary axis from (first halves | second halves) to pairs (2i, 2i+1), as `rotate` takes them."""
+    return x.unflatten(-1, (axes, 2, -1)).transpose(-1, -2).flatten(-3)
+
+
+def pairs_to_halves(x: Float[Tensor, "*b e"], axes: int) -> Float[Tensor, "*b e"]:
+    """The inverse of `halves_to_pairs`."""
+    return x.unflatten(-1, (axes, -1, 2)).transpose(-1, -2).flatten(-3)
+
+
 def patchify(x: Float[Tensor, "b f c h w"], patch: int) -> Float[Tensor, "b f p k"]:
     """Latents to tokens of (channel, patch row, patch column) features: what a convolution's weight is laid out for."""
     parts = x.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))  # b f c h i w j

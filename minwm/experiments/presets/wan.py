@@ -33,7 +33,7 @@ WAN_NEGATIVE = (
 
 def wan_model(size: str) -> ModelConfig:
     """A published Wan model, bidirectional and without cameras, as minWM trains on: 20 latents in chunks of 4."""
-    network = lookup(RELEASES, size, "size of Wan").config
+    network = replace(lookup(RELEASES, size, "size of Wan").config, principal_point=False)
     base = ModelConfig(
         network=network,
         sampler=BidirectionalSampler(steps=50, guidance=8.0, shift=5.0),

@@ -29,7 +29,9 @@ from minwm.nets.layers import (
     can_write_in_place,
     contiguous_copy,
     gated_residual,
+    halves_to_pairs,
     modulate,
+    pairs_to_halves,
     patchify,
     rotate,
     sinusoid,
@@ -64,6 +66,8 @@ class WanConfig:
     weights ran so; a rounded camera is another camera, and moving the world's frame is then no longer nothing."""
     camera: Mode = "none"
     """How cameras enter self-attention (control/prope.py)."""
+    principal_point: bool = True
+    """PRoPE sees the principal point; minWM's released weights were trained without."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "layers", "ffn", "channels", "text_dim", "text_length", "freq_dim", "patch"):
@@ -109,16 +113,13 @@ class SelfAttention(nn.Module):
                 (q, k), (q_prope, k_prope) = rotate(qk, rope), camera.queries_and_keys(qk)
                 return (q, q_prope), (k, k_prope), (v, camera.keys(v))
             case "single", Projection():
-                # The paper's D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values and outputs;
+                # Li et al. 2025: D = diag(P on half of the channels, RoPE x, RoPE y) on queries, keys, values, outputs;
                 # D^T and D^-1 of a rotation both turn it back.
                 (qk_prope, qk_rope), (v_prope, v_rope) = qk.chunk(2, dim=-1), v.chunk(2, dim=-1)
                 q_prope, k_prope = camera.queries_and_keys(contiguous_copy(qk_prope))
-                q, k = rotate(qk_rope, rope, back=True)
-                return (
-                    (q_prope, q),
-                    (k_prope, k),
-                    (camera.keys(contiguous_copy(v_prope)), rotate(v_rope, rope, back=True)),
-                )
+                q, k = rotate_halves(qk_rope, rope, back=True)
+                v_prope, v = camera.keys(contiguous_copy(v_prope)), rotate_halves(v_rope, rope, back=True)
+                return (q_prope, q), (k_prope, k), (v_prope, v)
         q, k = rotate(qk, rope)
         return (q,), (k,), (v,)
 
@@ -158,7 +159,7 @@ class SelfAttention(nn.Module):
         """Output projection. Dual: o(RoPE branch) + prope_o(PRoPE branch)."""
         if self.mode == "single" and camera:
             prope, flat = out.chunk(2, dim=-1)
-            out = torch.cat([camera.outputs(contiguous_copy(prope)), rotate(flat, rope)], dim=-1)
+            out = torch.cat([camera.outputs(contiguous_copy(prope)), rotate_halves(flat, rope)], dim=-1)
         if self.mode != "dual" or not camera:
             return self.o(out.flatten(2).flatten(0, 1))
         main, prope = out.split(self.heads, dim=2)
@@ -273,6 +274,13 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale))
 
 
+def rotate_halves(
+    x: Float[Tensor, "*b s a e"], table: Float[Tensor, "#s half 2"], *, back: bool = False
+) -> Float[Tensor, "*b s a e"]:
+    """RoPE over columns, then rows, in the layout of PRoPE's authors: of each axis, first halves and second halves."""
+    return pairs_to_halves(rotate(halves_to_pairs(x, 2), table, back=back), 2)
+
+
 def _adaln(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"], rounded: bool) -> ShiftScaleGate:
     """Learned plus timestep modulation, split; 1 is added to scales, the second of every (shift, scale, gate)."""
     both = (learned.bfloat16() + time.bfloat16()).float() if rounded else learned.float() + time
@@ -303,7 +311,7 @@ class Wan(Backbone):
         self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(cfg.layers))
         self.head = Head(cfg)
         e = self.head_width
-        self.rope = Rope3D((0, e // 8, e // 8) if cfg.camera == "single" else video_pairs(e))
+        self.rope = Rope3D((0, e // 8, e // 8), theta=100.0) if cfg.camera == "single" else Rope3D(video_pairs(e))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -377,17 +385,18 @@ class Wan(Backbone):
                 f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
             )
         w2c, K = (x.bfloat16() if self.config.rounded else x for x in (cond.w2c, cond.K))
-        camera = (Rays if self.needs_first_frame_coordinates else Projection).from_cameras(w2c, K)
-        if self.config.rounded and isinstance(camera, Projection):
-            return Projection(camera.matrices.bfloat16().float())
-        return camera
+        if self.needs_first_frame_coordinates:
+            return Rays.from_cameras(w2c, K)
+        camera = Projection.from_cameras(w2c, K, self.config.principal_point)
+        return Projection(camera.matrices.bfloat16().float()) if self.config.rounded else camera
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         return (height // self.config.patch) * (width // self.config.patch)
 
     def rope_table(self, x: Latents, scope: AttentionScope) -> Float[Tensor, "s half 2"]:
         patch = self.config.patch
-        return self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
+        table = self.rope(scope.positions(x.shape[1]), x.shape[-2] // patch, x.shape[-1] // patch, x.device)
+        return table.roll(table.shape[1] // 2, 1) if self.config.camera == "single" else table  # columns before rows
 
     def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
         if self.config.camera == "single":  # its rotary part has no time
