@@ -1,13 +1,14 @@
 """PRoPE in the form of its authors (Li et al. 2025), by numbers that their published code gives."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
 
 from minwm.control.prope import Projection
 from minwm.core.types import Condition
-from minwm.families.wan.transformer import Wan, WanConfig
+from minwm.families.wan.transformer import Block, Wan, WanConfig
 from minwm.nets.attention import FULL, attend_branches
 
 SINGLE = WanConfig(
@@ -33,12 +34,13 @@ def two_cameras() -> Condition:
 def test_the_single_branch_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two frames of 2 x 3 tokens; queries, keys and values are sines."""
     net = Wan(SINGLE).double()
-    attention = net.blocks[0].self_attn
+    attention = cast(Block, net.blocks[0]).self_attn
     phase = 0.37 * torch.arange(192, dtype=torch.float64).view(1, 12, 1, 16)
     q, k, v = (torch.sin(phase + shift) for shift in (0.0, 1.0, 2.0))
     monkeypatch.setattr(attention, "normalised_qkv", lambda _: (torch.stack([q, k]), v))
     monkeypatch.setattr(attention, "o", torch.nn.Identity())
     rope, camera = net.rope_table(torch.zeros(1, 2, 1, 4, 6), FULL), net.camera_matrices(two_cameras())
+    assert isinstance(camera, Projection)
     out = attend_branches(FULL, 0, *attention.project_qkv(q, rope, camera), dim=attention.stack_dim)
     out = attention.project_output(out, rope, camera)
     torch.testing.assert_close(out[[0, -1]], torch.tensor([FIRST, LAST]).double(), atol=2e-6, rtol=1e-5)
