@@ -21,6 +21,17 @@ SHADOW_REACH = 10.0
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A rectangle of one colour on the ground, along the world's axes."""
+
+    x: float
+    z: float
+    size: tuple[float, float]
+    """Half sizes along x and z."""
+    colour: Colour
+
+
+@dataclass(frozen=True)
 class Ground:
     pattern: str
     """One of GROUND_PATTERNS."""
@@ -32,6 +43,8 @@ class Ground:
     radius: float
     shadow: Float[Tensor, "size size"]
     """0 lit, 1 fully shaded; rows are z, columns x."""
+    patches: tuple[Patch, ...] = ()
+    """Painted over the field and the plaza, the last on top."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,9 @@ def _ground_colour(ground: Ground, grid: Grid, hits: Hits, light: Light) -> Floa
     blur = wide + 0.5 * along
     edge = ((ground.radius - (x * x + z * z).sqrt()) / blur + 0.5).clamp(0, 1)
     colour = mix(grid.colour(ground.field), colour, edge)
+    for patch in ground.patches:
+        inside = torch.minimum(patch.size[0] - (x - patch.x).abs(), patch.size[1] - (z - patch.z).abs())
+        colour = mix(colour, grid.colour(patch.colour), (inside / blur + 0.5).clamp(0, 1))
     where = (torch.stack([x, z], 1) / SHADOW_REACH)[None, None]
     shadow = ground.shadow[None, None].to(grid.device)
     shadow = functional.grid_sample(shadow, where, align_corners=False)[0, 0, 0] * (1.2 - blur).clamp(0, 1)
