@@ -26,11 +26,14 @@ from minwm.core.config import ConfigError, to_dict
 from minwm.core.runtime import git_commit, progress, rank, world_size
 from minwm.core.trajectory import Motion, Trajectory, parse, random_track
 from minwm.data.clips import ClipFolder, ClipRecord, DataError
+from minwm.render.place import HOURS, Place
 from minwm.render.worlds import Rendered, World
 
 TRIES = 100
 """Trajectories and places tried before a world is given up."""
 WORLDS_PER_SEED = 1_000_000
+PLACE = "place"
+"""Source of the clips that show the place."""
 
 
 @runtime_checkable
@@ -134,6 +137,8 @@ class RenderConfig:
     """Rays per pixel and axis."""
     seed: int = 0
     """Seeds s and s' share no world: clip i lives in world s * 1,000,000 + i // clips_per_world."""
+    place: bool = False
+    """Walks through the place instead, each at one of its hours in turn; other seeds walk other ways."""
 
     def __post_init__(self) -> None:
         least = {"latents": 2, "height": 8, "width": 8, "clips_per_world": 1, "supersample": 1, "seed": 0}
@@ -156,7 +161,8 @@ class RenderConfig:
 
 @dataclass(frozen=True)
 class WorldSource:
-    """A `ClipSource` over procedural worlds. Free of conditions: nothing but our own code made the pixels."""
+    """A `ClipSource` over procedural worlds, or over walks through the place. Free of conditions: nothing but our own
+    code made the pixels."""
 
     cfg: RenderConfig
     kind: str = "procedural"
@@ -165,30 +171,40 @@ class WorldSource:
     def config(self) -> dict[str, Any]:
         return to_dict(self.cfg)
 
+    @property
+    def source(self) -> str:
+        return PLACE if self.cfg.place else "procedural"
+
     def seed(self, index: int) -> int:
+        """Of the world; of the place, the number of its hour."""
+        if self.cfg.place:
+            return index % len(HOURS)
         return self.cfg.seed * WORLDS_PER_SEED + index // self.cfg.clips_per_world
 
     def clip_id(self, index: int) -> str:
+        if self.cfg.place:
+            return f"place-{self.cfg.seed:03d}-{index:06d}"
         return f"world-{self.seed(index):07d}-{index:06d}"
 
     def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
         seed = self.seed(index)
         track, trajectory, origin = self.place(index)
-        rendered = _render(seed, track.moved(origin), (self.cfg.height, self.cfg.width), self.cfg.supersample)
+        scene = _scene(self.source, seed)
+        rendered = scene.render(track.moved(origin), self.cfg.height, self.cfg.width, self.cfg.supersample)
         record = ClipRecord(
             id=self.clip_id(index),
-            source="procedural",
-            source_id=f"world {seed}",
+            source=self.source,
+            source_id=self.clip_id(index) if self.cfg.place else f"world {seed}",
             source_license="CC0-1.0",
-            split_key=split_key(seed),
+            split_key=self.clip_id(index) if self.cfg.place else split_key(seed),
             track=track,
-            caption=_world(seed).caption,
+            caption=scene.caption,
             caption_source="procedural",
             hw=(self.cfg.height, self.cfg.width),
             pose_kind="ground_truth",
             origin=origin,
             seed=seed,
-            generator=f"minwm.render.worlds {git_commit() or 'unknown'}",
+            generator=f"{type(scene).__module__} {git_commit() or 'unknown'}",
             trajectory=trajectory.canonical(),
             quality={
                 "inverse_depth": float(np.mean(1 / rendered.depth)),
@@ -201,7 +217,7 @@ class WorldSource:
         """A track anchored at the identity, its command, and a world pose from which its path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
         K = self.cfg.intrinsics
-        world = _world(self.seed(index))
+        world = _scene(self.source, self.seed(index))
         for _ in range(TRIES):
             track, trajectory = self._path(index, rng, K)
             origin = world.spawn(rng, track)
@@ -236,7 +252,8 @@ def reproduce(record: ClipRecord, track: CameraTrack | None = None, *, supersamp
     if record.seed is None or record.origin is None:
         raise DataError(f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again")
     anchored = track if track is not None else record.track
-    return _render(record.seed, anchored.moved(record.origin), record.hw, supersample)
+    scene = _scene(record.source, record.seed)
+    return scene.render(anchored.moved(record.origin), *record.hw, supersample=supersample)
 
 
 def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) -> list[str]:
@@ -248,7 +265,7 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
     ids = folder.ids()
     for clip in ids[:: max(1, round(1 / share))]:
         record = folder.record(clip)
-        if record.source != "procedural":
+        if record.source not in ("procedural", PLACE):
             continue
         error = reproduce(record).frames.astype(np.float64) - folder.frames(clip)
         psnr = 20 * np.log10(255 / max(float(np.sqrt((error**2).mean())), 1e-6))
@@ -257,10 +274,6 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
     return problems
 
 
-def _render(seed: int, track: CameraTrack, hw: tuple[int, int], supersample: int) -> Rendered:
-    return _world(seed).render(track, *hw, supersample=supersample)
-
-
 @functools.lru_cache(maxsize=4)
-def _world(seed: int) -> World:
-    return World(seed)
+def _scene(source: str, seed: int) -> World:
+    return (Place if source == PLACE else World)(seed)

@@ -7,7 +7,7 @@ looks different. About 12 x 12 world units; x is east, z is north. The same at f
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from minwm.core.camera import CameraTrack
 from minwm.render.raycast import Ground, Light, Patch, Scene
@@ -17,8 +17,10 @@ from minwm.render.worlds import World, direction
 
 EYE = 0.6
 """Height of the eye over the ground, world units."""
+CLEARANCE = 0.45
+"""Least distance of a camera from anything: nothing ever fills the view."""
 TERRACOTTA, BRICK, SLATE, OCHRE = (0.80, 0.40, 0.26), (0.72, 0.30, 0.24), (0.27, 0.31, 0.40), (0.93, 0.70, 0.30)
-AZURE, LEAF, HEDGE, STONE = (0.25, 0.48, 0.80), (0.36, 0.62, 0.28), (0.16, 0.38, 0.22), (0.86, 0.82, 0.74)
+AZURE, LEAF, HEDGE, STONE = (0.25, 0.48, 0.80), (0.36, 0.62, 0.28), (0.22, 0.47, 0.27), (0.86, 0.82, 0.74)
 LAWN, PAVING, PATH = (0.47, 0.66, 0.32), (0.72, 0.62, 0.50), (0.88, 0.79, 0.62)
 WHITE, GOLD, TEAL, GLASS = (0.95, 0.94, 0.90), (0.98, 0.76, 0.20), (0.12, 0.56, 0.56), (0.22, 0.28, 0.40)
 
@@ -26,7 +28,7 @@ HOURS: dict[str, tuple[Hour, float, float, Colour]] = {
     "bright noon": (Hour((0.16, 0.43, 0.86), (0.72, 0.87, 0.98), (1.0, 0.98, 0.88), (0.42, 0.47, 0.58),
                          (0.66, 0.61, 0.48), (0.40, 0.53, 0.72), (1.0, 1.0, 1.0), (48, 48)), -145, 22, (0.16, 0.46, 0.70)),
     "golden evening": (Hour((0.34, 0.38, 0.66), (1.0, 0.68, 0.36), (1.0, 0.95, 0.70), (0.40, 0.36, 0.46),
-                            (0.84, 0.54, 0.22), (0.55, 0.34, 0.38), (1.0, 0.80, 0.56), (20, 20)), -70, 22, (0.58, 0.42, 0.44)),
+                            (0.84, 0.54, 0.22), (0.55, 0.34, 0.38), (1.0, 0.80, 0.56), (20, 20)), -70, 22, (0.90, 0.82, 1.0)),
     "blue night": (Hour((0.03, 0.05, 0.18), (0.17, 0.24, 0.48), (0.96, 0.97, 0.92), (0.26, 0.31, 0.52),
                         (0.24, 0.28, 0.36), (0.08, 0.11, 0.26), (0.20, 0.27, 0.46), (26, 26), 5.0, 0.8), 20, 22, (0.07, 0.13, 0.30)),
     "misty morning": (Hour((0.62, 0.72, 0.86), (0.98, 0.88, 0.84), (1.0, 0.97, 0.88), (0.50, 0.50, 0.56),
@@ -51,6 +53,9 @@ class Place(World):
         sky = paint_sky(np.random.default_rng(12), hour, "mountains", sun)
         self.scene = Scene(self.solids, ground, light, sky)
         self.caption = f"a walled garden by the water with a golden obelisk and a round tower at {name}"
+
+    def free(self, points: Float[np.ndarray, "*n 3"]) -> Bool[np.ndarray, "*n"]:
+        return np.asarray(self.clearance(points) >= CLEARANCE)
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 512) -> np.ndarray | None:
         """World pose (4x4) of the first frame of an anchored track, anywhere, that keeps the whole path free."""
@@ -88,7 +93,7 @@ def house(
     x: float, z: float, size: tuple[float, float], high: float, paint: Colour, roof: Colour, window: Colour
 ) -> list[Solid]:
     """Walls with windows under a gable roof whose ridge runs along x."""
-    windows = Pattern(max(1, round(high / 0.8)), 0.5, 3, 0.36)
+    windows = Pattern(max(1, round(high / 1.1)), 0.46, 2, 0.4)
     eaves = size[0] + 0.12, size[1] + 0.12
     return [
         block(x, z, size, (0, high), paint, accent=window, pattern=windows),
@@ -104,10 +109,10 @@ def solids(window: Colour, water: Colour) -> list[Solid]:
 def _north(window: Colour) -> list[Solid]:
     """A row of houses and the white bell tower at its end."""
     return [
-        *house(-4.7, 6.1, (1.25, 0.9), 1.5, TERRACOTTA, SLATE, window),
-        *house(-2.1, 6.3, (1.25, 0.9), 2.3, OCHRE, BRICK, window),
-        *house(0.5, 6.1, (1.25, 0.9), 1.6, AZURE, CREAM, window),
-        *house(3.1, 6.3, (1.25, 0.9), 2.0, CREAM, TERRACOTTA, window),
+        *house(-4.7, 6.1, (1.3, 0.9), 1.5, TERRACOTTA, SLATE, window),
+        *house(-2.1, 6.3, (1.3, 0.9), 2.3, OCHRE, BRICK, window),
+        *house(0.5, 6.1, (1.3, 0.9), 1.6, AZURE, CREAM, window),
+        *house(3.1, 6.3, (1.3, 0.9), 2.0, CREAM, TERRACOTTA, window),
         block(5.3, 6.0, (0.75, 0.75), (0, 3.6), WHITE, accent=window, pattern=Pattern(3, 0.3, 1, 0.4)),
         block(5.3, 6.0, (0.85, 0.85), (3.6, 4.9), TEAL, top=(0.0, 0.0)),
     ]
