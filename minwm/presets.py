@@ -180,6 +180,32 @@ def world_64(out: Path) -> Pipeline:
     )
 
 
+def place(out: Path) -> Pipeline:
+    """One place that a small network knows by heart, 128x128 pixels, from random weights on a CPU that multiplies
+    bfloat16: few wide tokens, which predict clean latents (docs/place.md)."""
+    channels = 32
+    network = WanConfig(
+        dim=256, heads=8, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
+        predicts="clean",
+    )  # fmt: skip
+    base = replace(world_model(network, 128), codec=CodecConfig(channels=channels, width=128, fine=96, finest=48))
+    steps = {
+        "codec": 6000,
+        "foundation": 1,
+        "camera": 60000,
+        "ar": 8000,
+        "ode": 2000,
+        "consistency": 2000,
+        "dmd": 5000,
+    }
+    pipeline = _pipeline("place", out, base=base, clips=2400, worlds_seed=1, steps=steps, batch=8, image_start=0.9)
+    stages = [replace(run, precision="bfloat16") for run in pipeline.stages if run.name != "foundation"]
+    stages[0] = replace(stages[0], init=replace(stages[0].init, student=None))
+    codec = pipeline.codec and replace(pipeline.codec, precision="bfloat16")
+    render = pipeline.render and replace(pipeline.render, place=True)
+    return replace(pipeline, render=render, codec=codec, stages=tuple(stages))
+
+
 def smoke(out: Path) -> Pipeline:
     """Every line of the pipeline in under a minute, from random weights; the pictures mean nothing."""
     stages = ("codec", "foundation", "camera", "ar", "ode", "consistency", "dmd")
@@ -380,6 +406,7 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo-scratch": demo_scratch,
     "world": world,
     "world-64": world_64,
+    "place": place,
     "smoke": smoke,
     **{size: partial(wan, size) for size in SIZES},
 }

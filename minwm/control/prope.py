@@ -34,7 +34,8 @@ class Projection:
         """Only the focal lengths enter; the principal point is dropped, as in every released checkpoint."""
         focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1).float()  # diag(fx, fy, 1, 1)
         w2c = w2c.float()
-        forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
+        with torch.autocast(w2c.device.type, enabled=False):  # a camera in bfloat16 is another camera
+            forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
         return cls(torch.stack([forward, inverse.mT, forward.mT]))
 
     def twice(self) -> "Projection":

@@ -46,6 +46,7 @@ class Pace:
 
     layers: list[Paced]
     end: Paced
+    t: Float[Tensor, "#b #f"]
 
 
 Checkpointing = Literal[False, True, "attention"]

@@ -6,7 +6,7 @@ Sources: Wan2.1 `wan/modules/model.py` for the architecture (facts in the docstr
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minwm.control.plucker import NUMBERS, Rays
 from minwm.control.prope import Mode, Projection, rebased
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents
+from minwm.core.flow import Latents, per_frame
 from minwm.core.types import Condition
 from minwm.nets.attention import Branches, Cached, Heads, Scope, attend, softmax_attention
 from minwm.nets.backbone import Backbone, Bound, Pace, Paced, TextKV
@@ -36,6 +36,10 @@ from minwm.nets.layers import (
     unpatchify,
     video_pairs,
 )
+
+
+LEAST_TIME = 0.05
+"""Below it, the velocity that follows from clean latents is taken as if it were this time: it would grow as 1/t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,9 @@ class WanConfig:
     weights ran so; a rounded camera is another camera, and moving the world's frame is then no longer nothing."""
     camera: Mode = "none"
     """How cameras enter self-attention (control/prope.py)."""
+    predicts: Literal["velocity", "clean"] = "velocity"
+    """What the head gives: the velocity, or the clean latents, of which the velocity follows (JiT, Li & He 2025): noise
+    does not pass through a network that is narrower than its patches, pictures do."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "layers", "ffn", "channels", "text_dim", "text_length", "freq_dim", "patch"):
@@ -338,7 +345,7 @@ class Wan(Backbone):
 
     def pace(self, t: Float[Tensor, "#b #f"]) -> Pace:
         time, modulation = self.embed_time(t)
-        return Pace([block.paced(modulation) for block in cast(list[Block], self.blocks)], self.head.paced(time))
+        return Pace([block.paced(modulation) for block in cast(list[Block], self.blocks)], self.head.paced(time), t)
 
     def places(self, x: Latents, scope: Scope) -> Float[Tensor, "s half 2"]:
         patch = self.config.patch
@@ -386,4 +393,8 @@ class Wan(Backbone):
             times, end = [modulation] * self.layers, self.head.paced(time)
         for block, time, text in zip(self.blocks, times, bound.text, strict=True):
             tokens = self.through(block, tokens, time, rope, text, camera, scope)
-        return unpatchify(self.head(tokens, *end), h, w, patch).to(x.dtype)
+        out = unpatchify(self.head(tokens, *end), h, w, patch).to(x.dtype)
+        if self.config.predicts == "velocity":
+            return out
+        level = per_frame((t.t if isinstance(t, Pace) else t).to(x)).clamp_min(LEAST_TIME)
+        return (x - out) / level
