@@ -37,7 +37,6 @@ from minwm.nets.layers import (
     video_pairs,
 )
 
-
 LEAST_TIME = 0.05
 """Below it, the velocity that follows from clean latents is taken as if it were this time: it would grow as 1/t."""
 

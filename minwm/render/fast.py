@@ -231,7 +231,11 @@ def surface(table, i, p):
         return (n[0], n[1] if face < 5 else 0.0, n[2]), (p[2] if face < 2 else p[0]) / (2 * half) + 0.5, 2 * half
     radius = max(math.sqrt(p[0] * p[0] + p[2] * p[2]), 1e-4)
     if table[i, KIND] == BALL:
-        normal = p[0] / table[i, SIZE + 2], (p[1] - 0.5 * (table[i, SIZE] + table[i, SIZE + 1])) / table[i, SIZE + 2], p[2] / table[i, SIZE + 2]
+        normal = (
+            p[0] / table[i, SIZE + 2],
+            (p[1] - 0.5 * (table[i, SIZE] + table[i, SIZE + 1])) / table[i, SIZE + 2],
+            p[2] / table[i, SIZE + 2],
+        )
     elif p[1] > table[i, SIZE + 1] - 1e-3 and table[i, SIZE + 4] > 0:
         normal = 0.0, 1.0, 0.0
     else:
@@ -250,7 +254,9 @@ def accent(table, i, t, height, facing, normal, side, long, cell):
     col_fill = table[i, PATTERN + 4]
     if row_fill < 1:
         low, high = table[i, SIZE], table[i, SIZE + 1]
-        share *= pulse((height - low) / (high - low) * rows - 0.5 * (1 - row_fill), wide * rows / (high - low), row_fill)
+        share *= pulse(
+            (height - low) / (high - low) * rows - 0.5 * (1 - row_fill), wide * rows / (high - low), row_fill
+        )
     if col_fill < 1:
         share *= pulse(side * cols - 0.5 * (1 - col_fill), wide / (max(facing, 0.15) * long) * cols, col_fill)
     return share

@@ -4,7 +4,7 @@ North are houses, east a castle wall, south the water, west a hedge: nothing is 
 looks different. About 12 x 12 world units; x is east, z is north. The same at four hours of the day.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,18 +24,42 @@ AZURE, LEAF, HEDGE, STONE = (0.25, 0.48, 0.80), (0.36, 0.62, 0.28), (0.22, 0.47,
 LAWN, PAVING, PATH = (0.47, 0.66, 0.32), (0.72, 0.62, 0.50), (0.88, 0.79, 0.62)
 WHITE, GOLD, TEAL, GLASS = (0.95, 0.94, 0.90), (0.98, 0.76, 0.20), (0.12, 0.56, 0.56), (0.22, 0.28, 0.40)
 
-HOURS: dict[str, tuple[Hour, float, float, Colour]] = {
-    "bright noon": (Hour((0.16, 0.43, 0.86), (0.72, 0.87, 0.98), (1.0, 0.98, 0.88), (0.42, 0.47, 0.58),
-                         (0.66, 0.61, 0.48), (0.40, 0.53, 0.72), (1.0, 1.0, 1.0), (48, 48)), -145, 22, (0.16, 0.46, 0.70)),
-    "golden evening": (Hour((0.34, 0.38, 0.66), (1.0, 0.68, 0.36), (1.0, 0.95, 0.70), (0.40, 0.36, 0.46),
-                            (0.84, 0.54, 0.22), (0.55, 0.34, 0.38), (1.0, 0.80, 0.56), (20, 20)), -70, 22, (0.90, 0.82, 1.0)),
-    "blue night": (Hour((0.03, 0.05, 0.18), (0.17, 0.24, 0.48), (0.96, 0.97, 0.92), (0.26, 0.31, 0.52),
-                        (0.24, 0.28, 0.36), (0.08, 0.11, 0.26), (0.20, 0.27, 0.46), (26, 26), 5.0, 0.8), 20, 22, (0.07, 0.13, 0.30)),
-    "misty morning": (Hour((0.62, 0.72, 0.86), (0.98, 0.88, 0.84), (1.0, 0.97, 0.88), (0.50, 0.50, 0.56),
-                           (0.52, 0.42, 0.36), (0.70, 0.70, 0.80), (1.0, 0.95, 0.93), (24, 24)), 100, 10, (0.58, 0.68, 0.76)),
+
+@dataclass(frozen=True)
+class Mood:
+    """What an hour of the day does to the place."""
+
+    hour: Hour
+    azimuth: float
+    """Of the sun or the moon, degrees from north to east."""
+    haze: float
+    """Distance at which haze hides most, world units."""
+    water: Colour
+
+
+HOURS: dict[str, Mood] = {
+    "bright noon": Mood(
+        Hour((0.16, 0.43, 0.86), (0.72, 0.87, 0.98), (1.0, 0.98, 0.88), (0.42, 0.47, 0.58),
+             (0.66, 0.61, 0.48), (0.40, 0.53, 0.72), (1.0, 1.0, 1.0), (48, 48)),
+        -145, 22, (0.16, 0.46, 0.70),
+    ),
+    "golden evening": Mood(
+        Hour((0.34, 0.38, 0.66), (1.0, 0.68, 0.36), (1.0, 0.95, 0.70), (0.40, 0.36, 0.46),
+             (0.84, 0.54, 0.22), (0.55, 0.34, 0.38), (1.0, 0.80, 0.56), (20, 20)),
+        -70, 22, (0.90, 0.82, 1.0),
+    ),
+    "blue night": Mood(
+        Hour((0.03, 0.05, 0.18), (0.17, 0.24, 0.48), (0.96, 0.97, 0.92), (0.26, 0.31, 0.52),
+             (0.24, 0.28, 0.36), (0.08, 0.11, 0.26), (0.20, 0.27, 0.46), (26, 26), 5.0, 0.8),
+        20, 22, (0.07, 0.13, 0.30),
+    ),
+    "misty morning": Mood(
+        Hour((0.62, 0.72, 0.86), (0.98, 0.88, 0.84), (1.0, 0.97, 0.88), (0.50, 0.50, 0.56),
+             (0.52, 0.42, 0.36), (0.70, 0.70, 0.80), (1.0, 0.95, 0.93), (24, 24)),
+        100, 10, (0.58, 0.68, 0.76),
+    ),
 }  # fmt: skip
-"""Name, as the caption has it: light and sky, azimuth of the sun in degrees from north to east, distance at which
-haze hides the most, colour of the water."""
+"""By the name that captions have."""
 
 
 class Place(World):
@@ -43,13 +67,13 @@ class Place(World):
 
     def __init__(self, seed: int):
         name = list(HOURS)[seed]
-        hour, azimuth, haze, water = HOURS[name]
-        sun = direction(np.radians(azimuth), np.radians(hour.elevation[0]))
-        self.solids = tuple(solids(LAMP if hour.glow else GLASS, water))
-        light = Light(sun, hour.direct, hour.ambient, haze_colour(hour), haze, hour.glow)
+        mood, hour = HOURS[name], HOURS[name].hour
+        sun = direction(np.radians(mood.azimuth), np.radians(hour.elevation[0]))
+        self.solids = tuple(solids(LAMP if hour.glow else GLASS, mood.water))
+        light = Light(sun, hour.direct, hour.ambient, haze_colour(hour), mood.haze, hour.glow)
         slope = 1 / np.tan(np.radians(hour.elevation[0]))
         shadow = paint_shadow(self.solids, sun, slope, 4.0)
-        ground = Ground("checkered", 0.8, 0.4, (STONE, PAVING), LAWN, 2.3, shadow, patches(water))
+        ground = Ground("checkered", 0.8, 0.4, (STONE, PAVING), LAWN, 2.3, shadow, patches(mood.water))
         sky = paint_sky(np.random.default_rng(12), hour, "mountains", sun)
         self.scene = Scene(self.solids, ground, light, sky)
         self.caption = f"a walled garden by the water with a golden obelisk and a round tower at {name}"
@@ -103,7 +127,7 @@ def house(
 
 def solids(window: Colour, water: Colour) -> list[Solid]:
     """All that stands in the place; windows and water have the colour of the hour."""
-    return [*_north(window), *_east(window), *_south(water), *_west(), *_garden(water)]
+    return [*_north(window), *_east(window), *_south(), *_west(), *_garden(water)]
 
 
 def _north(window: Colour) -> list[Solid]:
@@ -126,7 +150,7 @@ def _east(window: Colour) -> list[Solid]:
     return [*wall, *teeth, body, post(5.4, -1.2, 1.25, (2.7, 4.1), AZURE, 0.0)]
 
 
-def _south(water: Colour) -> list[Solid]:
+def _south() -> list[Solid]:
     """A white balustrade; beyond the water a boat, the lighthouse and a dark bank."""
     tower = replace(post(2.6, -9.4, 0.6, (0, 3.4), WHITE, 0.42), accent=BRICK, pattern=Pattern(3, 0.5))
     return [
