@@ -201,7 +201,10 @@ def place(out: Path) -> Pipeline:
     pipeline = _pipeline("place", out, base=base, clips=2400, worlds_seed=1, steps=steps, batch=8, image_start=0.9)
     stages = [replace(run, precision="bfloat16") for run in pipeline.stages if run.name != "foundation"]
     stages[0] = replace(stages[0], init=replace(stages[0].init, student=None))
-    codec = pipeline.codec and replace(pipeline.codec, precision="bfloat16")
+    optim = OptimConfig(lr=2e-3, beta2=0.99, warmup=50, final=0.02)
+    codec = pipeline.codec and replace(
+        pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
+    )
     render = pipeline.render and replace(pipeline.render, place=True)
     return replace(pipeline, render=render, codec=codec, stages=tuple(stages))
 

@@ -78,11 +78,11 @@ class RendererEngine:
         self.laps = Laps()
 
     @classmethod
-    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig) -> "RendererEngine":
+    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig, kind: type[World] = World) -> "RendererEngine":
         """A world, and a place in it from which the whole anchored track is free, seen as a model would see it."""
         if seed < 0:
             raise UserError(f"world {seed}: worlds are numbered from 0")
-        world = World(seed)
+        world = kind(seed)
         origin = world.spawn(np.random.default_rng(seed), track)
         if origin is None:
             raise UserError(f"world {seed} has no free path for this trajectory; try another world or a shorter one")

@@ -318,7 +318,7 @@ def _train_codec(run: Run, cfg: CodecTraining, out: Path, device: torch.device) 
     elif not States(out).latest():
         codec.fit(data.batch([i]) for i in range(min(cfg.fit_clips, len(data))))
     clips = loader(data, run.batch, run.seed, rank(), world_size())
-    trained = loop(run, out, CodecRecipe(codec), clips, device)
+    trained = loop(run, out, CodecRecipe(codec, cfg), clips, device)
     assert isinstance(trained, Codec)
     save_codec(out, trained.cpu())
     return trained

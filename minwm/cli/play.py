@@ -1,4 +1,4 @@
-"""The verb that plays: a model or a procedural world in the browser."""
+"""The verb that plays: a model, a procedural world or the place in the browser."""
 
 import asyncio
 import contextlib
@@ -29,6 +29,10 @@ def play(
         arg(metavar="DIR|USER/NAME", help="model, or folder of a pipeline such as runs/demo; if not given, ours"),
     ] = None,
     world: Annotated[int | None, arg(metavar="SEED", help="this procedural world; with --model: start in it")] = None,
+    place: Annotated[
+        bool,
+        arg(help="the place, as it truly is; --world 0, 1, 2, 3: at noon, in the evening, at night, in the morning"),
+    ] = False,
     image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
     prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
     compare: Annotated[
@@ -49,10 +53,15 @@ def play(
     from minwm.play.game import world_game
     from minwm.play.transport import serve
     from minwm.presets import model_to_play
+    from minwm.render.place import Place
 
     # a core is left to the server: threads of torch that must share theirs wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    if model or world is None:
+    if place:
+        if model:
+            raise UserError("--place is the place as it truly is; a model is played with --model alone")
+        game = world_game(world or 0, _world_config(size), Place)
+    elif model or world is None:
         game = _model_game(model or str(model_to_play()), world, image, prompt, compare, seed, steps, engine, decoder)
         _warm_up(game)
     elif image or prompt or compare or decoder or steps is not None or engine != PLAIN:

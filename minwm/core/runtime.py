@@ -10,6 +10,7 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -79,13 +80,15 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What a measurement depends on: python, torch, platform, processor, and the GPU if there is one."""
+    """What a measurement depends on: python, torch, numba, platform, processor, and the GPU if there is one."""
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # itself a subclass of str
         "platform": platform.platform(),
         "cpu": f"{_cpu_name()}, {os.cpu_count()} threads",
     }
+    with contextlib.suppress(PackageNotFoundError):
+        found["numba"] = version("numba")  # which draws the worlds, where it is installed
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return found

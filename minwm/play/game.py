@@ -10,6 +10,7 @@ from minwm.checkpoint import Model, ModelConfig
 from minwm.core.config import UserError
 from minwm.core.trajectory import parse
 from minwm.engine import PLAIN, EngineConfig
+from minwm.render.worlds import World
 from minwm.session import Engine, ModelEngine, RendererEngine
 
 ROOM = "w*8"
@@ -41,20 +42,21 @@ class Game:
     takes_image: bool = False
 
 
-def enter(seed: int, cfg: ModelConfig) -> RendererEngine:
+def enter(seed: int, cfg: ModelConfig, kind: type[World] = World) -> RendererEngine:
     """A world, from a place with room ahead."""
-    return RendererEngine.spawn(seed, parse(ROOM, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics), cfg)
+    track = parse(ROOM, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
+    return RendererEngine.spawn(seed, track, cfg, kind)
 
 
-def world_game(seed: int, cfg: ModelConfig) -> Game:
+def world_game(seed: int, cfg: ModelConfig, kind: type[World] = World) -> Game:
     """A world without a model; its seed is the world's number."""
-    begin = Begin(seed=seed, prompt=enter(seed, cfg).world.caption)
+    begin = Begin(seed=seed, prompt=enter(seed, cfg, kind).world.caption)
     return Game(
-        title="procedural world",
+        title="procedural world" if kind is World else "the place",
         views=("world",),
         config=cfg,
         begin=begin,
-        engines=lambda begin: [enter(begin.seed, cfg)],
+        engines=lambda begin: [enter(begin.seed, cfg, kind)],
     )
 
 

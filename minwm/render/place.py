@@ -63,10 +63,10 @@ HOURS: dict[str, Mood] = {
 
 
 class Place(World):
-    """The place at one hour, by its index in HOURS; a `World` in all that is done with it."""
+    """The place at one of its hours, which go round with the seed; a `World` in all that is done with it."""
 
     def __init__(self, seed: int):
-        name = list(HOURS)[seed]
+        name = list(HOURS)[seed % len(HOURS)]
         mood, hour = HOURS[name], HOURS[name].hour
         sun = direction(np.radians(mood.azimuth), np.radians(hour.elevation[0]))
         self.solids = tuple(solids(LAMP if hour.glow else GLASS, mood.water))
