@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def demo(out: Path) -> Pipeline:
         "consistency": 140,
         "dmd": 105,
     }
-    pipeline = _pipeline("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
+    pipeline = in_stages("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
     codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
     return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run, "student") for run in pipeline.stages))
 
@@ -132,7 +133,7 @@ def demo_scratch(out: Path) -> Pipeline:
         "consistency": 1000,
         "dmd": 500,
     }
-    return _pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
+    return in_stages("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
 
 
 def world_model(network: WanConfig, size: int) -> ModelConfig:
@@ -155,7 +156,7 @@ def world(out: Path) -> Pipeline:
         "dmd": 2000,
     }
     base = world_model(network, 128)
-    pipeline = _pipeline("world", out, base=base, clips=20000, worlds_seed=4, steps=steps, batch=16, image_start=0.9)
+    pipeline = in_stages("world", out, base=base, clips=20000, worlds_seed=4, steps=steps, batch=16, image_start=0.9)
     return replace(pipeline, stages=tuple(replace(run, precision="bfloat16") for run in pipeline.stages))
 
 
@@ -171,7 +172,7 @@ def world_64(out: Path) -> Pipeline:
         "dmd": 5000,
     }
     base = world_model(tiny_model().network, 64)
-    pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
+    pipeline = in_stages("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
     codec = pipeline.codec and _from_shipped(pipeline.codec, "codec")
     stages = [_from_shipped(run, "student", 0.6) for run in pipeline.stages]
     large = {"camera": 16}  # cameras are learnt from large batches (docs/ablations.md)
@@ -180,39 +181,10 @@ def world_64(out: Path) -> Pipeline:
     )
 
 
-def place(out: Path) -> Pipeline:
-    """One place that a small network knows by heart, 128x128 pixels, from random weights on a CPU that multiplies
-    bfloat16: few wide tokens, which predict clean latents (docs/place.md)."""
-    channels = 32
-    network = WanConfig(
-        dim=256, heads=8, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
-        predicts="clean",
-    )  # fmt: skip
-    base = replace(world_model(network, 128), codec=CodecConfig(channels=channels, width=128, fine=96, finest=48))
-    steps = {
-        "codec": 6000,
-        "foundation": 1,
-        "camera": 60000,
-        "ar": 8000,
-        "ode": 2000,
-        "consistency": 2000,
-        "dmd": 5000,
-    }
-    pipeline = _pipeline("place", out, base=base, clips=2400, worlds_seed=1, steps=steps, batch=8, image_start=0.9)
-    stages = [replace(run, precision="bfloat16") for run in pipeline.stages if run.name != "foundation"]
-    stages[0] = replace(stages[0], init=replace(stages[0].init, student=None))
-    optim = OptimConfig(lr=2e-3, beta2=0.99, warmup=50, final=0.02)
-    codec = pipeline.codec and replace(
-        pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
-    )
-    render = pipeline.render and replace(pipeline.render, place=True)
-    return replace(pipeline, render=render, codec=codec, stages=tuple(stages))
-
-
 def smoke(out: Path) -> Pipeline:
     """Every line of the pipeline in under a minute, from random weights; the pictures mean nothing."""
     stages = ("codec", "foundation", "camera", "ar", "ode", "consistency", "dmd")
-    pipeline = _pipeline("smoke", out, clips=12, worlds_seed=2, steps=dict.fromkeys(stages, 2), batch=2)
+    pipeline = in_stages("smoke", out, clips=12, worlds_seed=2, steps=dict.fromkeys(stages, 2), batch=2)
     small = replace(tiny_model(), network=replace(tiny_model().network, dim=32, heads=2, layers=2, ffn=64))
     small = replace(small, codec=CodecConfig(width=16, fine=16, finest=8, decoder_depth=1))
     ode = next(run for run in pipeline.stages if run.name == "ode").recipe
@@ -234,7 +206,7 @@ def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
-def _pipeline(
+def in_stages(
     name: str,
     out: Path,
     *,
@@ -351,7 +323,7 @@ def self_forcing() -> ModelConfig:
 
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": self_forcing}
-"""Models that no pipeline makes: to be measured with random weights."""
+"""Made by no pipeline: to be measured with random weights."""
 
 
 def wan(size: str, out: Path) -> Pipeline:
@@ -409,7 +381,7 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo-scratch": demo_scratch,
     "world": world,
     "world-64": world_64,
-    "place": place,
+    "place": lambda out: import_module("minwm.presets_place").place(out),
     "smoke": smoke,
     **{size: partial(wan, size) for size in SIZES},
 }

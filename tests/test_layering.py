@@ -27,6 +27,7 @@ LEVEL |= dict(
     presets=7,
     plan=7,
     pipeline=8,
+    presets_place=8,
     steptime=8,
     ablations=8,
     ablate=9,
@@ -102,11 +103,14 @@ def test_imports_only_point_down(file: Path) -> None:
         )
 
 
+COMPILED = {"kernels.py": {"triton"}, "fast_kernels.py": {"numba"}}
+"""Files that are themselves imported only where their compiler is installed."""
+
+
 @by_file
 def test_only_light_libraries_are_imported_at_the_top(file: Path) -> None:
     allowed = LIGHT | SHARED if part(file) in ("cli", "presets") else LIGHT
-    if file.name == "kernels.py":  # a file that is itself imported only where triton is
-        allowed = allowed | {"triton"}
+    allowed = allowed | COMPILED.get(file.name, set())
     for node in at_import(tree(file)):
         for module in modules(node):
             assert outside(module) in {None, *allowed}, f"import {module} inside the function that uses it"

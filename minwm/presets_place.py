@@ -1,0 +1,41 @@
+"""The preset of the place: one small world, known by heart."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from minwm.data.encode import EncodeConfig
+from minwm.nets.codec import CodecConfig
+from minwm.nets.wan import WanConfig
+from minwm.presets import Pipeline, in_stages, world_model
+from minwm.recipes.codec import CodecTraining
+from minwm.train import OptimConfig
+
+
+def place(out: Path) -> Pipeline:
+    """One place that a small network knows by heart, 128x128 pixels, from random weights on a CPU that multiplies
+    bfloat16: few wide tokens, which predict clean latents (docs/place.md)."""
+    channels = 48
+    network = WanConfig(
+        dim=256, heads=4, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
+        predicts="clean",
+    )  # fmt: skip
+    base = replace(world_model(network, 128), codec=CodecConfig(channels=channels, width=128, fine=96, finest=48))
+    steps = {
+        "codec": 6000,
+        "foundation": 1,
+        "camera": 60000,
+        "ar": 8000,
+        "ode": 2000,
+        "consistency": 2000,
+        "dmd": 5000,
+    }
+    pipeline = in_stages("place", out, base=base, clips=1600, worlds_seed=1, steps=steps, batch=8, image_start=0.9)
+    stages = [replace(run, precision="bfloat16") for run in pipeline.stages if run.name != "foundation"]
+    stages[0] = replace(stages[0], init=replace(stages[0].init, student=None))
+    optim = OptimConfig(lr=2e-3, beta2=0.99, warmup=50, final=0.02)
+    codec = pipeline.codec and replace(
+        pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
+    )
+    render = pipeline.render and replace(pipeline.render, place=True)
+    encode = EncodeConfig(dtype="float16")
+    return replace(pipeline, render=render, codec=codec, encode=encode, stages=tuple(stages))
