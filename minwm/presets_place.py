@@ -22,7 +22,7 @@ def place(out: Path) -> Pipeline:
     )  # fmt: skip
     base = replace(world_model(network, 128), codec=CodecConfig(channels=channels, width=128, fine=96, finest=48))
     steps = {
-        "codec": 1200,
+        "codec": 900,
         "foundation": 1,
         "camera": 30000,
         "ar": 8000,
