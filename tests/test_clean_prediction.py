@@ -35,4 +35,4 @@ def test_a_codec_learns_from_parts_of_clips(generator: torch.Generator) -> None:
     still = pixels[:, :1].expand_as(pixels)
     of_part, of_all = (CodecRecipe(codec, CodecTraining(latents=n)).loss(still, 0, generator).total for n in (2, 0))
     of_part.backward()
-    assert of_part.isfinite() and abs(float(of_part / of_all.detach()) - 1) < 0.2
+    assert of_part.isfinite() and abs(float(of_part.detach() / of_all.detach()) - 1) < 0.2
