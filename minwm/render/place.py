@@ -95,14 +95,15 @@ class Place(World):
         return None
 
 
-def block(
-    x: float, z: float, size: tuple[float, float], heights: tuple[float, float], paint: Colour, **more: object
-) -> Solid:
-    """A box of these half sizes; `top` and the rest of a solid may be given."""
-    return replace(Solid("block", x, z, 0, *heights, size, size, paint, paint), **more)  # pyright: ignore
+Pair = tuple[float, float]
 
 
-def post(x: float, z: float, radius: float, heights: tuple[float, float], paint: Colour, top: float = -1) -> Solid:
+def block(x: float, z: float, size: Pair, heights: Pair, paint: Colour, top: Pair | None = None) -> Solid:
+    """A box of these half sizes, or with `top` (half sizes there) a tapering one."""
+    return Solid("block", x, z, 0, *heights, size, top or size, paint, paint)
+
+
+def post(x: float, z: float, radius: float, heights: Pair, paint: Colour, top: float = -1) -> Solid:
     """A cylinder, or with `top` (radius there) a cone."""
     end = radius if top < 0 else top
     return Solid("round", x, z, 0, *heights, (radius, radius), (end, end), paint, paint)
@@ -113,14 +114,12 @@ def ball(x: float, z: float, radius: float, middle: float, paint: Colour) -> Sol
     return Solid("ball", x, z, 0, middle - radius, middle + radius, size, size, paint, paint)
 
 
-def house(
-    x: float, z: float, size: tuple[float, float], high: float, paint: Colour, roof: Colour, window: Colour
-) -> list[Solid]:
+def house(x: float, z: float, size: Pair, high: float, paint: Colour, roof: Colour, window: Colour) -> list[Solid]:
     """Walls with windows under a gable roof whose ridge runs along x."""
     windows = Pattern(max(1, round(high / 1.1)), 0.46, 2, 0.4)
     eaves = size[0] + 0.12, size[1] + 0.12
     return [
-        block(x, z, size, (0, high), paint, accent=window, pattern=windows),
+        replace(block(x, z, size, (0, high), paint), accent=window, pattern=windows),
         block(x, z, eaves, (high, high + 0.8), roof, top=(0.8 * size[0], 0.0)),
     ]
 
@@ -137,7 +136,7 @@ def _north(window: Colour) -> list[Solid]:
         *house(-2.1, 6.3, (1.3, 0.9), 2.3, OCHRE, BRICK, window),
         *house(0.5, 6.1, (1.3, 0.9), 1.6, AZURE, CREAM, window),
         *house(3.1, 6.3, (1.3, 0.9), 2.0, CREAM, TERRACOTTA, window),
-        block(5.3, 6.0, (0.75, 0.75), (0, 3.6), WHITE, accent=window, pattern=Pattern(3, 0.3, 1, 0.4)),
+        replace(block(5.3, 6.0, (0.75, 0.75), (0, 3.6), WHITE), accent=window, pattern=Pattern(3, 0.3, 1, 0.4)),
         block(5.3, 6.0, (0.85, 0.85), (3.6, 4.9), TEAL, top=(0.0, 0.0)),
     ]
 
