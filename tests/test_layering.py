@@ -88,11 +88,13 @@ def test_imports_only_point_down(file: Path) -> None:
         )
 
 
+COMPILED = {"kernels.py": {"triton"}, "fast_kernels.py": {"numba"}}
+"""Files that are themselves imported only where their compiler is installed."""
+
+
 @by_file
 def test_only_light_libraries_are_imported_at_the_top(file: Path) -> None:
-    allowed = LIGHT | SHARED if part(file) in ("cli",) else LIGHT
-    if file.name == "kernels.py":  # a file that is itself imported only where triton is
-        allowed = allowed | {"triton"}
+    allowed = (LIGHT | SHARED if part(file) == "cli" else LIGHT) | COMPILED.get(file.name, set())
     for node in at_import(tree(file)):
         for module in modules(node):
             assert outside(module) in {None, *allowed}, f"import {module} inside the function that uses it"

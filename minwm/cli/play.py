@@ -1,4 +1,4 @@
-"""`minwm play`: a model or a rendered world in the browser."""
+"""`minwm play`: a model, a procedural world or the place in the browser."""
 
 import asyncio
 import contextlib
@@ -29,6 +29,9 @@ def play(
         arg(metavar="DIR|USER/NAME", help="model, or folder of a pipeline such as runs/demo; if not given, ours"),
     ] = None,
     world: Annotated[int | None, arg(metavar="SEED", help="this procedural world; with --model: start in it")] = None,
+    place: Annotated[
+        bool, arg(help="the place as it truly is; --world 0, 1, 2, 3: noon, evening, night, morning")
+    ] = False,
     image: Annotated[Path | None, arg(metavar="PNG", help="start from this image")] = None,
     prompt: Annotated[str | None, arg(metavar="TEXT", help="of the scene; the world's caption if not given")] = None,
     compare: Annotated[
@@ -53,13 +56,18 @@ def play(
     from minwm.experiments.presets.demo import model_to_play
     from minwm.play.scenario import world_scenario
     from minwm.play.transport import Access, serve
+    from minwm.render.place import Place
 
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port {port}: give 0 to 65535")
     access = Access(public_url=public_url, embed=embed)
     # leave a core to the server: torch threads that share a core wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    if model or world is None:
+    if place:
+        if model:
+            raise UserError("--place is the place as it truly is; a model is played with --model alone")
+        scenario = world_scenario(world or 0, _world_config(size), Place)
+    elif model or world is None:
         name = model or str(model_to_play())
         scenario = _model_scenario(name, world, image, prompt, compare, seed, steps, engine, decoder)
         _warm_up(scenario)

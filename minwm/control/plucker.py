@@ -43,5 +43,6 @@ class Rays:
 
     def patches(self, rows: int, columns: int, patch: int) -> Float[Tensor, "b f p k"]:
         """The rays of all latent pixels of every token, for rows x columns tokens."""
-        rays = self.plucker(rows * patch, columns * patch)
+        with torch.autocast(self.w2c.device.type, enabled=False):  # a camera in bfloat16 is another camera
+            rays = self.plucker(rows * patch, columns * patch)
         return rearrange(rays, "b f c (h i) (w j) -> b f (h w) (c i j)", i=patch, j=patch)

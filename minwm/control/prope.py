@@ -39,7 +39,8 @@ class Projection:
         """
         w2c, K = w2c.float(), K.float()
         focal = torch.cat([K[..., :2], torch.ones_like(K[..., :2])], dim=-1)  # diag(fx, fy, 1, 1)
-        forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
+        with torch.autocast(w2c.device.type, enabled=False):  # a camera in bfloat16 is another camera
+            forward, inverse = focal[..., :, None] * w2c, se3_inverse(w2c) / focal[..., None, :]
         if principal_point:
             offset = K[..., 2:] - 0.5
             forward[..., :2, :] += offset[..., None] * w2c[..., 2:3, :]

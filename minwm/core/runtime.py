@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -71,13 +72,15 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, torch and CUDA, and names of platform, processor and GPU."""
+    """Versions of Python, torch, numba and CUDA, and names of platform, processor and GPU."""
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # itself a subclass of str
         "platform": platform.platform(),
         "cpu": f"{_cpu_name()}, {os.cpu_count()} threads",
     }
+    with contextlib.suppress(PackageNotFoundError):
+        found["numba"] = version("numba")  # which draws the worlds, where it is installed
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return found

@@ -27,11 +27,14 @@ from minwm.core.config import ConfigError, to_dict
 from minwm.core.runtime import git_commit, progress, rank, world_size
 from minwm.data.clips import ClipFolder, ClipRecord, DataError
 from minwm.render.base import Rendered, Scene
+from minwm.render.place import HOURS, Place
 from minwm.render.worlds import World
 
 TRIES = 100
 """Trajectories tried per clip before DataError."""
 WORLDS_PER_SEED = 1_000_000
+PLACE = "place"
+"""Source of the clips that show the place."""
 
 
 @runtime_checkable
@@ -140,6 +143,8 @@ class RenderConfig:
     """Rays per pixel and axis."""
     seed: int = 0
     """Clip i is rendered in world seed * 1,000,000 + i // clips_per_world, so that different seeds share no world."""
+    place: bool = False
+    """Walks through the place instead, each at one of its hours in turn; other seeds give other walks."""
 
     def __post_init__(self) -> None:
         least = {"latents": 2, "height": 8, "width": 8, "clips_per_world": 1, "supersample": 1, "seed": 0}
@@ -164,7 +169,7 @@ class RenderConfig:
 
 @dataclass(frozen=True)
 class WorldSource:
-    """Clips of procedural worlds. They are CC0: this code alone made their pixels."""
+    """Clips of procedural worlds, or of walks through the place. They are CC0: this code alone made their pixels."""
 
     cfg: RenderConfig
     kind: str = "procedural"
@@ -173,31 +178,40 @@ class WorldSource:
     def config(self) -> dict[str, Any]:
         return to_dict(self.cfg)
 
+    @property
+    def source(self) -> str:
+        return PLACE if self.cfg.place else "procedural"
+
     def seed(self, index: int) -> int:
-        """Seed of the world of clip `index`."""
+        """Seed of the world of clip `index`; of the place, the number of its hour."""
+        if self.cfg.place:
+            return index % len(HOURS)
         return self.cfg.seed * WORLDS_PER_SEED + index // self.cfg.clips_per_world
 
     def clip_id(self, index: int) -> str:
+        if self.cfg.place:
+            return f"place-{self.cfg.seed:03d}-{index:06d}"
         return f"world-{self.seed(index):07d}-{index:06d}"
 
     def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
         seed = self.seed(index)
         track, trajectory, origin = self.place(index)
-        rendered = _render(seed, track.transformed(origin), (self.cfg.height, self.cfg.width), self.cfg.supersample)
+        scene = _scene(self.source, seed)
+        rendered = scene.render(track.transformed(origin), self.cfg.height, self.cfg.width, self.cfg.supersample)
         record = ClipRecord(
             id=self.clip_id(index),
-            source="procedural",
-            source_id=f"world {seed}",
+            source=self.source,
+            source_id=self.clip_id(index) if self.cfg.place else f"world {seed}",
             source_license="CC0-1.0",
-            split_key=split_key(seed),
+            split_key=self.clip_id(index) if self.cfg.place else split_key(seed),
             track=track,
-            caption=_scene(seed).caption,
+            caption=scene.caption,
             caption_source="procedural",
             hw=(self.cfg.height, self.cfg.width),
             pose_kind="ground_truth",
             origin=origin,
             seed=seed,
-            generator=f"minwm.render.worlds {git_commit() or 'unknown'}",
+            generator=f"{type(scene).__module__} {git_commit() or 'unknown'}",
             trajectory=trajectory.canonical(),
             quality={
                 "inverse_depth": float(np.mean(1 / rendered.depth)),
@@ -210,7 +224,7 @@ class WorldSource:
         """A track from the identity, its trajectory, and the world pose of frame 0, from which the path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
         K = self.cfg.intrinsics
-        scene = _scene(self.seed(index))
+        scene = _scene(self.source, self.seed(index))
         for _ in range(TRIES):
             track, trajectory = self._path(index, rng, K)
             origin = scene.spawn(rng, track)
@@ -247,7 +261,8 @@ def reproduce(record: ClipRecord, track: CameraTrack | None = None, *, supersamp
     if record.seed is None or record.origin is None:
         raise DataError(f"clip {record.id} comes from {record.source}; only procedural ones can be rendered again")
     path = record.track if track is None else track
-    return _render(record.seed, path.transformed(record.origin), record.hw, supersample)
+    scene = _scene(record.source, record.seed)
+    return scene.render(path.transformed(record.origin), *record.hw, supersample=supersample)
 
 
 def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) -> list[str]:
@@ -259,7 +274,7 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
     ids = folder.ids()
     for clip in ids[:: max(1, round(1 / share))]:
         record = folder.record(clip)
-        if record.source != "procedural":
+        if record.source not in ("procedural", PLACE):
             continue
         error = reproduce(record).frames.astype(np.float64) - folder.frames(clip)
         psnr = 20 * np.log10(255 / max(float(np.sqrt((error**2).mean())), 1e-6))
@@ -268,10 +283,6 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
     return problems
 
 
-def _render(seed: int, track: CameraTrack, hw: tuple[int, int], supersample: int) -> Rendered:
-    return _scene(seed).render(track, *hw, supersample=supersample)
-
-
 @functools.lru_cache(maxsize=4)
-def _scene(seed: int) -> Scene:
-    return World(seed)
+def _scene(source: str, seed: int) -> Scene:
+    return (Place if source == PLACE else World)(seed)

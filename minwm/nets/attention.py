@@ -162,6 +162,8 @@ def softmax_attention(q: Heads, k: Float[Tensor, "b a t e"], v: Float[Tensor, "b
     In bfloat16 on a CPU that multiplies it fast, by plain products: with gradients in half the time of torch's fused
     kernel. Tensors without data, which stand for those of a GPU (bench/memory.py), are left to that.
     """
+    if torch.is_autocast_enabled(kind := q.device.type):  # as the fused kernel is cast: norms hand on float32
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     if not FAST_BFLOAT16 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or type(q) is not Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v

@@ -60,6 +60,7 @@ class Modulation:
 
     layers: Sequence[ShiftScaleGate]
     head: ShiftScaleGate
+    t: Timesteps
 
 
 Checkpointing = Literal[False, True, "attention"]

@@ -8,6 +8,8 @@ from jaxtyping import UInt8
 
 from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
+from minwm.render.base import Scenes
+from minwm.render.worlds import World
 from minwm.session.engines import Engine, ModelEngine, SceneEngine
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import PLAIN, EngineConfig
@@ -43,19 +45,20 @@ class Scenario:
     takes_image: bool = False
 
 
-def spawn_world(seed: int, cfg: ModelConfig) -> SceneEngine:
-    """A procedural world, seen from a position from which `FREE_PATH` is free."""
-    return SceneEngine.spawn(seed, parse(FREE_PATH, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics), cfg)
+def spawn_world(seed: int, cfg: ModelConfig, scenes: Scenes = World) -> SceneEngine:
+    """The scene of a seed, a procedural world by default, from a position from which `FREE_PATH` is free."""
+    track = parse(FREE_PATH, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
+    return SceneEngine.spawn(seed, track, cfg, scenes)
 
 
-def world_scenario(seed: int, cfg: ModelConfig) -> Scenario:
+def world_scenario(seed: int, cfg: ModelConfig, scenes: Scenes = World) -> Scenario:
     """A rendered world without a model; the seed of its start state is the world's number."""
     return Scenario(
-        title="procedural world",
+        title="procedural world" if scenes is World else "the place",
         views=("world",),
         config=cfg,
-        start=StartState(seed=seed, prompt=spawn_world(seed, cfg).scene.caption),
-        engines=lambda start: [spawn_world(start.seed, cfg)],
+        start=StartState(seed=seed, prompt=spawn_world(seed, cfg, scenes).scene.caption),
+        engines=lambda start: [spawn_world(start.seed, cfg, scenes)],
     )
 
 

@@ -14,6 +14,7 @@ from minwm.data.dataset import BatchSource, RawDataset, Split
 from minwm.data.noise import PoseNoise
 from minwm.nets.small_codec import SmallCodec
 from minwm.recipes.base import Loss, Recipe, RecipeConfig
+from minwm.recipes.ops import random_index
 from minwm.store.folder import save_codec
 from minwm.store.model import AnyCodec, ModelConfig
 
@@ -27,9 +28,15 @@ class CodecTraining(RecipeConfig):
     data_command: ClassVar[str] = "minwm data render"
     fit_clips: int = 256
     """Clips from which the encoder is computed in closed form; a codec that is continued keeps its encoder."""
+    latents: int = 0
+    """Latents of a random part of each clip that a step takes; 0: the whole clip."""
 
     def build(self, model: ModelConfig, networks: Mapping[str, SmallCodec]) -> "CodecRecipe":
         return CodecRecipe(self, model, networks)
+
+    def check(self, model: ModelConfig) -> None:
+        if not 0 <= self.latents <= model.latents:
+            raise ConfigError(f"codec.latents={self.latents}: clips have {model.latents}; give 0 to {model.latents}")
 
     def network(self, model: ModelConfig) -> SmallCodec:
         codec = model.codec.build()
@@ -59,5 +66,10 @@ class CodecRecipe(Recipe[SmallCodec]):
         self.networks["student"].fit(data.batch([i]) for i in range(min(self.cfg.fit_clips, len(data))))
 
     def loss(self, clip: Float[Tensor, "b n 3 H W"], step: int, generator: torch.Generator) -> Loss:
-        total, logs = self.networks["student"].loss(clip, generator)
+        codec = self.networks["student"]
+        if self.cfg.latents:
+            frames = codec.stride * (self.cfg.latents - 1) + 1
+            start = random_index(clip.shape[1] - frames + 1, generator)
+            clip = clip[:, start : start + frames]
+        total, logs = codec.loss(clip, generator)
         return Loss(total, "student", {"loss": total.detach(), **logs})

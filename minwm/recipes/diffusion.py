@@ -32,8 +32,9 @@ class TimeLaw:
     law: Literal["uniform", "logit_normal"] = "uniform"
     """u uniform (Wan) or sigmoid of a standard normal (HunyuanVideo); then shifted."""
     shift: float = 5.0
-    weight: Literal["bell", "none"] = "bell"
-    """Wan weights times by a bell around t = 1/2; HunyuanVideo does not."""
+    weight: Literal["bell", "none", "clean"] = "bell"
+    """Wan weights times by a bell around t = 1/2; HunyuanVideo does not. Clean: by t^2, which makes the error of the
+    velocity that of the clean latents."""
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.law == "uniform":
@@ -43,7 +44,12 @@ class TimeLaw:
         return shift(u, self.shift)
 
     def weigh(self, t: Times) -> Times:
-        return bell_weight(t, self.shift).to(t) if self.weight == "bell" else torch.ones_like(t)
+        match self.weight:
+            case "bell":
+                return bell_weight(t, self.shift).to(t)
+            case "clean":
+                return t * t
+        return torch.ones_like(t)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,9 @@ Solids are supersampled, each inside its own screen rectangle, for all frames of
 sky are filtered analytically, one ray per pixel.
 """
 
+import functools
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -21,6 +23,17 @@ SHADOW_REACH = 10.0
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A rectangle of one colour on the ground, along the world's axes."""
+
+    x: float
+    z: float
+    size: tuple[float, float]
+    """Half sizes along x and z."""
+    colour: Colour
+
+
+@dataclass(frozen=True)
 class Ground:
     pattern: str
     """One of GROUND_PATTERNS."""
@@ -32,6 +45,8 @@ class Ground:
     radius: float
     shadow: Float[Tensor, "size size"]
     """0 lit, 1 fully shaded; rows are z, columns x."""
+    patches: tuple[Patch, ...] = ()
+    """Painted over the field and the plaza, the last on top."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +171,9 @@ def _ground_colour(ground: Ground, grid: Grid, hits: Hits, light: Light) -> Floa
     blur = wide + 0.5 * along
     edge = ((ground.radius - (x * x + z * z).sqrt()) / blur + 0.5).clamp(0, 1)
     colour = mix(grid.colour(ground.field), colour, edge)
+    for patch in ground.patches:
+        inside = torch.minimum(patch.size[0] - (x - patch.x).abs(), patch.size[1] - (z - patch.z).abs())
+        colour = mix(colour, grid.colour(patch.colour), (inside / blur + 0.5).clamp(0, 1))
     where = (torch.stack([x, z], 1) / SHADOW_REACH)[None, None]
     shadow = ground.shadow[None, None].to(grid.device)
     shadow = functional.grid_sample(shadow, where, align_corners=False)[0, 0, 0] * (1.2 - blur).clamp(0, 1)
@@ -205,11 +223,30 @@ def _image(scene: RaycastScene, coarse: Grid, fine: Grid, colour: Tensor) -> Ten
     return image.byte().view(3, -1, coarse.height, coarse.width).permute(1, 2, 3, 0).contiguous()
 
 
-@torch.inference_mode()
 def render(
     scene: RaycastScene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames n h w 3 uint8 and the exact z-depth of the pixel-centre rays n h w (inf: sky)."""
+    """Frames n h w 3 uint8 and the exact z-depth of the pixel-centre rays n h w (inf: sky).
+
+    On a CPU with numba installed the compiled form does it.
+    """
+    if device == "cpu" and installed("numba"):
+        from minwm.render import fast
+
+        return fast.render(scene, c2w, K, height, width, supersample)
+    return render_torch(scene, c2w, K, height, width, supersample, device)
+
+
+@functools.cache
+def installed(module: str) -> bool:
+    return find_spec(module) is not None
+
+
+@torch.inference_mode()
+def render_torch(
+    scene: RaycastScene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The plain form of `render`, and its oracle."""
     images, depths = [], []
     step = max(1, RAYS_PER_CHUNK // (height * width * supersample**2))
     for part in (slice(a, a + step) for a in range(0, len(c2w), step)):

@@ -186,14 +186,17 @@ def paint_sky(
     return torch.from_numpy(np.ascontiguousarray(sky, dtype=np.float32))
 
 
-def paint_shadow(solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"]) -> Float[Tensor, "size size"]:
-    """Soft cast and contact shadows on the ground: each solid's outline swept away from the sun."""
+def paint_shadow(
+    solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"], slope: float = 0.75, longest: float = 1.1
+) -> Float[Tensor, "size size"]:
+    """Soft cast and contact shadows on the ground: each solid's outline swept away from the sun, by `slope` times
+    its height, but no further than `longest`."""
     step = 2 * SHADOW_REACH / SHADOW_SIZE
     grid = (np.arange(SHADOW_SIZE, dtype=np.float32) + 0.5) * step - SHADOW_REACH
     shadow = np.zeros((SHADOW_SIZE, SHADOW_SIZE), np.float32)
     away = -np.array([sun[0], sun[2]]) / max(float(np.hypot(sun[0], sun[2])), 1e-6)
     for solid in solids:
-        sweep = away * min(0.75 * solid.high, 1.1)
+        sweep = away * min(slope * solid.high, longest)
         reach = float(np.hypot(*solid.reach)) + float(np.hypot(*sweep)) + 0.4
         x = slice(*np.searchsorted(grid, [solid.x - reach, solid.x + reach]))
         z = slice(*np.searchsorted(grid, [solid.z - reach, solid.z + reach]))

@@ -109,6 +109,10 @@ class Window:
     flat: Int[Tensor, "m h w"]
 
 
+Spans = Int[np.ndarray, "s n 4"]
+"""First row, end of rows, first column, end of columns of every solid in every frame; empty where it is not seen."""
+
+
 class Grid:
     """The rays of n frames through the centres of height x width cells. K: n 4, normalised."""
 
@@ -130,25 +134,30 @@ class Grid:
         rows, columns = (np.tile(np.arange(k), (len(self.c2w), 1)) for k in (self.height, self.width))
         return self.window(np.arange(len(self.c2w)), rows, columns, self.c2w[:, :3, 3], np.eye(3))
 
-    def windows(self, solids: Sequence[Solid]) -> Iterator[tuple[Solid, Window]]:
-        """The solids in view, nearest first, each with the rectangle around it (one size in all frames)."""
+    def spans(self, solids: Sequence[Solid]) -> tuple[Spans, Int[np.ndarray, " s"]]:
+        """Rectangles around the solids, and the solids' order from near to far."""
         corners = np.stack([solid.corners for solid in solids])
         local = np.einsum("nji,snkj->snki", self.c2w[:, :3, :3], corners[:, None] - self.c2w[:, None, :3, 3])
         behind = local[..., 2] < NEAR
         cut, seen = behind.any(2, keepdims=True), ~behind.all(2)
-        spans = []
+        ends = []
         for axis, cells in ((1, self.height), (0, self.width)):
             slope = local[..., axis] / np.maximum(local[..., 2], NEAR)
             edge = np.where(cut, local[..., axis] / NEAR, slope)  # bounds where edges cross the near plane
             low, high = np.minimum(slope, edge).min(2), np.maximum(slope, edge).max(2)
             focal, centre = self.K[:, axis] * cells, self.K[:, 2 + axis] * cells - 0.5
-            first = np.floor(low * focal + centre).clip(0, cells).astype(int)
-            end = (np.floor(high * focal + centre) + 2).clip(0, cells).astype(int)
-            seen &= end > first
-            spans.append((first, end))
-        (top, bottom), (left, right) = spans
-        for i in np.argsort(local[..., 2].mean((1, 2))):
-            frames = np.flatnonzero(seen[i])
+            ends.append(np.floor(low * focal + centre).clip(0, cells).astype(int))
+            ends.append((np.floor(high * focal + centre) + 2).clip(0, cells).astype(int))
+        spans = np.stack(ends, -1)
+        spans[~seen] = 0
+        return spans, np.argsort(local[..., 2].mean((1, 2)))
+
+    def windows(self, solids: Sequence[Solid]) -> Iterator[tuple[Solid, Window]]:
+        """The solids in view, nearest first, each with the rectangle around it (one size in all frames)."""
+        spans, order = self.spans(solids)
+        top, bottom, left, right = spans.transpose(2, 0, 1)
+        for i in order:
+            frames = np.flatnonzero((bottom > top)[i] & (right > left)[i])
             if len(frames):
                 tall, wide = (bottom - top)[i, frames].max(), (right - left)[i, frames].max()
                 rows = np.minimum(top[i, frames], self.height - tall)[:, None] + np.arange(tall)

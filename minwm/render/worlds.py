@@ -43,13 +43,13 @@ class World:
         self.solids = tuple(solid for thing in self.things for solid in thing.solids)
         self.family = np.array([thing.family for thing in self.things])
         azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(*hour.elevation))
-        sun = _direction(azimuth, max(elevation, LIGHT_ELEVATION))
+        sun = direction(azimuth, max(elevation, LIGHT_ELEVATION))
         light = Light(sun, hour.direct, hour.ambient, haze_colour(hour), HAZE_DISTANCE, hour.glow)
         cell, yaw = rng.uniform(1.3, 1.8), rng.uniform(0, np.pi)
         shadow = paint_shadow(self.solids, sun)
         ground = Ground(pattern, cell, yaw, (soil.first, soil.second), soil.field, PLAZA_RADIUS, shadow)
         self.scene = RaycastScene(
-            self.solids, ground, light, paint_sky(rng, hour, skyline, _direction(azimuth, elevation))
+            self.solids, ground, light, paint_sky(rng, hour, skyline, direction(azimuth, elevation))
         )
         self.caption = (
             f"{families[0].words()} and {families[1].words()} on a {ground_name} {pattern} plaza "
@@ -117,6 +117,7 @@ class World:
         return Rendered(*raycast.render(self.scene, track.c2w, track.K, height, width, supersample, device))
 
 
-def _direction(azimuth: float, elevation: float) -> Float[np.ndarray, "3"]:
+def direction(azimuth: float, elevation: float) -> Float[np.ndarray, "3"]:
+    """Unit vector, world axes; angles in radians."""
     c = np.cos(elevation)
     return np.array([c * np.sin(azimuth), -np.sin(elevation), c * np.cos(azimuth)])

@@ -1,5 +1,7 @@
 """Small versions of the real classes, with every parameter random (also the zero-initialised ones)."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ SMALL = {
     )
     for camera in ("none", "dual", "single", "plucker")
 }
+SMALL["wan-clean"] = replace(SMALL["wan-dual"], predicts="clean")
 CAMERA = [name for name, cfg in SMALL.items() if cfg.camera != "none"]
 PROPE = [name for name in CAMERA if SMALL[name].camera != "plucker"]
 """What does not know where the world's origin is."""

@@ -5,7 +5,7 @@ from functools import partial, update_wrapper
 from pathlib import Path
 
 from minwm.core.config import ConfigError, lookup
-from minwm.experiments.presets import demo, wan
+from minwm.experiments.presets import demo, place, wan
 from minwm.experiments.presets.base import Pipeline
 from minwm.families.wan.convert import RELEASES
 from minwm.store.model import ModelConfig
@@ -20,6 +20,7 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo-scratch": demo.demo_scratch,
     "world": demo.world,
     "world-64": demo.world_64,
+    "place": place.place,
     "smoke": demo.smoke,
     **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in RELEASES},
 }

@@ -71,7 +71,7 @@ def demo(out: Path) -> Pipeline:
         "consistency": 140,
         "dmd": 105,
     }
-    pipeline = _pipeline("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
+    pipeline = small_pipeline("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
     codec = pipeline.codec and _from_shipped(pipeline.codec)
     return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run) for run in pipeline.stages))
 
@@ -95,7 +95,7 @@ def demo_scratch(out: Path) -> Pipeline:
         "consistency": 1000,
         "dmd": 500,
     }
-    return _pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
+    return small_pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
 
 
 def world_model(network: WanConfig, size: int) -> ModelConfig:
@@ -117,7 +117,9 @@ def world(out: Path) -> Pipeline:
         "dmd": 2000,
     }
     base = world_model(network, 128)
-    pipeline = _pipeline("world", out, base=base, clips=20000, worlds_seed=4, steps=steps, batch=16, image_start=0.9)
+    pipeline = small_pipeline(
+        "world", out, base=base, clips=20000, worlds_seed=4, steps=steps, batch=16, image_start=0.9
+    )
     return replace(pipeline, stages=tuple(replace(run, precision="bfloat16") for run in pipeline.stages))
 
 
@@ -133,7 +135,9 @@ def world_64(out: Path) -> Pipeline:
         "dmd": 5000,
     }
     base = world_model(tiny_model().network, 64)
-    pipeline = _pipeline("world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9)
+    pipeline = small_pipeline(
+        "world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9
+    )
     codec = pipeline.codec and _from_shipped(pipeline.codec)
     stages = [_from_shipped(run, 0.6) for run in pipeline.stages]
     large = {"camera": 16}  # cameras are learnt from large batches (docs/ablations.md)
@@ -145,7 +149,7 @@ def world_64(out: Path) -> Pipeline:
 def smoke(out: Path) -> Pipeline:
     """Every line of the pipeline in under a minute, from random weights; the pictures mean nothing."""
     stages = ("codec", "foundation", "camera", "ar", "ode", "consistency", "dmd")
-    pipeline = _pipeline("smoke", out, clips=12, worlds_seed=2, steps=dict.fromkeys(stages, 2), batch=2)
+    pipeline = small_pipeline("smoke", out, clips=12, worlds_seed=2, steps=dict.fromkeys(stages, 2), batch=2)
     small = replace(tiny_model(), network=replace(tiny_model().network, dim=32, heads=2, layers=2, ffn=64))
     small = replace(small, codec=SmallCodecConfig(width=16, fine=16, finest=8, decoder_depth=1))
     ode = next(run for run in pipeline.stages if run.name == "ode").recipe
@@ -167,7 +171,7 @@ def _like(model: ModelConfig, small: ModelConfig) -> ModelConfig:
     return replace(model, network=network, codec=small.codec, sampler=sampler)
 
 
-def _pipeline(
+def small_pipeline(
     name: str,
     out: Path,
     *,

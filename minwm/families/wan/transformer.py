@@ -6,7 +6,7 @@ Sources: Wan2.1 `wan/modules/model.py` for the architecture (facts in the docstr
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minwm.control.plucker import NUMBERS, Rays
 from minwm.control.prope import Mode, Projection, change_world_frame
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents
+from minwm.core.flow import Latents, per_frame
 from minwm.core.types import Condition
 from minwm.nets.attention import FULL, AttentionScope, Cached, Heads, QKVBranches, attend_branches, softmax_attention
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, TextKV, Timesteps
@@ -38,6 +38,9 @@ from minwm.nets.layers import (
     unpatchify,
     video_pairs,
 )
+
+MIN_TIME = 0.05
+"""Least t in v = (x_t - x_0) / t where a network predicts x_0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,9 @@ class WanConfig:
     """How cameras enter self-attention (control/prope.py)."""
     principal_point: bool = True
     """PRoPE sees the principal point; minWM's released weights were trained without."""
+    predicts: Literal["velocity", "clean"] = "velocity"
+    """What the head predicts: the velocity, or the clean latents, from which the velocity follows (JiT, Li & He 2025):
+    noise does not pass through a network that is narrower than its patches, pictures do."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "layers", "ffn", "channels", "text_dim", "text_length", "freq_dim", "patch"):
@@ -346,7 +352,11 @@ class Wan(Backbone):
             times = [projected] * self.layers
         for block, block_time, block_text in zip(self.blocks, times, text, strict=True):
             tokens = self.maybe_checkpoint(block, tokens, block_time, rope, block_text, camera, scope)
-        return unpatchify(self.head(tokens, time), h, w, patch).to(x.dtype)
+        out = unpatchify(self.head(tokens, time), h, w, patch).to(x.dtype)
+        if self.config.predicts == "velocity":
+            return out
+        level = per_frame((t.t if isinstance(t, Modulation) else t).to(x)).clamp_min(MIN_TIME)
+        return (x - out) / level
 
     def embed_text(self, text: Float[Tensor, "b l text_dim"]) -> Float[Tensor, "b l d"]:
         if text.shape[1:] != (self.config.text_length, self.config.text_dim):
@@ -369,7 +379,7 @@ class Wan(Backbone):
     def adaln_modulation(self, t: Timesteps) -> Modulation:
         time, projected = self.embed_time(t)
         layers = [block.adaln_modulation(projected) for block in cast(list[Block], self.blocks)]
-        return Modulation(layers, self.head.adaln_modulation(time))
+        return Modulation(layers, self.head.adaln_modulation(time), t)
 
     def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
         yield from super().forward_methods()

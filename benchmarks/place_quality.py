@@ -1,0 +1,66 @@
+"""How like the truth a model's clips are on held-out walks through the place, and what its codec alone would give.
+
+    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--json FILE]
+
+MODEL is a model or codec folder, RAW a folder of clips (`minwm data render`) whose held-out part is used: the first
+frame is given, with the true cameras; all later ones are the model's.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minwm.core.media import to_frames, to_pixels
+from minwm.core.runtime import versions
+from minwm.data.dataset import RawDataset
+from minwm.eval.image import at_seconds, psnr, sharpness
+from minwm.session.generate import generate
+from minwm.store.folder import load_codec, load_model
+
+
+def measured(made: np.ndarray, truth: np.ndarray, fps: float) -> dict[str, object]:
+    """PSNR over all frames but the first and after each second, gradient energy over that of the truth."""
+    values = psnr(made, truth)
+    return {
+        "psnr": round(float(values[:, 1:].mean()), 2),
+        "psnr_at_seconds": [round(interval.value, 2) for interval in at_seconds(values, fps)],
+        "sharpness": round(float(sharpness(made[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("raw", type=Path)
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    codec, data = load_codec(options.model), RawDataset(options.raw, "val")
+    count = min(options.clips, len(data))
+    truth = np.stack([data[i].numpy() for i in range(count)])
+    with torch.inference_mode():
+        latents = [codec.encode(to_pixels(torch.from_numpy(clip))[None]) for clip in truth]
+        through = np.stack([to_frames(codec.decode(latent))[0] for latent in latents])
+    fps = data.folder.record(data.ids[0]).track.fps
+    found = {"clips": count, "seed": options.seed, "codec": measured(through, truth, fps)}
+    if (options.model / "model.json").exists():
+        model = load_model(options.model)
+        records = [data.folder.record(data.ids[i]) for i in range(count)]
+        made = [
+            generate(model, clip[:1], [r.caption], [r.track], options.seed)[0]
+            for r, clip in zip(records, truth, strict=True)
+        ]
+        found["model"] = measured(np.stack(made), truth, fps)
+    text = json.dumps({**found, "versions": versions()}, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

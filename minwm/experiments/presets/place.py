@@ -1,0 +1,52 @@
+"""The preset of the place: one small world, known by heart."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from minwm.data.encode import EncodeConfig
+from minwm.experiments.presets.base import Pipeline
+from minwm.experiments.presets.demo import small_pipeline, world_model
+from minwm.families.wan.transformer import WanConfig
+from minwm.nets.small_codec import SmallCodecConfig
+from minwm.recipes.codec import CodecTraining
+from minwm.recipes.diffusion import DiffusionConfig
+from minwm.train.config import OptimConfig, Run
+
+
+def place(out: Path) -> Pipeline:
+    """One place that a small network knows by heart, 128x128 pixels, from random weights on a CPU that multiplies
+    bfloat16: few wide tokens, which predict clean latents (docs/place.md)."""
+    channels = 48
+    network = WanConfig(
+        dim=256, heads=4, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
+        predicts="clean",
+    )  # fmt: skip
+    base = replace(world_model(network, 128), codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48))
+    steps = {
+        "codec": 900,
+        "foundation": 1,
+        "camera": 30000,
+        "ar": 8000,
+        "ode": 2000,
+        "consistency": 2000,
+        "dmd": 5000,
+    }
+    pipeline = small_pipeline("place", out, base=base, clips=1600, worlds_seed=1, steps=steps, batch=8, image_start=0.9)
+    render = pipeline.render and replace(pipeline.render, place=True)
+    optim = OptimConfig(lr=2e-3, beta2=0.99, warmup=50, final=0.02)
+    codec = pipeline.codec and replace(
+        pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
+    )
+    stages = tuple(_adapted(run) for run in pipeline.stages if run.name != "foundation")
+    return replace(pipeline, render=render, codec=codec, encode=EncodeConfig(dtype="float16"), stages=stages)
+
+
+def _adapted(run: Run) -> Run:
+    """In bfloat16; `camera` starts from random weights; errors are those of the clean latents, which learns twice as
+    fast."""
+    run = replace(run, precision="bfloat16", ema=0.998, save_every=250, optim=replace(run.optim, warmup=200))
+    if run.name == "camera":
+        run = replace(run, init=replace(run.init, student=None))
+    if isinstance(run.recipe, DiffusionConfig):
+        run = replace(run, recipe=replace(run.recipe, time=replace(run.recipe.time, weight="clean")))
+    return run
