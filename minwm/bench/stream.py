@@ -93,7 +93,7 @@ class BenchResult:
     """M6: peak of allocated GPU memory; None on a CPU."""
     reserved_gb: float | None = None
     cold_start_s: float | None = None
-    """M7: from the model in memory to a stream that has visited every regime, or to a clip of one step."""
+    """M7: from the model in memory to a stream that has run every graph shape, or to a clip of one step."""
     recompiles: int | None = None
     """M7: graphs compiled after that; the promise is 0."""
     engine: EngineConfig = PLAIN

@@ -1,7 +1,7 @@
-"""Pictures of a scene: supersampled solids over a patterned ground and a painted sky, in plain torch.
+"""Ray casting: solids over a patterned ground and a sky image, in plain torch.
 
-Solids are supersampled, each inside its own screen rectangle, for all frames of a chunk at once. Ground and
-sky are filtered analytically, one ray per pixel.
+Solids are supersampled, each inside its screen rectangle, for many frames at once. Ground and sky are filtered
+analytically with one ray per pixel.
 """
 
 import functools
@@ -19,7 +19,7 @@ from minwm.render.solids import FAR, Colour, Grid, Hits, Pattern, Solid, dot, hi
 RAYS_PER_CHUNK = 1 << 19
 GROUND_PATTERNS = ("checkered", "striped", "ringed", "dotted", "tiled")
 SHADOW_REACH = 10.0
-"""The baked shadow map covers the square |x|, |z| < 10."""
+"""Half the side of the square of ground that the shadow map covers, world units."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,19 @@ class Patch:
 
 @dataclass(frozen=True)
 class Ground:
+    """The plane y = 0: a patterned disc (the plaza) in a field of one colour."""
+
     pattern: str
     """One of GROUND_PATTERNS."""
     cell: float
+    """Size of a pattern cell, world units."""
     yaw: float
+    """Rotation of the pattern, radians."""
     colours: tuple[Colour, Colour]
     field: Colour
     """Colour outside the plaza."""
     radius: float
+    """Radius of the plaza, world units."""
     shadow: Float[Tensor, "size size"]
     """0 lit, 1 fully shaded; rows are z, columns x."""
     patches: tuple[Patch, ...] = ()
@@ -51,6 +56,8 @@ class Ground:
 
 @dataclass(frozen=True)
 class Light:
+    """Sun, ambient light and haze."""
+
     sun: Float[np.ndarray, "3"]
     """Unit vector towards the sun, world axes."""
     colour: Colour
@@ -58,20 +65,22 @@ class Light:
     haze: Colour
     haze_distance: float
     glow: float
-    """How much accents (windows, bands) shine by themselves."""
+    """Emission of accents (windows, bands)."""
 
 
 @dataclass(frozen=True)
 class RaycastScene:
+    """All that rays can hit."""
+
     solids: tuple[Solid, ...]
     ground: Ground
     light: Light
     sky: Float[Tensor, "3 rows columns"]
-    """Cell centres; rows: sine of the elevation from 0 to 1, columns: azimuth atan2(x, z) from -pi to pi."""
+    """Panorama; rows: sine of the elevation from 0 to 1, columns: azimuth atan2(x, z) from -pi to pi."""
 
 
 def pulse(x: Tensor, width: Tensor, fill: float) -> Tensor:
-    """Share of the interval of `width` around x inside [k, k + fill] for whole k: a box-filtered pulse."""
+    """Box-filtered pulse wave: the share of the interval of `width` around x inside [k, k + fill], k whole."""
 
     def area(y: Tensor) -> Tensor:
         whole = y.floor()
@@ -93,7 +102,7 @@ def _surface(solid: Solid, grid: Grid, p: Tensor) -> tuple[Tensor, Tensor, Tenso
         face = (normals @ p - offsets[:, None]).argmax(0)
         half = grid.tensor([solid.base[1]] * 2 + [solid.base[0]] * 4)[face]
         side = torch.where(face < 2, p[2], p[0])
-        shading = normals.T * grid.tensor([1, 1, 1, 1, 1, 0])  # thin eaves seen from below must not go black
+        shading = normals.T * grid.tensor([1, 1, 1, 1, 1, 0])  # thin eaves seen from below would be black
         return shading.index_select(1, face), side / (2 * half) + 0.5, 2 * half
     x, h, z = p
     radius = (x * x + z * z).sqrt().clamp_min(1e-4)
@@ -226,7 +235,7 @@ def _image(scene: RaycastScene, coarse: Grid, fine: Grid, colour: Tensor) -> Ten
 def render(
     scene: RaycastScene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames n h w 3 uint8 and the exact z-depth of the pixel-centre rays n h w (inf: sky).
+    """Frames n h w 3 uint8, and z-depth n h w of the rays through pixel centres (inf: sky).
 
     On a CPU with numba installed the compiled form does it.
     """

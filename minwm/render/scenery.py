@@ -1,4 +1,4 @@
-"""What surrounds the objects: colours, hours of the day, the painted sky, the soft shadows on the ground."""
+"""Surroundings of the objects: colours, times of day, the sky panorama and the shadow map of the ground."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +24,13 @@ CREAM, CHARCOAL, BARK, LAMP = (0.96, 0.93, 0.84), (0.30, 0.31, 0.37), (0.45, 0.3
 
 @dataclass(frozen=True)
 class GroundColours:
-    """Ground colours, and the paint that would not stand out on them."""
+    """Two pattern colours and the colour of the field."""
 
     first: Colour
     second: Colour
     field: Colour
     hides: str = ""
+    """The paint that would not stand out on them."""
 
 
 GROUNDS: dict[str, GroundColours] = {
@@ -127,11 +128,11 @@ SKYLINES: dict[str, tuple[Skyline, float]] = {
     "a city": (_city, 0.24),
     "a forest": (_forest, 0.17),
 }
-"""Outlines around the horizon and their height (sine of the elevation)."""
+"""Skylines: the outline and its height (sine of the elevation)."""
 
 
 def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count: int) -> np.ndarray:
-    """Cover in [0, 1], rows columns: soft blobs in groups, a product of two Gaussians each."""
+    """Cloud cover in [0, 1], rows columns: groups of blobs, each a product of two Gaussians."""
     across, up = [], []
     for i in range(count):
         centre, level = 2 * np.pi * (i + rng.uniform(-0.3, 0.3)) / count, rng.uniform(0.26, 0.56)
@@ -147,7 +148,7 @@ def _clouds(rng: np.random.Generator, azimuth: Azimuth, sine: np.ndarray, count:
 
 
 def haze_colour(hour: TimeOfDay) -> Colour:
-    """The colour that far ground and the foot of the skyline fade to."""
+    """Colour of the haze, to which far ground and the foot of the skyline fade."""
     r, g, b = 0.86 * np.array(hour.horizon) + 0.14 * np.array(hour.ridge)
     return float(r), float(g), float(b)
 
@@ -160,7 +161,7 @@ def _over(picture: np.ndarray, colour: np.ndarray, share: np.ndarray) -> None:
 def paint_sky(
     rng: np.random.Generator, hour: TimeOfDay, skyline: str, sun: Float[np.ndarray, "3"]
 ) -> Float[Tensor, "3 rows columns"]:
-    """Panorama for `Scene.sky`; `sun` is the unit vector towards the disc, world axes."""
+    """Panorama for `RaycastScene.sky`; `sun` is the unit vector towards the disc, world axes."""
     azimuth = ((np.arange(SKY_COLUMNS, dtype=np.float32) + 0.5) / SKY_COLUMNS * 2 - 1) * np.float32(np.pi)
     sine = (np.arange(SKY_ROWS, dtype=np.float32)[:, None] + 0.5) / SKY_ROWS
     zenith, horizon, disc, cloud, ridge, haze = (
@@ -189,8 +190,10 @@ def paint_sky(
 def paint_shadow(
     solids: tuple[Solid, ...], sun: Float[np.ndarray, "3"], slope: float = 0.75, longest: float = 1.1
 ) -> Float[Tensor, "size size"]:
-    """Soft cast and contact shadows on the ground: each solid's outline swept away from the sun, by `slope` times
-    its height, but no further than `longest`."""
+    """Shadow map: cast shadows and contact shadows, both soft.
+
+    A cast shadow is the solid's outline swept away from the sun by `slope` times its height, at most by `longest`.
+    """
     step = 2 * SHADOW_REACH / SHADOW_SIZE
     grid = (np.arange(SHADOW_SIZE, dtype=np.float32) + 0.5) * step - SHADOW_REACH
     shadow = np.zeros((SHADOW_SIZE, SHADOW_SIZE), np.float32)

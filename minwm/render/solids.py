@@ -1,4 +1,4 @@
-"""Convex solids, the rays of a camera, and where they meet, in plain torch.
+"""Convex solids, camera rays and their intersections, in plain torch.
 
 World axes are OpenCV axes (x right, y down, z forward), the ground is y = 0; "height" is -y. A ray is
 `origin + t d` where d has camera z = 1, so t is the z-depth.
@@ -20,7 +20,7 @@ NEAR, FAR = 0.02, 80.0
 
 @dataclass(frozen=True)
 class Pattern:
-    """Accent-coloured cells: `rows` by `cols` of them, each filling a share of its cell (1 = all of it)."""
+    """Accent-coloured rectangles in a grid of `rows` by `cols` cells; the fills are their share of a cell."""
 
     rows: int = 1
     row_fill: float = 1.0
@@ -81,6 +81,7 @@ class Solid:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot product along the first axis, of length 3."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
@@ -91,7 +92,7 @@ def take(x: Tensor, flat: Int[Tensor, " k"]) -> Tensor:
 
 @dataclass(frozen=True)
 class Hits:
-    """Rays that met one surface; vectors are in the axes of that surface, `flat` indexes the grid's rays."""
+    """Rays that hit one surface; `flat` indexes the rays of the grid, vectors are in the surface's axes."""
 
     flat: Int[Tensor, " k"]
     t: Float[Tensor, " k"]
@@ -101,7 +102,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of rays in each of some frames, and the rays there: d = across + down, in local axes."""
+    """A rectangle of rays in each of m frames, with directions across + down in local axes."""
 
     origin: Float[np.ndarray, "m 3"]
     across: Float[Tensor, "3 m 1 w"]
@@ -125,12 +126,14 @@ class Grid:
         """Angular size of a cell near the image centre, radians."""
 
     def tensor(self, x: object) -> Tensor:
+        """x as float32 on the device of the grid."""
         return torch.as_tensor(np.asarray(x, np.float32), device=self.device)
 
     def colour(self, c: object) -> Float[Tensor, "3 1"]:
         return self.tensor(c)[:, None]
 
     def whole(self) -> Window:
+        """All rays, in world axes."""
         rows, columns = (np.tile(np.arange(k), (len(self.c2w), 1)) for k in (self.height, self.width))
         return self.window(np.arange(len(self.c2w)), rows, columns, self.c2w[:, :3, 3], np.eye(3))
 
@@ -178,7 +181,7 @@ class Grid:
 
 
 RayEntries = tuple[Tensor, Tensor]
-"""Which rays of a window (flattened) enter a solid, and at what t."""
+"""Indices of the rays of a window (flattened) that enter a solid, and t at the entry."""
 
 
 def _enter_block(solid: Solid, window: Window, grid: Grid) -> RayEntries:
@@ -229,7 +232,7 @@ def _enter_round(solid: Solid, window: Window, grid: Grid) -> RayEntries:
 
 
 def hit(solid: Solid, window: Window, grid: Grid, depth: Tensor) -> Hits:
-    """Hits in front of what `depth` holds, which they replace there."""
+    """Hits nearer than `depth`, which is updated with theirs."""
     rays, t = (_enter_block if solid.kind == "block" else _enter_round)(solid, window, grid)
     flat = take(window.flat, rays)
     front = (t < take(depth, flat)).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""What stands in a world: the objects, built from solids, and their layout around the centre."""
+"""Objects, built from solids, and their layout around the centre of a world."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from minwm.render.scenery import BARK, CHARCOAL, CREAM, LAMP, PAINTS
 from minwm.render.solids import Colour, Pattern, Solid
 
 MIN_GAP = 0.6
-"""Least free ground between two objects, world units: wide enough to walk through."""
+"""Least distance between two objects, world units: wide enough to walk through."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 STRIPES = (Pattern(1, 0.34), Pattern(2, 0.5), Pattern(3, 0.5), Pattern(1, 1.0, 2, 0.5))
 WINDOWS = (Pattern(3, 0.5, 2, 0.5), Pattern(4, 0.5, 2, 0.46), Pattern(3, 0.5, 1, 0.5))
@@ -20,7 +20,7 @@ Parts = list[Solid]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: the number of its family, its place, its radius on the ground, the solids it is made of."""
+    """One object: the index of its group, its position and radius on the ground, and its solids."""
 
     family: int
     x: float
@@ -115,7 +115,7 @@ def _pyramid(rng: Rng, paint: Colour, accent: Colour) -> Parts:
 
 def _tree(rng: Rng, paint: Colour, accent: Colour) -> Parts:
     trunk, r = rng.uniform(0.4, 0.6), rng.uniform(0.36, 0.48)
-    if accent == CREAM:  # one crown shape per family
+    if accent == CREAM:  # one crown shape per group
         return [_round(0, trunk, 0.09, 0.09, BARK), _round(0.7 * trunk, trunk + 2.2 * r, r, 0, paint)]
     return [_round(0, trunk + 0.1, 0.09, 0.08, BARK), _ball(trunk + 0.75 * r, r, paint)]
 
@@ -130,6 +130,7 @@ BUILDERS: dict[str, Builder] = {**TALL, **LOW, "tree": _tree}
 
 
 def article(word: str) -> str:
+    """The indefinite article of a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -143,6 +144,7 @@ class ObjectGroup:
     count: int
 
     def words(self) -> str:
+        """The group in words, for captions: `three red towers`."""
         plural = "boxes" if self.kind == "box" else self.kind + "s"
         name = self.kind if self.count == 1 else plural
         return f"{NUMBERS.get(self.count, article(self.paint))} {self.paint} {name}"
@@ -152,7 +154,7 @@ class ObjectGroup:
 
 
 def draw_groups(rng: Rng, hidden: str, night: bool) -> tuple[ObjectGroup, ...]:
-    """A tall landmark, two low families, one more; four colours, none of them `hidden` (the ground's own)."""
+    """A tall landmark, two groups of low objects and a fourth, in four colours other than `hidden`."""
     paints = [str(paint) for paint in rng.permutation(list(PAINTS)) if paint != hidden][:4]
     tall, low = rng.permutation(list(TALL)), rng.permutation(list(LOW))
     last = "tree" if rng.random() < 0.6 else str(rng.choice([tall[1], low[2]]))
@@ -168,7 +170,7 @@ def draw_groups(rng: Rng, hidden: str, night: bool) -> tuple[ObjectGroup, ...]:
 
 
 def _stand(family: int, parts: Parts, scale: float, x: float, z: float, yaw: float) -> SceneObject:
-    """Scale parts built around the origin and move them to their place."""
+    """Scale and rotate parts that were built around the origin, and move them to (x, z)."""
     c, s = scale * np.cos(yaw), scale * np.sin(yaw)
     placed, radius = [], 0.0
     for p in parts:

@@ -1,7 +1,7 @@
 """Procedural worlds: a few large coloured solids on a patterned plaza under a painted sky.
 
-One integer seed gives one world: hour, ground, about a dozen objects in four families, skyline, caption.
-Objects and ground move under rotation and translation, sky and skyline only under rotation.
+A seed determines time of day, ground, about a dozen objects in four groups, skyline and caption. Objects and ground
+show rotation and translation of the camera, sky and skyline only rotation.
 """
 
 import numpy as np
@@ -19,9 +19,9 @@ CLEARANCE = 0.25
 HAZE_DISTANCE = 15.0
 PLAZA_RADIUS = 6.0
 MAX_SPAWN_CANDIDATES = 64
-"""A spawn is the most interesting of this many places: good views that still differ between draws."""
+"""`World.spawn` takes the best view of this many free places."""
 LIGHT_ELEVATION = 0.6
-"""Objects are lit from at least this height (radians), or a low sun would leave the ground dark."""
+"""Least elevation of the light in radians; that of a low sun would leave the ground dark."""
 
 
 class World:
@@ -71,7 +71,7 @@ class World:
         return np.asarray(nearest.clip(0))
 
     def free(self, points: Float[np.ndarray, "*n 3"]) -> Bool[np.ndarray, "*n"]:
-        """Whether a camera may be at these world points: at least CLEARANCE from everything."""
+        """Whether a camera may be at these world points: CLEARANCE or more from solids and ground."""
         return np.asarray(self.clearance(points) >= CLEARANCE)
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 256) -> np.ndarray | None:
@@ -95,7 +95,7 @@ class World:
         return None
 
     def _interest(self, poses: Float[np.ndarray, "k p 4 4"]) -> Float[np.ndarray, " k"]:
-        """How much there is to see in the dullest pose of a path; far less when one object fills a view."""
+        """Score of a path by its least interesting view: objects and groups in view, less if one object fills it."""
         centres = np.array([[t.x, -0.4, t.z] for t in self.things])
         local = np.einsum("kpji,kpoj->kpoi", poses[..., :3, :3], centres - poses[..., None, :3, 3])
         side, depth = np.abs(local[..., 0]), local[..., 2]
