@@ -26,7 +26,7 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
 
     if (source / "model.json").exists():
         return inspect_model(source, json)
-    weights = read_weights(source, role)
+    weights = read_weights(source, role, dequantize=False)
     values: dict[str, Any] = {
         "file": str(weights.path),
         "holds": layouts.describe(weights.tensors),
@@ -36,6 +36,7 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
         "tensors": len(weights.tensors),
         "parameters": sum(x.numel() for x in weights.tensors.values()),
         "dtypes": dict(Counter(str(x.dtype).removeprefix("torch.") for x in weights.tensors.values())),
+        "quantised": len(weights.scales),
         "ignored": list(weights.ignored),
     }
     notes: tuple[str, ...] = ()
@@ -50,7 +51,7 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
             **{f"tensors {kind}": names for kind, names in published.mismatches().items()},
             "config": to_dict(published.config),
         }
-        notes = published.notes
+        notes = (*published.notes, *(f"not supported: {what}" for what in published.unsupported))
     numbers({name: _short(value) for name, value in values.items() if value}, None)
     for note in notes:
         echo(f"note: {note}")
@@ -122,6 +123,8 @@ def _write_model(
         if family.has_text_encoder(folder):
             config = override(config, {"text.source": str(folder)})
     vaes = (folder / name for folder in folders for name in family.VAE_FILES)
+    if codec is None and "vae" in published.weights.roles:
+        codec = file
     codec = codec or next((path for path in vaes if path.exists()), None)
     if codec is None:
         raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")

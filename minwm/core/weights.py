@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,16 @@ from minwm.core.config import UserError
 from minwm.core.files import atomic, read_json, write_json
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
-ROLES = ("generator_ema", "generator", "ema", "module", "model", "state_dict")
-"""Keys under which trainers store networks; the first that a file has is read."""
-PREFIXES = ("module", "model")
+ROLES = ("generator_ema", "generator", "ema", "module", "model", "state_dict", "diffusion_model")
+"""Keys under which trainers and ComfyUI store networks; the first that a file has is read."""
+COMFYUI = {
+    "model.diffusion_model.": "diffusion_model",
+    "vae.": "vae",
+    "first_stage_model.": "vae",
+    "text_encoders.": "text_encoders",
+}
+"""Prefixes of parameter names by which ComfyUI keeps several networks in one state dict."""
+PREFIXES = ("module", "model", "diffusion_model")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts that compiled, sharded and checkpointed modules insert into parameter names."""
 TYPES = {
@@ -47,6 +54,14 @@ GAN = ("_cls_pred_branch.", "_register_tokens.", "_gan_ca_blocks.")
 """Discriminator branches that some trainers (Self-Forcing, minWM) leave in the generator."""
 
 
+SCALES = (".scale_weight", ".weight_scale")
+"""Ends of the names of a quantised weight's scales: in ComfyUI's files, older and newer; LightX2V has the second."""
+SCALED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""Types of weights that are quantised with one scale, or one for each output channel."""
+QUANTISATION = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+"""Ends of the names of other entries that quantised files hold: scales of activations, and marks."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of another architecture."""
 
@@ -66,18 +81,22 @@ class Weights:
     tensors: dict[str, Tensor]
     """Parameters and buffers by name."""
     ignored: tuple[str, ...]
-    """Entries that were skipped: discriminator branches, and values that are no tensors."""
+    """Entries that were skipped: discriminator branches, marks of quantisation, and values that are no tensors."""
+    scales: dict[str, Tensor]
+    """Scales of quantised weights, by the name of the weight."""
 
 
-def read_weights(path: Path, role: str | None = None) -> Weights:
+def read_weights(path: Path, role: str | None = None, usual: Sequence[str] = ROLES, dequantize: bool = True) -> Weights:
     """Open a checkpoint file, or the one in a folder; `role` chooses among the networks in it.
 
-    Raises CheckpointError if there is none, if it is damaged or needs arbitrary pickling, or without such a role.
+    Without a role it is the first of `usual` that the file has. Quantised weights are multiplied by their scales, in
+    memory, unless `dequantize` is off. Raises CheckpointError if there is no such file or role, if the file is damaged,
+    needs arbitrary pickling, or is quantised in another way.
     """
     file = _find(path)
     content = _read(file)
-    networks = {str(name): value for name, value in content.items() if isinstance(value, Mapping) and _tensors(value)}
-    role = _choose(networks, role, file)
+    networks = _networks(content)
+    role = _choose(networks, role, usual, file)
     state = networks[role] if role else content
     saved = _tensors(state)
     ignored = [str(key) for key in state if key not in saved]
@@ -86,7 +105,7 @@ def read_weights(path: Path, role: str | None = None) -> Weights:
     for key, tensor in saved.items():
         name, removed = _unwrap(key)
         wrappers |= dict.fromkeys(removed)
-        if name.startswith(GAN):
+        if name.startswith(GAN) or name.endswith(QUANTISATION):
             ignored.append(name)
         elif name in tensors:
             raise CheckpointError(f"{file} holds {name} twice, once as {key}")
@@ -94,14 +113,46 @@ def read_weights(path: Path, role: str | None = None) -> Weights:
             tensors[name] = tensor
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors, but {', '.join(map(str, content)) or 'nothing'}")
-    return Weights(file, tuple(networks), role, tuple(wrappers), tensors, tuple(ignored))
+    scales = {_scaled_name(name): tensors.pop(name) for name in list(tensors) if _scaled_name(name) in tensors}
+    if dequantize:
+        tensors |= {name: _dequantized(file, name, tensors[name], scale) for name, scale in scales.items()}
+    return Weights(file, tuple(networks), role, tuple(wrappers), tensors, tuple(ignored), scales)
+
+
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """The networks in a file by name; empty if it holds a single state dict without a name."""
+    nested = {str(name): value for name, value in content.items() if isinstance(value, Mapping) and _tensors(value)}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        prefix = next((prefix for prefix in COMFYUI if str(key).startswith(prefix)), None)
+        if prefix:
+            parts.setdefault(COMFYUI[prefix], {})[key.removeprefix(prefix)] = value
+    return nested or ({**parts} if "diffusion_model" in parts else {})
+
+
+def _scaled_name(name: str) -> str:
+    """The name of the weight that a scale of this name belongs to; empty if it is no scale."""
+    end = next((end for end in SCALES if name.endswith(end)), "")
+    return f"{name.removesuffix(end)}.weight" if end else ""
+
+
+def _dequantized(file: Path, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight times its scale (of the tensor, or of each output channel), in bfloat16."""
+    if weight.dtype not in SCALED or scale.numel() not in (1, len(weight)):
+        raise CheckpointError(
+            f"{file} is quantised: {name} is {str(weight.dtype).removeprefix('torch.')} with {scale.numel()} scales, "
+            "of which only FP8 and int8 by tensor or output channel are read; take the bfloat16 file of the same model"
+        )
+    return (weight.float() * scale.float().view(-1, *[1] * (weight.ndim - 1))).bfloat16()
 
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
 
 
-def _choose(networks: Mapping[str, Mapping[str, Any]], role: str | None, file: Path) -> str | None:
+def _choose(
+    networks: Mapping[str, Mapping[str, Any]], role: str | None, usual: Sequence[str], file: Path
+) -> str | None:
     if role is not None and role not in networks:
         raise CheckpointError(
             f"{file} holds no {role!r}; it holds {', '.join(networks) or 'one network without a name'}"
@@ -110,7 +161,7 @@ def _choose(networks: Mapping[str, Mapping[str, Any]], role: str | None, file: P
         return role
     if any("to_out_prope" in key for key in networks.get("generator", ())):
         return "generator"  # HY-WorldPlay's: its own loader takes this one, whatever else is there
-    for known in ROLES:
+    for known in usual:
         if known in networks:
             return known
     raise CheckpointError(f"{file} holds {', '.join(networks)}; choose one with --role")
@@ -133,7 +184,7 @@ def _find(path: Path) -> Path:
     if (path / "transformer").is_dir():
         return _find(path / "transformer")
     files = sorted(file for file in path.iterdir() if file.is_file())
-    for kind in ((".safetensors.index.json",), (".safetensors",), PICKLES):
+    for kind in ((".safetensors.index.json",), (".safetensors",), PICKLES, (".gguf",)):
         found = [file for file in files if file.name.endswith(kind)]
         usual = [file for file in found if file.name.startswith(("diffusion_pytorch_model.", "model."))]
         if len(found) == 1 or len(usual) == 1:
@@ -152,6 +203,8 @@ def _read(file: Path) -> dict[Any, Any]:
         return _read_safetensors(file)
     if file.suffix in PICKLES:
         return _read_pickle(file)
+    if file.suffix == ".gguf":
+        raise CheckpointError(f"{file} is GGUF, a quantised format that is not read; take the safetensors file of it")
     raise CheckpointError(f"{file} is no checkpoint by its name (.safetensors {' '.join(PICKLES)})")
 
 

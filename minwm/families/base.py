@@ -44,6 +44,8 @@ class Published:
     """Entries of the file that are left out."""
     notes: tuple[str, ...]
     """Sentences about what was chosen, assumed or left out."""
+    unsupported: tuple[str, ...]
+    """What the file has that networks here do not, in words; empty for a network that can be built."""
 
     def mismatches(self) -> dict[str, list[str]]:
         """Parameters that are missing, unexpected or of another shape, by kind; empty for a whole network."""
@@ -72,7 +74,10 @@ class Family(Protocol):
         ...
 
     def read_transformer(self, weights: Weights, heads: int | None, drop_action: bool) -> Published:
-        """The transformer in `weights`, under canonical names; see `store.layouts.read_published`."""
+        """The transformer in `weights`, under canonical names; variants that are not supported are described, too.
+
+        See `store.layouts.read_published`.
+        """
         ...
 
     def export(

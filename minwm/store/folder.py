@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minwm.core.config import dumps, loads, lookup
 from minwm.core.files import new_folder, write_text
 from minwm.core.weights import (
+    ROLES,
     CheckpointError,
     describe_mismatches,
     load_safetensors,
@@ -24,7 +25,7 @@ from minwm.core.weights import (
 from minwm.families.base import Published
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.taehv import TAEHV
-from minwm.store.layouts import FAMILIES, AnyCodec, AnyCodecConfig
+from minwm.store.layouts import FAMILIES, AnyCodec, AnyCodecConfig, describe
 from minwm.store.model import Model, ModelConfig
 
 FILES = ("model.json", "model.safetensors", "codec.safetensors")
@@ -89,11 +90,14 @@ def read_codec(path: Path, model: ModelConfig) -> tuple[AnyCodecConfig, dict[str
     Raises CheckpointError if the tensors are not those of that config.
     """
     config = TAEHV.get(path.stem, model.codec)
-    tensors = FAMILIES[model.network.kind].rename_codec(config, read_weights(path).tensors)
+    saved = read_weights(path, usual=("vae", *ROLES)).tensors
+    tensors = FAMILIES[model.network.kind].rename_codec(config, saved)
     with torch.device("meta"):
         codec = config.build()
     if problems := mismatches(codec, tensors):
-        raise CheckpointError(f"{path} does not fit {type(codec).__name__}: {describe_mismatches(problems)}")
+        raise CheckpointError(
+            f"{path}, {describe(saved)}, does not fit {type(codec).__name__}: {describe_mismatches(problems)}"
+        )
     return config, tensors
 
 

@@ -26,6 +26,7 @@ OTHERS = {
     r"double_blocks\.0\.img_attn_q\.": "a HunyuanVideo-1.5 transformer (original names)",
     r"transformer_blocks\.0\.attn\.add_q_proj\.": "a HunyuanVideo-1.5 transformer (diffusers names)",
     r"(en|de)coder\.\d+\.": "a TAEHV tiny autoencoder",
+    r".*[._](lora_(A|B|down|up)|diff|diff_b)(\.|$)": "a LoRA, of use only once it is merged into its base model",
 }
 """What no family above describes, by how a parameter's name begins."""
 
@@ -49,7 +50,8 @@ def open_published(
 ) -> Published:
     """The published transformer in a file or folder; `role` chooses among the networks in a file.
 
-    Its tensors are not read yet. The other arguments are those of `read_published`. Raises CheckpointError.
+    Its tensors are not read yet, unless they are quantised. The other arguments are those of `read_published`. Raises
+    CheckpointError.
     """
     return read_published(read_weights(path, role), heads, drop_action)
 
@@ -66,7 +68,10 @@ def read_published(weights: Weights, heads: int | None = None, drop_action: bool
             f"{weights.path} is no transformer of a known family ({', '.join(FAMILIES)}) but "
             f"{describe(weights.tensors)}"
         )
-    return family.read_transformer(weights, heads, drop_action)
+    published = family.read_transformer(weights, heads, drop_action)
+    if published.unsupported:
+        raise CheckpointError(f"{weights.path} is a variant that is not supported: {'; '.join(published.unsupported)}")
+    return published
 
 
 def release_name(config: NetworkConfig) -> str | None:

@@ -61,8 +61,13 @@ ACTION = (
     "action_embedding.2.bias",
 )
 """HY-WorldPlay's embedding of discrete actions."""
-IMAGE = ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj.")
-"""Parts of the names of variants that attend to an image, in either layout."""
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "it attends to an image (I2V)": ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj."),
+    "it takes cameras through an adapter (Fun-Camera)": ("control_adapter.",),
+    "it takes reference images (Fun-Control)": ("ref_conv.",),
+    "it takes videos to edit (VACE)": ("vace_blocks.", "vace_patch_embedding."),
+}
+"""What variants that are not supported do, with parts of the names by which they are known, in either layout."""
 HEAD_WIDTH = 128
 """Of every release."""
 SHARD = 10 * 10**9
@@ -119,8 +124,12 @@ def detect_layout(names: Collection[str]) -> Layout | None:
 def describe(names: Collection[str]) -> str | None:
     """What of Wan has such parameter names, in words; None if nothing."""
     if layout := detect_layout(names):
-        return f"a Wan transformer ({layout} names)"
+        return "; ".join((f"a Wan transformer ({layout} names)", *_variants(names)))
     return next((what for start, what in OTHERS.items() if any(re.match(start, name) for name in names)), None)
+
+
+def _variants(names: Collection[str]) -> list[str]:
+    return [what for what, parts in VARIANTS.items() if any(part in name for name in names for part in parts)]
 
 
 def rename_codec(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,13 +144,11 @@ def read_transformer(weights: Weights, heads: int | None = None, drop_action: bo
     """The Wan transformer in `weights`, under canonical names; its tensors are not read yet.
 
     `heads` serves a file without config.json whose heads are not 128 wide. `drop_action` leaves out HY-WorldPlay's
-    embedding of discrete actions. Raises CheckpointError for variants that are not supported.
+    embedding of discrete actions. Raises CheckpointError if the file does not tell the sizes of a network.
     """
     layout = detect_layout(weights.tensors)
     if layout is None:
         raise CheckpointError(f"{weights.path} is no Wan transformer")
-    if image := [name for name in weights.tensors if any(part in name for part in IMAGE)]:
-        raise CheckpointError(f"{weights.path} attends to an image ({image[0]}, ...): such variants are not supported")
     layers = 1
     while MARKS[layout].format(layers) in weights.tensors:
         layers += 1
@@ -158,8 +165,10 @@ def read_transformer(weights: Weights, heads: int | None = None, drop_action: bo
         if drop_action:
             tensors, ignored, action = _without_actions(tensors), (*ignored, *action), ()
             notes[-1] += ", are left out: the network will do something else than the checkpoint"
-    config, assumed = _infer(tensors, layers, layout, weights.path, heads)
-    return Published(weights, layout, config, tensors, action, ignored, (*notes, *assumed))
+    if weights.scales:
+        notes.append(f"{len(weights.scales)} weights are quantised and are read as bfloat16")
+    config, assumed, unsupported = _infer(tensors, layers, layout, weights.path, heads)
+    return Published(weights, layout, config, tensors, action, ignored, (*notes, *assumed), unsupported)
 
 
 def _without_actions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,18 +183,18 @@ def _skeleton(cfg: WanConfig) -> Wan:
 
 def _infer(
     tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Path, heads: int | None
-) -> tuple[WanConfig, list[str]]:
-    """The architecture, from shapes and what config.json adds to them; and what was assumed."""
+) -> tuple[WanConfig, list[str], tuple[str, ...]]:
+    """The architecture, from shapes and what config.json adds to them; what was assumed; what is not supported."""
     file = path.with_name("config.json")
     given = read_json(file) if file.is_file() else {}
     dim, channels, *patch = _shape(tensors, "patch_embedding.weight", 5, path)
     out = _shape(tensors, "head.head.weight", 2, path)[0] // patch[1] ** 2
+    notes, unsupported = [], _variants(tensors)
     if patch != [1, patch[1], patch[1]] or channels != out:
-        raise CheckpointError(
-            f"{path} takes {channels} channels in patches of {patch} and gives {out}: only variants with as many "
-            "channels out as in, and square patches of one frame, are supported"
+        unsupported.append(
+            f"it takes {channels} channels in patches of {patch} and gives {out}, where networks here have as many "
+            "channels out as in, and square patches of one frame"
         )
-    notes = []
     if heads is None:
         heads = given.get("num_heads" if layout == "original" else "num_attention_heads")
     if heads is None:
@@ -200,7 +209,7 @@ def _infer(
         "heads": heads,
         "layers": layers,
         "ffn": _shape(tensors, "blocks.0.ffn.0.weight", 2, path)[0],
-        "channels": channels,
+        "channels": out,
         "text_dim": _shape(tensors, "text_embedding.0.weight", 2, path)[1],
         "text_length": given.get("text_len", WanConfig.text_length),
         "freq_dim": _shape(tensors, "time_embedding.0.weight", 2, path)[1],
@@ -210,9 +219,9 @@ def _infer(
     config = from_dict(WanConfig, sizes)
     expected = {"camera": config.camera, **_config_json(config, layout)}
     wrong = [f"{key}={given[key]}, not {value}" for key, value in expected.items() if given.get(key, value) != value]
-    if wrong:
+    if wrong and not unsupported:
         raise CheckpointError(f"{file} contradicts {path.name} beside it: it has {', '.join(wrong)}")
-    return config, notes
+    return config, notes, tuple(unsupported)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, axes: int, path: Path) -> tuple[int, ...]:
