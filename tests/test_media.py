@@ -3,7 +3,9 @@
 import errno
 import io
 import os
+import struct
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,82 @@ def test_images(tmp_path: Path) -> None:
     media.write_image(tmp_path / "x.jpg", frame)
     assert (tmp_path / "x.jpg").read_bytes()[:2] == media.jpeg_bytes(frame)[:2] == b"\xff\xd8"
     assert psnr(media.read_image(tmp_path / "x.jpg"), frame) > 30
+
+
+def picture(mode: str) -> Image.Image:
+    """A grey level of 100 of 255 in any mode of Pillow."""
+    if mode.startswith("I;16"):
+        values = np.full((4, 6), 100 * 257, ">u2" if mode == "I;16B" else "<u2")
+        return Image.frombytes(mode, (6, 4), values.tobytes())
+    if mode in ("La", "RGBa", "LA", "PA", "P", "1", "RGBX"):
+        return Image.new("L", (6, 4), 100).convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
+    if mode == "LAB":
+        return Image.new("LAB", (6, 4), (108, 128, 128))  # L* of sRGB 100 is 42.4 of 100
+    return Image.new("RGB", (6, 4), (100, 100, 100)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_every_mode_of_a_picture_is_right_or_refused(mode: str) -> None:
+    if mode in ("I", "F"):
+        with pytest.raises(UserError, match=f"mode {mode} have no known black and white"):
+            media.to_rgb(picture(mode))
+    elif mode != "1":
+        assert np.abs(media.to_rgb(picture(mode)).astype(int) - 100).max() <= 2
+    assert np.array_equal(media.to_rgb(Image.new("1", (1, 1), 1)), [[[255, 255, 255]]])
+
+
+def test_transparent_pixels_are_white(tmp_path: Path) -> None:
+    red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    palette = red.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    grey = Image.fromarray(np.full((4, 4), 1000, np.uint16))
+    red.save(tmp_path / "rgba.png")
+    palette.save(tmp_path / "palette.png")
+    red.convert("RGB").save(tmp_path / "keyed.png", transparency=(255, 0, 0))
+    grey.save(tmp_path / "grey.png", transparency=1000)
+    for file in sorted(tmp_path.iterdir()):
+        assert media.read_image(file).min() == 255, file.name
+    half = media.to_rgb(np.full((1, 1, 4), (0, 0, 0, 128), np.uint8))
+    assert half.tolist() == [[[127, 127, 127]]]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "int8", "int16", "int64", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(), (4,), (4, 6), (4, 6, 1), (4, 6, 2), (4, 6, 3), (4, 6, 4), (2, 4, 6, 3), (0, 6)])
+def test_every_array_is_a_picture_or_refused(dtype: str, shape: tuple[int, ...]) -> None:
+    white = np.full(shape, 1 if dtype == "bool" else 65535 if dtype == "uint16" else 255).astype(dtype)
+    known = {"bool": [(4, 6)], "uint16": [(4, 6)], "uint8": [(4, 6), (4, 6, 2), (4, 6, 3), (4, 6, 4)]}
+    if shape in known.get(dtype, []):
+        assert np.array_equal(media.to_rgb(white), np.full((4, 6, 3), 255))
+        assert np.array_equal(media.resize_and_crop(white, 2, 2), np.full((2, 2, 3), 255))
+    else:
+        with pytest.raises(UserError, match=r"give uint8|no known black and white"):
+            media.to_rgb(white)
+
+
+@pytest.mark.parametrize(("turns", "matrix"), [(1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)), (3, (0, -1, 1, 0))])
+def test_the_rotation_of_a_phone_is_applied(tmp_path: Path, turns: int, matrix: tuple[int, int, int, int]) -> None:
+    path, frames = tmp_path / "x.mp4", clip()
+    media.write_video(path, frames, 16)
+    data, (a, b, c, d) = path.read_bytes(), matrix
+    at = data.index(b"tkhd") + 44  # the display matrix of the track, nine fixed-point numbers
+    rotation = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data[:at] + rotation + data[at + 36 :])
+    again, _ = media.read_video(path)
+    assert psnr(np.rot90(frames, -turns, axes=(1, 2)), again) > 40  # a turn is clockwise, as the matrix is
+
+
+def test_pixels_that_are_not_square_are_widened(tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv444p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for image in clip():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    again, _ = media.read_video(tmp_path / "x.mp4")
+    assert again.shape == (9, 48, 85, 3)
 
 
 def test_pixels_and_frames_are_inverse() -> None:

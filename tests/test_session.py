@@ -217,7 +217,7 @@ def test_a_bidirectional_model_cannot_be_steered(model: Model, image: np.ndarray
 
 
 def test_an_image_of_another_size_is_refused(model: Model) -> None:
-    with pytest.raises(UserError, match="64x48 pixels, this model sees 32x32"):
+    with pytest.raises(UserError, match=r"uint8 of shape \(48, 64, 3\), this model sees uint8 of \(32, 32, 3\)"):
         ModelEngine(model, np.zeros((48, 64, 3), np.uint8), "a room")
 
 

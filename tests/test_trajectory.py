@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minwm.cameras.random_paths import random_track, random_trajectory
 from minwm.cameras.track import CameraTrack, intrinsics, se3_inverse
 from minwm.cameras.trajectory import (
+    ALIASES,
     KEYS,
     Action,
     Motion,
@@ -157,12 +160,29 @@ def test_out_and_back_returns() -> None:
         ("u*2,dn*2", ["u*2,dn*2", "U:8,DN:8"]),
         ("static*3", ["static*3", "none-3", ".*3", ".:12", ".,.,static"]),
         ("w+k*3", ["W+K:12", "k+w-3"]),
+        ("w*3,d*4", ["w-3, right-0.5, d-4", "w-3.0,d-4.", "w*3,,d*4,", " ,w:12.0,l*0,d:16", "w*3.9,d*4"]),
+        ("w*4", ["w-4,", "w*2,a*0,w*2"]),
     ],
 )
 def test_every_dialect_has_one_canonical_form(canonical: str, dialects: list[str]) -> None:
     assert parse(canonical).canonical() == canonical
     for text in dialects:
         assert parse(text) == parse(canonical), text
+
+
+COUNTS = st.one_of(st.integers(0, 40).map(str), st.decimals(0, 40, places=2).map(str))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["w", "a", "left", "right", "up"]), COUNTS), min_size=1, max_size=6))
+def test_counts_are_those_of_worldplay(segments: list[tuple[str, str]]) -> None:
+    """HY-WorldPlay's `parse_pose_string` holds a key for `int(float(count))` latents and skips empty commands."""
+    expected = [ALIASES.get(key, key) for key, count in segments for _ in range(int(float(count)))]
+    text = ", ".join(f"{key}-{count}" for key, count in segments) + ","
+    if not expected:
+        with pytest.raises(TrajectoryError, match="lasts no latent"):
+            parse(text)
+    else:
+        assert parse(text).actions() == [Action.of([key]) for key in expected]
 
 
 def test_lengths_are_stated() -> None:
@@ -179,15 +199,15 @@ def test_lengths_are_stated() -> None:
     ("text", "marked", "message"),
     [
         ("w*8,x*4", "x*4", "'x' is not a key"),
-        ("w*8, right-0.5", "right-0.5", "'0.5' is not a whole number"),
-        ("w*0", "w*0", "'0' is not"),
+        ("w*0", "w*0", "lasts no latent"),
+        ("right-0.5", "right-0.5", "lasts no latent"),
         ("w*-3", "w*-3", "'-3' is not"),
         ("w*", "w*", "'' is not"),
         ("w*1e3", "w*1e3", "'1e3' is not"),
-        ("w*٣", "w*٣", "is not a whole number"),
-        ("w*8,,a*4", "", "empty segment"),
-        ("w*8,", "", "empty segment"),
-        ("", "", "empty segment"),
+        ("w*٣", "w*٣", "is not a number"),
+        ("w*1.2.3", "w*1.2.3", "'1.2.3' is not"),
+        (",", ",", "lasts no latent"),
+        ("", "", "lasts no latent"),
         ("a*2,w+s*3", "w+s*3", "'w' and 's' contradict"),
         ("left+l", "left+l", "'left' and 'l' contradict"),
         ("u+w+dn*2", "u+w+dn*2", "'u' and 'dn' contradict"),
@@ -200,7 +220,7 @@ def test_lengths_are_stated() -> None:
         ("a*1,W:25", "W:25", "write w:24 or w:28"),
         ("w:3", "w:3", "write w:4, or count latents: w[*]1"),
         ("w*999999999", "w*999999999", "more than 100000 latents"),
-        ("w*" + "9" * 5000, "w*" + "9" * 5000, "from 1 to 100000 latents"),
+        ("w*" + "9" * 5000, "w*" + "9" * 5000, "from 0 to 100000 latents"),
     ],
 )
 def test_mistakes_are_shown_under_a_caret_with_the_way_out(text: str, marked: str, message: str) -> None:

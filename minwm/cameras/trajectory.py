@@ -199,19 +199,23 @@ def parse(text: str, *, stride: int = 4) -> Trajectory:
     """Parse a trajectory in any dialect.
 
     `w*8,a*4` and `w-8, right-3` count latents; `W:24` counts pixel frames (a multiple of `stride`); `w+j*8` holds two
-    keys; a bare `w` lasts one latent. Raises TrajectoryError, with a caret under the segment, for an unknown or
-    contradictory key and for a count that is not a positive whole number. Counts are never rounded.
+    keys; a bare `w` lasts one latent. As in HY-WorldPlay, a decimal count is cut to its whole part (`right-0.5` lasts
+    no latent), and segments that are empty or last no latent are left out. Raises TrajectoryError, with a caret under
+    the segment, for an unknown or contradictory key, for a count that is no number and for a path of no latents.
     """
     segments: list[Segment] = []
     begin = 0
     for part in text.split(","):
         try:
-            segments.append(_segment(part.strip(), stride))
+            segments += [_segment(part.strip(), stride)] if part.strip() else []
         except _SegmentError as error:
             raise TrajectoryError(_point_at(text, begin, part, str(error))) from None
         if sum(segment.latents for segment in segments) > MAX_LATENTS:
             raise TrajectoryError(_point_at(text, begin, part, f"more than {MAX_LATENTS} latents; use smaller counts"))
         begin += len(part) + 1
+    segments = [segment for segment in segments if segment.latents]
+    if not segments:
+        raise TrajectoryError(_point_at(text, 0, text, f"it lasts no latent; {HINT}"))
     merged = (
         Segment(keys, sum(segment.latents for segment in run)) for keys, run in groupby(segments, lambda s: s.keys)
     )
@@ -226,8 +230,6 @@ _SEGMENT = re.compile(r"([a-z.]+(?:\s*\+\s*[a-z.]+)*)\s*(?:([*:-])\s*(.*))?", re
 
 
 def _segment(text: str, stride: int) -> Segment:
-    if not text:
-        raise _SegmentError(f"empty segment; {HINT}")
     match = _SEGMENT.fullmatch(text.lower())
     if match is None:
         raise _SegmentError(f"{text!r} is not keys*count; {HINT}")
@@ -252,10 +254,11 @@ def _chord(names: list[str]) -> tuple[str, ...]:
 
 
 def _latents(chord: str, sign: str, count: str, stride: int) -> int:
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", count):
+    digits = re.fullmatch(r"0*([0-9]{1,9})(\.[0-9]*)?", count)
+    if digits is None:
         most = f"{MAX_LATENTS * stride} pixel frames" if sign == ":" else f"{MAX_LATENTS} latents"
-        raise _SegmentError(f"count {count!r} is not a whole number from 1 to {most}; write for example {chord}*3")
-    number = int(count)
+        raise _SegmentError(f"count {count!r} is not a number from 0 to {most}; write for example {chord}*3")
+    number = int(digits[1])
     if sign != ":":
         return number
     below = number // stride

@@ -155,7 +155,7 @@ def generate(
     if keys and route:
         videos = [overlay_keys(video, route.keys_per_frame()) for video in videos]
     write_video(out, np.concatenate(videos, axis=2), loaded.config.motion.fps)
-    echo(f"{prompt!r}\n{out}: {len(track)} frames in {seconds:.1f} s")
+    echo(f"{prompt!r}, {route.describe() if route else trajectory}\n{out}: {len(track)} frames in {seconds:.1f} s")
 
 
 def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":

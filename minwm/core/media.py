@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from minwm.core.config import UserError
 from minwm.core.files import atomic
+
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
@@ -109,20 +113,31 @@ class H264Encoder:
 
 
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """All frames of a video and its frames per second; UserError if it is missing or cannot be decoded."""
+    """All frames of a video and its frames per second, as a player shows them.
+
+    Frames are rotated by the display matrix (videos of phones) and widened to square pixels. Raises UserError if the
+    file is missing or cannot be decoded.
+    """
     import av
     from av.error import FFmpegError
 
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            images = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            images = [_displayed(frame, stream.sample_aspect_ratio) for frame in container.decode(stream)]
             fps = stream.average_rate
     except (FFmpegError, OSError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a video: {error}") from error
     if not images or not fps:
         raise UserError(f"{path} holds no frames")
     return np.stack(images), float(fps)
+
+
+def _displayed(frame: "VideoFrame", pixel_aspect: Fraction | None) -> UInt8[np.ndarray, "h w 3"]:
+    """A decoded frame in square pixels; `pixel_aspect` is width / height of a stored pixel (None or 0: square)."""
+    width = round(frame.width * (pixel_aspect or 1))
+    image = frame.reformat(width=width, format="rgb24", interpolation="LANCZOS").to_ndarray()
+    return np.rot90(image, round(frame.rotation / 90))  # both count counterclockwise
 
 
 def write_image(path: str | Path, image: Frame) -> None:
@@ -135,7 +150,7 @@ def write_image(path: str | Path, image: Frame) -> None:
 def read_image(
     path: str | Path | io.BytesIO, formats: tuple[str, ...] | None = None, largest: float = math.inf
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Any image that Pillow reads as RGB, with its EXIF orientation applied.
+    """Any image that `to_rgb` takes, with its EXIF orientation applied.
 
     Raises UserError if it is missing or no image, of a format not in `formats`, or of more than `largest` pixels.
     """
@@ -143,14 +158,46 @@ def read_image(
         with Image.open(path, formats=formats) as image:
             if image.width * image.height > largest:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except (UserError, UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
-def resize_and_crop(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Crop the centre to the aspect ratio of height x width, and resize to it (Lanczos)."""
-    return np.array(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
+def to_rgb(image: Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture of any mode as 8-bit RGB; transparent pixels are shown on white, 16-bit grey is scaled to 8 bits.
+
+    Arrays are bool, uint8 or uint16 `h w` (grey), uint8 `h w 2` (with alpha), `h w 3` or `h w 4` (with alpha). Raises
+    UserError for any other, and for floats and 32-bit integers, whose black and white are not known.
+    """
+    if not isinstance(image, Image.Image):
+        image = _from_array(image)
+    if image.mode in ("I", "F"):
+        raise UserError(f"pixels of mode {image.mode} have no known black and white; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        levels = ((grey + 128) // 257).astype(np.uint8)
+        levels[grey == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(levels)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    try:
+        if array.ndim in (2, 3) and array.size:
+            return Image.fromarray(array)
+        problem = "no picture"
+    except (TypeError, ValueError) as error:
+        problem = str(error)
+    raise UserError(f"an array {array.dtype} of shape {array.shape}: {problem}; give uint8 of shape (h, w, 3)")
+
+
+def resize_and_crop(image: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Crop the centre to the aspect ratio of height x width, and resize to it (Lanczos); `image` as for `to_rgb`."""
+    return np.array(ImageOps.fit(Image.fromarray(to_rgb(image)), (width, height), Image.Resampling.LANCZOS))
 
 
 def jpeg_bytes(frame: Frame, quality: int = 85) -> bytes:

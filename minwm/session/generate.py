@@ -75,9 +75,13 @@ def sampling_inputs(
 
 
 def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    if image.shape[:2] != (cfg.height, cfg.width):
-        size, want = (f"{w}x{h}" for h, w in (image.shape[:2], (cfg.height, cfg.width)))
-        raise UserError(f"the first image is {size} pixels, this model sees {want}; crop and resize it")
+    """Raise UserError unless the image is 8-bit RGB of the model's size."""
+    want = (cfg.height, cfg.width, 3)
+    if image.shape != want or image.dtype != np.uint8:
+        raise UserError(
+            f"the first image is {image.dtype} of shape {image.shape}, this model sees uint8 of {want}; "
+            "use minwm.core.media.resize_and_crop"
+        )
 
 
 def check_length(cfg: ModelConfig, latents: int) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from minwm.cameras.trajectory import Action, integrate_actions
 from minwm.core.config import UserError
@@ -65,11 +64,13 @@ class Session:
 def walk(
     model: Model,
     prompt: str,
-    image: UInt8[np.ndarray, "h w 3"] | Path | str | None = None,
+    image: np.ndarray | Path | str | None = None,
     seed: int = 0,
     history: int | None = None,
 ) -> Session:
-    """A session of a causal model that starts from a prompt and an image (an array or a file, resized and cropped).
+    """A session of a causal model that starts from a prompt and an image, resized and cropped.
+
+    The image is a file, or an array as `to_rgb` takes it.
 
     >>> model = minwm.load("runs/demo/dmd")
     >>> session = minwm.walk(model, "a red tower and a blue dome on a stone plaza", "start.png")
