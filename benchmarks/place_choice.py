@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -93,7 +93,9 @@ def main() -> None:
         step, spent = step + 1, spent + time.process_time() - began
         if spent > options.seconds * (len(curve) + 1) / 3:
             with torch.autocast("cpu", torch.bfloat16):
-                curve.append({"cpu_seconds": round(spent), "steps": step, **judge(ema.net, recipe, held, codec)})
+                curve.append(
+                    {"cpu_seconds": round(spent), "steps": step, **judge(cast(Backbone, ema.net), recipe, held, codec)}
+                )
     about = {name: row[name] for name in ("name", "network", "weight", "frames", "batch", "lr", "clips")}
     found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
     found["rows"].append({**about, "parameters": sum(p.numel() for p in net.parameters()), "curve": curve})
