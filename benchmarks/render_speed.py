@@ -50,7 +50,7 @@ def main() -> None:
             for count in FRAMES:
                 view = track.transformed(origin).c2w[:count]
                 given = world.scene, view, np.tile(K, (count, 1)), size, size, 2
-                plain = milliseconds(lambda given=given: raycast.render_torch(*given, "cpu"), count)
+                plain = milliseconds(lambda given=given: raycast.render(*given, "cpu"), count)
                 compiled = milliseconds(lambda given=given: fast.render(*given), count)
                 row = {"scene": kind.__name__, "size": size, "frames_per_call": count}
                 rows.append({**row, "torch_ms": plain, "numba_ms": compiled, "times": round(plain / compiled, 1)})

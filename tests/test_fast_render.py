@@ -29,7 +29,7 @@ def test_compiled_pictures_and_depths_are_the_plain_ones(scene: World, rng: np.r
     view = track.transformed(origin).c2w[::4]
     focal = np.tile(K, (len(view), 1))
     frames, depth = fast.render(scene.scene, view, focal, 48, 64, 2)
-    plain, plain_depth = raycast.render_torch(scene.scene, view, focal, 48, 64, 2, "cpu")
+    plain, plain_depth = raycast.render(scene.scene, view, focal, 48, 64, 2, "cpu")
     error = np.abs(frames.astype(int) - plain)
     assert error.mean() < 0.01 and (error > 1).mean() < 1e-3
     np.testing.assert_array_equal(np.isinf(depth), np.isinf(plain_depth))

@@ -1,6 +1,6 @@
 """The pictures of `raycast`, compiled by numba: the same maths, ray by ray instead of solid by solid.
 
-`raycast.render` uses it on a CPU where numba is installed; `tests/test_fast_render.py` holds the two equal.
+`World.render` uses it on a CPU where numba is installed; `tests/test_fast_render.py` holds the two equal.
 Scenes become plain arrays first, since compiled code knows no classes.
 """
 

@@ -4,9 +4,7 @@ Solids are supersampled, each inside its screen rectangle, for many frames at on
 analytically with one ray per pixel.
 """
 
-import functools
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -232,30 +230,11 @@ def _image(scene: RaycastScene, coarse: Grid, fine: Grid, colour: Tensor) -> Ten
     return image.byte().view(3, -1, coarse.height, coarse.width).permute(1, 2, 3, 0).contiguous()
 
 
+@torch.inference_mode()
 def render(
     scene: RaycastScene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames n h w 3 uint8, and z-depth n h w of the rays through pixel centres (inf: sky).
-
-    On a CPU with numba installed the compiled form does it.
-    """
-    if device == "cpu" and installed("numba"):
-        from minwm.render import fast
-
-        return fast.render(scene, c2w, K, height, width, supersample)
-    return render_torch(scene, c2w, K, height, width, supersample, device)
-
-
-@functools.cache
-def installed(module: str) -> bool:
-    return find_spec(module) is not None
-
-
-@torch.inference_mode()
-def render_torch(
-    scene: RaycastScene, c2w: np.ndarray, K: np.ndarray, height: int, width: int, supersample: int, device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The plain form of `render`, and its oracle."""
+    """Frames n h w 3 uint8, and z-depth n h w of the rays through pixel centres (inf: sky)."""
     images, depths = [], []
     step = max(1, RAYS_PER_CHUNK // (height * width * supersample**2))
     for part in (slice(a, a + step) for a in range(0, len(c2w), step)):
