@@ -14,8 +14,10 @@ from minwm.train.config import OptimConfig, Run
 
 
 def place(out: Path) -> Pipeline:
-    """One place that a small network knows by heart, 128x128 pixels, from random weights on a CPU that multiplies
-    bfloat16: few wide tokens, which predict clean latents (docs/place.md)."""
+    """One place that a small network knows by heart, 128x128 pixels, from random weights (docs/place.md).
+
+    Few wide tokens, which predict clean latents, in bfloat16: many hours on CPUs that multiply it fast.
+    """
     channels = 48
     network = WanConfig(
         dim=256, heads=4, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
