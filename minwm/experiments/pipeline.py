@@ -111,7 +111,8 @@ def evaluate_stages(pipeline: Pipeline, out: Path, log: Log) -> Evaluation:
     def load(name: str) -> Model:
         return load_model(out / name).ready()
 
-    return evaluate({name: partial(load, name) for name in pipeline.evaluated}, pipeline.evaluation, out / "eval", log)
+    models = {name: partial(load, name) for name in pipeline.evaluated}
+    return evaluate(models, pipeline.evaluation, out / "eval", log, pipeline.scenes)
 
 
 def evaluation(pipeline: Pipeline, out: Path) -> Evaluation:

@@ -10,6 +10,7 @@ from minwm.families.wan.transformer import WanConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.diffusion import DiffusionConfig
+from minwm.render.place import Place
 from minwm.train.config import OptimConfig, Run
 
 
@@ -40,7 +41,8 @@ def place(out: Path) -> Pipeline:
         pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
     )
     stages = tuple(_adapted(run) for run in pipeline.stages if run.name != "foundation")
-    return replace(pipeline, render=render, codec=codec, encode=EncodeConfig(dtype="float16"), stages=stages)
+    encode = EncodeConfig(dtype="float16")
+    return replace(pipeline, render=render, codec=codec, encode=encode, stages=stages, scenes=Place)
 
 
 def _adapted(run: Run) -> Run:
