@@ -18,6 +18,7 @@ import torch
 
 import minwm.core.files
 import minwm.core.weights
+from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
 from minwm.cli.base import parse as parse_command
@@ -135,6 +136,66 @@ def test_generation_refuses(
     assert run("generate", "--model", project / "dmd", "--out", "x.mp4", *words.split()) == 2
     assert problem in line()
     assert set(tmp_path.iterdir()) == before
+
+
+def poses(path: Path, **changes: object) -> Path:
+    """A pose file of a straight walk, with fields of it changed."""
+    parse("w*4").track(Motion(), intrinsics(70.0, 64, 64)).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fps": 1e-9}, "1e-09 poses per second say nothing"),
+        ({"fps": 0.05}, "0.05 poses per second say nothing"),
+        ({"fps": float("nan")}, "fps = nan"),
+        ({"unit": "banana"}, "unit = 'banana'; a track is in one of toy, metric, sfm"),
+    ],
+)
+def test_pose_files_are_judged(
+    changes: dict[str, object], problem: str, line: Callable[[], str], tmp_path: Path
+) -> None:
+    assert run("camera", "show", poses(tmp_path / "x.JSON", **changes)) == 2
+    assert problem in line()
+
+
+def test_poses_unlike_those_of_training_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("camera", "show", poses(tmp_path / "x.json")) == 0
+    assert "note: " not in capsys.readouterr().out
+    fast = poses(tmp_path / "fast.json", fps=64.0, K=[2.0, 2.0, 0.5, 0.5])
+    assert run("camera", "show", fast) == 0
+    assert re.search(r"moves 2 units .*keys 0.5;.*\n.*its K is \[2.0, 2.0", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("poses.txt", b"1 0 0 0", "poses are read from .json files"),
+        ("x.json", b"[" * 200_000, "brackets are nested too deep"),
+        ("x.json", "{}".encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_files_that_are_no_poses(
+    name: str, content: bytes, problem: str, line: Callable[[], str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert run("camera", "show", tmp_path / name) == 2
+    assert problem in line()
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_a_learning_rate_is_finite(value: str, line: Callable[[], str], tmp_path: Path) -> None:
+    assert run("train", "smoke/camera", "--out", tmp_path / "x", "--optim.lr", value) == 2
+    assert "lr" in line() and not leftovers(tmp_path)
+
+
+def test_prompts_outside_the_encoding_of_the_console() -> None:
+    code = "import minwm.cli as cli; cli.parse = lambda _: lambda: print('\\u96ea'); cli.main([])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\u96ea\n"
 
 
 def test_a_bidirectional_model_has_one_length(project: Path, line: Callable[[], str], tmp_path: Path) -> None:

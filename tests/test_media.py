@@ -39,6 +39,15 @@ def test_atomic_writes_whole_files_and_makes_folders(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["x.json"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "prompts.txt").write_text("caf\u00e9", encoding=encoding)
+    with pytest.raises(UserError, match=r"prompts.txt is not UTF-8 text .* save it as UTF-8"):
+        files.read_text(tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("caf\u00e9", encoding="utf-8-sig")
+    assert files.read_text(tmp_path / "prompts.txt") == "caf\u00e9"
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("lost"), OSError(errno.EIO, "broken")])
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, failure: BaseException) -> None:
     path = tmp_path / "x.json"

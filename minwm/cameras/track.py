@@ -6,7 +6,6 @@ World-to-camera matrices are made only for the networks, by `latent_cameras`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import UserError
-from minwm.core.files import write_json
+from minwm.core.files import read_json, write_json
 
 CONVENTION = "camera-to-world, OpenCV axes (x right, y down, z forward), K normalised by width and height"
 SCHEMA = 1
+UNITS = ("toy", "metric", "sfm")
+MAX_FRAMES = 400_000
+"""Longest track that `resample` makes; a mistyped rate must not exhaust the memory."""
 
 Array = np.ndarray
 Matrix = TypeVar("Matrix", np.ndarray, Tensor)
@@ -177,6 +179,8 @@ class CameraTrack:
             K = np.repeat(K[None], len(c2w), 0)
         if K.shape != (len(c2w), 4):
             raise CameraError(f"K has shape {K.shape}; give (4,) or ({len(c2w)}, 4): fx/W, fy/H, cx/W, cy/H")
+        if self.unit not in UNITS:
+            raise CameraError(f"unit = {self.unit!r}; a track is in one of {', '.join(UNITS)}")
         if not (np.isfinite(self.fps) and self.fps > 0):
             raise CameraError(f"fps = {self.fps}; a track needs a positive number of poses per second")
         _check_poses(c2w)
@@ -223,6 +227,10 @@ class CameraTrack:
         if not (np.isfinite(fps) and fps > 0):
             raise CameraError(f"cannot resample to fps = {fps}; give a positive rate")
         last = len(self) - 1
+        if last * fps >= MAX_FRAMES * self.fps:
+            raise CameraError(
+                f"{len(self)} poses at {self.fps:g} per second are more than {MAX_FRAMES} at {fps:g}; correct their fps"
+            )
         count = int(np.floor(last * fps / self.fps + 1e-9)) + 1
         position = np.minimum(np.arange(count) * (self.fps / fps), last)
         a = np.minimum(position.astype(int), max(last - 1, 0))
@@ -253,11 +261,11 @@ class CameraTrack:
     def load(cls, path: str | Path) -> CameraTrack:
         """Read a file that `save` wrote. Raises CameraError for any other: conventions are never guessed."""
         try:
-            record = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            record = read_json(Path(path))
+        except (OSError, UserError) as error:
             raise CameraError(f"{path}: cannot read a camera track: {error}") from error
         known = {"schema": SCHEMA, "convention": CONVENTION}
-        if not isinstance(record, dict) or {key: record.get(key) for key in known} != known:
+        if {key: record.get(key) for key in known} != known:
             raise CameraError(
                 f"{path}: no minwm camera track (schema {SCHEMA}, {CONVENTION}); "
                 "write one with CameraTrack.save (OpenCV axes, camera to world)"

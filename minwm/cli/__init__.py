@@ -3,6 +3,7 @@
 Heavy modules are imported inside the verbs, so that `minwm --help` is quick.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from minwm.core.config import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what the console's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     try:
         parse(list(sys.argv[1:] if argv is None else argv))()
     except SystemExit:  # help was asked for, and printed

@@ -185,14 +185,24 @@ def print_fields(config: Any, verb: str) -> None:
 
 
 def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory | None]":
-    """A pixel-rate track that starts at the identity, from keys or a pose file; and the keys, if any."""
+    """A pixel-rate track that starts at the identity, from keys or a pose file; and the keys, if any.
+
+    Prints how the cameras of a file differ from those that the model was trained on.
+    """
+    from minwm.cameras.check import differences
     from minwm.cameras.track import CameraTrack
     from minwm.cameras.trajectory import parse
 
-    if not text.endswith(".json"):
+    if not (suffix := re.search(r"\.([a-z]\w*)$", text, re.IGNORECASE)):
         route = parse(text, stride=cfg.motion.stride)
         return route.track(cfg.motion, cfg.intrinsics), route
+    if suffix[1].lower() != "json":
+        raise UserError(f"{text}: poses are read from .json files (CameraTrack.save), not from .{suffix[1]}")
     track = CameraTrack.load(text).relative_to_first()
+    if track.fps < 1:
+        raise UserError(f"{text}: {track.fps:g} poses per second say nothing of the path between them; give 1 or more")
+    for difference in differences(track, cfg.motion, cfg.intrinsics):
+        echo(f"note: {text}: {difference}")
     if track.fps != cfg.motion.fps:
         echo(f"{text}: {track.fps:g} poses per second, resampled to the model's {cfg.motion.fps:g}")
         track = track.resample(cfg.motion.fps)

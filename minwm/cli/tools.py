@@ -80,6 +80,7 @@ def data_prompts(
     model: Annotated[Path, arg(metavar="DIR", help="model folder, which says what encodes them")],
 ) -> None:
     """Encode prompts ahead, or take encoded ones: training and play then never load the text encoder for them."""
+    from minwm.core.files import read_text
     from minwm.store.folder import load_config
 
     text, lines = load_config(model).text, list[str]()
@@ -89,7 +90,7 @@ def data_prompts(
         if file.suffix == ".safetensors":
             text.import_states(file)
         elif file.suffix == ".txt":
-            lines += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines += [line for line in read_text(file).splitlines() if line.strip()]
         else:
             raise UserError(f"{file}: give .txt or .safetensors files")
     if lines:
@@ -104,7 +105,7 @@ def data_check(folder: Folder, json: Json = None) -> None:
     from minwm.data.dataset import check_shards
     from minwm.data.rerender import check_renders
 
-    if read_manifest(folder, "minwm data render")["kind"] == "latent shards":
+    if read_manifest(folder, "minwm data render").get("kind") == "latent shards":
         problems = check_shards(folder)
     else:
         problems = check(folder) or check_renders(ClipFolder(folder))

@@ -55,9 +55,18 @@ def dumps(cfg: Any) -> str:
 def loads(cls: type[T] | types.UnionType, text: str) -> T:
     """The inverse of `dumps`; ConfigError for text that is not JSON or does not match `cls`."""
     try:
-        return from_dict(cls, json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{_name(cls)} is not JSON: line {error.lineno}, {error.msg}") from error
+        values = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(f"{_name(cls)} is not JSON: {error}") from error
+    return from_dict(cls, values)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError if it is not JSON or is nested too deep for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deep") from error
 
 
 def override(cfg: T, values: Mapping[str, Any]) -> T:
@@ -97,9 +106,10 @@ def _decode_text(hint: Any, text: Any, where: str) -> Any:
         return _decode(hint, text, where)
     readings: list[Any] = [{"kind": text} for m in _members(hint) if isinstance(m, type) and _kind(m) == text]
     lower = "null" if text.lower() == "none" else text.lower()
-    for read, form in ((json.loads, text), (json.loads, lower), (float, text), (json.loads, f"[{text}]")):
+    for read, form in ((parse_json, text), (parse_json, lower), (float, text), (parse_json, f"[{text}]")):
         with contextlib.suppress(ValueError):
             readings.append(read(form))
+    readings = [reading for reading in readings if reading == reading]  # NaN is no value of a field
     for reading in [*readings, text.split(",")]:
         try:
             return _decode(hint, reading, where)

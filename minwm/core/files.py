@@ -8,9 +8,12 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar
 
-from minwm.core.config import UserError
+from minwm.core.config import ConfigError, UserError, loads, parse_json
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -65,10 +68,26 @@ def write_json(path: str | Path, content: Mapping[str, Any], indent: int | None 
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark; UserError for another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from error
+
+
+def read_config(cls: type[T] | UnionType, path: Path) -> T:
+    """The config in a JSON file; ConfigError, with the path, for a file that does not match `cls`."""
+    try:
+        return loads(cls, read_text(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -23,7 +23,7 @@ import numpy as np
 
 from minwm.cameras.track import CameraTrack, so3_log
 from minwm.core.config import UserError
-from minwm.core.files import write_json, write_text
+from minwm.core.files import read_json, read_text, write_json, write_text
 from minwm.core.media import contact_sheet, read_video, write_video
 from minwm.core.runtime import git_commit, versions
 
@@ -110,15 +110,20 @@ class ClipRecord:
         if set(values) != expected:
             missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
             raise DataError(f"{where}: missing fields {missing}, unknown fields {unknown}; make the dataset again")
-        track = CameraTrack(
-            c2w=np.array(values["c2w"], np.float64),
-            K=np.array(values["K"], np.float64),
-            fps=float(values["fps"]),
-            unit=values["unit"],
-        )
-        known = {name: values[name] for name in names}
-        known["hw"] = (int(values["hw"][0]), int(values["hw"][1]))
-        known["origin"] = None if values["origin"] is None else np.array(values["origin"], np.float64)
+        if wrong := [f.name for f in fields(cls) if f.type is str and not isinstance(values[f.name], str)]:
+            raise DataError(f"{where}: {wrong[0]} = {values[wrong[0]]!r} is no text; make the dataset again")
+        try:
+            track = CameraTrack(
+                c2w=np.array(values["c2w"], np.float64),
+                K=np.array(values["K"], np.float64),
+                fps=float(values["fps"]),
+                unit=values["unit"],
+            )
+            known = {name: values[name] for name in names}
+            known["hw"] = (int(values["hw"][0]), int(values["hw"][1]))
+            known["origin"] = None if values["origin"] is None else np.array(values["origin"], np.float64)
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
+            raise DataError(f"{where}: {error}; make the dataset again") from error
         return cls(track=track, **known)
 
 
@@ -161,11 +166,11 @@ class ClipFolder:
         """The record of one clip; DataError if it is missing or damaged."""
         path = self.clips / f"{clip}.json"
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such clip; {len(self.ids())} others are there") from error
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error}); {HINT}") from error
+        except UserError as error:
+            raise DataError(f"{error}; {HINT}") from error
         return ClipRecord.from_json(values, str(path))
 
     def frames(self, clip: str) -> np.ndarray:
@@ -222,11 +227,11 @@ def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
     """Read `manifest.json`; errors name `maker`, the command that writes such a folder."""
     path = folder / "manifest.json"
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; make the dataset with `{maker}`") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); delete it and run `{maker}` again") from error
+    except UserError as error:
+        raise DataError(f"{error}; delete it and run `{maker}` again") from error
     if values.get("schema") != SCHEMA:
         schema = values.get("schema")
         raise DataError(f"{path}: schema {schema!r}, this version reads {SCHEMA}; run `{maker}` again")
@@ -251,7 +256,7 @@ def check(path: Path, stride: int = 4) -> list[str]:
             continue
         found = [*_record_problems(record, clip), *_camera_problems(record, stride), *_pixel_problems(frames)]
         text = folder.clips / f"{clip}.txt"
-        if not text.exists() or text.read_text(encoding="utf-8").strip() != record.caption:
+        if not text.exists() or read_text(text).strip() != record.caption:
             found.append(f"{text.name} does not hold the caption of the record")
         key = keys.setdefault((record.source, record.source_id), record.split_key)
         if key != record.split_key:

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minwm.core.config import ConfigError, from_dict, to_dict
-from minwm.core.files import atomic, write_json
+from minwm.core.config import ConfigError, UserError, from_dict, to_dict
+from minwm.core.files import atomic, read_json, write_json
 from minwm.data.clips import DataError
 
 SCHEMA = 1
@@ -131,12 +131,11 @@ def read_index(shard: Path) -> ShardIndex:
     """The index of a shard; DataError if index or tar is missing, unreadable, truncated or of another schema."""
     path = index_path(shard)
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = read_json(path)
+    except (OSError, UserError) as error:
         raise DataError(f"{path}: not readable ({error}); {HINT}") from error
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        found = values.get("schema") if isinstance(values, dict) else values
-        raise DataError(f"{path}: schema {found!r}, this version reads {SCHEMA}; {HINT}")
+    if values.get("schema") != SCHEMA:
+        raise DataError(f"{path}: schema {values.get('schema')!r}, this version reads {SCHEMA}; {HINT}")
     try:
         index = from_dict(ShardIndex, values)
     except ConfigError as error:

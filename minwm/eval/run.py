@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from minwm.bench.stream import BenchResult, bench_model
-from minwm.core.config import ConfigError, UserError, dumps, loads
-from minwm.core.files import atomic, write_text
+from minwm.core.config import ConfigError, UserError, dumps
+from minwm.core.files import atomic, read_config, write_text
 from minwm.eval.camera.confusion import Confusion, counterfactual
 from minwm.eval.camera.follow import FollowReference, FollowResult, measure_following
 from minwm.eval.cases import BASELINES, HELD_OUT, Case, Clips, Videos, held_out
@@ -137,7 +137,7 @@ class Evaluation:
     def rows(self) -> dict[str, EvalResult]:
         """By name, models first."""
         paths = {name: _path(self.folder, name, "json") for name in (*self.models, *BASELINES)}
-        return {name: loads(EvalResult, path.read_text()) for name, path in paths.items() if path.exists()}
+        return {name: read_config(EvalResult, path) for name, path in paths.items() if path.exists()}
 
     def videos(self, name: str) -> Videos:
         """Of the held-out clips."""
@@ -250,7 +250,7 @@ def headline(row: EvalResult) -> str:
 def check_config(folder: Path, cfg: EvalConfig) -> None:
     """Raise UserError if `folder` holds rows of another config; else note this one there."""
     path = folder / "config.json"
-    if path.exists() and (other := loads(EvalConfig, path.read_text())) != cfg:
+    if path.exists() and (other := read_config(EvalConfig, path)) != cfg:
         raise UserError(f"{folder} holds rows measured with {other}, not with {cfg}; give another folder or delete it")
     write_text(path, dumps(cfg))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from minwm.core.config import dumps, loads
-from minwm.core.files import write_text
+from minwm.core.config import dumps
+from minwm.core.files import read_config, write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.weights import read_weights, write_safetensors
 from minwm.data.dataset import ShardDataset
@@ -73,7 +73,7 @@ def run_ablation(plan: Ablation, out: Path, log: Log) -> Iterator[list[ArmResult
             result = _measure(plan, arm, model, held, made, out, seconds)
             write_text(done, dumps(result))
             log(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")
-        results.append(loads(ArmResult, done.read_text()))
+        results.append(read_config(ArmResult, done))
         yield results
 
 

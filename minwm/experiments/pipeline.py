@@ -9,8 +9,8 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.core.config import dumps, loads
-from minwm.core.files import write_text
+from minwm.core.config import dumps
+from minwm.core.files import read_config, write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.types import Clip
 from minwm.data.dataset import ShardDataset
@@ -76,7 +76,7 @@ class PipelinePart:
 
 
 def part_seconds(out: Path, name: str) -> float:
-    return loads(Timing, (out / "parts" / f"{name}.json").read_text()).seconds
+    return read_config(Timing, out / "parts" / f"{name}.json").seconds
 
 
 def _train(run: Run, out: Path, log: Log) -> Summary:

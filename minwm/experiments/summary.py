@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from minwm.core.config import loads
+from minwm.core.files import read_config
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, versions
 from minwm.eval.cases import BASELINES
@@ -116,7 +116,7 @@ def _origin(source: str | None, out: Path) -> str:
 
 
 def _summary(out: Path, run: Run) -> Summary:
-    return loads(Summary, (out / run.name / "summary.json").read_text())
+    return read_config(Summary, out / run.name / "summary.json")
 
 
 def _cards(stages: Sequence[Stage]) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minwm.core.config import dumps, loads, lookup
-from minwm.core.files import new_folder, write_text
+from minwm.core.config import dumps, lookup
+from minwm.core.files import new_folder, read_config, write_text
 from minwm.core.weights import (
     ROLES,
     CheckpointError,
@@ -53,7 +53,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             f"{folder} holds no model (no model.json); name a folder that training or the pipeline made"
         )
-    return loads(ModelConfig, path.read_text())
+    return read_config(ModelConfig, path)
 
 
 def save_published(target: Path, config: ModelConfig, published: Published, codec: Path) -> None:
@@ -121,7 +121,7 @@ def load_codec(folder: Path) -> AnyCodec:
     """The codec of a codec folder or of a model folder."""
     path = folder / "codec.json"
     if path.exists():
-        codec = loads(AnyCodecConfig, path.read_text()).build()
+        codec = read_config(AnyCodecConfig, path).build()
     elif (folder / "model.json").exists():
         codec = load_config(folder).codec.build()
     else:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
-from minwm.core.files import read_json, write_json, write_text
+from minwm.core.config import ConfigError, dumps, from_dict, to_dict
+from minwm.core.files import read_config, read_json, write_json, write_text
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, pick_device, rank, versions, world_size
 from minwm.data.clips import read_manifest
@@ -39,7 +39,7 @@ def train(run: Run, out: Path) -> Summary:
     done, states = out / "summary.json", States(out)
     _claim(run, out)
     if done.exists():
-        return loads(Summary, done.read_text())
+        return read_config(Summary, done)
     if run.recipe.trains_backbone and not run.init.codec:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec)) if run.init.codec else None

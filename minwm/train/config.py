@@ -36,6 +36,14 @@ class OptimConfig:
     final: float = 1.0
     """Learning rate at the last step as a fraction of lr; cosine decay in between."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "clip", "warmup", "final"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optim.{name}={getattr(self, name)}: must be finite and at least 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)}: a decay lies in [0, 1)")
+
     def build(self, net: nn.Module) -> torch.optim.AdamW:
         trained = [p for p in net.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
