@@ -8,24 +8,29 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import minwm.core.files
 import minwm.core.weights
+import minwm.session.generate as generate_module
 from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
 from minwm.cli.base import parse as parse_command
+from minwm.core import media
 from minwm.core.config import dumps
 from minwm.core.media import read_video, write_image
 from minwm.experiments.presets.demo import smoke
-from minwm.store.folder import save_codec, save_model
+from minwm.store.folder import load_config, save_codec, save_model
 
 ROOT = Path(minwm.__file__).parents[1]
 MODELS = ("foundation", "camera", "dmd")
@@ -214,6 +219,94 @@ def test_generate_writes_a_video(project: Path, tmp_path: Path, line: Callable[[
     assert "a.mp4 exists; delete it, or give another name" in line()
 
 
+@pytest.mark.parametrize(("part", "value"), [("model", float("nan")), ("model", 1e30), ("codec", float("nan"))])
+@pytest.mark.parametrize("name", ["dmd", "camera"])
+def test_output_that_is_no_picture_is_an_error(
+    name: str, part: str, value: float, project: Path, tmp_path: Path, line: Callable[[], str]
+) -> None:
+    """Few-step and bidirectional models, with one spoilt tensor in the network or in the decoder."""
+    other = shutil.copytree(project / name, tmp_path / "other")
+    tensors = load_file(other / f"{part}.safetensors")
+    last = "head.head.weight" if part == "model" else [key for key in tensors if key.endswith("weight")][-1]
+    save_file({**tensors, last: torch.full_like(tensors[last], value)}, other / f"{part}.safetensors")
+    length = "j*2" if name == "dmd" else "j*8"
+    words = ("--world", 3, "--trajectory", length, "--out", tmp_path / "x.mp4")
+    assert run("generate", "--model", other, *words) == 2
+    assert "the model gives no picture but numbers up to" in line()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_models_start_as_they_were_trained(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
+    model, image = tmp_path / "text", tmp_path / "x.png"
+    write_image(image, np.zeros((64, 64, 3), np.uint8))
+    shutil.copytree(project / "dmd", model)
+    config = load_config(model)
+    (model / "model.json").write_text(dumps(replace(config, stream=replace(config.stream, first_chunk=2))))
+    words = ("--prompt", "x", "--trajectory", "w*7", "--out", tmp_path / "x.mp4")
+    assert run("generate", "--model", model, "--image", image, *words) == 2
+    assert "this model starts from its prompt alone, with 2 latents" in (shown := line())
+    assert "stream.first_chunk=1" in shown and hasattr(config.stream, "first_chunk")
+    for name in ("dmd", "camera"):
+        assert run("generate", "--model", project / name, *words[:2], "--trajectory", "w*8", *words[4:]) == 2
+        assert "this model starts from an image: give one (--image PNG, or --world SEED)" in line()
+
+
+OUTPUTS = {
+    "generate --model nowhere --trajectory w*8 --world 1 --out": "x.mp4",
+    "bench --model nowhere --json": "x.json",
+    "eval --model nowhere --html": "x.html",
+    "train smoke/foundation --out": "x",
+}
+
+
+@pytest.mark.parametrize(("words", "name"), OUTPUTS.items(), ids=OUTPUTS)
+def test_unwritable_outputs_are_noticed_before_any_work(
+    words: str, name: str, tmp_path: Path, line: Callable[[], str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "deeper" / name
+    assert run(*words.split(), out) == 2
+    assert f"{out} cannot be written ({tmp_path / 'file'}: Not a directory)" in line()
+
+
+def test_generate_writes_frames_as_they_come(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is open before the first chunk, and each chunk is encoded before the next is made."""
+    seen, chunks = list[int](), generate_module.stream_latents
+
+    def watched(*args: Any) -> Iterator[torch.Tensor]:
+        for latents in chunks(*args):
+            seen.append(len(leftovers(tmp_path)))
+            yield latents
+            assert sum(frames() is not None for frames in made) <= 1, "earlier frames are not kept"
+
+    made, overlay_keys = list[weakref.ref](), media.overlay_keys
+
+    def overlay(frames: np.ndarray, keys: Any) -> np.ndarray:
+        made.append(weakref.ref(frames))
+        return overlay_keys(frames, keys)
+
+    monkeypatch.setattr(media, "overlay_keys", overlay)
+    monkeypatch.setattr(generate_module, "stream_latents", watched)
+    words = ("--world", 3, "--trajectory", "j*6", "--out", tmp_path / "a.mp4", "--keys")
+    assert run("generate", "--model", project / "dmd", *words) == 0
+    assert seen == [1] * 4 and "frames 25/25" in capsys.readouterr().err
+
+
+def test_after_an_interruption_generate_does_not_say_that_it_continues(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "stream_latents", interrupt)
+    words = ("--world", 3, "--trajectory", "j*2", "--out", tmp_path / "a.mp4")
+    assert run("generate", "--model", project / "dmd", *words) == 130
+    assert "the same command again starts over" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mirrored_pose_names_its_frame(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
     path = tmp_path / "track.json"
     assert run("camera", "show", "w*2", "--out", path) == 0
@@ -286,7 +379,7 @@ def test_an_interrupted_save_keeps_the_one_before(
         patch.setattr(minwm.core.weights, "save_file", interrupt)
         assert train(project, out) == 130
     shown = capsys.readouterr().err.splitlines()[-1]
-    assert shown.startswith("interrupted: ") and "the same command again" in shown
+    assert shown.startswith("interrupted: ") and "the same command again continues" in shown
     assert [path.name for path in (out / "state").iterdir()] == ["000002"]
     assert not leftovers(out) and not (out / "model.json").exists()
     assert train(project, out) == 0

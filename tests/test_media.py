@@ -58,6 +58,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, failure: BaseExcepti
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
 
 
+def test_folders_are_synced_only_where_they_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows opens no folders, and syncs files that are open for writing alone."""
+    open_file = os.open
+
+    def windows(path: Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path).is_dir() or not flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, flags, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "FOLDERS_OPEN", False)
+        patch.setattr(files.os, "open", windows)
+        files.write_text(str(tmp_path / "x.txt"), "x")
+    assert (tmp_path / "x.txt").read_text() == "x"
+
+
 @pytest.mark.parametrize("in_words", [False, True])
 def test_a_full_disk_is_told_with_the_free_bytes(tmp_path: Path, in_words: bool) -> None:
     path = tmp_path / "x.json"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from minwm.cli import models, plan, play, tools, weights  # noqa: F401  (their verbs register themselves)
-from minwm.cli.base import parse
+from minwm.cli.base import RESUMABLE, check_outputs, parse
 from minwm.core.config import UserError
 
 
@@ -18,8 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what the console's encoding does not
             stream.reconfigure(errors="backslashreplace")
+    resumable = False
     try:
-        parse(list(sys.argv[1:] if argv is None else argv))()
+        verb = parse(list(sys.argv[1:] if argv is None else argv))
+        resumable = verb.func in RESUMABLE
+        check_outputs(verb)
+        verb()
     except SystemExit:  # help was asked for, and printed
         return 0
     except BrokenPipeError:  # whoever reads the output (head, less) has seen enough
@@ -29,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
-        way_out = "nothing half-written is left; run the same command again to continue"
+        again = "continues" if resumable else "starts over"
+        way_out = f"nothing half-written is left; the same command again {again}"
         print(f"interrupted: {way_out}", file=sys.stderr)  # noqa: T201
         return 130
     return 0

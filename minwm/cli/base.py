@@ -30,6 +30,7 @@ from tyro.conf import (
 )
 
 from minwm.core.config import UserError, from_dict, lookup
+from minwm.core.files import check_writable
 
 if TYPE_CHECKING:
     from minwm.cameras.track import CameraTrack
@@ -43,7 +44,8 @@ DESCRIPTION = """Camera-controlled, streaming video world models: data, training
   minwm train demo/camera --optim.lr 5e-4 --out runs/mine
   minwm generate --model runs/demo/dmd --world 7 --trajectory "w*4,j*4" --out walk.mp4
 
-Bad input gives one line and the exit code 2. An interrupted command continues when it is run again."""
+Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, data render or data
+encode continues when it is run again."""
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="write the numbers here too")]
 ModelFolder = Annotated[Path, arg(metavar="DIR|USER/NAME", help="model folder, such as runs/demo/dmd, or on the Hub")]
@@ -85,34 +87,41 @@ Decoder = Annotated[
 ]
 
 Verb = Callable[..., None]
+BoundVerb = functools.partial[None]
 Details = Callable[[list[str]], None]
-VERBS: dict[tuple[str, ...], Callable[..., Callable[[], None]]] = {}
+OUTPUTS = ("out", "json", "html", "sheet", "svg", "plot")
+"""Names of options that are files or folders to write."""
+VERBS: dict[tuple[str, ...], Callable[..., BoundVerb]] = {}
 """By the words that call them. Called by tyro they do not run: they return themselves with their arguments bound."""
 DETAILS: dict[tuple[str, ...], Details] = {}
 """What follows the help of some verbs: functions that print it, given the other words on the command line."""
+RESUMABLE: set[Verb] = set()
+"""Verbs that go on where an interrupted call of them ended."""
 GROUPS = {
     "data": "Training clips: render, encode, check, report.",
     "camera": "Poses and trajectories: check a file, show a path.",
 }
 
 
-def command(*words: str, details: Details | None = None) -> Callable[[Verb], Verb]:
+def command(*words: str, details: Details | None = None, resumable: bool = False) -> Callable[[Verb], Verb]:
     """Register a function as the verb `words`. One with a parameter `fields` gets the options that it does not have."""
 
     def register(function: Verb) -> Verb:
         @functools.wraps(function)
-        def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        def bind(*args: Any, **kwargs: Any) -> BoundVerb:
             return functools.partial(function, *args, **kwargs)
 
         VERBS[words] = bind
         if details:
             DETAILS[words] = details
+        if resumable:
+            RESUMABLE.add(function)
         return function
 
     return register
 
 
-def parse(argv: list[str]) -> Callable[[], None]:
+def parse(argv: list[str]) -> BoundVerb:
     """The verb with its arguments bound; UserError for bad ones. Asked for help, it prints that and exits."""
     if argv and not argv[0].startswith("-"):
         lookup({words[0]: words for words in VERBS}, argv[0], "command")
@@ -215,6 +224,13 @@ def refuse_existing(path: Path, suffix: str) -> None:
         raise UserError(f"--out {path}: the name must end in {suffix}")
     if path.exists():
         raise UserError(f"--out {path} exists; delete it, or give another name")
+
+
+def check_outputs(verb: BoundVerb) -> None:
+    """Refuse, before any work, outputs of a verb that cannot be written."""
+    for name in OUTPUTS:
+        if isinstance(path := verb.keywords.get(name), Path):
+            check_writable(path)
 
 
 def echo(text: str) -> None:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,9 +34,12 @@ from minwm.cli.base import (
 from minwm.core.config import UserError, dumps, override, to_dict
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
     import numpy as np
     from jaxtyping import UInt8
 
+    from minwm.core.runtime import Progress
     from minwm.store.model import Model, ModelConfig
 
 
@@ -64,7 +68,7 @@ def list_eval_fields(_words: list[str]) -> None:
     print_fields(EvalConfig(), "eval")
 
 
-@command("pipeline", details=list_pipelines)
+@command("pipeline", details=list_pipelines, resumable=True)
 def pipeline(
     name: Annotated[Positional[str], arg(metavar="NAME", help="one of those below")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of everything; runs/NAME if not given")] = None,
@@ -87,7 +91,7 @@ def pipeline(
         echo(f"report: {report(plan, out, result)}")
 
 
-@command("train", details=list_fields)
+@command("train", details=list_fields, resumable=True)
 def train(
     stage: Annotated[Positional[str], arg(metavar="PIPELINE/STAGE")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of the run; ROOT/STAGE if not given")] = None,
@@ -128,11 +132,10 @@ def generate(
     seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
 ) -> None:
     """Make a video along a trajectory, from a prompt, from a picture and a prompt, or from a procedural world."""
-    import numpy as np
-
-    from minwm.core.media import overlay_keys, write_video
+    from minwm.core.media import write_video
+    from minwm.core.runtime import progress
     from minwm.session.engines import SceneEngine
-    from minwm.session.generate import generate as generate_videos
+    from minwm.session.generate import generate_pieces
 
     refuse_existing(out, ".mp4")
     loaded = _load(model)
@@ -141,21 +144,42 @@ def generate(
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
     if world is not None and not image:
         place = SceneEngine.spawn(world, track, loaded.config)
-        first, truth = place.start(), [np.concatenate(list(place.advance(track.c2w)))] if compare else []
+        first, truth = place.start(), place.advance(track.c2w) if compare else None
         prompt = place.scene.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
-        first, truth = first_frame(image, loaded.config) if image else None, []
+        first, truth = first_frame(image, loaded.config) if image else None, None
     else:
         raise UserError("give --prompt TEXT (and --image PNG), or --world SEED (which --compare needs)")
     if loaded.config.network.camera == "none":
         echo("this model has no camera control: the trajectory only says how long the video is")
-    start = time.monotonic()
-    videos = [*truth, generate_videos(loaded, first, [prompt], [track], seed)[0]]
+    start, pressed = time.monotonic(), route.keys_per_frame() if keys and route else None
+    with progress(len(track), "frames") as bar:
+        pieces = generate_pieces(loaded, first, [prompt], [track], seed)
+        write_video(out, _side_by_side(pieces, truth, pressed, bar), loaded.config.motion.fps)
     seconds = time.monotonic() - start
-    if keys and route:
-        videos = [overlay_keys(video, route.keys_per_frame()) for video in videos]
-    write_video(out, np.concatenate(videos, axis=2), loaded.config.motion.fps)
     echo(f"{prompt!r}, {route.describe() if route else trajectory}\n{out}: {len(track)} frames in {seconds:.1f} s")
+
+
+def _side_by_side(
+    pieces: "Iterator[UInt8[np.ndarray, 'b n h w 3']]",
+    truth: "Iterator[UInt8[np.ndarray, 'n h w 3']] | None",
+    pressed: "Sequence[Collection[str]] | None",
+    bar: "Progress",
+) -> "Iterator[UInt8[np.ndarray, 'H W 3']]":
+    """Frames of a generated video, one by one, with the true view to their left and the pressed keys drawn on both."""
+    import numpy as np
+
+    from minwm.core.media import overlay_keys
+
+    true_frames, done = chain.from_iterable(truth or ()), 0
+    for (piece,) in pieces:
+        stop = done + len(piece)
+        videos = [piece] if truth is None else [np.stack([*islice(true_frames, len(piece))]), piece]
+        if pressed:
+            videos = [overlay_keys(video, pressed[done:stop]) for video in videos]
+        yield from np.concatenate(videos, axis=2)
+        bar.advance(len(piece))
+        done = stop
 
 
 def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
@@ -225,7 +249,7 @@ def _names(models: list[Path]) -> dict[str, Path]:
     return {str(Path(*path.parts[-depth:])): path for path in models}
 
 
-@command("ablate")
+@command("ablate", resumable=True)
 def ablate(
     name: Annotated[Positional[str], arg(metavar="NAME", help="poses, steps, batch, camera, distill or sampling")],
     out: Annotated[Path, arg(metavar="DIR", help="folder of all ablations; they share their clips")] = Path(

@@ -37,7 +37,7 @@ def list_encode_fields(_words: list[str]) -> None:
     print_fields(EncodeConfig(), "data encode")
 
 
-@command("data", "render", details=list_render_fields)
+@command("data", "render", details=list_render_fields, resumable=True)
 def data_render(out: Out, clips: Count = 64, workers: Count = 1, show: Show = False, fields: Fields = ()) -> None:
     """Render clips of procedural worlds, with exact cameras."""
     from minwm.data.rerender import RenderConfig, render_worlds
@@ -49,7 +49,7 @@ def data_render(out: Out, clips: Count = 64, workers: Count = 1, show: Show = Fa
     return echo(f"{out}: {len(folder.ids())} clips")
 
 
-@command("data", "encode", details=list_encode_fields)
+@command("data", "encode", details=list_encode_fields, resumable=True)
 def data_encode(
     raw: Folder,
     codec: Annotated[Path, arg(metavar="DIR", help="codec folder, or model folder, whose text encoder is used too")],

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 from minwm.core.config import ConfigError, UserError, loads, parse_json
 
 T = TypeVar("T")
+
+FOLDERS_OPEN = os.name == "posix"
+"""Whether folders can be opened, to be synced: not on Windows."""
 
 
 @contextlib.contextmanager
@@ -40,15 +44,27 @@ def atomic(path: str | Path) -> Iterator[Path]:
             free = shutil.disk_usage(folder).free
             raise UserError(f"no space left to write {path}: {free} bytes are free in {folder}") from error
         raise
-    _sync(path.parent)  # the rename itself must survive a power cut
+    if FOLDERS_OPEN:
+        _sync(path.parent)  # the rename itself must survive a power cut
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file or folder can be made, or replaced, at `path`; nothing is left there."""
+    path = path.absolute()
+    place = next(p for p in (path, *path.parents) if p.is_dir() or (p != path and p.exists()))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({place}: {error.strerror}); give another place") from error
 
 
 def _disk_full(error: BaseException) -> bool:

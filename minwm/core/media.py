@@ -3,8 +3,9 @@
 import io
 import math
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,13 @@ def to_uint8(pixels: Float[Tensor, "... 3 h w"]) -> UInt8[Tensor, "... h w 3"]:
     return rounded.to(torch.uint8).movedim(-3, -1).contiguous()
 
 
-def write_video(path: str | Path, frames: Frames, fps: float, crf: int = MAX_CRF_444) -> None:
-    """Write H.264 in mp4, whatever the suffix; yuv444p up to crf 12 and for odd sizes, else yuv420p."""
-    images = _numpy(frames)
-    even = images.shape[1] % 2 == 0 and images.shape[2] % 2 == 0
+def write_video(path: str | Path, frames: Iterable[Frame], fps: float, crf: int = MAX_CRF_444) -> None:
+    """Write H.264 in mp4, whatever the suffix; yuv444p up to crf 12 and for odd sizes, else yuv420p.
+
+    Frames are taken from the iterable one by one, once the file is open, and are not kept.
+    """
     with atomic(path) as temporary:
-        _encode(temporary, images, fps, crf, "yuv420p" if crf > MAX_CRF_444 and even else "yuv444p")
+        _encode(temporary, map(_numpy, frames), fps, crf)
 
 
 def mp4_bytes(frames: Frames, fps: float, crf: int = 18, scale: int = 1) -> bytes:
@@ -60,24 +62,26 @@ def mp4_bytes(frames: Frames, fps: float, crf: int = 18, scale: int = 1) -> byte
     images = np.pad(images, [(0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)], mode="edge")
     with tempfile.TemporaryDirectory() as folder:  # moving the index to the front needs a real file
         path = Path(folder) / "video.mp4"
-        _encode(path, images, fps, crf, "yuv420p")
+        _encode(path, iter(images), fps, crf)
         return path.read_bytes()
 
 
-def _encode(path: Path, images: np.ndarray, fps: float, crf: int, pixel_format: str) -> None:
+def _encode(path: Path, images: Iterator[np.ndarray], fps: float, crf: int) -> None:
     import av
 
-    if len(images) == 0:
+    first = next(images, None)
+    if first is None:
         raise UserError(f"a video needs at least one frame: {path.name} has none")
+    height, width, _ = first.shape
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = images.shape[1:3]
-        stream.pix_fmt = pixel_format
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv444p" if crf <= MAX_CRF_444 or height % 2 or width % 2 else "yuv420p"
         # The same frames must give the same bytes: x264's macroblock tree reads memory that nobody set when
         # pictures are small, and the number of threads changes the result.
         stream.options = {"crf": str(crf), "preset": "fast", "x264-params": "mbtree=0"}
         stream.thread_count = 1
-        for image in images:
+        for image in chain([first], images):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode(None))
 

@@ -22,7 +22,7 @@ from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
 from minwm.render.base import Scene, Scenes
 from minwm.render.worlds import World
-from minwm.session.generate import check_image
+from minwm.session.generate import check_finite, check_start
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import (
     PLAIN,
@@ -160,10 +160,10 @@ class ModelEngine:
     def encode_inputs(self, image: Image | None, prompt: str, seed: int) -> StartInputs:
         """What `inputs` may be set to before the next `start`.
 
-        Raises UserError for an image of another size, or a prompt that the text encoder does not take.
+        Raises UserError for an image of another size, for one that is missing or too much, or for a prompt that the
+        text encoder does not take.
         """
-        if image is not None:
-            check_image(self.model.config, image)
+        check_start(self.model.config, image)
         return StartInputs(self.model.config.encode_prompts([prompt]), image, seed)
 
     @torch.no_grad()
@@ -229,6 +229,7 @@ class ModelEngine:
             with attention_kernel(self.engine):
                 latents, context_noise = self.stream.next_chunk(prepared, noise, self.sampler), noise[-1]
         self.timer.record("diffuse")
+        check_finite(latents)
         self.pending_update = prepared, latents, context_noise
         return self._decode(latents)
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.cameras.trajectory import parse
@@ -35,7 +36,8 @@ def generate(
     """
     noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
     latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry)
-    return to_frames(model.codec.decode(latents))
+    check_finite(latents)
+    return _frames(model.codec.decode(latents))
 
 
 @torch.no_grad()
@@ -48,8 +50,23 @@ def generate_by_chunk(
         raise UserError("a bidirectional model makes whole clips, not chunks; take an autoregressive one")
     noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
     for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry):
+        check_finite(latents)
         decoded, state = model.codec.decode_next(latents, state)
-        yield to_frames(decoded)
+        yield _frames(decoded)
+
+
+def generate_pieces(
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int = 0
+) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
+    """The frames of `generate` as they are finished: chunk by chunk of a causal model, else all at once."""
+    if model.config.sampler.causal:
+        return generate_by_chunk(model, images, prompts, trajectories, seed)
+    return iter((generate(model, images, prompts, trajectories, seed),))
+
+
+def _frames(pixels: Float[Tensor, "b n 3 h w"]) -> UInt8[np.ndarray, "b n H W 3"]:
+    check_finite(pixels)
+    return to_frames(pixels)
 
 
 def sampling_inputs(
@@ -64,14 +81,41 @@ def sampling_inputs(
     w2c, K = latent_cameras(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
     first = None
+    check_start(cfg, None if images is None else images[0])
     if images is not None:
-        check_image(cfg, images[0])
         first = model.codec.encode(to_pixels(images)[:, None].to(device))
     cond = Condition(**cfg.encode_prompts(prompts), w2c=w2c, K=K, first_latent=first).to(device)
     shape = cfg.latent_shape(len(prompts), w2c.shape[1])
     samples = cfg.sampler.num_noise_samples(cfg.geometry)
     noise = sample_noise(shape, samples, torch.empty(0, device=device), generator(seed, "generate"))
     return noise, cond
+
+
+def check_start(cfg: ModelConfig, image: np.ndarray | None) -> None:
+    """Raise UserError unless the model was trained to start so: from this image, or from its prompt alone."""
+    if image is not None:
+        check_image(cfg, image)
+    if image is None and cfg.image_start:
+        raise UserError("this model starts from an image: give one (--image PNG, or --world SEED)")
+    if image is not None and not cfg.image_start:
+        raise UserError(
+            f"this model starts from its prompt alone, with {cfg.stream.first_chunk_frames} latents: leave out the "
+            "image, or train or convert a model with stream.first_chunk=1"
+        )
+
+
+MAX_MAGNITUDE = 1e3
+"""Of latents, which have about unit variance, and of pixels, which are in [-1, 1]."""
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise UserError if latents or pixels are NaN, infinite, or so large that they are no picture."""
+    largest = float(values.abs().max())
+    if not largest < MAX_MAGNITUDE:
+        raise UserError(
+            f"the model gives no picture but numbers up to {largest:.3g}: its weights are damaged or its training "
+            "diverged; convert it again, or train it from an earlier stage"
+        )
 
 
 def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
