@@ -13,7 +13,10 @@ from minwm.train.config import Run
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": wan.self_forcing}
 """Models that no pipeline makes: to be measured with random weights."""
-PUBLISHED: dict[str, Callable[[], ModelConfig]] = {size: partial(wan.wan_model, size) for size in RELEASES}
+PUBLISHED: dict[str, Callable[[], ModelConfig]] = {
+    **{size: partial(wan.wan_model, size) for size in RELEASES},
+    "hy-worldplay-5b": wan.worldplay_5b,
+}
 
 PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo": demo.demo,

@@ -62,6 +62,20 @@ def self_forcing() -> ModelConfig:
     return replace(base, stream=StreamConfig(chunk=3, sink=0, window=6))
 
 
+def worldplay_5b() -> ModelConfig:
+    """HY-WorldPlay's few-step student on Wan2.2-TI2V-5B: Euler at t = 1, .96, .889, .727, context at 14/1000.
+
+    The release starts with a chunk of 4 latents of which the image is the first; here the image is a chunk of its own.
+    """
+    base = wan_model("wan2.2-ti2v-5b")
+    return replace(
+        base,
+        network=replace(base.network, camera="dual"),
+        sampler=AutoregressiveSampler(steps=4, guidance=1.0, shift=8.0, solver="euler"),
+        stream=replace(base.stream, context_noise=0.014),
+    )
+
+
 def wan(size: str, out: Path) -> Pipeline:
     """minWM's recipe for Wan on the user's own posed clips (`OUT/raw`), from the published model in `OUT/base`.
 
