@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from minwm.core.config import UserError
 
 
@@ -84,6 +82,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises UserError if another process holds it.
     """
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
