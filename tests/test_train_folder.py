@@ -1,10 +1,5 @@
-"""Who may write into an output folder, how a run is made longer, and what ends with its parent."""
+"""Who may write into an output folder, and how a run is made longer."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,39 +62,3 @@ def test_dropped_prompts_are_never_the_negative_one(monkeypatch: pytest.MonkeyPa
     stages = {run.name: run for run in pipeline("wan2.1-1.3b", Path("x")).stages}
     assert [stages[name].recipe.dropped_prompt for name in ("camera", "ar")] == ["", ""]
     assert stages["dmd"].ema == 0
-
-
-SCRIPT = """
-from pathlib import Path
-from minwm.data.rerender import RenderConfig, render_worlds
-if __name__ == "__main__":
-    render_worlds(Path("raw"), RenderConfig(height=256, width=256), clips=500, workers=2)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_workers_end_with_their_parent(tmp_path: Path) -> None:
-    (tmp_path / "render.py").write_text(SCRIPT)
-    parent = subprocess.Popen([sys.executable, "render.py"], cwd=tmp_path, start_new_session=True)
-    while not list(tmp_path.glob("raw/clips/*.json")):  # its workers are at work
-        assert parent.poll() is None
-        time.sleep(0.1)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
-    until = time.monotonic() + 60
-    while _members(parent.pid):
-        assert time.monotonic() < until, "workers outlive their parent"
-        time.sleep(0.1)
-
-
-def _members(session: int) -> list[int]:
-    """Processes of a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, of, *_ = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(of) == session and state != "Z":
-            found.append(int(path.parent.name))
-    return found
