@@ -42,7 +42,7 @@ def run(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the preset `smoke`: random models, and six clips of three latents."""
+    """A pipeline folder of the preset `smoke`: random models, and six clips of nine latents."""
     out = tmp_path_factory.mktemp("project")
     torch.manual_seed(0)
     plan = smoke(out)
@@ -51,7 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         config = plan.stage(name).model
         save_model(out / name, config, config.network.build(), codec)
-    assert run("data", "render", "--out", out / "raw", "--clips", 6, "--latents", 3, "--seed", 5) == 0
+    assert run("data", "render", "--out", out / "raw", "--clips", 6, "--latents", 9, "--seed", 5) == 0
     assert run("data", "encode", out / "raw", "--codec", out / "codec", "--out", out / "latents") == 0
     return out
 
@@ -197,7 +197,7 @@ def test_a_learning_rate_is_finite(value: str, line: Callable[[], str], tmp_path
 
 
 def test_prompts_outside_the_encoding_of_the_console() -> None:
-    code = "import minwm.cli as cli; cli.parse = lambda _: lambda: print('\\u96ea'); cli.main([])"
+    code = "import functools, minwm.cli as cli; cli.parse = lambda _: functools.partial(print, '\\u96ea'); cli.main([])"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "\\u96ea\n"
@@ -361,7 +361,7 @@ def test_a_full_disk_leaves_nothing(
     assert re.search(r"no space left to write .*x\.json: \d+ bytes are free", line())
     assert train(project, tmp_path / "run") == 2
     assert "no space left to write" in line()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
 
 
 def test_an_interrupted_save_keeps_the_one_before(

@@ -51,10 +51,11 @@ def test_training_ends_with_a_card(project: Path) -> None:
 def test_the_recipe_goes_back_to_the_first_stage(project: Path) -> None:
     text = card(project / "dmd")
     codec, camera, dmd = (row(text, name) for name in ("codec | codec", "camera", "dmd"))
-    assert codec[2:] == ["fresh weights", "1", "6", "0.0003", "float32", "6 (procedural)", "CC0-1.0"]
+    average = "average, decay 0.99"
+    assert codec[2:] == ["fresh weights", "1", "6", "0.0003", average, "float32", "6 (procedural)", "CC0-1.0"]
     clips = json.loads((project / "latents" / "manifest.json").read_text())["counts"]["train"]
     assert camera[1:4] == ["bidirectional", "fresh weights, codec `codec`", "1"]
-    assert camera[6:] == ["float32", f"{clips} (procedural)", "CC0-1.0"]
+    assert camera[6:] == [average, "float32", f"{clips} (procedural)", "CC0-1.0"]
     assert dmd[2] == "student `camera`, critic `camera`, real `camera`, codec `codec`"
     assert dmd[4:6] == ["6", "0.0003, critic 7e-05"]
     assert text.index("| codec | codec") < text.index("| camera |") < text.index("| dmd |")

@@ -112,6 +112,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the only lock on an output folder, made if missing, until the process ends at the latest.
+
+    Raises UserError if another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"{folder}: another process writes here; wait for it, or give another --out") from error
+
+
+@contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it is renamed to `target`, on any failure removed.
 

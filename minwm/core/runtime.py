@@ -40,6 +40,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def require_one_process(what: str) -> None:
+    """UserError under torchrun with several processes, for work that they would not share but repeat."""
+    if world_size() > 1:
+        raise UserError(
+            f"{what} is not distributed yet: WORLD_SIZE={world_size()} processes would each do all of it, without "
+            "exchanging gradients; start one process, without torchrun, and raise accumulate for a larger batch"
+        )
+
+
 def generator(seed: int, *salt: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator seeded by a hash of the seed and the salt (its purpose, rank, step, ...)."""
     digest = hashlib.sha256(repr((seed, *salt)).encode()).digest()

@@ -23,6 +23,7 @@ from minwm.core.types import Clip, Condition
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of
 from minwm.data.noise import PoseNoise
 from minwm.data.shards import HINT, IndexEntry, list_shards, read_index, read_record
+from minwm.data.spec import ClipSpec
 
 Split = Literal["train", "val"]
 T_co = TypeVar("T_co", covariant=True)
@@ -54,15 +55,18 @@ class ShardDataset:
         image_start: bool = True,
         null: Float[Tensor, "l d"] | None = None,
         noise: PoseNoise | None = None,
+        spec: ClipSpec | None = None,
         cache_bytes: int = 2**30,
     ) -> None:
         """Open a folder of latent shards; DataError if it is unfinished or has no records in `split`.
+
+        Clips that differ from `spec` are refused: the folder and its first record here, the others when they are read.
 
         `image_start` gives the clean first latent as a condition. `null` holds the text states of the unconditional
         branch of guidance (default: zeros). `noise` perturbs the cameras of batches. Decoded records stay in memory
         if all of them fit into `cache_bytes`.
         """
-        self.path, self.image_start, self.null, self.noise = path, image_start, null, noise
+        self.path, self.image_start, self.null, self.noise, self.spec = path, image_start, null, noise, spec
         self.manifest = read_manifest(path, "minwm data encode")
         if self.manifest.get("kind") != "latent shards":
             kind = self.manifest.get("kind")
@@ -83,6 +87,9 @@ class ShardDataset:
         self.fingerprint = zlib.crc32("\n".join(self.ids).encode())
         size = sum(entry.tensors.size for _, entry in self.entries)
         self._cache: dict[int, Sample] | None = {} if size <= cache_bytes else None
+        if spec:
+            spec.check_shards(self.manifest, str(path))
+            self[0]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -107,6 +114,8 @@ class ShardDataset:
         if len(record.track) != stride * (len(latents) - 1) + 1:
             sizes = f"{len(record.track)} cameras, {len(latents)} latents of {stride} frames"
             raise DataError(f"{where}: {sizes} do not fit; {HINT}")
+        if self.spec:
+            self.spec.check_clip(record, where)
         states = tensors["trajectory"].float() if "trajectory" in tensors else None
         return Sample(entry.id, latents, tensors["text"].float(), record, states)
 
@@ -135,11 +144,16 @@ class ShardDataset:
 class RawDataset:
     """Pixels of the raw clips of one split, for training a codec. `val` has to be that of `EncodeConfig`."""
 
-    def __init__(self, path: Path, split: Split, *, val: float = 0.1, cache_bytes: int = 2**30) -> None:
-        """Decoded clips stay in memory, up to `cache_bytes`."""
+    def __init__(
+        self, path: Path, split: Split, *, val: float = 0.1, spec: ClipSpec | None = None, cache_bytes: int = 2**30
+    ) -> None:
+        """DataError for clips that differ from `spec`. Decoded clips stay in memory, up to `cache_bytes`."""
         self.folder = ClipFolder(path)
-        ids = self.folder.ids()
-        self.ids = [clip for clip in ids if split_of(self.folder.record(clip).split_key, val) == split]
+        records = [self.folder.record(clip) for clip in self.folder.ids()]
+        self.ids = [record.id for record in records if split_of(record.split_key, val) == split]
+        if spec:
+            for record in records:
+                spec.check_clip(record, f"{path}: clip {record.id}")
         if not self.ids:
             raise DataError(f"{path}: no clips in split {split!r}; run `minwm data render` with more scenes")
         self.fingerprint = zlib.crc32("\n".join(self.ids).encode())

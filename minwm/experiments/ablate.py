@@ -12,7 +12,6 @@ from minwm.core.config import dumps
 from minwm.core.files import read_config, write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.weights import read_weights, write_safetensors
-from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.eval.report.charts import Dot, Panel, figure
@@ -155,7 +154,7 @@ def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[
     device = pick_device()
     run = replace(run, init=replace(run.init, student=str(folder)))
     recipe = build_recipe(run, partial(load_role, run, device))
-    data, totals = ShardDataset(Path(run.data), "val", null=run.model.negative_text()), [0.0, 0.0]
+    data, totals = run.recipe.shards(Path(run.data), "val", run.model), [0.0, 0.0]
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
         assert clip.cond.w2c is not None

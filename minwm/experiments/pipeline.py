@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import dumps
-from minwm.core.files import read_config, write_text
-from minwm.core.runtime import generator, pick_device
+from minwm.core.files import locked, read_config, write_text
+from minwm.core.runtime import generator, pick_device, require_one_process
 from minwm.core.types import Clip
-from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.data.trajectories import collect_trajectories
@@ -34,7 +33,16 @@ class Timing:
 
 
 def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = None) -> None:
-    """Make everything that `out` lacks, to the end or to the stage `until`; `log` gets a line per part."""
+    """Make everything that `out` lacks, to the end or to the stage `until`; `log` gets a line per part.
+
+    Raises UserError under torchrun or while another process makes a pipeline in `out`.
+    """
+    require_one_process("a pipeline")
+    with locked(out):
+        _run_parts(pipeline, out, log, until)
+
+
+def _run_parts(pipeline: Pipeline, out: Path, log: Log, until: str | None) -> None:
     part = PipelinePart(out, log)
     if (render := pipeline.render) is not None:
         part("render", lambda: render_worlds(out / "raw", render, clips=pipeline.clips, workers=pipeline.workers))
@@ -99,7 +107,7 @@ def collect_for(run: Run, out: Path, clips: int) -> None:
         with autocast(run, device):
             return run.recipe.collect_states(teacher, clip.to(device), run.model, noise)
 
-    source, sampler = ShardDataset(out / "latents", "train", null=run.model.negative_text()), run.model.sampler
+    source, sampler = run.recipe.shards(out / "latents", "train", run.model), run.model.sampler
     student = {"steps": sampler.steps, "shift": sampler.shift}
     about = {"teacher": run.init.student, "seed": run.seed, **student, **asdict(run.recipe)}
     collect_trajectories(source, out / "trajectories", clips, states, about, batch=run.batch)

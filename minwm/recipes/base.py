@@ -80,8 +80,16 @@ class RecipeConfig(ABC):
 
     def dataset(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> BatchSource[Any]:
         """What batches are drawn from: latent shards. `noise` adds errors to their cameras."""
-        image_start = model.geometry.first_chunk_frames == 1
-        return ShardDataset(path, split, image_start=image_start, null=model.negative_text(), noise=noise)
+        return self.shards(path, split, model, noise)
+
+    def shards(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> ShardDataset:
+        """Latent shards of the model's clips; DataError for others."""
+        null, spec = self.null_text(model), model.clip_spec
+        return ShardDataset(path, split, image_start=model.image_start, null=null, noise=noise, spec=spec)
+
+    def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
+        """Text states of the unconditional branch, here that of a teacher's guidance; None: zeros."""
+        return model.negative_text()
 
     def example_batch(self, model: ModelConfig, batch: int) -> Any:
         """A batch of noise, with the shapes that the dataset gives."""

@@ -45,7 +45,7 @@ class CodecTraining(RecipeConfig):
         return codec
 
     def dataset(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> RawDataset:
-        return RawDataset(path, split)
+        return RawDataset(path, split, spec=model.clip_spec)
 
     def example_batch(self, model: ModelConfig, batch: int) -> Float[Tensor, "b n 3 H W"]:
         return torch.rand(batch, model.frames, 3, model.height, model.width)

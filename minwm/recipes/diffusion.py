@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
@@ -59,11 +60,17 @@ class DiffusionConfig(RecipeConfig):
     time: TimeLaw = TimeLaw()
     text_dropout: float = 0.1
     """Probability of the unconditional prompt, per clip; classifier-free guidance needs some."""
+    dropped_prompt: str | None = None
+    """Prompt in place of a dropped one, such as "" for Wan; None: states of zeros. Never the negative prompt, which
+    belongs to sampling."""
     image_start: float = 1.0
     """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
 
     def __post_init__(self) -> None:
         check_probabilities(self, "text_dropout", "image_start")
+
+    def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
+        return None if self.dropped_prompt is None else model.text.encode([self.dropped_prompt])[0]
 
     def augment(self, clip: Clip, generator: torch.Generator) -> Clip:
         """Drop prompts and the first latent at random."""

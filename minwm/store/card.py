@@ -140,6 +140,7 @@ def _stage(record: Record) -> list[str]:
         f"{run['steps']:,}",
         str(run["batch"] * run["accumulate"]),
         ", ".join(rates),
+        f"average, decay {run['ema']:g}" if run["ema"] else "of the last step",
         run.get("precision", "float32"),  # all there was before it was a field
         f"{clips:,} ({kind})" if clips and kind else "unknown",
         ", ".join(data.get("licences", ())) or "unknown",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minwm.cameras.trajectory import Motion
 from minwm.core.runtime import pick_device
+from minwm.data.spec import ClipSpec
 from minwm.nets.attention import Geometry, StreamConfig
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import TinyDecoder
@@ -66,6 +67,12 @@ class ModelConfig:
     @property
     def scale(self) -> int:
         return self.codec.scale
+
+    @property
+    def clip_spec(self) -> ClipSpec:
+        """What training clips must be like."""
+        names = ("latents", "height", "width", "focal", "motion", "text", "scale")
+        return ClipSpec(channels=self.network.channels, **{name: getattr(self, name) for name in names})
 
     def encode_prompts(self, prompts: Prompts) -> dict[str, Tensor]:
         """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""

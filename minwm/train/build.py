@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from minwm.core.config import ConfigError, dumps, from_dict, to_dict
-from minwm.core.files import read_config, read_json, write_json, write_text
+from minwm.core.files import locked, read_config, read_json, write_json, write_text
 from minwm.core.metrics import read_metrics
-from minwm.core.runtime import git_commit, pick_device, rank, versions, world_size
+from minwm.core.runtime import git_commit, pick_device, require_one_process, versions
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import loader
+from minwm.data.encode import identity
 from minwm.recipes.base import Recipe
 from minwm.store.folder import load_codec, load_weights
-from minwm.store.layouts import FAMILIES
+from minwm.store.layouts import FAMILIES, AnyCodec
 from minwm.train.config import Run, Summary
 from minwm.train.loop import loop
 from minwm.train.state import States
@@ -34,21 +35,31 @@ MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
 def train(run: Run, out: Path) -> Summary:
     """Run a stage to its end in `out`, resuming whatever is there; a finished run returns at once.
 
-    Raises ConfigError if `out` holds a run with another config.
+    Raises ConfigError if `out` holds a run with another config, DataError if the data are not those of the model, and
+    UserError under torchrun or while another process trains in `out`.
     """
+    require_one_process("training")
+    with locked(out):
+        return _train(run, out)
+
+
+def _train(run: Run, out: Path) -> Summary:
     done, states = out / "summary.json", States(out)
-    _claim(run, out)
-    if done.exists():
-        return read_config(Summary, done)
+    _check_same(run, out)
+    if done.exists() and (summary := read_config(Summary, done)).steps == run.steps:
+        return summary
     if run.recipe.trains_backbone and not run.init.codec:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
     codec = load_codec(Path(run.init.codec)) if run.init.codec else None
+    data = run.recipe.dataset(Path(run.data), "train", run.model, run.pose_noise)
+    if codec:
+        _check_codec(run, codec)
+    _write_record(run, out)
     device = pick_device()
     recipe = build_recipe(run, partial(load_role, run, device))
-    data = run.recipe.dataset(Path(run.data), "train", run.model, run.pose_noise)
     if not run.init.student and not states.latest():
         recipe.fit(data)
-    clips = loader(data, run.batch, run.seed, rank(), world_size())
+    clips = loader(data, run.batch, run.seed)
     student = loop(run, out, recipe, clips, device, validation_batches(run)).cpu()
     run.recipe.save(out, run.model, student, codec)
     summary = _summary(run, out, sum(p.numel() for p in student.parameters()))
@@ -101,22 +112,41 @@ def _manifest(run: Run) -> dict[str, Any]:
     return read_manifest(Path(run.data), run.recipe.data_command)
 
 
-def _claim(run: Run, out: Path) -> None:
-    """Write `run.json`: the config and what the run starts from. Or check that `out` was started with this config."""
-    path = out / "run.json"
-    if not path.exists():
-        manifest = _manifest(run)
-        about = {
-            "commit": git_commit(),
-            "versions": versions(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "data": {name: manifest[name] for name in MANIFEST_FIELDS if name in manifest},
-        }
-        return write_json(path, {"run": to_dict(run), **about})
-    if (old := from_dict(Run, read_json(path)["run"])) != run:
-        changed = [key for key, value in vars(run).items() if vars(old)[key] != value]
+def _check_codec(run: Run, codec: AnyCodec) -> None:
+    """Raise ConfigError unless `codec` made the latents: it is saved as the codec of the model."""
+    made, given = _manifest(run)["codec"], identity(codec)
+    if given["hash"] != made["hash"]:
+        raise ConfigError(
+            f"{run.data} was encoded by {made['id']} {made['hash']}, init.codec={run.init.codec} is {given['id']} "
+            f"{given['hash']}; encode the clips again with it, or name the other one"
+        )
+
+
+def _check_same(run: Run, out: Path) -> None:
+    """Raise ConfigError if `out` was started with another config. More steps than before lengthen the run."""
+    if not (path := out / "run.json").exists():
+        return
+    old = from_dict(Run, read_json(path)["run"])
+    changed = {key: (vars(old)[key], value) for key, value in vars(run).items() if vars(old)[key] != value}
+    if changed.keys() == {"steps"}:
+        if run.steps > old.steps:
+            return
+        raise ConfigError(f"{out} holds a run of {old.steps} steps, not {run.steps}: it can only be made longer")
+    if changed:
         raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
-    return None
+
+
+def _write_record(run: Run, out: Path) -> None:
+    """Write `run.json`: the config and what the run starts from. Of a run that goes on only `steps` may be new."""
+    path = out / "run.json"
+    manifest = _manifest(run)
+    about = {
+        "commit": git_commit(),
+        "versions": versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data": {name: manifest[name] for name in MANIFEST_FIELDS if name in manifest},
+    }
+    write_json(path, {**(read_json(path) if path.exists() else about), "run": to_dict(run)})
 
 
 def _summary(run: Run, out: Path, parameters: int) -> Summary:
