@@ -1,6 +1,7 @@
 """Whole videos along trajectories: `generate`."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
+from minwm.core.media import read_image, resize_and_crop, to_pixels
 from minwm.core.media import to_frames as to_frames
-from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Condition
 from minwm.store.model import Model, ModelConfig, Prompts
@@ -25,15 +26,22 @@ Trajectories = Sequence[str | CameraTrack]
 
 @torch.no_grad()
 def generate(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int = 0
+    model: Model,
+    images: Images | Sequence[str | Path] | None,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    seed: int = 0,
 ) -> UInt8[np.ndarray, "b n H W 3"]:
     """Whole videos along trajectories, with whatever sampler the model has, on its device.
 
-    They start with the images; without any, from the prompts alone. Raises UserError for images of another size, or a
-    length that the model cannot make.
+    They start with the images (files are cropped and resized as `walk` does); without any, from the prompts alone.
+    Raises UserError for images of another size, or a length that the model cannot make.
 
     >>> video = minwm.generate(model, None, ["a red tower"], ["w*8"])[0]       # n h w 3 uint8
     """
+    if images is not None and not isinstance(images, np.ndarray):
+        size = model.config.height, model.config.width
+        images = np.stack([resize_and_crop(read_image(image), *size) for image in images])
     noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
     latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry)
     check_finite(latents)
