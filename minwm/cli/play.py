@@ -70,11 +70,11 @@ def play(
     elif model or world is None:
         name = model or str(model_to_play())
         scenario = _model_scenario(name, world, image, prompt, compare, seed, steps, engine, decoder)
-        _warm_up(scenario)
     elif image or prompt or compare or decoder or steps is not None or engine != PLAIN:
         raise UserError("--world SEED without --model is a rendered world, which takes no other option of a model")
     else:
         scenario = world_scenario(world, _world_config(size))
+    _warm_up(scenario)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl+C stops the server
         asyncio.run(serve(scenario, host, port, rewind, access, echo))
 
@@ -125,13 +125,15 @@ def _model_scenario(
 
 
 def _warm_up(scenario: "Scenario") -> None:
-    """Compile kernels, record CUDA graphs and choose attention kernels before the first client connects."""
+    """Compile what draws and what computes, record CUDA graphs and choose kernels before the first client connects."""
     from minwm.session.engines import ModelEngine
 
     for one in scenario.engines(scenario.start):
         if isinstance(one, ModelEngine):
             start, *regimes = one.warm_up()
             echo(f"warm-up: the start in {start:.1f} s, {len(regimes)} kinds of chunk in {sum(regimes):.1f} s")
+        else:
+            one.start()
 
 
 def _load(name: str, decoder: str | None) -> "Model":
