@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,6 @@ import minwm.session.generate as generate_module
 from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
-from minwm.cli.base import parse as parse_command
 from minwm.core import media
 from minwm.core.config import dumps
 from minwm.core.media import read_video, write_image
@@ -433,28 +431,3 @@ def test_help_lists_pipelines_and_fields(capsys: pytest.CaptureFixture[str]) -> 
         assert run(*words, "--help") == 0
     shown = capsys.readouterr().out
     assert "--clips INT" in shown and "--fov FLOAT" in shown and "--shard-size INT" in shown
-
-
-def documented() -> list[str]:
-    """Every `minwm` command in the code blocks of README and docs."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    blocks = [block for page in pages for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)]
-    return [line for block in blocks for line in block.splitlines() if line.startswith("minwm ")]
-
-
-@pytest.mark.parametrize("text", documented())
-def test_documented_commands_are_understood(text: str) -> None:
-    """Parsing binds the arguments and runs nothing; fields are checked against the preset."""
-    words = shlex.split(text)[1:]
-    work = parse_command(words)
-    assert callable(work)
-    if words[0] == "train" or words[:2] == ["data", "render"]:
-        assert run(*words, *(() if "--show" in words else ("--show",))) == 0
-
-
-def test_the_readme_lists_every_file() -> None:
-    tree = re.search(r"```\n(minwm/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert tree
-    listed = re.findall(r"── (\w+\.\w+)", tree[1])
-    package = [p.name for p in (ROOT / "minwm").rglob("*") if p.suffix in (".py", ".html") and p.stat().st_size]
-    assert sorted(listed) == sorted(package)

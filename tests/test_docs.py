@@ -1,18 +1,24 @@
-"""The pages name what exists: every term of the glossary in the code, every Python file."""
+"""The pages name what exists: every term of the glossary in the code, every Python file, every command."""
 
 import dataclasses
 import importlib
 import inspect
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minwm.cli import main
+from minwm.cli.base import parse as parse_command
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = [line.split("|")[3] for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("|")]
 NAMES = [name for row in ROWS for name in re.findall(r"`([\w.]+)`", row)]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("minwm ")]
 
 
 def attribute(owner: Any, name: str) -> Any:
@@ -37,3 +43,21 @@ def test_the_glossary_names_code_that_exists(name: str) -> None:
 def test_pages_name_files_that_exist(page: Path) -> None:
     files = re.findall(r"`(?:minwm/)?([\w/-]+\.py)`", page.read_text())
     assert not [file for file in files if not ((ROOT / "minwm" / file).exists() or (ROOT / file).exists())]
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_documented_commands_are_understood(text: str) -> None:
+    """Parsing binds the arguments and runs nothing; fields are checked against the preset."""
+    words = shlex.split(text)[1:]
+    work = parse_command(words)
+    assert callable(work)
+    if words[0] == "train" or words[:2] == ["data", "render"]:
+        assert main([*words, *(() if "--show" in words else ("--show",))]) == 0
+
+
+def test_the_readme_lists_every_file() -> None:
+    tree = re.search(r"```\n(minwm/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree
+    listed = re.findall(r"── (\w+\.\w+)", tree[1])
+    package = [p.name for p in (ROOT / "minwm").rglob("*") if p.suffix in (".py", ".html") and p.stat().st_size]
+    assert sorted(listed) == sorted(package)
