@@ -30,7 +30,6 @@ from minwm.core.media import read_video, write_image
 from minwm.experiments.presets.demo import smoke
 from minwm.store.folder import load_config, save_codec, save_model
 
-ROOT = Path(minwm.__file__).parents[1]
 MODELS = ("foundation", "camera", "dmd")
 
 
