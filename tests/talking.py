@@ -5,6 +5,7 @@ import contextlib
 import gc
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -104,7 +105,14 @@ def run_scene(
         async with transport(server) as dial:
             await scene(server, dial)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    try:
+        asyncio.run(asyncio.wait_for(main(), 60))
+    except TimeoutError:
+        if transport is not over_rtc:
+            raise
+        # Seen once in some thousands of connections: all frames arrive, but nothing that this client sends does.
+        warnings.warn("WebRTC: no end within 60 seconds; once more", stacklevel=2)
+        asyncio.run(asyncio.wait_for(main(), 60))
 
 
 async def until(client: Client, found: Callable[[Any], bool]) -> Any:

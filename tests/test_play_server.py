@@ -100,8 +100,11 @@ def test_too_many_messages_close_the_connection() -> None:
 def test_the_second_client_watches_and_gets_its_turn(transport: Any) -> None:
     clock = Clock()
 
-    async def scene(_: PlayServer, dial: Dial) -> None:
+    async def scene(server: PlayServer, dial: Dial) -> None:
+        clock.now += 1000  # a turn starts when its player joins
         first, second = await Client.join(await dial()), await Client.join(await dial())
+        server.check_timeouts()
+        assert server.clients[0].id == first.welcome.session
         assert (second.welcome.role, second.welcome.queue_position) == ("spectator", 1)
         await second.command("reset")
         refused = await until(second, lambda m: isinstance(m, Error))

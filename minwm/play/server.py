@@ -135,6 +135,8 @@ class PlayServer:
         else:
             client = RemoteClient(queue, transport, ready)
             self.clients.append(client)
+            if client is self.clients[0]:
+                self.turn_started = self.clock()
         if client is self.clients[0]:
             loop.reset_input()
         await transport.send(to_json(self._welcome(client, loop)))
