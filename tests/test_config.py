@@ -16,12 +16,14 @@ from minwm.core.config import ConfigError, UserError, dumps, from_dict, loads, l
 class Ring:
     kind: ClassVar[str] = "ring"
     radius: float = 1.0
+    hue: int = 0
 
 
 @dataclass(frozen=True)
 class Box:
     kind: ClassVar[str] = "box"
     sides: tuple[int, int] = (1, 2)
+    hue: int = 5
 
     def __post_init__(self) -> None:
         if self.sides[0] > self.sides[1]:
@@ -83,7 +85,7 @@ def test_values_survive_exactly(lr: float, steps: int, name: str, amp: bool) -> 
 
 
 def test_a_kind_is_written_and_chooses_the_class() -> None:
-    assert to_dict(FULL)["shape"] == {"kind": "box", "sides": [3, 4]}
+    assert to_dict(FULL)["shape"] == {"kind": "box", "sides": [3, 4], "hue": 5}
     assert from_dict(Run, {"name": "x", "shape": {"kind": "ring", "radius": 2}}).shape == Ring(2.0)
     assert from_dict(Ring | Box, {"kind": "box"}) == Box()
 
@@ -179,6 +181,18 @@ def test_mistaken_overrides_are_named(key: str, text: str, message: str) -> None
     with pytest.raises(ConfigError) as error:
         override(Run("x"), {key: text})
     assert message in str(error.value)
+
+
+def test_another_kind_resets_nothing_in_silence() -> None:
+    run = Run("x", shape=Ring(radius=2.0, hue=3))
+    with pytest.raises(ConfigError, match=r"Run.shape of kind 'box' would reset hue=3; give these fields, too"):
+        override(run, {"shape.kind": "box"})
+    with pytest.raises(ConfigError, match="would reset hue=3"):
+        override(run, {"shape": "box"})
+    assert override(run, {"shape": "box", "shape.hue": "3"}).shape == Box(hue=3)
+    assert override(run, {"shape": '{"kind": "box"}'}).shape == Box(), "a whole value replaces all"
+    assert override(Run("x", shape=Ring(hue=5)), {"shape": "box"}).shape == Box(), "the same value is no loss"
+    assert override(run, {"shape.kind": "ring"}).shape == run.shape
 
 
 def test_lookup_suggests() -> None:

@@ -1,8 +1,11 @@
 """Data: what is written is read back, an interruption loses nothing, nothing broken is read silently."""
 
+import contextlib
 import json
+import multiprocessing
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from minwm.cameras.track import intrinsics, latent_cameras
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError, UserError
+from minwm.core.files import locked
 from minwm.core.media import to_pixels
 from minwm.core.types import Clip
 from minwm.data import clips as clips_module
@@ -158,6 +162,55 @@ def test_workers_make_the_clips_of_one_process(tmp_path: Path, made: Path) -> No
         assert_same(folder, ClipFolder(made / "raw"), clip)
 
 
+@dataclass(frozen=True)
+class Waiting(Noise):
+    """A worker that makes one of its clips tells its folder and waits for ever."""
+
+    folder: str = ""
+
+    def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
+        with locked(Path(self.folder) / str(index)):
+            time.sleep(3600)
+        raise AssertionError
+
+
+@pytest.mark.slow  # three new processes import torch
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    source = Waiting(folder=str(tmp_path / "busy"))
+    parent = multiprocessing.get_context("spawn").Process(
+        target=produce, args=(source, tmp_path / "raw", 2), kwargs={"workers": 2}
+    )
+    parent.start()
+    busy = [tmp_path / "busy" / name for name in ("0", "1")]
+    until(lambda: all((folder / ".lock").exists() for folder in busy))
+    parent.kill()
+    parent.join()
+    for folder in busy:
+        until(lambda folder=folder: is_free(folder))
+
+
+def is_free(folder: Path) -> bool:
+    with contextlib.suppress(UserError), locked(folder):
+        return True
+    return False
+
+
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_folder_without_clips_and_clips_that_no_codec_takes_are_problems(raw: Path, tmp_path: Path) -> None:
+    ClipFolder.create(tmp_path / "none", "noise", {})
+    assert check(tmp_path / "none") == ["no finished clips"]
+    odd = ClipFolder.create(tmp_path / "odd", "noise", {})
+    record, _ = Noise().make(0)
+    odd.write(replace(record, hw=(14, 18)), np.random.default_rng(0).integers(0, 256, (9, 14, 18, 3), np.uint8))
+    assert any("18x14 pixels; codecs need multiples of 8" in problem for problem in check(tmp_path / "odd"))
+
+
 def test_a_folder_of_other_settings_is_refused(raw: Path) -> None:
     with pytest.raises(DataError, match="level: 200 -> 100"):
         produce(Noise(level=100), raw, 12)
@@ -167,6 +220,8 @@ def test_a_folder_of_other_settings_is_refused(raw: Path) -> None:
     ("changes", "expected"),
     [
         ({"caption": "a red box as the camera pans"}, "speaks of motion"),
+        ({"fps": 2500.0}, r"units \(toy\) per second: scale the poses to below 30"),
+        ({"fps": 500.0}, r"degrees per second: is 500 its true number of poses per second\?"),
         ({"caption": " "}, "empty caption"),
         ({"source_license": ""}, "no licence"),
         ({"split_key": "scene:9"}, "would leak"),

@@ -23,6 +23,7 @@ from minwm.cli.base import EngineFlags
 from minwm.cli.models import _preset
 from minwm.cli.play import _model_scenario, _warm_up
 from minwm.core.config import ConfigError, UserError
+from minwm.data.encode import identity
 from minwm.experiments.presets.demo import model_to_play
 from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.attention import StreamConfig
@@ -66,6 +67,21 @@ def test_channels_last_changes_no_frame(name: str) -> None:
     laid_out = streamed(decoder(EngineConfig(decode="channels_last"), codec), codec.channels)
     assert plain.std() > 0.05
     torch.testing.assert_close(laid_out, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_identity_of_a_codec_is_that_of_its_encoder(name: str) -> None:
+    codec = codec_of(name)
+    assert isinstance(codec, nn.Module)
+    pixels = torch.rand(1, 5, 3, 2 * codec.scale, 2 * codec.scale)
+    latents, before = codec.encode(pixels), identity(codec)
+    for key, weight in codec.state_dict().items():
+        kept = weight.clone()
+        weight.copy_(1.5 * kept + 0.3)
+        same = identity(codec) == before
+        assert same == (key.partition(".")[0] in codec.decoding)
+        assert not same or torch.equal(codec.encode(pixels), latents), key
+        weight.copy_(kept)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -74,6 +74,9 @@ def test_the_codec_is_the_one_that_made_the_latents(project: Path, tmp_path: Pat
     save_codec(tmp_path / "codec", MODEL.codec.build())
     with pytest.raises(ConfigError, match=r"was encoded by SmallCodec \w+, init\.codec=.* is SmallCodec \w+; encode"):
         train(replace(run, init=replace(run.init, codec=str(tmp_path / "codec"))), tmp_path / "run")
+    codec_run = Run(name="codec", model=MODEL, recipe=CodecTraining(), data=str(project / "raw"), init=run.init)
+    with pytest.raises(ConfigError, match=r"a codec continues from init\.student"):
+        train(codec_run, tmp_path / "run")
 
 
 def test_a_clip_in_the_middle_is_refused_when_it_is_read(project: Path, tmp_path: Path) -> None:

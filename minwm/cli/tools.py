@@ -99,16 +99,23 @@ def data_prompts(
 
 
 @command("data", "check")
-def data_check(folder: Folder, json: Json = None) -> None:
+def data_check(
+    folder: Folder,
+    model: Annotated[Path | None, arg(metavar="DIR", help="compare them with what this model is trained on")] = None,
+    json: Json = None,
+) -> None:
     """Look for anything wrong in raw clips or latent shards."""
     from minwm.data.clips import ClipFolder, check, read_manifest
-    from minwm.data.dataset import check_shards
+    from minwm.data.dataset import check_fit, check_shards
     from minwm.data.rerender import check_renders
+    from minwm.store.folder import load_config
 
     if read_manifest(folder, "minwm data render").get("kind") == "latent shards":
         problems = check_shards(folder)
     else:
         problems = check(folder) or check_renders(ClipFolder(folder))
+    if model and not problems:
+        problems = check_fit(folder, load_config(model).clip_spec)
     write_numbers({"problems": problems}, json)
     for problem in problems:
         echo(problem)

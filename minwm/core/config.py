@@ -74,7 +74,8 @@ def override(cfg: T, values: Mapping[str, Any]) -> T:
 
     Strings are parsed as the field's type (`true`, `none`, `1,2,3`, JSON); other values are used as they are. The
     fields of one dataclass are replaced at once, so it validates only the result. `x=name` or `x.kind=name` switches a
-    union to that class with its defaults; the other `x.` values then apply to it.
+    union to that class with its defaults; the other `x.` values then apply to it. Values that were set and that both
+    classes have must be given again: ConfigError lists them.
     """
     cls = type(cfg)
     groups: dict[str, Any] = {}
@@ -89,15 +90,31 @@ def override(cfg: T, values: Mapping[str, Any]) -> T:
 
 def _override_field(hint: Any, current: Any, group: dict[str, Any], where: str) -> Any:
     inner = {key: value for key, value in group.items() if key not in ("", "kind")}
-    if "" in group:
+    kind = group.get("kind", group.get(""))
+    if "kind" in group or kind in [_kind(m) for m in _members(hint) if isinstance(m, type)]:
+        if kind != _kind(type(current)):
+            new = _decode(hint, {"kind": kind}, where)
+            _refuse_reset(current, new, {key.partition(".")[0] for key in inner}, where)
+            current = new
+    elif "" in group:
         current = _decode_text(hint, group[""], where)
-    elif "kind" in group and group["kind"] != _kind(type(current)):
-        current = _decode(hint, {"kind": group["kind"]}, where)
     if inner and current is None and any(map(dataclasses.is_dataclass, _members(hint))):
         current = _decode(hint, {}, where)
     if inner and not dataclasses.is_dataclass(current):
         raise ConfigError(f"{where} = {current!r} has no field {next(iter(inner))!r}")
     return override(current, inner) if inner else current
+
+
+def _refuse_reset(old: Any, new: Any, given: set[str], where: str) -> None:
+    """Raise ConfigError if `new`, with its defaults, resets values of `old` that were set and are not `given` anew."""
+    if not dataclasses.is_dataclass(old):
+        return
+    default = {f.name: f.default for f in dataclasses.fields(old)}
+    both = [name for name in _names(type(new)) if name in default and name not in given]
+    lost = [name for name in both if getattr(old, name) not in (default[name], getattr(new, name))]
+    if lost:
+        values = ", ".join(f"{name}={getattr(old, name)!r}" for name in lost)
+        raise ConfigError(f"{where} of kind {_kind(type(new))!r} would reset {values}; give these fields, too")
 
 
 def _decode_text(hint: Any, text: Any, where: str) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minwm.cameras.check import speeds
 from minwm.cameras.track import CameraTrack, so3_log
 from minwm.core.config import UserError
 from minwm.core.files import read_json, read_text, write_json, write_text
@@ -37,6 +38,12 @@ MOTION_WORDS = re.compile(
     re.IGNORECASE,
 )
 """Words that a caption must not hold: it describes the scene; camera motion in it would leak control into the text."""
+PIXELS_PER_LATENT = 8
+"""The least of all codecs."""
+MAX_MOVE = 30.0
+"""Units per second of a clip's camera; a car's in metres. Faster ones have another scale."""
+MAX_TURN = 360.0
+"""Degrees per second of a clip's camera."""
 HINT = "delete the clip's .json and run the command that made the folder again"
 
 
@@ -245,7 +252,7 @@ def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
 def check(path: Path, stride: int = 4) -> list[str]:
     """The problems of a clip folder, one line each with the clip's id; empty if there are none."""
     folder = ClipFolder(path)
-    problems: list[str] = []
+    problems = [] if folder.ids() else ["no finished clips"]
     keys: dict[tuple[str, str], str] = {}
     for clip in folder.ids():
         try:
@@ -290,6 +297,8 @@ def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
         problems.append(f"frame 0 is {anchor:.2g} away from the identity")
     if len(track) % stride != 1:
         problems.append(f"{len(track)} frames; latents of {stride} frames need {stride}*k+1")
+    if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
+        problems.append(f"{width}x{height} pixels; codecs need multiples of {PIXELS_PER_LATENT}, most models of 16")
     f, c = track.K[:, :2], track.K[:, 2:]
     if f.min() < 0.2 or f.max() > 3 or c.min() < 0.2 or c.max() > 0.8:
         problems.append(f"unusual intrinsics {track.K[0].tolist()}: expected f in 0.2..3, c in 0.2..0.8")
@@ -299,6 +308,11 @@ def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
     relative = track.relative()
     problems += _jumps("step", np.linalg.norm(relative[:, :3, 3], axis=-1))
     problems += _jumps("turn", np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1))
+    move, turn = speeds(track)
+    if move > MAX_MOVE:
+        problems.append(f"it moves {move:.3g} units ({track.unit}) per second: scale the poses to below {MAX_MOVE:g}")
+    if turn > MAX_TURN:
+        problems.append(f"it turns {turn:.3g} degrees per second: is {track.fps:g} its true number of poses per second?")
     return problems
 
 

@@ -6,7 +6,7 @@ shards, and the position in the data is two integers (epoch, index).
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -257,6 +257,29 @@ def check_shards(path: Path) -> list[str]:
             continue
         problems += _record_problems(shard, index.records)
     return problems
+
+
+def check_fit(path: Path, spec: ClipSpec) -> list[str]:
+    """How the clips of a sound folder, raw or encoded, differ from those of a model, a line for each that does."""
+    manifest, problems = read_manifest(path, "minwm data encode"), list[str]()
+    if manifest["kind"] == "latent shards":
+        problems += _refusals(lambda: spec.check_shards(manifest, str(path)))
+        splits: tuple[Split, ...] = ("train", "val")
+        parts = [ShardDataset(path, split, cache_bytes=0) for split in splits if manifest["counts"].get(split)]
+        records = (part[i].record for part in parts for i in range(len(part)))
+    else:
+        records = map(ClipFolder(path).record, ClipFolder(path).ids())
+    for record in records:
+        problems += _refusals(lambda record=record: spec.check_clip(record, record.id))
+    return problems
+
+
+def _refusals(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _record_problems(shard: Path, entries: Sequence[IndexEntry]) -> list[str]:

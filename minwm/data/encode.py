@@ -184,13 +184,18 @@ def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity(part: object) -> dict[str, str]:
-    """Class name and hash of config and weights of a codec or text encoder; equal hashes encode alike."""
+    """Class name and hash of config and weights of a codec or text encoder; equal hashes encode alike.
+
+    What only decodes has no part in it: a decoder may be trained, or exchanged, when there are latents already.
+    """
     name = type(part).__name__
+    decoding = getattr(part, "decoding", ())
     digest = hashlib.sha256(name.encode())
     if is_dataclass(part):
         digest.update(repr(sorted(to_dict(part).items())).encode())
     if isinstance(part, nn.Module):
-        for key, value in sorted(part.state_dict().items()):
+        weights = {key: w for key, w in part.state_dict().items() if key.partition(".")[0] not in decoding}
+        for key, value in sorted(weights.items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {"id": name, "hash": digest.hexdigest()[:16]}

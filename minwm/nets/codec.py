@@ -1,7 +1,7 @@
 """The contract of a video codec; a tiny decoder in place of a codec's own."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,8 @@ class VideoCodec(Protocol):
     stride: int
     scale: int
     channels: int
+    decoding: ClassVar[tuple[str, ...]] = ()
+    """Submodules that only decode: training them leaves latents as they are."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

@@ -50,6 +50,8 @@ def _train(run: Run, out: Path) -> Summary:
         return summary
     if run.recipe.trains_backbone and not run.init.codec:
         raise ConfigError(f"{run.name}: init.codec names the codec that made the latents; it goes with the model")
+    if run.init.codec and not run.recipe.trains_backbone:
+        raise ConfigError(f"{run.name}: a codec continues from init.student; init.codec goes with a model")
     codec = load_codec(Path(run.init.codec)) if run.init.codec else None
     data = run.recipe.dataset(Path(run.data), "train", run.model, run.pose_noise)
     if codec:
