@@ -1,7 +1,7 @@
 """The contract of a video codec; a tiny decoder in place of a codec's own."""
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ class VideoCodec(Protocol):
     stride: int
     scale: int
     channels: int
-    decoding: ClassVar[tuple[str, ...]] = ()
+    decoding: tuple[str, ...]
     """Submodules that only decode: training them leaves latents as they are."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -47,6 +47,8 @@ def channels_last(codec: VideoCodec) -> None:
 
 class TinyDecoder(nn.Module):
     """A codec that decodes as another one does: a tiny one for the same latents, instead of the large one's own."""
+
+    decoding = ("tiny",)
 
     def __init__(self, codec: VideoCodec, tiny: VideoCodec) -> None:
         super().__init__()
