@@ -202,7 +202,7 @@ def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_folder_without_clips_and_clips_that_no_codec_takes_are_problems(raw: Path, tmp_path: Path) -> None:
+def test_a_folder_without_clips_and_clips_that_no_codec_takes_are_problems(tmp_path: Path) -> None:
     ClipFolder.create(tmp_path / "none", "noise", {})
     assert check(tmp_path / "none") == ["no finished clips"]
     odd = ClipFolder.create(tmp_path / "odd", "noise", {})
