@@ -221,7 +221,7 @@ def test_a_folder_of_other_settings_is_refused(raw: Path) -> None:
     [
         ({"caption": "a red box as the camera pans"}, "speaks of motion"),
         ({"fps": 2500.0}, r"units \(toy\) per second: scale the poses to below 30"),
-        ({"fps": 500.0}, r"degrees per second: is 500 its true number of poses per second\?"),
+        ({"fps": 500.0}, r"degrees per second: are 500 poses per second true\?"),
         ({"caption": " "}, "empty caption"),
         ({"source_license": ""}, "no licence"),
         ({"split_key": "scene:9"}, "would leak"),

@@ -312,7 +312,7 @@ def _camera_problems(record: ClipRecord, stride: int) -> list[str]:
     if move > MAX_MOVE:
         problems.append(f"it moves {move:.3g} units ({track.unit}) per second: scale the poses to below {MAX_MOVE:g}")
     if turn > MAX_TURN:
-        problems.append(f"it turns {turn:.3g} degrees per second: is {track.fps:g} its true number of poses per second?")
+        problems.append(f"it turns {turn:.3g} degrees per second: are {track.fps:g} poses per second true?")
     return problems
 
 
