@@ -48,7 +48,7 @@ def channels_last(codec: VideoCodec) -> None:
 class TinyDecoder(nn.Module):
     """A codec that decodes as another one does: a tiny one for the same latents, instead of the large one's own."""
 
-    decoding = ("tiny",)
+    decoding: tuple[str, ...] = ("tiny",)
 
     def __init__(self, codec: VideoCodec, tiny: VideoCodec) -> None:
         super().__init__()

@@ -117,7 +117,7 @@ class SmallCodec(nn.Module):
 
     stride = 4
     scale = SmallCodecConfig.scale
-    decoding = ("synthesis", "decoder")
+    decoding: tuple[str, ...] = ("synthesis", "decoder")
     mean: Tensor
     std: Tensor
 

@@ -134,7 +134,7 @@ class Taehv(nn.Module):
     """Pixels in [-1, 1] to the latents of a large codec and back; see the head of the file."""
 
     stride = 4
-    decoding = ("decoder",)
+    decoding: tuple[str, ...] = ("decoder",)
 
     def __init__(self, cfg: TaehvConfig) -> None:
         super().__init__()

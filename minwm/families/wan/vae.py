@@ -194,7 +194,7 @@ class WanVae(nn.Module):
     A `State` is a value that the caller holds; its tensors have the batch first. It is never changed in place.
     """
 
-    decoding = ("conv2", "decoder")
+    decoding: tuple[str, ...] = ("conv2", "decoder")
     mean: Tensor
     std: Tensor
 
