@@ -189,7 +189,7 @@ def identity(part: object) -> dict[str, str]:
     What only decodes has no part in it: a decoder may be trained, or exchanged, when there are latents already.
     """
     name = type(part).__name__
-    decoding = getattr(part, "decoding", ())
+    decoding = part.decoding if isinstance(part, VideoCodec) else ()
     digest = hashlib.sha256(name.encode())
     if is_dataclass(part):
         digest.update(repr(sorted(to_dict(part).items())).encode())
