@@ -24,6 +24,7 @@ from minwm.cameras.track import (
     so3_exp,
     so3_log,
 )
+from minwm.core.media import resize_and_crop
 
 K = intrinsics(60.0, 64, 64)
 
@@ -168,6 +169,23 @@ def test_latent_cameras_keep_the_digits_of_a_far_origin() -> None:
     np.testing.assert_allclose(seen, [0.1, 0.2, 2.0, 1.0], atol=1e-5)
     with pytest.raises(CameraError, match="one length"):
         latent_cameras([near, near.slice(0, 5)], stride=4)
+
+
+@pytest.mark.parametrize("size", [(160, 480), (480, 160), (200, 200)])
+def test_a_cropped_picture_and_its_cropped_k_agree(size: tuple[int, int]) -> None:
+    """A white spot is found where the camera of the picture's centre sees its point."""
+    (height, width), view = size, (96, 128)
+    picture, path = (
+        np.zeros((height, width, 3), np.uint8),
+        CameraTrack(np.eye(4)[None], np.array([1, 1, 0.47, 0.55]), 16),
+    )
+    point = np.array([0.05, -0.06])
+    x, y = ((path.K[0, :2] * point + path.K[0, 2:]) * (width, height)).round().astype(int)
+    picture[y - 4 : y + 4, x - 4 : x + 4] = 255
+    rows, columns = np.nonzero(resize_and_crop(picture, *view)[..., 0] > 127)
+    found = np.array([columns.mean() + 0.5, rows.mean() + 0.5]) / view[::-1]
+    K = path.cropped(size, view).K[0]
+    np.testing.assert_allclose(K[:2] * point + K[2:], found, atol=0.01)
 
 
 def test_save_and_load_lose_nothing(tmp_path: Path) -> None:

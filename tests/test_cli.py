@@ -24,10 +24,11 @@ import minwm.session.generate as generate_module
 from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
 from minwm.cli import main
+from minwm.cli.base import read_track
 from minwm.core import media
 from minwm.core.config import dumps
 from minwm.core.media import read_video, write_image
-from minwm.experiments.presets.demo import smoke
+from minwm.experiments.presets.demo import smoke, tiny_model
 from minwm.store.folder import load_config, save_codec, save_model
 
 MODELS = ("foundation", "camera", "dmd")
@@ -169,6 +170,16 @@ def test_poses_unlike_those_of_training_are_noted(tmp_path: Path, capsys: pytest
     fast = poses(tmp_path / "fast.json", fps=64.0, K=[2.0, 2.0, 0.5, 0.5])
     assert run("camera", "show", fast) == 0
     assert re.search(r"moves 2 units .*keys 0.5;.*\n.*its K is \[2.0, 2.0", capsys.readouterr().out)
+
+
+def test_the_k_of_a_picture_is_cropped_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = tiny_model()
+    fx, fy, cx, cy = cfg.intrinsics
+    whole = poses(tmp_path / "whole.json", K=[fx / 2, fy, cx, cy])
+    for file, picture in ((whole, (200, 400)), (poses(tmp_path / "model.json", K=cfg.intrinsics.tolist()), (9, 400))):
+        track, _ = read_track(str(file), cfg, picture)
+        assert np.allclose(track.K, cfg.intrinsics)
+    assert "note: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,13 @@ class CameraTrack:
         c2w[0] = np.eye(4)
         return replace(self, c2w=c2w)
 
+    def cropped(self, picture: tuple[int, int], view: tuple[int, int]) -> CameraTrack:
+        """K of the centre of a picture, cropped to the aspect ratio of a view as by `resize_and_crop`; sizes (h, w)."""
+        (height, width), (rows, columns) = picture, view
+        aspect = width / height / (columns / rows)
+        part = np.array([min(1, 1 / aspect), min(1, aspect)])  # of width and height that is left
+        return replace(self, K=np.concatenate([self.K[:, :2] / part, (self.K[:, 2:] - 0.5) / part + 0.5], axis=1))
+
     def at_latent_rate(self, stride: int) -> CameraTrack:
         """One camera per latent: latent i has the pose of pixel frame `stride * i`.
 

@@ -193,11 +193,16 @@ def print_fields(config: Any, verb: str) -> None:
         tyro.cli(type(config), default=config, prog=f"minwm {verb}", args=["--help"], config=markers)
 
 
-def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory | None]":
+def read_track(
+    text: str, cfg: "ModelConfig", picture: tuple[int, int] | None = None
+) -> "tuple[CameraTrack, Trajectory | None]":
     """A pixel-rate track that starts at the identity, from keys or a pose file; and the keys, if any.
 
+    `picture`: height and width of the one that it starts from, whose K the file has, unless it has the model's.
     Prints how the cameras of a file differ from those that the model was trained on.
     """
+    import numpy as np
+
     from minwm.cameras.check import differences
     from minwm.cameras.track import CameraTrack
     from minwm.cameras.trajectory import parse
@@ -210,6 +215,8 @@ def read_track(text: str, cfg: "ModelConfig") -> "tuple[CameraTrack, Trajectory 
     track = CameraTrack.load(text).relative_to_first()
     if track.fps < 1:
         raise UserError(f"{text}: {track.fps:g} poses per second say nothing of the path between them; give 1 or more")
+    if picture and not np.allclose(track.K, cfg.intrinsics, rtol=0.02):
+        track = track.cropped(picture, (cfg.height, cfg.width))
     for difference in differences(track, cfg.motion, cfg.intrinsics):
         echo(f"note: {text}: {difference}")
     if track.fps != cfg.motion.fps:
