@@ -253,7 +253,7 @@ def test_models_start_as_they_were_trained(project: Path, tmp_path: Path, line: 
     words = ("--prompt", "x", "--trajectory", "w*7", "--out", tmp_path / "x.mp4")
     assert run("generate", "--model", model, "--image", image, *words) == 2
     assert "this model starts from its prompt alone, with 2 latents" in (shown := line())
-    assert "stream.first_chunk=1" in shown and hasattr(config.stream, "first_chunk")
+    assert "stream.image_start=true" in shown and hasattr(config.stream, "image_start")
     for name in ("dmd", "camera"):
         assert run("generate", "--model", project / name, *words[:2], "--trajectory", "w*8", *words[4:]) == 2
         assert "this model starts from an image: give one (--image PNG, or --world SEED)" in line()

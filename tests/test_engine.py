@@ -149,6 +149,23 @@ def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(
 
 
 @torch.no_grad()
+def test_a_recorded_stream_starts_from_another_image() -> None:
+    """The image is an input of the graph of its chunk, and no constant."""
+    geometry, sampler = replace(RING, first_chunk=2, image_start=True), FewStepSampler(steps=1)
+    cond, recorded = condition(geometry.start(2), batch=1, image=True), set[Any]()
+    graphed = GraphedStream(small("wan-none"), cond, geometry, capture=lambda function, _: function)
+    assert cond.first_latent is not None
+    for image in (cond.first_latent, -cond.first_latent):
+        one = replace(cond, first_latent=image)
+        graphed.restart(one)
+        plain = Stream(graphed.net, one, geometry)
+        for a, b in zip(*(walk(s, one, 2, sampler) for s in (plain, graphed)), strict=True):
+            torch.testing.assert_close(a, b)
+        assert not recorded or recorded == set(graphed.recorded)
+        recorded = set(graphed.recorded)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("level", [0.0, 0.3])
 def test_warm_up_visits_every_regime(level: float) -> None:
     cond, sampler = condition(2, batch=1), FewStepSampler(steps=2)

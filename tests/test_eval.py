@@ -146,6 +146,7 @@ def test_drift_is_the_slope_over_generated_chunks(rng: np.random.Generator) -> N
     truth = rng.integers(60, 180, (2, 33, 16, 16, 3), dtype=np.uint8)
     spans = chunk_spans(33, first=1, chunk=2, stride=4)
     assert spans == [(0, 1), (1, 9), (9, 17), (17, 25), (25, 33)]
+    assert chunk_spans(29, first=4, chunk=4, stride=4) == [(0, 1), (1, 13), (13, 29)], "the image is a span of its own"
     worse = truth.copy()
     for error, (start, stop) in zip((0, 5, 10, 20, 40), spans, strict=True):
         worse[:, start:stop] += np.uint8(error)

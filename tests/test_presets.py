@@ -7,9 +7,12 @@ import torch
 from releases import save_text_encoder
 from tiny_presets import tiny_preset
 
+from minwm.core.types import Condition
 from minwm.experiments.pipeline import evaluate_stages, run_pipeline
 from minwm.experiments.presets import PIPELINES, PUBLISHED
 from minwm.experiments.summary import report
+from minwm.families.wan.transformer import WanConfig
+from minwm.stream.rollout import generate_latents
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -34,4 +37,20 @@ def test_worldplay_samples_as_its_authors_do() -> None:
     x = cfg.sampler.sample(velocity, torch.ones(1, 1, 4, 2, 2, 2))
     assert times == pytest.approx([1000, 960, 888.8889, 727.2728], abs=1e-3)
     assert torch.allclose(x, torch.zeros_like(x), atol=1e-6)
-    assert cfg.stream.context_noise == 14 / 1000 and cfg.sampler.passes == 4
+    assert cfg.sampler.passes == 4
+
+
+@torch.no_grad()
+def test_worldplay_shows_its_network_the_times_of_its_authors() -> None:
+    """Of every pass: the image, and all that is past, at 14/1000. The first chunk has four latents with the image."""
+    cfg, seen = PUBLISHED["hy-worldplay-5b"](), list[list[float]]()
+    assert cfg.stream.chunks(cfg.latents) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)] and cfg.image_start
+    net = WanConfig(dim=24, heads=1, layers=1, ffn=8, channels=4, text_dim=4, text_length=2, freq_dim=8).build()
+    net.register_forward_hook(lambda _, args, __: seen.append((1000 * args[1].t).expand(1, 4)[0].tolist()))
+    cond = Condition(text=torch.zeros(1, 2, 4), first_latent=torch.ones(1, 1, 4, 2, 2))
+    draws = torch.zeros(cfg.sampler.num_noise_samples(cfg.geometry), 1, 8, 4, 2, 2)
+    made = generate_latents(net, cfg.sampler, draws, cond, cfg.stream.geometry(tokens=1))
+    times = [1000, 960, 888.8889, 727.2728]
+    first, second = [[14.0, t, t, t] for t in (*times, 14)], [[t] * 4 for t in (*times, 14)]
+    assert [t for row in seen for t in row] == pytest.approx([t for row in (*first, *second) for t in row], abs=1e-3)
+    assert torch.equal(made[:, :1], torch.ones(1, 1, 4, 2, 2))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from minwm.cameras.track import se3_exp
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, interpolate, schedule
+from minwm.core.flow import Latents, interpolate, schedule, with_first
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import Geometry
@@ -21,12 +22,15 @@ from minwm.stream.solvers import (
     AutoregressiveSampler,
     BidirectionalSampler,
     FewStepSampler,
+    Sampler,
     Velocity,
     solve_euler,
     unipc,
 )
 
 GEOMETRY = Geometry(tokens=4, chunk=2, first_chunk=1, window=8, sink=1)
+LONG_FIRST = replace(GEOMETRY, first_chunk=3, image_start=True, image_time=0.1)
+"""The image is the first of three latents, of which the others are generated."""
 FRAMES = 5
 SIZE = (1, FRAMES, 4, 4, 4)
 TIMES = schedule(3, 5.0)[:-1]
@@ -152,58 +156,79 @@ def test_noise_is_the_same_for_a_seed() -> None:
 
 @torch.no_grad()
 def by_hand(
-    net: Backbone, draws: Tensor, cond: Condition, times: list[float], level: float = 0.0, merged: bool = False
+    net: Backbone,
+    draws: Tensor,
+    cond: Condition,
+    times: list[float],
+    level: float = 0.0,
+    merged: bool = False,
+    geometry: Geometry = GEOMETRY,
 ) -> Latents:
     """Few-step generation without a cache: every pass sees the whole past through the teacher's mask.
 
     With a merged refresh the past is what the last pass over each chunk was given.
     """
-    clip, last = torch.zeros_like(draws[0]), torch.zeros_like(draws[0])
-    t_past = torch.full(clip.shape[:2], times[-1] if merged else level, dtype=clip.dtype)
-    t_past[:, :1] *= cond.first_latent is None
-    for a, b in GEOMETRY.chunks(FRAMES):
-        if a == 0 and cond.first_latent is not None:
-            clip[:, :1] = last[:, :1] = cond.first_latent
-            continue
+    clip, last, first = torch.zeros_like(draws[0]), torch.zeros_like(draws[0]), cond.first_latent
+    cond = replace(cond, first_latent=None)  # held here, and not by the network's callers
+
+    def held(x: Latents, t: float) -> tuple[Latents, Tensor]:
+        times = torch.full(x.shape[:2], t, dtype=x.dtype)
+        if first is not None:
+            x, times[:, :1] = torch.cat([first, x[:, 1:]], 1), geometry.image_time
+        return x, times
+
+    for a, b in geometry.chunks(FRAMES):
+        _, t_past = held(clip, times[-1] if merged else level)
+        past = Context(held(last if merged else interpolate(clip, draws[-1], t_past), 0)[0], t_past)
         x = draws[0].clone()
-        past = Context(last if merged else interpolate(clip, draws[-1], t_past), t_past)
         for step, t in enumerate(times):
-            x0 = x - t * teacher_forced(net, past, x, torch.full_like(t_past, t), cond, GEOMETRY)
+            x0 = x - t * teacher_forced(net, past, *held(x, t), cond, geometry)
+            last[:, a:b] = x[:, a:b]
             if step + 1 < len(times):
                 x = interpolate(x0, draws[step + 1], torch.full_like(t_past, times[step + 1]))
-        clip[:, a:b], last[:, a:b] = x0[:, a:b], x[:, a:b]
+        clip[:, a:b] = held(x0, 0)[0][:, a:b]
     return clip
 
 
-@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+every_start = pytest.mark.parametrize(
+    ("geometry", "image"),
+    [(GEOMETRY, True), (GEOMETRY, False), (LONG_FIRST, True), (LONG_FIRST, False)],
+    ids=["image", "text", "image in a chunk", "text of a model with an image in a chunk"],
+)
+
+
+@every_start
 @pytest.mark.parametrize("level", [0.0, 0.3])
-def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, image: bool, level: float) -> None:
-    sampler, cond, geometry = FewStepSampler(steps=3), condition(image), replace(GEOMETRY, context_noise=level)
+def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, geometry: Geometry, image: bool, level: float) -> None:
+    sampler, cond, geometry = FewStepSampler(steps=3), condition(image), replace(geometry, context_noise=level)
     draws = noise(sampler.num_noise_samples(geometry))
-    want = by_hand(net, draws, cond, sampler.times, level)
+    want = by_hand(net, draws, cond, sampler.times, level, geometry=geometry)
     torch.testing.assert_close(generate_latents(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
     rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, None)
     torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@every_start
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(net: Backbone, image: bool, steps: int) -> None:
-    """In streams and in the self-rollouts of training, whichever pass is scored; an image still needs its own."""
-    sampler, cond, level = FewStepSampler(steps=steps), condition(image), 0.3
-    geometry = replace(GEOMETRY, merged_refresh=True, context_noise=level)
-    draws, passes = noise(sampler.num_noise_samples(geometry)), []
+def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(
+    net: Backbone, geometry: Geometry, image: bool, steps: int
+) -> None:
+    """In streams and in the self-rollouts of training, whichever pass is scored; a chunk that is nothing but an image
+    still needs its own."""
+    plain, sampler, cond, level = geometry, FewStepSampler(steps=steps), condition(image), 0.3
+    geometry = replace(plain, merged_refresh=True, context_noise=level)
+    draws, passes, alone = noise(sampler.num_noise_samples(geometry)), [], image and plain is GEOMETRY
     counting = net.register_forward_hook(lambda *_: passes.append(1))
     with counting:
         made = generate_latents(net, sampler, draws, cond, geometry)
-        generated = len(GEOMETRY.chunks(FRAMES)) - image
-        assert (len(passes), len(draws)) == (steps * generated + image, steps)
+        generated = len(plain.chunks(FRAMES)) - alone
+        assert (len(passes), len(draws)) == (steps * generated + alone, steps)
         passes.clear()
-        usual = generate_latents(net, sampler, draws, cond, GEOMETRY)
-        assert len(passes) == (steps + 1) * generated + image
-    want = by_hand(net, draws, cond, sampler.times, merged=True)
+        usual = generate_latents(net, sampler, draws, cond, plain)
+        assert len(passes) == (steps + 1) * generated + alone
+    want = by_hand(net, draws, cond, sampler.times, merged=True, geometry=plain)
     torch.testing.assert_close(made, want, atol=1e-5, rtol=1e-5)
-    first = 3 if image else 1  # up to the first generated chunk nothing is another
+    first = 3 if alone else plain.first_chunk_frames  # up to the first generated chunk nothing is another
     assert torch.equal(made[:, :first], usual[:, :first]) and not torch.allclose(made, usual, atol=1e-3)
     for exit_step in (None, *range(steps)):
         rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, exit_step)
@@ -219,20 +244,36 @@ def test_fewer_steps_ask_at_times_that_more_steps_know() -> None:
 
 
 @torch.no_grad()
-def test_autoregressive_rollout_is_the_teachers_ode(net: Backbone) -> None:
+@pytest.mark.parametrize("geometry", [GEOMETRY, LONG_FIRST], ids=["image", "image in a chunk"])
+@pytest.mark.parametrize(("solver", "solve"), [("euler", solve_euler), ("unipc", unipc)])
+def test_autoregressive_rollout_is_the_teachers_ode(
+    net: Backbone, geometry: Geometry, solver: Literal["euler", "unipc"], solve: Solver
+) -> None:
     cond, clip, start = condition(), torch.zeros(SIZE, dtype=torch.float64), noise(1)[0]
-    assert cond.first_latent is not None
-    sampler = AutoregressiveSampler(steps=3, guidance=1.0, solver="euler")
-    for a, b in GEOMETRY.chunks(FRAMES):
+    sampler = AutoregressiveSampler(steps=3, guidance=1.0, solver=solver)
+    for a, b in geometry.chunks(FRAMES):
 
         def velocity(x: Latents, t: float) -> Latents:
             t_past = x.new_zeros(x.shape[:2])
-            return teacher_forced(net, Context(clip, t_past), x, t_past + t, cond, GEOMETRY)
+            return teacher_forced(net, Context(clip, t_past), x, t_past + t, cond, geometry)
 
-        solved = solve_euler(velocity, start, 3, sampler.shift)
-        clip[:, a:b] = (solved if a else cond.first_latent)[:, a:b]
-    got = generate_latents(net, sampler, noise(1), cond, GEOMETRY)
+        clip[:, a:b] = with_first(solve(velocity, start, 3, sampler.shift), cond.first_latent)[:, a:b]
+    got = generate_latents(net, sampler, noise(1), cond, geometry)
     torch.testing.assert_close(got, clip, atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[:, :1], clip[:, :1]), "the image is what was given"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", [FewStepSampler(steps=2), AutoregressiveSampler(steps=2, guidance=2.0)], ids=str)
+def test_a_chunk_is_generated_with_its_image(net: Backbone, sampler: Sampler) -> None:
+    """Another image, another rest of the chunk; what noise stands in its place does not matter."""
+    cond, draws = condition(), noise(sampler.num_noise_samples(LONG_FIRST))
+    assert cond.first_latent is not None
+    made = generate_latents(net, sampler, draws, cond, LONG_FIRST)
+    other = generate_latents(net, sampler, draws, replace(cond, first_latent=-cond.first_latent), LONG_FIRST)
+    assert all((made - other).abs().amax((0, 2, 3, 4)) > 0.01)
+    draws[:, :, 0] = -draws[:, :, 0]
+    assert torch.equal(generate_latents(net, sampler, draws, cond, LONG_FIRST), made)
 
 
 @torch.no_grad()
@@ -244,13 +285,14 @@ def test_a_stream_can_be_left_and_makes_what_it_made_before(net: Backbone) -> No
     torch.testing.assert_close(torch.cat([next(chunks), next(chunks)], 1), whole[:, :3], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("geometry", [GEOMETRY, LONG_FIRST], ids=["image", "image in a chunk"])
 @pytest.mark.parametrize("exit_step", [0, 1, 2])
-def test_self_rollout_is_the_stream_whatever_is_scored(net: Backbone, exit_step: int) -> None:
+def test_self_rollout_is_the_stream_whatever_is_scored(net: Backbone, geometry: Geometry, exit_step: int) -> None:
     """Context is the fully denoised chunk, not the scored prediction; the last step scores the clip itself."""
     cond = condition()
     assert cond.first_latent is not None
-    want = generate_latents(net, FewStepSampler(steps=3), noise(3), cond, GEOMETRY)
-    clip, scored = self_rollout(net, noise(3), cond, GEOMETRY, TIMES, exit_step)
+    want = generate_latents(net, FewStepSampler(steps=3), noise(3), cond, geometry)
+    clip, scored = self_rollout(net, noise(3), cond, geometry, TIMES, exit_step)
     torch.testing.assert_close(clip, want, atol=1e-5, rtol=1e-5)
     assert not clip.requires_grad and scored.requires_grad
     assert torch.equal(scored[:, :1], cond.first_latent)
@@ -277,8 +319,9 @@ def test_gradient_flows_through_the_scored_pass_alone(net: Backbone, exit_step: 
     assert all(g.abs().max() > 0 for g in grads)
 
 
-def test_an_image_needs_a_first_chunk_of_one(net: Backbone) -> None:
-    with pytest.raises(ConfigError, match=r"set stream\.first_chunk=1"):
-        generate_latents(
-            net, FewStepSampler(steps=1), noise(1)[:, :, :4], condition(), replace(GEOMETRY, first_chunk=None)
-        )
+@pytest.mark.parametrize("stream", [{"first_chunk": 3}, {"image_start": False}], ids=str)
+def test_an_image_needs_a_model_that_takes_one(net: Backbone, stream: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"set stream\.image_start=true"):
+        generate_latents(net, FewStepSampler(steps=1), noise(1), condition(), replace(GEOMETRY, **stream))
+    with pytest.raises(ConfigError, match=r"stream\.image_time=1\.5 is a time in"):
+        replace(GEOMETRY, image_time=1.5)

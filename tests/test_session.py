@@ -105,6 +105,30 @@ def test_session_makes_what_generation_makes(
     assert different(whole[1:9], whole[9:17]) > 1
 
 
+@torch.no_grad()
+def test_a_session_starts_with_the_chunk_of_its_image(model: Model, image: np.ndarray) -> None:
+    """The image is the first of three latents; the camera stands still during the others, which it determines."""
+    stream = replace(CONFIG.stream, first_chunk=3, image_start=True, context_noise=0.2)
+    model = replace(model, config=replace(CONFIG, stream=stream))
+    geometry, samples = model.config.geometry, FewStepSampler(steps=2).num_noise_samples(model.config.geometry)
+    session = Session(ModelEngine(model, image, "a red room", seed=3))
+    streamed = list(session.play(ACTIONS))
+    assert [len(part) for part in streamed] == [9, 8, 8, 8]
+    draws = generator(3, "session")
+    shapes = [(samples, *CONFIG.latent_shape(1, frames)) for frames in (3, 2, 2, 2)]
+    noise = torch.cat([torch.randn(shape, generator=draws) for shape in shapes], dim=2)
+    w2c, K = latent_cameras([parse(f"static*2,{ALONG}").track(CONFIG.motion, CONFIG.intrinsics)], 4)
+    first = model.codec.encode(to_pixels(image)[None, None])
+    cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first)
+    latents = generate_latents(model.net, model.config.sampler, noise, cond, geometry)
+    assert different(np.concatenate(streamed), to_frames(model.codec.decode(latents)[0])) <= 1
+    assert different(streamed[0][:1], to_frames(model.codec.decode(first)[0])) <= 1
+    other = Session(ModelEngine(model, 255 - image, "a red room", seed=3)).start()
+    assert different(other[-1], streamed[0][-1]) > 1
+    with pytest.raises(UserError, match="starts from an image"):
+        ModelEngine(model, None, "a red room")
+
+
 def test_the_camera_is_where_the_actions_lead(model: Model, image: np.ndarray) -> None:
     session = Session(ModelEngine(model, image, "a room"))
     for _ in session.play(ACTIONS):
@@ -255,6 +279,13 @@ def test_a_renderer_is_an_engine(place: tuple[World, np.ndarray, CameraTrack]) -
     assert different(walked, world.render(track.transformed(origin), 16, 24).frames) <= 1
     session.rewind(2)
     assert np.array_equal(np.concatenate([session.step(a) for a in ACTIONS[1:]]), walked[9:])
+
+
+def test_a_world_starts_as_long_as_the_model_beside_it() -> None:
+    still = replace(CONFIG, stream=replace(CONFIG.stream, first_chunk=3, image_start=True))
+    track = parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)
+    frames, one = SceneEngine.spawn(4, track, still).start(), SceneEngine.spawn(4, track, CONFIG).start()
+    assert len(one) == 1 and len(frames) == 9 and (frames == one).all()
 
 
 def test_a_world_finds_a_free_place(place: tuple[World, np.ndarray, CameraTrack]) -> None:

@@ -269,20 +269,19 @@ def _step(session: Session) -> _Step:
 def _measure_clips(model: Model, repeats: int) -> _Measured:
     """Make whole clips of the length of training."""
     cfg, start = model.config, time.perf_counter()
-    given = 1 if cfg.geometry.first_chunk_frames == 1 else 0
     _time_clip(replace(model, config=replace(cfg, sampler=replace(cfg.sampler, steps=1))))
     cold_start, graphs = time.perf_counter() - start, compiled_graphs()
     reset_peak_memory(next(model.net.parameters()).device)
     clips = [_time_clip(model) for _ in range(repeats)]
     stages = {name: [clip[name] for clip in clips] for name in clips[0]}
-    generated = len(cfg.geometry.chunks(cfg.latents)) - given
+    generated = len(cfg.geometry.chunks(cfg.latents)) - (cfg.image_start and cfg.geometry.first_chunk_frames == 1)
     totals = [sum(clip.values()) for clip in clips]
     return _Measured(
         stages=stages,
         first_chunk=stages["diffuse"],
         chunk=[seconds / generated for seconds in stages["diffuse"]],
         first_pixel=totals,
-        frames=cfg.motion.stride * (cfg.latents - 1) + 1 - given,
+        frames=cfg.motion.stride * (cfg.latents - 1) + 1 - cfg.image_start,
         frames_s=float(np.median(totals)),
         cold_start_s=cold_start,
         graphs_before=graphs,
@@ -307,7 +306,7 @@ def _time_clip(model: Model) -> dict[str, float]:
 
 def _image(cfg: ModelConfig) -> UInt8[np.ndarray, "h w 3"] | None:
     """A black one, if the model starts from an image."""
-    return np.zeros((cfg.height, cfg.width, 3), np.uint8) if cfg.geometry.first_chunk_frames == 1 else None
+    return np.zeros((cfg.height, cfg.width, 3), np.uint8) if cfg.image_start else None
 
 
 # ------------------------------------------------------------------------------------------------ the roofline

@@ -145,7 +145,7 @@ def generate(
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
     if world is not None and not image:
         place = SceneEngine.spawn(world, track, loaded.config)
-        first, truth = place.start(), place.advance(track.c2w) if compare else None
+        first, truth = place.start()[:1], place.advance(track.c2w) if compare else None
         prompt = place.scene.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
         first, truth = first_frame(image, loaded.config) if image else None, None

@@ -97,10 +97,10 @@ def _model_scenario(
     cfg = model.config
     if image and world is not None:
         raise UserError("give --image or --world, not both: each says where the model starts")
-    if cfg.geometry.first_chunk_frames != 1 and (image or world is not None):
+    if not cfg.image_start and (image or world is not None):
         raise UserError("this model starts from its prompt alone; leave out --image and --world")
     first, truth = first_frame(image, cfg)[0] if image else None, None
-    if first is None and cfg.geometry.first_chunk_frames == 1:
+    if first is None and cfg.image_start:
         truth = spawn_world(WORLD if world is None else world, cfg)
         first, prompt = truth.start()[0], prompt or truth.scene.caption
     if not prompt:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Latents = Float[Tensor, "b f c h w"]
+FirstLatent = Float[Tensor, "b 1 c h w"]
 Times = Float[Tensor, "b f"]
 
 
@@ -18,6 +19,14 @@ def per_frame(t: Times) -> Float[Tensor, "b f 1 1 1"]:
 def interpolate(x0: Latents, eps: Latents, t: Times) -> Latents:
     """x_t = (1 - t) x_0 + t eps."""
     return (1 - per_frame(t)) * x0 + per_frame(t) * eps
+
+
+def with_first(x: Float[Tensor, "*k b f c h w"], first: FirstLatent | None) -> Float[Tensor, "..."]:
+    """x with the given first latent in its place, or as it is without one."""
+    if first is None:
+        return x
+    shape = (*x.shape[:-4], *first.shape[-4:])
+    return torch.cat([first.to(x).expand(shape), x[..., 1:, :, :, :]], dim=-4)
 
 
 def velocity(x0: Latents, eps: Latents) -> Latents:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.core.flow import FirstLatent
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -21,7 +23,7 @@ class Condition:
     """World-to-camera per latent frame, float32, OpenCV axes; None for a model without camera control."""
     K: Float[Tensor, "b f 4"] | None = None
     """fx/W, fy/H, cx/W, cy/H per latent frame."""
-    first_latent: Float[Tensor, "b 1 c h w"] | None = None
+    first_latent: FirstLatent | None = None
     """Clean first latent: an image start. None generates the first frame too."""
     null: Float[Tensor, "b l d"] | None = None
     """Text states of the unconditional branch of guidance (a negative prompt); None: the null prompt."""

@@ -48,12 +48,12 @@ def ssim(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "..."]) -> Float[Array, "*
 
 
 def chunk_spans(frames: int, first: int, chunk: int, stride: int) -> list[tuple[int, int]]:
-    """Pixel-frame ranges [start, stop) of the chunks of a clip that is generated `chunk` latents at a time.
+    """Pixel-frame ranges [start, stop) of the image of a clip and of its chunks, of `chunk` latents each.
 
-    `first` latents form chunk 0 (latent 0 is one frame, each later one `stride`). The last
-    chunk may be shorter.
+    The first chunk has `first` latents (latent 0 is the image, one frame, each later one `stride`); nothing is left of
+    it if that is 1. The last chunk may be shorter.
     """
-    edges = [0, 1 + stride * (first - 1)]
+    edges = sorted({0, 1, 1 + stride * (first - 1)})
     while edges[-1] < frames:
         edges.append(min(edges[-1] + stride * chunk, frames))
     return list(pairwise(edges))

@@ -33,7 +33,12 @@ class StreamConfig:
     chunk: int = 4
     """Latent frames generated together."""
     first_chunk: int | None = None
-    """Latent frames of the first chunk: 1 for an image start; None: as many as in the others."""
+    """Latent frames of the first chunk; None: as many as in the others."""
+    image_start: bool | None = None
+    """Whether an image is given as the first latent; the rest of the first chunk is generated with it. None: if the
+    first chunk is a single latent."""
+    image_time: float = 0.0
+    """Timestep at which networks that see chunks are shown the image, which is clean."""
     sink: int = 1
     """First chunks that are never forgotten."""
     window: int = 8
@@ -47,8 +52,9 @@ class StreamConfig:
     streams have no use for `context_noise`. A network should have been trained so."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.context_noise < 1:
-            raise ConfigError(f"stream.context_noise={self.context_noise} is a time in [0, 1)")
+        for name in ("context_noise", "image_time"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ConfigError(f"stream.{name}={value} is a time in [0, 1)")
         least = {"chunk": 1, "first_chunk": 1, "window": 1, "sink": 0}
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
@@ -61,6 +67,10 @@ class StreamConfig:
     @property
     def first_chunk_frames(self) -> int:
         return self.chunk if self.first_chunk is None else self.first_chunk
+
+    @property
+    def takes_image(self) -> bool:
+        return self.first_chunk_frames == 1 if self.image_start is None else self.image_start
 
     @property
     def slots(self) -> int:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times
+from minwm.core.flow import FirstLatent, Latents, Times, with_first
 from minwm.core.types import Condition
 from minwm.nets.attention import (
     FULL,
@@ -48,6 +48,8 @@ class PreparedCondition:
     camera: Projection | Rays | None
     rope: Tensor | None = None
     """`Backbone.rope_table` of the frames; None: the network asks the scope for their positions."""
+    first_latent: FirstLatent | None = None
+    """The clean first latent of the frames, if it is given: streams hold it."""
 
 
 ShiftScaleGate = tuple[Float[Tensor, "#b #f 1 d"], ...]
@@ -56,7 +58,7 @@ ShiftScaleGate = tuple[Float[Tensor, "#b #f 1 d"], ...]
 
 @dataclass(frozen=True)
 class Modulation:
-    """The adaLN modulation of every layer at one timestep: samplers come back to the same few."""
+    """The adaLN modulation of every layer at some timesteps: samplers come back to the same few."""
 
     layers: Sequence[ShiftScaleGate]
     head: ShiftScaleGate
@@ -103,7 +105,7 @@ class Backbone(nn.Module, ABC):
     def forward(
         self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
     ) -> Latents:
-        """v at x_t. `t`: per frame, or the modulation of one timestep for all of them."""
+        """v at x_t. `t`: per frame or one for all, or the modulation of these."""
 
     @abstractmethod
     def project_text_kv(self, text: Float[Tensor, "b l d"]) -> list[TextKV]:
@@ -114,7 +116,7 @@ class Backbone(nn.Module, ABC):
         """Cameras of the condition's frames as attention takes them; None for a network without camera control."""
 
     def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
-        """What `forward` may be given in place of one timestep t, `(1, 1)`; by default t itself."""
+        """What `forward` may be given in place of timesteps; by default these themselves."""
         return t
 
     def prepare(self, cond: Condition) -> PreparedCondition:
@@ -202,9 +204,21 @@ def teacher_forced(
 ) -> Latents:
     """Velocity of every noisy chunk given the true chunks before it, all chunks in one pass (paper, stage 1).
 
-    The sequence is [context | noisy at t]; both halves have the same positions and cameras.
+    The sequence is [context | noisy at t]; both halves have the same positions and cameras. A given first latent is
+    clean in both; the velocity there means nothing.
     """
     frames = noisy.shape[1]
     scope = Masked(teacher_forcing(stream, frames), 2 * frames, period=frames)
-    both = net(torch.cat([context.latents, noisy], 1), torch.cat([context.t, t], 1), cond.repeat_frames(2), scope)
+    clean, t_clean = keep_first_clean(context.latents, context.t, cond, stream.image_time)
+    noisy, t = keep_first_clean(noisy, t, cond, stream.image_time)
+    both = net(torch.cat([clean, noisy], 1), torch.cat([t_clean, t], 1), cond.repeat_frames(2), scope)
     return both[:, frames:]
+
+
+def keep_first_clean(
+    x: Latents, t: Times, cond: Condition | PreparedCondition, time: float = 0.0
+) -> tuple[Latents, Times]:
+    """Put a given first latent, clean but shown at timestep `time`, in front of a noisy clip."""
+    if cond.first_latent is None:
+        return x, t
+    return with_first(x, cond.first_latent), torch.cat([torch.full_like(t[:, :1], time), t[:, 1:]], 1)

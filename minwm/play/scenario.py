@@ -98,7 +98,7 @@ def model_scenario(
         engines=engines,
         takes_camera=cfg.network.camera != "none",
         takes_prompt=True,
-        takes_image=cfg.geometry.first_chunk_frames == 1 and truth is None,
+        takes_image=cfg.image_start and truth is None,
     )
 
 
@@ -107,6 +107,7 @@ def _check_comparable(ours: ModelConfig, theirs: ModelConfig) -> None:
         "motion": (ours.motion, theirs.motion),
         "chunk": (ours.stream.chunk, theirs.stream.chunk),
         "first_chunk_frames": (ours.geometry.first_chunk_frames, theirs.geometry.first_chunk_frames),
+        "image_start": (ours.image_start, theirs.image_start),
         "size": ((ours.height, ours.width), (theirs.height, theirs.width)),
     }
     for name, (a, b) in pairs.items():

@@ -142,7 +142,7 @@ def random_clip(model: ModelConfig, batch: int, latents: int) -> Clip:
     x = torch.randn(model.latent_shape(batch, latents))
     text = torch.randn(batch, model.text.length, model.text.dim)
     w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
-    first = x[:, :1] if model.geometry.first_chunk_frames == 1 else None
+    first = x[:, :1] if model.image_start else None
     return Clip(x, Condition(text=text, w2c=w2c, K=K, first_latent=first))
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
 from minwm.core.types import Clip
-from minwm.nets.backbone import Backbone, teacher_forced
+from minwm.nets.backbone import Backbone, keep_first_clean, teacher_forced
 from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
 from minwm.recipes.ops import (
     bernoulli,
     drop_text,
     frame_mse,
-    keep_first_clean,
     loss_mask,
     noise_like,
     sample_image_start,

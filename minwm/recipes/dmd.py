@@ -11,12 +11,11 @@ from torch import Tensor
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
-from minwm.nets.backbone import Backbone
+from minwm.nets.backbone import Backbone, keep_first_clean
 from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
 from minwm.recipes.ops import (
     bernoulli,
     frame_mse,
-    keep_first_clean,
     loss_mask,
     noise_like,
     random_index,

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, euler, schedule, x0_from_velocity
+from minwm.core.flow import Latents, euler, schedule, with_first, x0_from_velocity
 from minwm.core.types import Clip
 from minwm.nets.backbone import Backbone, PreparedCondition, teacher_forced
 from minwm.recipes.base import Loss, Recipe, RecipeConfig
@@ -58,20 +58,19 @@ class OdeConfig(RecipeConfig):
         for a, b in geometry.chunks(x.shape[1]):
             cond = stream.prepare_chunk(clip.cond.frames(a, b))
             states.append(self._chunk_states(stream, cond, x[:, a:b], model))
-            given = a == 0 and clip.cond.first_latent is not None
-            stream.update_cache(cond, clip.latents[:, a:b], None if given else context_noise[:, a:b])
+            stream.update_cache(cond, clip.latents[:, a:b], context_noise[:, a:b])
         return torch.cat(states, dim=2)
 
     def _chunk_states(
         self, stream: Stream, cond: PreparedCondition, x: Latents, model: ModelConfig
     ) -> Float[Tensor, "k b f c h w"]:
-        """States of the current chunk, from noise x, at the student's times and at t = 0."""
+        """States of the current chunk, from noise x, at the student's times and at t = 0; a given image is in all."""
         sampler, states = model.sampler, []
         for step, (t, t_next) in enumerate(pairwise(schedule(self.ode_steps, sampler.shift))):
             if step % (self.ode_steps // sampler.steps) == 0:
                 states.append(x)
             x = euler(x, stream.velocity(cond, x, t), t, t_next)
-        return torch.stack([*states, x])
+        return with_first(torch.stack([*states, x]), cond.first_latent)
 
 
 class Ode(Recipe[Backbone]):

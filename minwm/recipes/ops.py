@@ -31,13 +31,6 @@ def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:
     return mask
 
 
-def keep_first_clean(x: Latents, t: Times, cond: Condition) -> tuple[Latents, Times]:
-    """Put the clean first latent, at t = 0, in front of a noisy clip."""
-    if cond.first_latent is None:
-        return x, t
-    return torch.cat([cond.first_latent.to(x), x[:, 1:]], 1), torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], 1)
-
-
 def teacher_context(clip: Clip, t: float | Times, generator: torch.Generator) -> Context:
     """The clip as context for later chunks, noised to time t (context noise); a given first frame stays clean."""
     times = loss_mask(clip) * t

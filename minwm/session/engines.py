@@ -16,7 +16,7 @@ from torch import Tensor
 from minwm.cameras.track import CameraTrack, se3_inverse
 from minwm.cameras.trajectory import Motion
 from minwm.core.config import UserError
-from minwm.core.flow import Latents
+from minwm.core.flow import FirstLatent, Latents
 from minwm.core.media import to_pixels, to_uint8
 from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
@@ -34,7 +34,7 @@ from minwm.stream.accelerate import (
     open_stream,
     warm_up,
 )
-from minwm.stream.rollout import Stream, image_chunk
+from minwm.stream.rollout import Stream
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
@@ -53,7 +53,7 @@ class Engine(Protocol):
     cache_update."""
 
     def start(self) -> Frames:
-        """The first frame, seen from the identity pose."""
+        """The frames of the first chunk, seen from the identity pose; often a single one."""
         ...
 
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
@@ -79,9 +79,17 @@ class SceneEngine:
     """Ground truth: a scene seen from a placed camera."""
 
     def __init__(
-        self, scene: Scene, origin: Pose, K: Float[np.ndarray, "4"], motion: Motion, chunk: int, size: tuple[int, int]
+        self,
+        scene: Scene,
+        origin: Pose,
+        K: Float[np.ndarray, "4"],
+        motion: Motion,
+        chunk: int,
+        size: tuple[int, int],
+        first_chunk: int = 1,
     ) -> None:
-        self.scene, self.origin, self.K = scene, origin, K
+        """`first_chunk` latents form the start, as those of a model beside it do."""
+        self.scene, self.origin, self.K, self.first_chunk = scene, origin, K, first_chunk
         self.motion, self.chunk, self.size = motion, chunk, size
         self.timer = StageTimer()
 
@@ -94,11 +102,12 @@ class SceneEngine:
         origin = scene.spawn(np.random.default_rng(seed), track)
         if origin is None:
             raise UserError(f"world {seed} has no free path for this trajectory; try another world or a shorter one")
-        return cls(scene, origin, track.K[0], cfg.motion, cfg.stream.chunk, (cfg.height, cfg.width))
+        size, stream = (cfg.height, cfg.width), cfg.stream
+        return cls(scene, origin, track.K[0], cfg.motion, stream.chunk, size, stream.first_chunk_frames)
 
     def start(self) -> Frames:
         self.timer.restart()
-        return self._render(np.eye(4)[None])
+        return self._render(np.eye(4)[None]).repeat(1 + self.motion.stride * (self.first_chunk - 1), axis=0)
 
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
         self.timer.restart()
@@ -168,7 +177,7 @@ class ModelEngine:
 
     @torch.no_grad()
     def start(self) -> Frames:
-        """The image; without one, the first chunk, in which the camera stands still."""
+        """The first chunk, in which the camera stands still; it may be the image and nothing else."""
         self.generator = generator(self.inputs.seed, "session")
         self.decoder_state = self.pending_update = None
         self.timer.restart()
@@ -181,7 +190,6 @@ class ModelEngine:
             self._stream.restart(self.condition(still))
         if self.inputs.image is not None:
             first = self.model.codec.encode(to_pixels(self.inputs.image)[None, None].to(self.device))
-            first = image_chunk(first, geometry)
         self.timer.record("encode")
         return np.concatenate(list(self._generate(still, first)))
 
@@ -219,18 +227,18 @@ class ModelEngine:
             raise UserError("the engine has no stream yet; call start() first")
         return self._stream
 
-    def _generate(self, c2w: Float[np.ndarray, "f 4 4"], latents: Latents | None = None) -> Iterator[Frames]:
-        """Frames of the next chunk; its latents are those given, or generated."""
-        prepared, context_noise = self.stream.prepare_chunk(self.condition(c2w)), None
-        if latents is None:
-            samples = self.sampler.num_noise_samples(self.stream.geometry)
-            shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
-            noise = torch.randn(shape, generator=self.generator).to(self.device)
-            with attention_kernel(self.engine):
-                latents, context_noise = self.stream.next_chunk(prepared, noise, self.sampler), noise[-1]
+    def _generate(self, c2w: Float[np.ndarray, "f 4 4"], first: FirstLatent | None = None) -> Iterator[Frames]:
+        """Frames of the next chunk; `first` is the image."""
+        prepared = self.stream.prepare_chunk(replace(self.condition(c2w), first_latent=first))
+        samples = self.sampler.num_noise_samples(self.stream.geometry)
+        shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
+        drawn = first is None or len(c2w) > 1
+        noise = (torch.randn(shape, generator=self.generator) if drawn else torch.zeros(shape)).to(self.device)
+        with attention_kernel(self.engine):
+            latents = self.stream.next_chunk(prepared, noise, self.sampler)
         self.timer.record("diffuse")
         check_finite(latents)
-        self.pending_update = prepared, latents, context_noise
+        self.pending_update = prepared, latents, noise[-1]
         return self._decode(latents)
 
     def _decode(self, latents: Latents) -> Iterator[Frames]:

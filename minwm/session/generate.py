@@ -108,7 +108,7 @@ def check_start(cfg: ModelConfig, image: np.ndarray | None) -> None:
     if image is not None and not cfg.image_start:
         raise UserError(
             f"this model starts from its prompt alone, with {cfg.stream.first_chunk_frames} latents: leave out the "
-            "image, or train or convert a model with stream.first_chunk=1"
+            "image, or train or convert a model with stream.image_start=true"
         )
 
 

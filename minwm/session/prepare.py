@@ -16,9 +16,9 @@ def fp8_trial(model: Model, seed: int = 0) -> Fp8Trial:
     """Three chunks beyond the sinks, ahead and turning; from a procedural world if the model starts from an image."""
     cfg, image, prompt = model.config, None, "a room"
     latents = cfg.geometry.start(cfg.geometry.sink + 3)
-    if cfg.geometry.first_chunk_frames == 1:
+    if cfg.image_start:
         turn = parse(f"l*{latents - 1}", stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
         world = SceneEngine.spawn(seed, turn, cfg)  # the way ahead may be blocked: only differences are judged
-        image, prompt = world.start(), world.scene.caption
+        image, prompt = world.start()[:1], world.scene.caption
     noise, cond = sampling_inputs(model, image, [prompt], [f"w+l*{latents - 1}"], seed)
     return Fp8Trial(cond, noise, cfg.sampler, model.codec.decode)

@@ -54,12 +54,11 @@ def card(folder: Path, repo: str | None = None, license: str | None = None) -> s
     runs = [record for record in history.values() if record]
     unrecorded = [path for path, record in history.items() if not record]
     camera, causal = config.network.camera != "none", config.sampler.causal
-    image_start = config.geometry.first_chunk_frames == 1
     tags = ["world-model", "video-generation", config.network.kind, config.sampler.kind.replace("_", "-")]
     metadata = {
         "license": license,
         "library_name": "minwm",
-        "pipeline_tag": "image-to-video" if image_start else "text-to-video",
+        "pipeline_tag": "image-to-video" if config.image_start else "text-to-video",
         "base_model": _base_model(folder, config, history),
         "tags": tags + ["camera-control"] * camera + ["streaming"] * causal,
     }
@@ -73,7 +72,6 @@ def card(folder: Path, repo: str | None = None, license: str | None = None) -> s
         config=config,
         motion=config.motion,
         causal=causal,
-        image_start=image_start,
         frames=config.motion.stride * (config.latents - 1) + 1,
         latent_seconds=config.motion.stride / config.motion.fps,
         fov=[math.degrees(2 * math.atan(0.5 / focal)) for focal in config.focal],

@@ -61,8 +61,8 @@ class ModelConfig:
 
     @property
     def image_start(self) -> bool:
-        """Whether clips start from an image, which is the first chunk, in training and after; else from text alone."""
-        return self.stream.first_chunk_frames == 1
+        """Whether clips start from an image, which is the first latent, in training and after; else from text alone."""
+        return self.stream.takes_image
 
     @property
     def scale(self) -> int:

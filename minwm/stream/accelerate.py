@@ -124,14 +124,14 @@ class GraphedStream(Stream):
                 place.copy_(x)
         self.text = static
 
-    def next_chunk(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
-        run = super().next_chunk
+    def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
+        run = super().denoise
         result = self._replay(sampler, lambda cond, noise: run(cond, noise, sampler), cond, noise)
         assert result is not None
         return result
 
-    def cache_update_pass(self, cond: PreparedCondition, x: Latents, t: float = 0.0) -> None:
-        self._replay(("cache_update", t), partial(super().cache_update_pass, t=t), cond, x)
+    def cache_update_pass(self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,)) -> None:
+        self._replay(("cache_update", times), partial(super().cache_update_pass, times=times), cond, x)
 
     def _replay(
         self, name: Hashable, run: Callable[..., Tensor | None], cond: PreparedCondition, x: Tensor
@@ -140,16 +140,18 @@ class GraphedStream(Stream):
         if isinstance(cond.camera, Rays):
             raise ConfigError("engine.graphs records projective cameras only, not Plücker rays; leave it off")
         rope = self.net.rope_table(x if x.ndim == 5 else x[0], Cached(self.arena, self.chunk))
-        tensors = {"x": x, "rope": rope, "camera": cond.camera and cond.camera.matrices}
+        camera = cond.camera and cond.camera.matrices
+        tensors = {"x": x, "rope": rope, "camera": camera, "first_latent": cond.first_latent}
         inputs = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         slot, rows = self.geometry.slot(self.chunk), self.geometry.valid_rows(self.chunk)
-        key = name, tuple(x.shape), slot, rows
+        key = name, tuple(x.shape), slot, rows, *inputs
         if key not in self.recorded:
 
             def function(*args: Tensor) -> Tensor | None:
                 given = dict(zip(inputs, args, strict=True))
                 camera = Projection(given["camera"]) if "camera" in given else None
-                return run(PreparedCondition(self.text, camera, given.get("rope")), given["x"])
+                prepared = PreparedCondition(self.text, camera, given.get("rope"), given.get("first_latent"))
+                return run(prepared, given["x"])
 
             self.recorded[key] = self.capture(function, list(inputs.values()))
         return self.recorded[key](*inputs.values())
@@ -201,10 +203,7 @@ def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Sampler) -> 
         start, stream.chunk = time.perf_counter(), chunk
         frames = geometry.start(chunk + 1) - geometry.start(chunk)
         prepared, chunk_noise = stream.prepare_chunk(cond.frames(0, frames)), noise[:, :, :frames]
-        if chunk or cond.first_latent is None:
-            stream.update_cache(prepared, stream.next_chunk(prepared, chunk_noise, sampler), chunk_noise[-1])
-        else:
-            stream.update_cache(prepared, cond.first_latent)
+        stream.update_cache(prepared, stream.next_chunk(prepared, chunk_noise, sampler), chunk_noise[-1])
         if noise.is_cuda:
             torch.cuda.synchronize(noise.device)
         seconds.append(time.perf_counter() - start)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, guide, interpolate
+from minwm.core.flow import FirstLatent, Latents, guide, interpolate, with_first
 from minwm.core.types import Condition
 from minwm.nets.attention import FULL, AttentionScope, Cached, Geometry, ReadOnlyCache
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps, keep_first_clean
 from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 
@@ -34,9 +34,8 @@ def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: 
         v[:, :given] = 0
         return v
 
-    start = noise if cond.first_latent is None else torch.cat([cond.first_latent.to(noise), noise[:, 1:]], dim=1)
-    x = sampler.sample(velocity, start[None])
-    return x if cond.first_latent is None else torch.cat([cond.first_latent.to(x), x[:, 1:]], dim=1)
+    x = sampler.sample(velocity, with_first(noise, cond.first_latent)[None])
+    return with_first(x, cond.first_latent)
 
 
 def guided_velocity(
@@ -63,6 +62,8 @@ class Stream:
     Of every chunk: `prepare_chunk` with its cameras, `next_chunk` to denoise it, `update_cache` to make it the past of
     later ones. The first may also move the cache to another world frame, and its sinks in time: attention sees only
     differences of positions and relative poses, so no result changes, but numbers stay small however far one walks.
+
+    An image given as the first latent is clean in every pass, at `image_time`, whatever a sampler does to its place.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Stream:
         self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
         self.text = net.project_text_kv(self._guidance_branches(cond).text)
         self.arena = net.arena(geometry, len(self._guidance_branches(cond).text))
-        self._modulations: dict[float, Timesteps | Modulation] = {}
+        self._modulations: dict[tuple[float, ...], Timesteps | Modulation] = {}
         self._reset(len(cond.text))
 
     def _reset(self, batch: int) -> None:
@@ -87,12 +88,16 @@ class Stream:
         self.set_prompt(cond)
 
     @torch.no_grad()
-    def modulation(self, t: float) -> Timesteps | Modulation:
-        """The network's modulation at timestep t, computed once."""
-        if t not in self._modulations:
-            one = torch.full((1, 1), t, dtype=torch.float64, device=self.arena.kv.device)
-            self._modulations[t] = self.net.adaln_modulation(one)
-        return self._modulations[t]
+    def modulation(self, *times: float) -> Timesteps | Modulation:
+        """The network's modulation at the timesteps of a chunk's frames, or at one for all; computed once."""
+        if times not in self._modulations:
+            rows = torch.tensor([times], dtype=torch.float64, device=self.arena.kv.device)
+            self._modulations[times] = self.net.adaln_modulation(rows)
+        return self._modulations[times]
+
+    def frame_times(self, cond: PreparedCondition, frames: int, t: float) -> tuple[float, ...]:
+        """Timesteps of the frames of a chunk at t, one for all unless an image is given."""
+        return (t,) if cond.first_latent is None else (self.geometry.image_time, *[t] * (frames - 1))
 
     def _guidance_branches(self, cond: Condition) -> Condition:
         return cond if self.guidance == 1 else Condition.stack(cond, cond.unconditional())
@@ -112,7 +117,19 @@ class Stream:
                 origin = se3_inverse(w2c[:, 0].detach())
             cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
         self._move_cache(origin, self.geometry.sink_shift(self.chunk))
-        return PreparedCondition(self.text, self.net.camera_matrices(self._guidance_branches(cond)))
+        camera = self.net.camera_matrices(self._guidance_branches(cond))
+        return PreparedCondition(self.text, camera, first_latent=self._image(cond))
+
+    def _image(self, cond: Condition) -> FirstLatent | None:
+        """The image of the current chunk, if one is given; ConfigError if the model takes none."""
+        if self.chunk or cond.first_latent is None:
+            return None
+        if not self.geometry.takes_image:
+            raise ConfigError(
+                f"an image is given, and the first chunk of {self.geometry.first_chunk_frames} latents takes none; "
+                "leave it out, or set stream.image_start=true for a model that was trained so"
+            )
+        return cond.first_latent
 
     @torch.no_grad()
     def _move_cache(self, origin: Float[Tensor, "b 4 4"], sink_shift: int) -> None:
@@ -141,28 +158,40 @@ class Stream:
 
     def next_chunk(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
         """The current chunk, denoised; `update_cache` is still to come. noise: `sampler.num_noise_samples` of them."""
+        first = cond.first_latent
+        if first is not None and noise.shape[2] == 1:
+            return first
+        return with_first(self.denoise(cond, noise, sampler), first)
+
+    def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
+        """The passes of `next_chunk`."""
         return sampler.sample(partial(self.velocity, cond), noise)
 
     def velocity(self, cond: PreparedCondition, x: Latents, t: float) -> Latents:
         """v of the current chunk at x_t, under guidance."""
-        return guided_velocity(self.net, x, self.modulation(t), cond, Cached(self.arena, self.chunk), self.guidance)
+        x, modulation = with_first(x, cond.first_latent), self.modulation(*self.frame_times(cond, x.shape[1], t))
+        return guided_velocity(self.net, x, modulation, cond, Cached(self.arena, self.chunk), self.guidance)
 
     def few_step_with_grad(
         self, cond: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None
     ) -> tuple[Latents, Latents | None]:
         """The denoised chunk without gradient, and x_0 as predicted at `exit_step` with gradient (self-rollout)."""
+        first = cond.first_latent
+        if first is not None and noise.shape[2] == 1:
+            return first, None
 
         def velocity(x: Latents, t: float) -> Latents:
             if exit_step is None or t != times[exit_step]:
                 with torch.no_grad():
                     return self.velocity(cond, x, t)
-            v = self.net(x, x.new_full(x.shape[:2], t), cond, ReadOnlyCache(self.arena, self.chunk))
+            x, frame_times = keep_first_clean(x, x.new_full(x.shape[:2], t), cond, self.geometry.image_time)
+            v = self.net(x, frame_times, cond, ReadOnlyCache(self.arena, self.chunk))
             if self.geometry.merged_refresh and t == times[-1]:
                 with torch.no_grad():  # the pass with gradient wrote nothing into the cache
-                    self.cache_update_pass(cond, x, t)
+                    self.cache_update_pass(cond, x, self.frame_times(cond, x.shape[1], t))
             return v
 
-        predictions = [*few_step_predictions(velocity, noise, times)]
+        predictions = [with_first(x0, first) for x0 in few_step_predictions(velocity, noise, times)]
         return predictions[-1].detach(), None if exit_step is None else predictions[exit_step]
 
     @torch.no_grad()
@@ -170,18 +199,20 @@ class Stream:
         """Write the finished chunk's keys and values into the cache, and go on to the next chunk.
 
         They are those of the clean chunk at t = 0. With `noise`, for a generated chunk, they are those of the chunk at
-        `context_noise`; with `merged_refresh` those of the last denoising pass, which are there already.
+        `context_noise`; with `merged_refresh` those of the last denoising pass, which are there already. A given image
+        stays clean.
         """
-        if noise is None or not self.geometry.merged_refresh:
+        first = cond.first_latent
+        if noise is None or (first is not None and x.shape[1] == 1) or not self.geometry.merged_refresh:
             level = 0.0 if noise is None else self.geometry.context_noise
             x = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
-            self.cache_update_pass(cond, x, level)
+            self.cache_update_pass(cond, with_first(x, first), self.frame_times(cond, x.shape[1], level))
         self.chunk += 1
 
-    def cache_update_pass(self, cond: PreparedCondition, x: Latents, t: float = 0.0) -> None:
+    def cache_update_pass(self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,)) -> None:
         """The forward pass of `update_cache`, whose output nobody needs."""
         x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
-        self.net(x, self.modulation(t), cond, Cached(self.arena, self.chunk))
+        self.net(x, self.modulation(*times), cond, Cached(self.arena, self.chunk))
 
 
 def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:
@@ -193,16 +224,13 @@ def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: to
 def stream_latents(
     net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry
 ) -> Iterator[Latents]:
-    """Chunks of latents as they are finished. With an image start the first chunk is the image itself."""
+    """Chunks of latents as they are finished."""
     stream = Stream(net, cond, geometry, sampler.guidance)
-    for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
+    for a, b in geometry.chunks(noise.shape[2]):
         chunk = stream.prepare_chunk(cond.frames(a, b))
-        if index == 0 and cond.first_latent is not None:
-            x, context_noise = image_chunk(cond.first_latent, geometry), None
-        else:
-            x, context_noise = stream.next_chunk(chunk, noise[:, :, a:b], sampler), noise[-1, :, a:b]
+        x = stream.next_chunk(chunk, noise[:, :, a:b], sampler)
         yield x
-        stream.update_cache(chunk, x, context_noise)
+        stream.update_cache(chunk, x, noise[-1, :, a:b])
 
 
 @torch.no_grad()
@@ -236,23 +264,9 @@ def self_rollout(
     clip, at_exit = [], []
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         chunk = stream.prepare_chunk(cond.frames(a, b))
-        if index == 0 and cond.first_latent is not None:
-            x, x0, context_noise = image_chunk(cond.first_latent, geometry), None, None
-        else:
-            exits = exit_step if index >= chunks_without_grad else None
-            x, x0 = stream.few_step_with_grad(chunk, noise[:, :, a:b], times, exits)
-            context_noise = noise[-1, :, a:b]
+        exits = exit_step if index >= chunks_without_grad else None
+        x, x0 = stream.few_step_with_grad(chunk, noise[:, :, a:b], times, exits)
         clip.append(x)
         at_exit.append(x if x0 is None else x0)
-        stream.update_cache(chunk, x, context_noise)
+        stream.update_cache(chunk, x, noise[-1, :, a:b])
     return torch.cat(clip, 1), torch.cat(at_exit, 1)
-
-
-def image_chunk(first: Latents, geometry: Geometry) -> Latents:
-    """The image as the first chunk of a stream; ConfigError if that has another length."""
-    if geometry.first_chunk_frames != 1:
-        raise ConfigError(
-            f"an image start is one latent frame, but the first chunk has {geometry.first_chunk_frames}; "
-            "set stream.first_chunk=1"
-        )
-    return first

@@ -38,6 +38,8 @@ MODEL = ModelConfig(
     stream=StreamConfig(chunk=2, first_chunk=1, window=8, sink=1),
 )
 GEOMETRY = MODEL.geometry
+LONG_FIRST = replace(MODEL, stream=replace(MODEL.stream, first_chunk=3, image_start=True))
+"""The image is the first of three latents, of which the others are generated."""
 PLAIN = TimeLaw(weight="none")
 CASES: dict[str, RecipeConfig] = {
     "bidirectional": BidirectionalConfig(time=PLAIN),
@@ -62,10 +64,10 @@ def network(seed: int) -> Backbone:
     return net
 
 
-def make(name: str, **changes: Any) -> Recipe[Backbone]:
+def make(name: str, model: ModelConfig = MODEL, /, **changes: Any) -> Recipe[Backbone]:
     """A recipe with random networks in all roles."""
     cfg = replace(CASES[name], **changes)
-    return cfg.build(MODEL, {role: network(seed) for seed, role in enumerate((*cfg.trained, *cfg.frozen))})
+    return cfg.build(model, {role: network(seed) for seed, role in enumerate((*cfg.trained, *cfg.frozen))})
 
 
 def clip(image: bool = True, batch: int = 2) -> Clip:

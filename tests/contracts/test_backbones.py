@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from backbones import CAMERA, PROPE, SMALL, condition, latents, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from minwm.cameras.track import se3_exp
 from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
+from minwm.core.flow import with_first
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Geometry, Masked, ReadOnlyCache, chunk_causal
 from minwm.nets.backbone import Backbone, Context, PreparedCondition, teacher_forced
@@ -64,6 +67,46 @@ def test_teacher_forcing_equals_streaming_with_the_same_past(name: str, scope: t
         v = net(noisy[:, a:b], t[:, a:b], bound, scope(arena, i))
         torch.testing.assert_close(v, forced[:, a:b], atol=TOLERANCE, rtol=TOLERANCE)
         net(past[:, a:b], t_past[:, a:b], bound, Cached(arena, i))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    chunk=st.integers(1, 3),
+    first_chunk=st.integers(1, 4),
+    chunks=st.integers(1, 3),
+    times=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0.1, 1)),
+)
+@torch.no_grad()
+def test_streaming_holds_an_image_as_the_masked_pass_does(
+    chunk: int, first_chunk: int, chunks: int, times: tuple[float, float, float]
+) -> None:
+    """First chunks of any length with the image as their first latent, whatever stands in its place."""
+    image_time, level, t = times
+    geometry = Geometry(
+        tokens=6, chunk=chunk, first_chunk=first_chunk, window=2, image_start=True, image_time=image_time,
+        context_noise=level,
+    )  # fmt: skip
+    net, frames = small("wan-dual"), first_chunk + (chunks - 1) * chunk
+    cond, bare = condition(frames, image=True), condition(frames)
+    image = cond.first_latent
+    past, noisy, noise = latents(frames), latents(frames, seed=5), latents(frames, seed=6)
+
+    def held(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.full((2, frames), t, dtype=torch.float64)
+        rows[:, 0] = image_time
+        return with_first(x, image), rows
+
+    context = Context(*held((1 - level) * past + level * noise, level))
+    masked = teacher_forced(net, context, *held(noisy, t), bare, geometry)
+    v = teacher_forced(net, Context(past, context.t), noisy, torch.full_like(context.t, t), cond, geometry)
+    if not level:
+        torch.testing.assert_close(v, masked, atol=TOLERANCE, rtol=TOLERANCE)
+    stream = Stream(net, cond, geometry)
+    for a, b in geometry.chunks(frames):
+        bound = stream.prepare_chunk(cond.frames(a, b))
+        v = stream.velocity(bound, noisy[:, a:b], t)
+        torch.testing.assert_close(v, masked[:, a:b], atol=TOLERANCE, rtol=TOLERANCE)
+        stream.update_cache(bound, past[:, a:b], noise[:, a:b])
 
 
 @pytest.mark.parametrize("name", CAMERA)

@@ -6,40 +6,44 @@ from itertools import pairwise
 import pytest
 import torch
 from backbones import condition, latents
-from recipes import FRAMES, GEOMETRY, MODEL, Exact, clip, gradients, make, network, seeded, watched, weights
+from recipes import FRAMES, GEOMETRY, LONG_FIRST, MODEL, Exact, clip, gradients, make, network, seeded, watched, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import schedule
+from minwm.core.flow import schedule, with_first
 from minwm.core.types import Clip
 from minwm.recipes.consistency import teacher_velocity
 from minwm.recipes.dmd import Dmd, DmdConfig, back_and_forth, dmd_gradient, surrogate_loss
 from minwm.recipes.ode import OdeConfig
 from minwm.recipes.ops import noise_like, teacher_context
+from minwm.store.model import ModelConfig
 from minwm.stream.rollout import sample_noise, self_rollout
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("model", [MODEL, LONG_FIRST], ids=["alone", "in a chunk"])
 @pytest.mark.parametrize(("guidance", "level"), [(1.0, 0.0), (3.0, 0.0), (3.0, 0.2)])
-def test_collected_trajectories_are_those_of_teacher_forcing(guidance: float, level: float, image: bool) -> None:
+def test_collected_trajectories_are_those_of_teacher_forcing(
+    guidance: float, level: float, model: ModelConfig, image: bool
+) -> None:
     """Chunk by chunk from a cache of the real past, or all chunks at once, each behind its clean copy: the same.
 
     The ring is smaller than the clip, sinks would roll and the cache would keep what was denoised last: windows must
-    agree, and places and past must be those of the clip.
+    agree, and places and past must be those of the clip. An image that is given is in every state.
     """
     net, given, cfg = network(0), clip(image), OdeConfig(ode_steps=4, guidance=guidance)
-    stream = replace(MODEL.stream, context_noise=level, window=1, rolling_sink=True, merged_refresh=True)
-    model = replace(MODEL, stream=stream)
+    stream = replace(model.stream, context_noise=level, window=1, rolling_sink=True, merged_refresh=True)
+    model, first = replace(model, stream=stream), given.cond.first_latent
     states, geometry = cfg.collect_states(net, given, model, seeded()), model.geometry
     assert states.shape == (3, *given.latents.shape)
     generator = seeded()
     context, x = teacher_context(given, level, generator), noise_like(given.latents, generator)
-    torch.testing.assert_close(states[0], x)
+    torch.testing.assert_close(states[0], with_first(x, first))
     for step, (t, t_next) in enumerate(pairwise(schedule(4, model.sampler.shift))):
         x = x + (t_next - t) * teacher_velocity(net, context, given.cond, x, t, guidance, geometry)
         if step % 2:
-            torch.testing.assert_close(states[(step + 1) // 2], x, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(states[(step + 1) // 2], with_first(x, first), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

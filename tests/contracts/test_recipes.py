@@ -9,6 +9,7 @@ from recipes import (
     CASES,
     FRAMES,
     GEOMETRY,
+    LONG_FIRST,
     MODEL,
     TURNS,
     Exact,
@@ -34,6 +35,7 @@ from minwm.nets.backbone import Checkpointing, Context, keep_attention
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import TimeLaw
 from minwm.recipes.ops import self_conditioned_context
+from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 from minwm.train.loop import autocast
 
@@ -153,8 +155,9 @@ def test_cameras_prompt_and_image_reach_the_loss(name: str, step: int) -> None:
 
 @every_turn
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-def test_a_given_first_frame_is_not_scored(name: str, step: int, image: bool) -> None:
-    recipe = make(name)
+@pytest.mark.parametrize("model", [MODEL, LONG_FIRST], ids=["alone", "in a chunk"])
+def test_a_given_first_frame_is_not_scored(model: ModelConfig, name: str, step: int, image: bool) -> None:
+    recipe = make(name, model)
     trains = recipe.loss(clip(image), step, seeded()).trains
     with watched(recipe.networks[trains]) as passes:
         recipe.loss(clip(image), step, seeded()).total.backward()
@@ -165,8 +168,8 @@ def test_a_given_first_frame_is_not_scored(name: str, step: int, image: bool) ->
         if start in (0, FRAMES):  # all frames at once, or behind their clean copy
             assert size[:start].sum() == 0, "the clean half is context"
             first, other = first + float(size[start]), other + float(size[start + 1 :].min())
-        elif v.shape[1] == 1:
-            first += float(size)
+        elif v.shape[1] == model.stream.first_chunk_frames:
+            first, other = first + float(size[0]), other + float(size[1:].sum())
         else:
             other += float(size.min())
     assert other > 0
@@ -235,9 +238,9 @@ def test_bidirectional_has_one_time_per_clip_and_a_clean_image() -> None:
 
 def test_autoregressive_has_one_time_per_chunk_and_a_clean_past() -> None:
     clean, noisy = times_of(make("autoregressive")).split(FRAMES, 1)
-    assert (clean == 0).all()
+    assert (clean == 0).all() and (noisy[:, 0] == 0).all()
     assert torch.equal(noisy[:, 1], noisy[:, 2]) and torch.equal(noisy[:, 3], noisy[:, 4])
-    assert len(noisy.unique()) == 2 * 3, "two clips of three chunks"
+    assert len(noisy[:, 1:].unique()) == 2 * 2, "two clips of two chunks after the image"
 
 
 WAN = TimeLaw(law="uniform", shift=5.0), [0.053, 0.626, 0.834, 0.938, 0.998]

@@ -63,16 +63,18 @@ def self_forcing() -> ModelConfig:
 
 
 def worldplay_5b() -> ModelConfig:
-    """HY-WorldPlay's few-step student on Wan2.2-TI2V-5B: Euler at t = 1, .96, .889, .727, context at 14/1000.
+    """HY-WorldPlay's few-step student on Wan2.2-TI2V-5B: Euler at t = 1, .96, .889, .727.
 
-    The release starts with a chunk of 4 latents of which the image is the first; here the image is a chunk of its own.
+    The image is the first latent of the first chunk of 4. It is shown to the network at 14/1000, as all that is past.
     """
     base = wan_model("wan2.2-ti2v-5b")
+    start = replace(base.stream, first_chunk=None, image_start=True, image_time=0.014)
     return replace(
         base,
         network=replace(base.network, camera="dual"),
         sampler=AutoregressiveSampler(steps=4, guidance=1.0, shift=8.0, solver="euler"),
-        stream=replace(base.stream, context_noise=0.014),
+        latents=20,
+        stream=replace(start, context_noise=0.014),
     )
 
 
