@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minwm.cameras.track import se3_exp
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, interpolate, schedule, with_first
+from minwm.core.flow import Latents, interpolate, with_first
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import Geometry
@@ -33,7 +33,7 @@ LONG_FIRST = replace(GEOMETRY, first_chunk=3, image_start=True, image_time=0.1)
 """The image is the first of three latents, of which the others are generated."""
 FRAMES = 5
 SIZE = (1, FRAMES, 4, 4, 4)
-TIMES = schedule(3, 5.0)[:-1]
+SAMPLER = FewStepSampler(steps=3)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -204,7 +204,7 @@ def test_few_step_rollout_is_the_loop_by_hand(net: Backbone, geometry: Geometry,
     draws = noise(sampler.num_noise_samples(geometry))
     want = by_hand(net, draws, cond, sampler.times, level, geometry=geometry)
     torch.testing.assert_close(generate_latents(net, sampler, draws, cond, geometry), want, atol=1e-5, rtol=1e-5)
-    rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, None)
+    rolled, _ = self_rollout(net, draws, cond, geometry, sampler, None)
     torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
 
 
@@ -231,7 +231,7 @@ def test_a_merged_refresh_keeps_the_last_pass_and_saves_one_per_chunk(
     first = 3 if alone else plain.first_chunk_frames  # up to the first generated chunk nothing is another
     assert torch.equal(made[:, :first], usual[:, :first]) and not torch.allclose(made, usual, atol=1e-3)
     for exit_step in (None, *range(steps)):
-        rolled, _ = self_rollout(net, draws, cond, geometry, sampler.times, exit_step)
+        rolled, _ = self_rollout(net, draws, cond, geometry, sampler, exit_step)
         torch.testing.assert_close(rolled, want, atol=1e-5, rtol=1e-5)
 
 
@@ -292,7 +292,7 @@ def test_self_rollout_is_the_stream_whatever_is_scored(net: Backbone, geometry: 
     cond = condition()
     assert cond.first_latent is not None
     want = generate_latents(net, FewStepSampler(steps=3), noise(3), cond, geometry)
-    clip, scored = self_rollout(net, noise(3), cond, geometry, TIMES, exit_step)
+    clip, scored = self_rollout(net, noise(3), cond, geometry, SAMPLER, exit_step)
     torch.testing.assert_close(clip, want, atol=1e-5, rtol=1e-5)
     assert not clip.requires_grad and scored.requires_grad
     assert torch.equal(scored[:, :1], cond.first_latent)
@@ -305,7 +305,7 @@ def test_gradient_flows_through_the_scored_pass_alone(net: Backbone, exit_step: 
     cond, draws = condition(), noise(3).requires_grad_()
     assert cond.w2c is not None
     cond = replace(cond, w2c=cond.w2c.requires_grad_())
-    _, scored = self_rollout(net, draws, cond, GEOMETRY, TIMES, exit_step)
+    _, scored = self_rollout(net, draws, cond, GEOMETRY, SAMPLER, exit_step)
     for a, b in GEOMETRY.chunks(FRAMES)[1:]:
         wanted = [cond.w2c, draws]
         cameras, start = torch.autograd.grad(scored[:, a:b].square().sum(), wanted, retain_graph=True)

@@ -333,14 +333,18 @@ def _work(model: Model) -> dict[str, list[Work]]:
         cache = 2 * net.layers * net.cache_heads * rows * net.head_width * itemsize
         return Work(flops, passes * (weights + branches * cache))
 
-    decode, steps = _decoder_flops(model), cfg.sampler.steps
+    decode, sampler = _decoder_flops(model), cfg.sampler
+    image_alone = cfg.image_start and geometry.first_chunk_frames == 1
     first = geometry.first_chunk_frames + (geometry.chunk if geometry.first_chunk_frames != geometry.chunk else 0)
-    diffuse, cache_update = network(geometry.rows, steps), network(geometry.rows, 0 if geometry.merged_refresh else 1)
+    diffuse, cache_update = (
+        network(geometry.rows, sampler.steps),
+        network(geometry.rows, 0 if geometry.merged_refresh else 1),
+    )
     return {
         "diffuse": [diffuse],
         "decode": [Work(decode)],
         "cache_update": [cache_update],
-        "first_chunk": [network(first * geometry.tokens, steps)],
+        "first_chunk": [network(first * geometry.tokens, sampler.at_chunk(int(image_alone)).steps)],
         "chunk": [diffuse, cache_update],
         "action_to_pixel": [diffuse, Work(decode / geometry.chunk)],
     }

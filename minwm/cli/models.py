@@ -322,7 +322,7 @@ def with_steps(model: "Model", steps: int | None) -> "Model":
     """The model with another number of denoising passes, at the times that its sampler has for so many."""
     if steps is None:
         return model
-    return replace(model, config=replace(model.config, sampler=replace(model.config.sampler, steps=steps)))
+    return replace(model, config=replace(model.config, sampler=model.config.sampler.with_steps(steps)))
 
 
 @command("bench-train", details=list_fields)

@@ -39,9 +39,10 @@ def x0_from_velocity(x_t: Latents, v: Latents, t: Times) -> Latents:
     return x_t - per_frame(t) * v
 
 
-def euler(x_t: Latents, v: Latents, t: float, t_next: float) -> Latents:
-    """One Euler step of the ODE from t to t_next."""
-    return x_t + (t_next - t) * v
+def euler(x_t: Latents, v: Latents, t: float | Times, t_next: float | Times) -> Latents:
+    """One Euler step of the ODE from t to t_next; given per frame, these are float64 until they are subtracted."""
+    dt = t_next - t
+    return x_t + (per_frame(dt).to(x_t) if isinstance(dt, Tensor) else dt) * v
 
 
 def shift(t: Tensor, s: float) -> Tensor:

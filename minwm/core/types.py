@@ -36,6 +36,10 @@ class Condition:
         """The parts that this condition has."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
+    def clips(self, index: list[int]) -> "Condition":
+        """The condition of some clips of the batch."""
+        return Condition(**{name: x[index] for name, x in self.parts().items()})
+
     def frames(self, start: int, stop: int) -> "Condition":
         """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
         return (

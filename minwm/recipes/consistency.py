@@ -7,17 +7,19 @@ from typing import ClassVar
 
 import torch
 
-from minwm.core.flow import Latents, euler, guide, interpolate, schedule, x0_from_velocity
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents, Times, euler, guide, interpolate, schedule, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
 from minwm.recipes.ops import (
+    Per,
     bernoulli,
     frame_mse,
     loss_mask,
     noise_like,
-    random_index,
+    random_indices,
     sample_image_start,
     self_conditioned_context,
     teacher_context,
@@ -42,24 +44,31 @@ class ConsistencyConfig(RecipeConfig):
     """Probability, per batch, that the context of chunks is the student's own predictions instead of the real clip."""
     target_decay: float = 0.99
     """EMA decay of the target network, from the first step on."""
+    index: Per = "batch"
+    """One pair of times for all clips of a micro-batch, as the release has it, or one for each: they differ only where
+    these hold more than one clip."""
+    reaches_zero: bool = True
+    """The last pair of times ends at t = 0, the only one that says what a trajectory's end is; v0.1 left it out for
+    Wan."""
 
     def __post_init__(self) -> None:
         check_probabilities(self, "image_start", "self_conditioning")
+        if self.grid < (least := 1 if self.reaches_zero else 2):
+            raise ConfigError(f"consistency.grid={self.grid}: at least {least} is needed")
 
     def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "Consistency":
         return Consistency(self, model, networks)
 
 
 def teacher_velocity(
-    teacher: Backbone, context: Context, cond: Condition, x_t: Latents, t: float, guidance: float, geometry: Geometry
+    teacher: Backbone, context: Context, cond: Condition, x_t: Latents, t: Times, guidance: float, geometry: Geometry
 ) -> Latents:
-    """Guided velocity of the autoregressive teacher at time t: all chunks in one pass, given the real earlier ones."""
-    times = x_t.new_full(x_t.shape[:2], t)
+    """Guided velocity of the autoregressive teacher: all chunks in one pass, given the real earlier ones."""
     if guidance == 1:
-        return teacher_forced(teacher, context, x_t, times, cond, geometry)
+        return teacher_forced(teacher, context, x_t, t, cond, geometry)
     branches = Condition.stack(cond, cond.unconditional())
-    latents, context_t, x_t, times = (torch.cat([y, y]) for y in (context.latents, context.t, x_t, times))
-    v = teacher_forced(teacher, Context(latents, context_t), x_t, times, branches, geometry)
+    latents, context_t, x_t, t = (torch.cat([y, y]) for y in (context.latents, context.t, x_t, t))
+    v = teacher_forced(teacher, Context(latents, context_t), x_t, t, branches, geometry)
     v_cond, v_uncond = v.chunk(2)
     return guide(v_cond, v_uncond, guidance)
 
@@ -74,7 +83,7 @@ class Consistency(Recipe[Backbone]):
 
     def __init__(self, cfg: ConsistencyConfig, model: ModelConfig, networks: Mapping[str, Backbone]) -> None:
         super().__init__(cfg, model, networks)
-        self.times = schedule(cfg.grid, cfg.shift)
+        self.times = torch.tensor(schedule(cfg.grid, cfg.shift), dtype=torch.float64)
         self.target_step: int | None = None
         self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False).eval()
 
@@ -84,24 +93,30 @@ class Consistency(Recipe[Backbone]):
             self._update_target()
             self.target_step = step
         clip = sample_image_start(clip, self.cfg.image_start, generator)
-        i = random_index(self.cfg.grid, generator)
-        t, t_next = self.times[i], self.times[i + 1]
+        t, t_next = self._sample_times(clip.latents, generator)
         eps = noise_like(clip.latents, generator)
-        x_t = interpolate(clip.latents, eps, eps.new_full(eps.shape[:2], t))
+        x_t = interpolate(clip.latents, eps, t.to(eps))
         context = teacher_context(clip, self.geometry.context_noise, generator)
         if bernoulli(self.cfg.self_conditioning, generator):
             context = self_conditioned_context(student, clip, context, self.cfg.shift, self.geometry, generator)
         with torch.no_grad():
-            v = teacher_velocity(teacher, context, clip.cond, x_t, t, self.cfg.guidance, self.geometry)
+            v = teacher_velocity(teacher, context, clip.cond, x_t, t.to(x_t), self.cfg.guidance, self.geometry)
             x_next = euler(x_t, v, t, t_next)
             x0_target = self._consistency_function(target, context, clip.cond, x_next, t_next)
         x0 = self._consistency_function(student, context, clip.cond, x_t, t)
         total = frame_mse(x0, x0_target, loss_mask(clip))
         return Loss(total, "student", {"loss": total.detach()})
 
-    def _consistency_function(self, net: Backbone, context: Context, cond: Condition, x: Latents, t: float) -> Latents:
+    def _sample_times(self, x: Latents, generator: torch.Generator) -> tuple[Times, Times]:
+        """A random pair of neighbours on the grid, in float64: their difference is small."""
+        pairs = self.cfg.grid if self.cfg.reaches_zero else self.cfg.grid - 1
+        i = torch.tensor(random_indices(pairs, len(x), self.cfg.index, generator))
+        t, t_next = (self.times[k][:, None].expand(x.shape[:2]) for k in (i, i + 1))
+        return t, t_next
+
+    def _consistency_function(self, net: Backbone, context: Context, cond: Condition, x: Latents, t: Times) -> Latents:
         """f(x, t): the end of the trajectory through x."""
-        times = x.new_full(x.shape[:2], t)
+        times = t.to(x)
         return x0_from_velocity(x, teacher_forced(net, context, x, times, cond, self.geometry), times)
 
     @torch.no_grad()

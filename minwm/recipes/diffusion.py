@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.core.config import ConfigError
 from minwm.core.flow import Times, bell_weight, interpolate, shift, velocity
 from minwm.core.types import Clip
 from minwm.nets.backbone import Backbone, keep_first_clean, teacher_forced
@@ -36,9 +37,20 @@ class TimeLaw:
     """Wan weights times by a bell around t = 1/2; HunyuanVideo does not. Clean: by t^2, which makes the error of the
     velocity that of the clean latents."""
 
+    u_min: float = 0.0
+    u_max: float = 1.0
+    """Bounds of a uniform u; minWM v0.2 leaves out both ends for Wan, 0.02 to 0.98. Streams start at one end."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.u_min < self.u_max <= 1:
+            raise ConfigError(f"time: u from {self.u_min} to {self.u_max} is no interval inside [0, 1]")
+        if self.law != "uniform" and (self.u_min, self.u_max) != (0, 1):
+            raise ConfigError(f"time.law={self.law} has no bounds; leave u_min and u_max at 0 and 1")
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.law == "uniform":
             u = torch.rand(shape, generator=generator, device=generator.device)
+            u = self.u_min + (self.u_max - self.u_min) * u
         else:
             u = torch.randn(shape, generator=generator, device=generator.device).sigmoid()
         return shift(u, self.shift)
@@ -91,6 +103,8 @@ class AutoregressiveConfig(DiffusionConfig):
     teacher_forced: ClassVar[bool] = True
     self_conditioning: float = 0.0
     """Probability, per batch, that the context of chunks is the network's own predictions instead of the clean clip."""
+    time_per: Literal["chunk", "clip"] = "chunk"
+    """Chunks of a clip have times of their own (Wan), so that a pass trains at many; or one for all (HY)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,7 +147,8 @@ class AutoregressiveDiffusion(Recipe[Backbone]):
         def per_frame(per_chunk: Tensor) -> Tensor:  # with output_size no GPU has to be waited for
             return per_chunk.to(eps).repeat_interleave(sizes, dim=1, output_size=eps.shape[1])
 
-        t = per_frame(self.cfg.time.draw((len(eps), len(chunks)), generator))
+        times = len(chunks) if self.cfg.time_per == "chunk" else 1
+        t = per_frame(self.cfg.time.draw((len(eps), times), generator).expand(-1, len(chunks)))
         u = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
         context = teacher_context(clip, self.geometry.context_noise * u, generator)
         student = self.networks["student"]

@@ -1,15 +1,15 @@
 """Stage 3, asymmetric distribution matching: causal student, bidirectional scores, the student's own rollouts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import Latents, Times, guide, interpolate, velocity, x0_from_velocity
+from minwm.core.flow import Latents, Times, guide, interpolate, shift, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, keep_first_clean
 from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
@@ -19,11 +19,13 @@ from minwm.recipes.ops import (
     loss_mask,
     noise_like,
     random_index,
+    random_indices,
     sample_image_start,
     uniform_times,
 )
 from minwm.store.model import ModelConfig
-from minwm.stream.rollout import sample_noise, self_rollout
+from minwm.stream.rollout import RolloutOutput, sample_noise, self_rollout
+from minwm.stream.solvers import Noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,25 @@ class DmdConfig(RecipeConfig):
     """Chunks, at most, before the part of a long rollout that is scored."""
     critic_updates: int = 4
     """Critic updates after every student update."""
+    exit_step: Literal["batch", "clip", "step", "last"] = "batch"
+    """The denoising step of a rollout that has the gradient: a random one for all clips of a micro-batch, for each
+    clip, or for all micro-batches of a training step, as in the release; or always the last one. The more of them an
+    update has, the less it varies; a batch in one piece needs the fewest passes."""
+    context: RolloutOutput = "final"
+    """What chunks of a rollout are given of earlier ones: they are fully denoised, which is what a stream has (HY), or
+    predicted at the exit step, where denoising then ends (Wan): a third fewer passes."""
+    critic_data: RolloutOutput = "final"
+    """What the critic learns from: the student's videos as they are seen, or predicted at a random exit step, as the
+    release has it, which is also where scores are compared."""
     t_min: float = 0.02
+    """Least time at which scores are compared."""
     t_max: float = 0.98
+    score_times: Literal["all", "exit"] = "all"
+    """Scores are compared at times of the whole range (Wan), or between the time of the exit step and that of the next
+    (HY): the noise that the student has removed there. All: coarse errors are seen at every step."""
+    normaliser: Literal["clip", "batch"] = "clip"
+    """The DMD gradient is divided by the distance to the real score's prediction, of each clip (Wan) or averaged over
+    the batch (HY). Clip: no clip outweighs another."""
 
     def __post_init__(self) -> None:
         check_probabilities(self, "image_start", "static_cameras", "long_rollouts")
@@ -58,6 +77,8 @@ class DmdConfig(RecipeConfig):
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
+        if self.score_times == "exit" and self.critic_data == "final":
+            raise ConfigError("dmd.score_times=exit: final videos have no exit step; set dmd.critic_data=exit")
 
     @property
     def turn(self) -> tuple[str, ...]:
@@ -70,13 +91,17 @@ class DmdConfig(RecipeConfig):
         _ = model.sampler.times  # an error if it is no few-step sampler
 
 
-def dmd_gradient(x0: Latents, x0_real: Latents, x0_fake: Latents, mask: Float[Tensor, "b f"]) -> Latents:
+def dmd_gradient(
+    x0: Latents, x0_real: Latents, x0_fake: Latents, mask: Float[Tensor, "b f"], per_batch: bool = False
+) -> Latents:
     """Gradient of KL(student || data) with respect to the student's x0, normalised per clip (DMD; paper eq. 3).
 
-    `mask` is 1 for frames that the student generated: a given frame has no gradient and no part in the norm.
+    `mask` is 1 for frames that the student generated: a given frame has no gradient and no part in the norm. With
+    `per_batch` the norms of all clips are averaged.
     """
     generated = mask[:, :, None, None, None].expand_as(x0)
     distance = ((x0 - x0_real).abs() * generated).sum(dim=(1, 2, 3, 4)) / generated.sum(dim=(1, 2, 3, 4))
+    distance = distance.mean().expand_as(distance) if per_batch else distance
     return (x0_fake - x0_real) * generated / distance.clamp_min(1e-6)[:, None, None, None, None]
 
 
@@ -110,36 +135,56 @@ class Dmd(Recipe[Backbone]):
 
     cfg: DmdConfig
 
+    def __init__(self, cfg: DmdConfig, model: ModelConfig, networks: Mapping[str, Backbone]) -> None:
+        super().__init__(cfg, model, networks)
+        self.step_exit = (-1, 0)
+        """A training step, and the exit step of all of its micro-batches."""
+
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
         clip = sample_image_start(clip, self.cfg.image_start, generator)
         role = self.cfg.turn[step % len(self.cfg.turn)]
-        return {"student": self.student_loss, "critic": self.critic_loss}[role](clip, generator)
+        return {"student": self.student_loss, "critic": self.critic_loss}[role](clip, step, generator)
 
-    def student_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
+    def student_loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         """Equation 3 on the x_0 that the student predicts at a random step of its rollout."""
-        exit_step = random_index(len(self.sampler.times), generator)
-        rollout, x0 = self._rollout(clip, exit_step, generator)
+        exits = self._exit_steps(len(clip.latents), step, generator)
+        rollout, x0 = self._rollout(clip, exits, generator)
         with torch.no_grad():
-            x_t, t = self._noised(x0, rollout.cond, generator)
+            x_t, t = self._noised(x0, rollout.cond, exits, generator)
             x0_real = self._predict_x0(self.networks["real"], x_t, t, rollout.cond, self.cfg.guidance)
             x0_fake = self._predict_x0(self.networks["critic"], x_t, t, rollout.cond, 1.0)
-            gradient = dmd_gradient(x0, x0_real, x0_fake, loss_mask(rollout))
+            gradient = dmd_gradient(x0, x0_real, x0_fake, loss_mask(rollout), self.cfg.normaliser == "batch")
         total = surrogate_loss(x0, gradient)
         return Loss(total, "student", {"dmd": total.detach(), "gap": (x0_fake - x0_real).abs().mean()})
 
-    def critic_loss(self, clip: Clip, generator: torch.Generator) -> Loss:
+    def critic_loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         """Flow matching on the student's current videos."""
+        final, clips = self.cfg.critic_data == "final", len(clip.latents)
+        exits = [None] * clips if final else self._exit_steps(clips, step, generator)
         with torch.no_grad():
-            rollout, _ = self._rollout(clip, None, generator)
-        x0, eps = rollout.latents, noise_like(rollout.latents, generator)
-        t = self._times(x0, generator)
+            rollout, x0 = self._rollout(clip, exits, generator)
+        eps = noise_like(x0, generator)
+        t = self._times(x0, exits, generator)
         x_t, t = keep_first_clean(interpolate(x0, eps, t), t, rollout.cond)
         total = frame_mse(self.networks["critic"](x_t, t, rollout.cond), velocity(x0, eps), loss_mask(rollout))
         return Loss(total, "critic", {"critic": total.detach()})
 
-    def _rollout(self, clip: Clip, exit_step: int | None, generator: torch.Generator) -> tuple[Clip, Latents]:
-        """The student's own clip, and its x_0 predicted at `exit_step` with gradient (self-rollout, Self-Forcing).
+    def _exit_steps(self, clips: int, step: int, generator: torch.Generator) -> list[int]:
+        """The exit step of every clip of a micro-batch."""
+        count = self.sampler.most_steps
+        match self.cfg.exit_step:
+            case "last":
+                return [count - 1] * clips
+            case "step":
+                if step != self.step_exit[0]:  # once per step, however many micro-batches it has
+                    self.step_exit = step, random_index(count, generator)
+                return [self.step_exit[1]] * clips
+            case per:
+                return random_indices(count, clips, per, generator)
+
+    def _rollout(self, clip: Clip, exits: Sequence[int | None], generator: torch.Generator) -> tuple[Clip, Latents]:
+        """The student's own clip, and its x_0 predicted at each clip's exit step, with gradient (self-rollout).
 
         In a long rollout only the end is scored. The first of its chunks has no gradient: the codec's first latent is
         a single frame, which is how the scores see the first latent of any clip, and this one is not.
@@ -151,19 +196,44 @@ class Dmd(Recipe[Backbone]):
         cond = back_and_forth(clip.cond, prefix + frames)
         samples = self.sampler.num_noise_samples(self.geometry)
         noise = sample_noise((b, prefix + frames, *shape), samples, clip.latents, generator)
-        without_grad = prefix_chunks + 1 if long else 0
-        student, times = self.networks["student"], self.sampler.times
-        x, x0 = self_rollout(student, noise, cond, self.geometry, times, exit_step, without_grad)
+        x, x0 = self._rollout_by_exit(noise, cond, exits, prefix_chunks + 1 if long else 0)
         scored = cond.frames(prefix, prefix + frames)
         return Clip(x[:, prefix:], replace(scored, first_latent=None) if long else scored), x0[:, prefix:]
 
-    def _times(self, x: Latents, generator: torch.Generator) -> Times:
+    def _rollout_by_exit(
+        self, noise: Noise, cond: Condition, exits: Sequence[int | None], without_grad: int
+    ) -> tuple[Latents, Latents]:
+        """`self_rollout` of a batch; clips with the same exit step go together."""
+
+        def unroll(noise: Noise, cond: Condition, exit_step: int | None) -> tuple[Latents, Latents]:
+            student, context = self.networks["student"], self.cfg.context
+            return self_rollout(student, noise, cond, self.geometry, self.sampler, exit_step, without_grad, context)
+
+        groups = {exit_step: [i for i, other in enumerate(exits) if other == exit_step] for exit_step in exits}
+        if len(groups) == 1:
+            return unroll(noise, cond, exits[0])
+        parts = [unroll(noise[:, clips], cond.clips(clips), exit_step) for exit_step, clips in groups.items()]
+        order = torch.tensor([i for clips in groups.values() for i in clips]).argsort().tolist()
+        x, x0 = (torch.cat(clips)[order] for clips in zip(*parts, strict=True))
+        return x, x0
+
+    def _times(self, x: Latents, exits: Sequence[int | None], generator: torch.Generator) -> Times:
         """One time per clip, for all frames."""
-        t = uniform_times(len(x), self.sampler.shift, x, generator).clamp(self.cfg.t_min, self.cfg.t_max)
+        between = self._exit_interval(exits) if self.cfg.score_times == "exit" else (0.0, 1.0)
+        t = uniform_times(len(x), self.sampler.shift, x, generator, between).clamp(self.cfg.t_min, self.cfg.t_max)
         return t[:, None].expand(x.shape[:2])
 
-    def _noised(self, x0: Latents, cond: Condition, generator: torch.Generator) -> tuple[Latents, Times]:
-        t = self._times(x0, generator)
+    def _exit_interval(self, exits: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """Times from that of the step after the exit step to its own, before they are shifted."""
+        sampler = self.sampler.at_chunk(1)
+        unshifted = shift(torch.tensor([*sampler.times, 0.0]), 1 / sampler.shift)
+        steps = torch.tensor([self.sampler.step_at_chunk(step, 1) for step in exits if step is not None])
+        return unshifted[steps + 1], unshifted[steps]
+
+    def _noised(
+        self, x0: Latents, cond: Condition, exits: Sequence[int | None], generator: torch.Generator
+    ) -> tuple[Latents, Times]:
+        t = self._times(x0, exits, generator)
         return keep_first_clean(interpolate(x0, noise_like(x0, generator), t), t, cond)
 
     @staticmethod

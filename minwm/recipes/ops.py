@@ -1,6 +1,7 @@
 """Operations that several training stages share: random draws, conditions, contexts, masks and the squared error."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -63,9 +64,16 @@ def noise_like(x: Latents, generator: torch.Generator) -> Latents:
     return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
 
 
-def uniform_times(count: int, timestep_shift: float, like: Tensor, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """Shifted uniform times, one per clip."""
-    return shift(_uniform(count, generator), timestep_shift).to(like)
+def uniform_times(
+    count: int,
+    timestep_shift: float,
+    like: Tensor,
+    generator: torch.Generator,
+    between: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
+) -> Float[Tensor, " n"]:
+    """Uniform times between two, or in an interval for each clip, then shifted; one per clip."""
+    low, high = between
+    return shift(low + (high - low) * _uniform(count, generator), timestep_shift).to(like)
 
 
 def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " n"]:
@@ -75,6 +83,17 @@ def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " n"]:
 def bernoulli(probability: float, generator: torch.Generator) -> bool:
     """True with that probability."""
     return bool(torch.rand((), generator=generator, device=generator.device) < probability)
+
+
+Per = Literal["batch", "clip"]
+"""What a random index is drawn for: all clips of a micro-batch together, or each."""
+
+
+def random_indices(count: int, clips: int, per: Per, generator: torch.Generator) -> list[int]:
+    """A uniform integer below count for every clip; `per` batch: the same one."""
+    if per == "batch":
+        return [random_index(count, generator)] * clips
+    return [int(i) for i in torch.randint(count, (clips,), generator=generator, device=generator.device).tolist()]
 
 
 def random_index(count: int, generator: torch.Generator) -> int:

@@ -125,7 +125,7 @@ class GraphedStream(Stream):
         self.text = static
 
     def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
-        run = super().denoise
+        run, sampler = super().denoise, sampler.at_chunk(self.chunk)
         result = self._replay(sampler, lambda cond, noise: run(cond, noise, sampler), cond, noise)
         assert result is not None
         return result

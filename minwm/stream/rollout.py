@@ -6,7 +6,7 @@ One rollout serves generation, live play, the collection of ODE trajectories and
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -165,7 +165,7 @@ class Stream:
 
     def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
         """The passes of `next_chunk`."""
-        return sampler.sample(partial(self.velocity, cond), noise)
+        return sampler.at_chunk(self.chunk).sample(partial(self.velocity, cond), noise)
 
     def velocity(self, cond: PreparedCondition, x: Latents, t: float) -> Latents:
         """v of the current chunk at x_t, under guidance."""
@@ -241,19 +241,25 @@ def generate_latents(net: Backbone, sampler: Sampler, noise: Noise, cond: Condit
     return sample_bidirectional(net, sampler, noise[0], cond)
 
 
+RolloutOutput = Literal["final", "exit"]
+"""What a rollout makes of a chunk: it is fully denoised, or predicted at the exit step."""
+
+
 def self_rollout(
     net: Backbone,
     noise: Noise,
     cond: Condition,
     geometry: Geometry,
-    times: list[float],
+    sampler: Sampler,
     exit_step: int | None,
     chunks_without_grad: int = 0,
+    context: RolloutOutput = "final",
 ) -> tuple[Latents, Latents]:
     """(clip, clip at exit): the network's own video, and its x_0 at `exit_step`, with gradient (Self-Forcing).
 
-    Every chunk is denoised in full and that result, not the one at the exit step, becomes the context of later chunks;
-    context carries no gradient, nor do the first `chunks_without_grad` chunks.
+    `exit_step` counts in `sampler.most_steps`; with None no pass has a gradient. Each chunk becomes the context of
+    later ones, without gradient: fully denoised, or with `context="exit"` as it is at the exit step, where denoising
+    then ends, so that this is the clip. The first `chunks_without_grad` chunks have no gradient.
     """
     if net.checkpointing and exit_step is not None and len(geometry.chunks(noise.shape[2])) > geometry.slots:
         raise ConfigError(
@@ -264,8 +270,12 @@ def self_rollout(
     clip, at_exit = [], []
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         chunk = stream.prepare_chunk(cond.frames(a, b))
-        exits = exit_step if index >= chunks_without_grad else None
-        x, x0 = stream.few_step_with_grad(chunk, noise[:, :, a:b], times, exits)
+        times, step = sampler.at_chunk(index).times, None
+        if exit_step is not None:
+            step = sampler.step_at_chunk(exit_step, index)
+            times = times[: step + 1] if context == "exit" else times
+        graded = step if index >= chunks_without_grad else None
+        x, x0 = stream.few_step_with_grad(chunk, noise[:, :, a:b], times, graded)
         clip.append(x)
         at_exit.append(x if x0 is None else x0)
         stream.update_cache(chunk, x, noise[-1, :, a:b])

@@ -1,9 +1,9 @@
 """Samplers: solvers of the probability-flow ODE, and the times of a few-step student."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ Velocity = Callable[[Latents, float], Latents]
 Noise = Float[Tensor, "k b f c h w"]
 """Standard normal samples: the start, one for each re-noising, and one for the cache update's context noise."""
 
+SomeSampler = TypeVar("SomeSampler", bound="_SamplerBase")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _SamplerBase:
@@ -31,6 +33,29 @@ class _SamplerBase:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"sampler.steps={self.steps}: at least 1 is needed")
+
+    def with_steps(self: SomeSampler, steps: int) -> SomeSampler:
+        """The same with another number of steps."""
+        return replace(self, steps=steps)
+
+    def at_chunk(self: SomeSampler, chunk: int) -> SomeSampler:
+        """The sampler of a chunk, counted from the start of the stream."""
+        return self
+
+    @property
+    def most_steps(self) -> int:
+        """Of any chunk."""
+        return self.steps
+
+    @property
+    def distinct_times(self) -> int:
+        """Times at which the network is asked, over all chunks."""
+        return self.steps
+
+    def step_at_chunk(self, step: int, chunk: int) -> int:
+        """The step of a chunk that stands for `step` of `most_steps`, in proportion: a student is trained at the same
+        step of all chunks, and at all steps of each."""
+        return step * self.at_chunk(chunk).steps // self.most_steps
 
     def num_noise_samples(self, geometry: Geometry) -> int:
         """Samples of noise that a clip, or a chunk with its cache update, takes."""
@@ -83,6 +108,43 @@ class FewStepSampler(_SamplerBase):
 
     kind: ClassVar[str] = "few_step"
     guidance: ClassVar[float] = 1.0
+    timesteps: tuple[float, ...] | None = None
+    """Time of each of the `steps` passes over a chunk, falling; None: a uniform grid, shifted, which the teacher's ODE
+    has too (4 steps, shift 5: 1, .9375, .8333, .625)."""
+    first_timesteps: tuple[float, ...] | None = None
+    """The same for the first chunk, which has no past to go by: 4 where others take 1 or 2 (Causal-Forcing++). None:
+    those of the others, which 4 steps are enough for. A first chunk that is the image alone has no use for it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("timesteps", "first_timesteps"):
+            times = getattr(self, name)
+            if times is not None and not (times and times[0] <= 1 and all(a > b for a, b in pairwise((*times, 0.0)))):
+                raise ConfigError(
+                    f"sampler.{name}={','.join(map(str, times))}: give times that fall, from 1 at most to above 0, "
+                    "such as 1,0.9375,0.8333,0.625 (those of other projects, over 1000)"
+                )
+        if self.timesteps is not None and len(self.timesteps) != self.steps:
+            n = len(self.timesteps)
+            raise ConfigError(f"sampler.timesteps has {n}, but sampler.steps={self.steps}; set sampler.steps={n}")
+
+    def with_steps(self, steps: int) -> "FewStepSampler":
+        """On the shifted grid, the first chunk as the others."""
+        return replace(self, steps=steps, timesteps=None, first_timesteps=None)
+
+    def at_chunk(self, chunk: int) -> "FewStepSampler":
+        if chunk or self.first_timesteps is None:
+            return self
+        first = self.first_timesteps
+        return replace(self, steps=len(first), timesteps=first, first_timesteps=None)
+
+    @property
+    def most_steps(self) -> int:
+        return max(self.steps, self.at_chunk(0).steps)
+
+    @property
+    def distinct_times(self) -> int:
+        return len({*self.times, *self.at_chunk(0).times})
 
     @property
     def passes(self) -> int:
@@ -90,14 +152,14 @@ class FewStepSampler(_SamplerBase):
 
     @property
     def times(self) -> list[float]:
-        """Time of each pass (4 steps, shift 5: 1, .9375, .8333, .625)."""
-        return schedule(self.steps, self.shift)[:-1]
+        """Time of each pass, but for those of a first chunk that has its own."""
+        return schedule(self.steps, self.shift)[:-1] if self.timesteps is None else list(self.timesteps)
 
     def num_noise_samples(self, geometry: Geometry) -> int:
-        return super().num_noise_samples(geometry) + self.steps - 1
+        return super().num_noise_samples(geometry) + self.most_steps - 1
 
     def sample(self, velocity: Velocity, noise: Noise) -> Latents:
-        """x_0 of a chunk; a sample of noise for every step."""
+        """x_0 of a chunk that is not the first; a sample of noise for every step."""
         return [*few_step_predictions(velocity, noise, self.times)][-1]
 
 

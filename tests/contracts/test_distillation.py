@@ -41,7 +41,8 @@ def test_collected_trajectories_are_those_of_teacher_forcing(
     context, x = teacher_context(given, level, generator), noise_like(given.latents, generator)
     torch.testing.assert_close(states[0], with_first(x, first))
     for step, (t, t_next) in enumerate(pairwise(schedule(4, model.sampler.shift))):
-        x = x + (t_next - t) * teacher_velocity(net, context, given.cond, x, t, guidance, geometry)
+        v = teacher_velocity(net, context, given.cond, x, x.new_full(x.shape[:2], t), guidance, geometry)
+        x = x + (t_next - t) * v
         if step % 2:
             torch.testing.assert_close(states[(step + 1) // 2], with_first(x, first), atol=1e-5, rtol=1e-5)
 
@@ -54,15 +55,14 @@ def test_collecting_costs_half_of_teacher_forcing() -> None:
         cfg.collect_states(net, given, MODEL, seeded())
     with FlopCounterMode(display=False) as forced:
         for t in schedule(20, MODEL.sampler.shift)[:-1]:
-            teacher_velocity(net, context, given.cond, given.latents, t, cfg.guidance, GEOMETRY)
+            times = given.latents.new_full((2, FRAMES), t)
+            teacher_velocity(net, context, given.cond, given.latents, times, cfg.guidance, GEOMETRY)
     assert streamed.get_total_flops() < 0.6 * forced.get_total_flops()
 
 
 def test_ode_says_that_trajectories_are_missing() -> None:
     with pytest.raises(ConfigError, match="3 trajectory states, these have 0; collect"):
         make("ode").loss(replace(clip(), trajectory=None), 0, seeded())
-    with pytest.raises(ConfigError, match="try 48"):
-        OdeConfig(ode_steps=47).check(MODEL)
 
 
 def test_consistency_target_follows_the_student() -> None:
@@ -128,7 +128,7 @@ def test_dmd_pulls_the_student_to_the_data(long: float) -> None:
 
     def distance() -> float:
         noise = sample_noise(tuple(given.latents.shape), 2, given.latents, seeded(9))
-        video, _ = self_rollout(roles["student"], noise, given.cond, GEOMETRY, schedule(2, 5.0)[:-1], None)
+        video, _ = self_rollout(roles["student"], noise, given.cond, GEOMETRY, MODEL.sampler, None)
         return float((video - given.latents).abs().mean())
 
     before = distance()
@@ -157,7 +157,7 @@ def test_a_long_rollout_is_scored_at_its_end() -> None:
     given, recipe, whole = clip(), make("dmd", long_rollouts=1.0, max_prefix_chunks=1), latents(FRAMES + 2, seed=7)
     recipe.networks["student"] = Exact(torch.cat([given.latents[:, :1], whole[:, 1:]], 1))
     assert isinstance(recipe, Dmd)
-    own, x0 = recipe._rollout(given, 0, seeded())
+    own, x0 = recipe._rollout(given, [0, 0], seeded())
     torch.testing.assert_close((own.latents, x0), (whole[:, 2:], whole[:, 2:]))
     walked = back_and_forth(given.cond, FRAMES + 2)
     assert own.cond.w2c is not None and walked.w2c is not None and own.cond.first_latent is None

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 from minwm.stream.rollout import sample_noise, self_rollout
+from minwm.stream.solvers import FewStepSampler
 
 GEOMETRY = Geometry(tokens=6, chunk=2, first_chunk=1)
-TIMES = [1.0, 0.9, 0.6]
+SAMPLER = FewStepSampler(steps=3, timesteps=(1.0, 0.9, 0.6))
 
 
 @pytest.fixture
@@ -52,8 +53,8 @@ def test_a_sharded_network_is_the_whole_one(name: str) -> None:
         clip, cond, noisy = latents(5), condition(5, image=True), latents(5, seed=1)
         t = torch.full((2, 5), 0.7, dtype=torch.float64)
         v = teacher_forced(net, Context(clip, 0 * t), noisy, t, cond, GEOMETRY)
-        noise = sample_noise((2, *clip.shape[1:]), len(TIMES), clip, torch.Generator().manual_seed(0))
-        _, x0 = self_rollout(net, noise, cond, GEOMETRY, TIMES, exit_step=1)
+        noise = sample_noise((2, *clip.shape[1:]), SAMPLER.steps, clip, torch.Generator().manual_seed(0))
+        _, x0 = self_rollout(net, noise, cond, GEOMETRY, SAMPLER, exit_step=1)
         (v.square().mean() + x0.square().mean()).backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         found.append([v.detach(), x0.detach(), *gradients])
