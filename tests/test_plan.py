@@ -117,7 +117,7 @@ def test_what_training_holds_is_what_its_objects_hold(name: str) -> None:
         assert item(plan, f"{role} weights") == bytes_of(net)
         total += bytes_of(net)
     for step, role in enumerate(run.recipe.trained):
-        optimizer = run.optim.build(nets[role])
+        optimizer = run.optim.build(nets[role])["adamw"]
         optimizer.param_groups[0]["foreach"] = True  # as on a GPU
         micro_batch(run, recipe, step).backward()
         gradients = [p.grad for p in nets[role].parameters() if p.grad is not None]

@@ -181,7 +181,7 @@ def test_compiled_blocks_train_alike(name: str, backend: str) -> None:
         trainer, _ = made(run)
         for step in range(6):
             gradients = trainer.gradients(step, clips)
-            trainer.update(step, gradients.trains)
+            trainer.update(step, gradients)
             found.append((*gradients.losses.values(), gradients.norm))
     for plain, compiled in zip(found[:6], found[6:], strict=True):
         torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=0.02, atol=1e-3)

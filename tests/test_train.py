@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minwm.bench.memory import plan_training
 from minwm.bench.training import measure_steps
 from minwm.cameras.trajectory import Motion
-from minwm.core.config import ConfigError, dumps, loads
+from minwm.core.config import ConfigError, dumps, loads, override
 from minwm.core.flow import interpolate, x0_from_velocity
 from minwm.core.metrics import read_metrics
 from minwm.core.types import Clip
@@ -140,10 +140,18 @@ def final_state(out: Path) -> dict[str, Any]:
     return files | {"state": saved, "metrics": metrics}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_resuming_is_bit_exact(name: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+MUON = OptimConfig(optimizer="muon", lr=1e-2)
+EXIT = DmdConfig(critic_updates=2, exit_step="step", context="exit", critic_data="exit")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in RECIPES), ("dmd", {"optim": MUON, "critic": MUON, "recipe": EXIT})]
+)
+def test_resuming_is_bit_exact(
+    name: str, changes: dict[str, Any], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Networks, averages, targets, optimisers, random draws, place in the data, and the log."""
-    run = stage(name, project)
+    run = stage(name, project, **changes)
     train(run, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(5, patch)
@@ -156,6 +164,7 @@ def test_resuming_is_bit_exact(name: str, project: Path, tmp_path: Path, monkeyp
     whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     roles = {"student", "ema"} | {"dmd": {"critic"}, "consistency": {"target"}}.get(name, set())
     optimizers = {f"optimizer-{role}" for role in roles & {"student", "critic"}}
+    optimizers |= {f"{file}-muon" for file in optimizers} if changes else set()
     assert {f"{x}.safetensors" for x in roles | optimizers | {"random"}} <= set(whole)
     assert whole.keys() == parts.keys()
     for key in whole:
@@ -385,6 +394,50 @@ def test_learning_rate() -> None:
     assert {OptimConfig(lr=3.0).rate(step, 9) for step in range(9)} == {3.0}
 
 
+def test_muon_turns_matrices_and_adamw_the_rest() -> None:
+    """The first update of a matrix is a multiple of a rotation, up to the error of its iteration, of AdamW's size."""
+    torch.manual_seed(0)
+    net, optim = MODEL.network.build(), replace(MUON, weight_decay=0.0)
+    split = optim.split(net)
+    assert sum(len(weights) for weights in split.values()) == len(list(net.parameters()))
+    assert {p.ndim for p in split["muon"]} == {2} and 2 not in {p.ndim for p in split["adamw"]}
+    assert any(p.ndim == 5 for p in split["adamw"]), "the convolution over patches"
+    before = {p: p.detach().clone() for p in net.parameters()}
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer in optim.build(net).values():
+        optimizer.step()
+    for p in split["muon"]:
+        sizes = torch.linalg.svdvals(p - before[p])
+        assert sizes.max() < 1.7 * sizes.median(), "2.5 for the gradient"
+        assert 0.1 * optim.lr < (p - before[p]).square().mean().sqrt() < 0.3 * optim.lr
+    for p in split["adamw"]:
+        torch.testing.assert_close((p - before[p]).abs(), torch.full_like(p, optim.lr), atol=1e-4, rtol=0)
+
+
+def test_a_step_with_too_large_a_gradient_is_left_out(project: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e-2, skip_above=1e-9)
+    train(stage("bidirectional", project, steps=2, optim=optim, ema=0.0), tmp_path)
+    left, start = (dict(load_model(folder).net.named_parameters()) for folder in (tmp_path, project / "one"))
+    assert all(torch.equal(p, start[name]) for name, p in left.items())
+    assert [line["lr"] for line in read_metrics(tmp_path)] == [0.0, 0.0]
+    with pytest.raises(ConfigError, match=r"skip_above=0: must be more than 0, or none"):
+        OptimConfig(skip_above=0)
+
+
+@pytest.mark.parametrize("before", ["ode", "consistency"])
+def test_stage_3_starts_from_either_stage_2(before: str, project: Path, tmp_path: Path) -> None:
+    train(stage(before, project, steps=1), tmp_path / before)
+    run = stage("dmd", project, steps=1, ema=0.0)
+    run = override(run, {"init.student": str(tmp_path / before), "optim.lr": 0.0})
+    train(run, tmp_path / "dmd")
+    made, start, base = (dict(load_model(folder).net.named_parameters()) for folder in (
+        tmp_path / "dmd", tmp_path / before, project / "one"
+    ))  # fmt: skip
+    assert all(torch.equal(p, start[name]) for name, p in made.items())
+    assert any(not torch.equal(p, base[name]) for name, p in made.items())
+
+
 def test_nonsense_is_refused() -> None:
     run = Run(name="dot", model=MODEL, recipe=BidirectionalConfig(), data="")
     for change, message in {"steps": "at least 1", "accumulate": "at least 1", "ema": "a decay"}.items():
@@ -399,6 +452,3 @@ def test_the_times_of_a_student_are_those_of_its_sampler(name: str) -> None:
     run: Any = Run(name=name, model=MODEL, recipe=RECIPES[name], data="")
     with pytest.raises(ConfigError, match=r"needs model\.sampler\.kind=few_step, not bidirectional"):
         replace(run, model=replace(MODEL, sampler=BidirectionalSampler()))
-    if name == "ode":
-        with pytest.raises(ConfigError, match=r"ode_steps=4 is not a multiple of sampler.steps=3; try 3"):
-            replace(run, model=replace(MODEL, sampler=FewStepSampler(steps=3)))

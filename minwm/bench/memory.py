@@ -106,6 +106,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
 
     `dtype` is that of network, cache and codec: `Model.ready` makes it bfloat16 on a GPU.
     """
+    times = cfg.sampler.distinct_times + 1  # outside: without data all times are one
     with no_data(), torch.no_grad():
         net, codec = cfg.network.build(), cfg.codec.build()
         for x in (*net.parameters(), *codec.parameters(), *codec.buffers()):
@@ -121,7 +122,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
             stream = Stream(net, clip.cond, cfg.geometry, cfg.sampler.guidance)
             stream.chunk = cfg.geometry.slots  # the ring is full: nothing grows from here on
             _, state = codec.decode_next(clip.latents[:, :1])
-            held += _held_by(stream, state, cfg.sampler.steps + 1)
+            held += _held_by(stream, state, times)
             with MemoryMeter() as passing:
                 stream.update_cache(stream.prepare_chunk(clip.cond), clip.latents)  # a pass like all others
         with MemoryMeter() as decoding:
@@ -162,18 +163,22 @@ def plan_training(run: Run) -> Plan:
     with no_data():
         run = replace(run, compile=False)  # fused kernels keep less: this is an upper bound
         if run.recipe.self_rollout:  # the pass with gradient; the others are like the one that updates the cache
-            run = replace(run, model=replace(run.model, sampler=replace(run.model.sampler, steps=1)))
+            run = replace(run, model=replace(run.model, sampler=run.model.sampler.with_steps(1)))
         recipe = build_recipe(run, lambda _: run.recipe.network(run.model))
         nets = recipe.networks
         held += [_weights(role, net) for role, net in nets.items()]
         held.append(_weights("averaged student", nets["student"]))
         for role in run.recipe.trained:
-            trained = [p for p in nets[role].parameters() if p.requires_grad]
-            count = sum(p.numel() for p in trained)
-            twice = f"2 x {count:,} trained parameters x 4 bytes"
-            held.append(Item(f"{role} optimiser", 8 * count, f"moments of AdamW: {twice}"))
+            optim = {"student": run.optim, "critic": run.critic}[role]
+            split = optim.split(nets[role])
+            trained = [p for weights in split.values() for p in weights]
+            adamw, muon = (sum(p.numel() for p in split.get(name, ())) for name in ("adamw", "muon"))
+            twice = f"2 x {adamw:,} trained parameters x 4 bytes"
+            once = f" + {muon:,} x 4 bytes" if muon else ""
+            both = "AdamW, and one of Muon for matrices" if muon else "AdamW"
+            held.append(Item(f"{role} optimiser", 8 * adamw + 4 * muon, f"moments of {both}: {twice}{once}"))
             turns.append(_activations(run, recipe, role, trained))
-            turns.append(Item(f"update: {role}", 8 * count, f"gradients and roots: {twice}"))
+            turns.append(Item(f"update: {role}", 8 * adamw + 4 * muon, f"gradients and roots: {twice}{once}"))
     return Plan(tuple(held), tuple(turns))
 
 

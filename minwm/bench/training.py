@@ -145,7 +145,7 @@ def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
             raise DivergedError(
                 f"{run.name}: step {step} on random clips: gradient norm {gradients.norm}; lower optim.lr"
             )
-        trainer.update(step, gradients.trains)
+        trainer.update(step, gradients)
         update = timer.record("update")
         made.append(_Step(gradients.trains, sum(timer.seconds.values()), update, sum(passes)))
     return made

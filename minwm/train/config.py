@@ -23,14 +23,20 @@ AnyRecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | O
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW on float32 weights."""
+    """Optimiser of a network's float32 weights."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, as Wan was trained; or Muon for matrices, as HunyuanVideo 1.5 was, and AdamW for the rest:
+    biases, norms, modulation, convolutions. Muon's updates are scaled to the size of AdamW's, for the same lr."""
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    skip_above: float | None = None
+    """Gradient norm from which on a step is left out (minWM for HunyuanVideo: 10); None: never, for clipping bounds
+    it."""
     warmup: int = 0
     """Steps of linear warm-up."""
     final: float = 1.0
@@ -43,10 +49,24 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)}: a decay lies in [0, 1)")
+        if self.skip_above is not None and not self.skip_above > 0:
+            raise ConfigError(f"optim.skip_above={self.skip_above}: must be more than 0, or none")
 
-    def build(self, net: nn.Module) -> torch.optim.AdamW:
+    def build(self, net: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        """The optimisers of a network, by name."""
+        betas, decay = (self.beta1, self.beta2), self.weight_decay
+        make = {
+            "adamw": lambda weights: torch.optim.AdamW(weights, self.lr, betas, weight_decay=decay),
+            "muon": lambda weights: torch.optim.Muon(weights, self.lr, decay, adjust_lr_fn="match_rms_adamw"),
+        }
+        return {name: make[name](weights) for name, weights in self.split(net).items()}
+
+    def split(self, net: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters of each optimiser: of Muon those with two dimensions."""
         trained = [p for p in net.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+        muon = [p for p in trained if p.ndim == 2] if self.optimizer == "muon" else []
+        adamw = [p for p in trained if p.ndim != 2] if self.optimizer == "muon" else trained
+        return {name: weights for name, weights in {"adamw": adamw, "muon": muon}.items() if weights}
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step; a function of the step alone, so resuming needs no scheduler state."""

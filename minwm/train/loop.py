@@ -62,6 +62,7 @@ class Trainer:
         self.networks = {role: net.to(device) for role, net in recipe.stateful.items()}
         self.settings = {"student": run.optim, "critic": run.critic}
         self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in run.recipe.trained}
+        """By role, then by name."""
         self.ema = Ema(self.networks["student"], run.ema)
         self.generator = make_generator(run.seed, "train", rank(), device=device)
 
@@ -83,15 +84,30 @@ class Trainer:
         means = {name: sum(values[i * n : (i + 1) * n]) / n for i, name in enumerate(names)}
         return Gradients(role, means, norm, data_wait)
 
-    def update(self, step: int, role: str) -> float:
-        """Optimiser step of a role, and of the EMA after the student's. Returns the learning rate."""
-        optimizer, rate = self.optimizers[role], self.settings[role].rate(step, self.run.steps)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def update(self, step: int, gradients: Gradients) -> float:
+        """Optimiser step of a role, and of the EMA after the student's. Returns the learning rate; 0 if the gradient is
+        so large that the step is left out."""
+        role, settings = gradients.trains, self.settings[gradients.trains]
+        if settings.skip_above is not None and gradients.norm >= settings.skip_above:
+            self.networks[role].zero_grad(set_to_none=True)
+            return 0.0
+        rate = settings.rate(step, self.run.steps)
+        for optimizer in self.optimizers[role].values():
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if role == "student":
             self.ema.update(self.networks[role], step)
         return rate
+
+    @property
+    def saved_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """All optimisers by the names that states have for them; `student` is AdamW's."""
+        return {
+            role if name == "adamw" else f"{role}-{name}": optimizer
+            for role, optimizers in self.optimizers.items()
+            for name, optimizer in optimizers.items()
+        }
 
 
 def loop(
@@ -105,7 +121,7 @@ def loop(
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
     first_step, seconds_before = states.latest() or 0, 0.0
     if first_step:
-        extra = states.load(first_step, saved, trainer.optimizers, trainer.generator)
+        extra = states.load(first_step, saved, trainer.saved_optimizers, trainer.generator)
         clips.load(extra["data"])
         seconds_before = extra["seconds"]
     start = time.monotonic() - seconds_before
@@ -124,7 +140,7 @@ def loop(
                     f"{run.name}: step {step}: gradient norm {gradients.norm}, losses {gradients.losses}; "
                     f"the state after {states.latest() or 0} steps is untouched: lower optim.lr (now {lr})"
                 )
-            rate = trainer.update(step, gradients.trains)
+            rate = trainer.update(step, gradients)
             speed = throughput(run, time.perf_counter() - step_start, flops)
             save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
             val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
@@ -134,7 +150,7 @@ def loop(
             bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             if save:
                 extra = {"data": clips.state(), "seconds": time.monotonic() - start}
-                states.save(step + 1, saved, trainer.optimizers, trainer.generator, extra)
+                states.save(step + 1, saved, trainer.saved_optimizers, trainer.generator, extra)
     return trainer.ema.net if run.ema else trainer.networks["student"]
 
 
