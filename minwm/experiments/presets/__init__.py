@@ -25,6 +25,7 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "world-64": demo.world_64,
     "place": place.place,
     "smoke": demo.smoke,
+    "paper": wan.paper,
     **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in RELEASES},
 }
 

@@ -131,3 +131,27 @@ def wan(size: str, out: Path) -> Pipeline:
         name=size, render=None, clips=0, encode=EncodeConfig(), codec=None, stages=stages, collect=4096,
         evaluation=evaluation,
     )  # fmt: skip
+
+
+def paper(out: Path) -> Pipeline:
+    """The paper's run of Wan2.1-T2V-1.3B: all differences that docs/paper.md lists are removed.
+
+    Where paper and released code disagree it is the paper's way: PRoPE in the one attention there is. Stage 3 starts
+    from stage 2a, the released config's choice; `init.student` names stage 2b's folder instead.
+    """
+    pipeline = wan("wan2.1-1.3b", out)
+    recipe_changes = {
+        "camera": {"text_dropout": 0.0},
+        "ar": {"text_dropout": 0.0},
+        "consistency": {"reaches_zero": False},
+        "dmd": {"exit_step": "step", "context": "exit", "critic_data": "exit"},
+    }
+
+    def changed(run: Run) -> Run:
+        network = replace(run.model.network, camera="single", principal_point=True, rounded=True)
+        model = replace(run.model, network=network, stream=StreamConfig(chunk=4, sink=0, window=5))
+        recipe = replace(run.recipe, **recipe_changes.get(run.name, {}))
+        init = replace(run.init, student=str(out / "ode")) if run.name == "dmd" else run.init
+        return replace(run, model=model, recipe=recipe, init=init, ema=0.99 if run.name == "consistency" else 0.0)
+
+    return replace(pipeline, name="paper", stages=tuple(changed(run) for run in pipeline.stages))
