@@ -69,14 +69,14 @@ class OdeConfig(RecipeConfig):
         than the first repeats them, and a given image is in all."""
         sampler, states = model.sampler, []
         times = sampler.at_chunk(stream.chunk).times
-        for t, t_next in pairwise(self.grid(times, sampler.shift)):
+        for t, t_next in pairwise(self._grid(times, sampler.shift)):
             if any(isclose(t, other) for other in times):
                 states.append(x)
             x = euler(x, stream.velocity(cond, x, t), t, t_next)
         steps = [sampler.step_at_chunk(k, stream.chunk) for k in range(sampler.most_steps)]
         return with_first(torch.stack([*(states[k] for k in steps), x]), cond.first_latent)
 
-    def grid(self, times: list[float], shift: float) -> list[float]:
+    def _grid(self, times: list[float], shift: float) -> list[float]:
         """The teacher's times from 1 to 0, with the student's `times` among them."""
         grid = schedule(self.ode_steps, shift)
         return sorted([*grid, *(t for t in times if not any(isclose(t, g) for g in grid))], reverse=True)
