@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import minwm.core.files
 import minwm.core.weights
+import minwm.data.trajectories
 import minwm.session.generate as generate_module
 from minwm.cameras.track import intrinsics
 from minwm.cameras.trajectory import Motion, parse
@@ -28,10 +29,13 @@ from minwm.cli.base import read_track
 from minwm.core import media
 from minwm.core.config import dumps
 from minwm.core.media import read_video, write_image
+from minwm.data.dataset import ShardDataset
+from minwm.experiments import presets
+from minwm.experiments.pipeline import collect_for
 from minwm.experiments.presets.demo import smoke, tiny_model
 from minwm.store.folder import load_config, save_codec, save_model
 
-MODELS = ("foundation", "camera", "dmd")
+MODELS = ("foundation", "camera", "ar", "dmd")
 
 
 def run(*words: object) -> int:
@@ -96,6 +100,7 @@ BAD = [
     ("camera check none.json", "none.json: cannot read a camera track"),
     ("inspect nowhere", "nowhere does not exist"),
     ("data check nowhere", "nowhere/manifest.json: missing"),
+    ("data trajectories nowhere --teacher nowhere --out x", "nowhere"),
     ("data encode nowhere --codec nowhere --out x", "nowhere holds no codec (neither codec.json nor model.json)"),
     ("generate --model nowhere --trajectory w*8 --world 1 --out x.avi", "the name must end in .mp4"),
 ]
@@ -395,6 +400,44 @@ def test_an_interrupted_save_keeps_the_one_before(
     assert whole == cut
 
 
+def test_trajectories_are_collected_by_the_verb_as_by_the_pipeline(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Callable[[], str]
+) -> None:
+    """And on it goes where it was interrupted."""
+    out, written = tmp_path / "trajectories", minwm.data.trajectories.write_shard
+    fields = ("--clips", 3, "--guidance", 2, "--ode-steps", 4, "--sampler.steps", 2, "--batch", 2)
+    words = ("data", "trajectories", project / "latents", "--teacher", project / "ar", "--out", out, *fields)
+
+    def interrupt(path: Path, *rest: Any) -> None:
+        written(path, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minwm.data.trajectories, "write_shard", interrupt)
+        assert run(*words) == 130
+    half = {path.name for path in out.glob("*.tar")}
+    assert run(*words) == run(*words) == 0
+    assert half < {path.name for path in out.glob("*.tar")} and not leftovers(out)
+    stage = presets.stage("smoke/ode", project)
+    sampler, init = replace(stage.model.sampler, steps=2), replace(stage.init, student=str(project / "ar"))
+    recipe = replace(stage.recipe, guidance=2.0, ode_steps=4)
+    (tmp_path / "latents").symlink_to(project / "latents")
+    shutil.move(out, tmp_path / "verb")
+    stage = replace(stage, recipe=recipe, model=replace(stage.model, sampler=sampler), init=init, seed=0)
+    collect_for(stage, tmp_path, 3)
+    one, two = (ShardDataset(path, "train").batch([0, 1, 2]).trajectory for path in (out, tmp_path / "verb"))
+    assert one is not None and two is not None and len(one) == 3
+    assert torch.equal(one, two)
+    assert run(*words, "--ode-stepz", 4) == 2
+    assert "CollectConfig has no field 'ode_stepz'; did you mean 'ode_steps'?" in line()
+    assert run(*words, "--clips", 0) == 2
+    assert "trajectories.clips=0: must be at least 1" in line()
+    assert run(*words, "--seed", 1) == 2
+    assert "holds trajectories with another seed: 0, now 1" in line()
+    assert run(*words[:4], project / "camera", *words[5:]) == 2
+    assert "the teacher is a bidirectional model" in line()
+
+
 def test_a_run_folder_is_not_reused(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
     assert train(project, tmp_path) == 0
     assert train(project, tmp_path, "--optim.lr", "1e-9") == 2
@@ -437,7 +480,8 @@ def test_help_lists_pipelines_and_fields(capsys: pytest.CaptureFixture[str]) -> 
     assert run("train", "smoke/dmd", "--help") == 0
     shown = capsys.readouterr().out
     assert "--optim.lr FLOAT" in shown and "Clips per step and rank" in shown and "--recipe.guidance FLOAT" in shown
-    for words in (("eval",), ("data", "render"), ("data", "encode")):
+    for words in (("eval",), ("data", "render"), ("data", "encode"), ("data", "trajectories")):
         assert run(*words, "--help") == 0
     shown = capsys.readouterr().out
     assert "--clips INT" in shown and "--fov FLOAT" in shown and "--shard-size INT" in shown
+    assert "--ode-steps INT" in shown and "--sampler.shift FLOAT" in shown

@@ -394,8 +394,34 @@ def test_trajectories_stand_beside_the_latents_they_lead_to(made: Path, tmp_path
     assert numbers == [0, 1, 2] and clip.trajectory is not None
     torch.testing.assert_close(clip.trajectory, torch.stack([clip.latents * k for k in (3, 2, 1)]))
     assert torch.equal(clip.latents, source.batch([3, 0]).latents) and check_shards(tmp_path) == []
-    with pytest.raises(DataError, match="another teacher"):
+    with pytest.raises(DataError, match="trajectories with another teacher: a, now b"):
         collect_trajectories(source, tmp_path, 5, collect, {"teacher": "b"}, batch=2)
+    with pytest.raises(DataError, match="with another clips: 5, now 4"):
+        collect_trajectories(source, tmp_path, 4, collect, {"teacher": "a"}, batch=2)
+    with pytest.raises(DataError, match="holds clips, and no trajectories"):
+        collect_trajectories(source, source.path, 5, collect, {"teacher": "a"}, batch=2)
+    with pytest.raises(DataError, match=rf"has {len(source)} training clips, not 99: give fewer"):
+        collect_trajectories(source, tmp_path, 99, collect, {"teacher": "a"}, batch=2)
+
+
+def test_unfinished_trajectories_are_not_trained_on(made: Path, tmp_path: Path) -> None:
+    """What is there stays; the next call makes the rest, of which nothing differs."""
+    source, numbers = ShardDataset(made / "shards", "train"), []
+
+    def collect(clip: Clip, number: int) -> torch.Tensor:
+        numbers.append(number)
+        if numbers == [0, 1]:
+            raise KeyboardInterrupt
+        return clip.latents[None] * (float("nan") if numbers == [0, 1, 1] else 1.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_trajectories(source, tmp_path, 3, collect, {}, batch=2)
+    with pytest.raises(DataError, match="is unfinished; to go on, run again what makes it"):
+        ShardDataset(tmp_path, "train")
+    with pytest.raises(DataError, match=r"trajectories are not finite; check the teacher"):
+        collect_trajectories(source, tmp_path, 3, collect, {}, batch=2)
+    collect_trajectories(source, tmp_path, 3, collect, {}, batch=2)
+    assert numbers == [0, 1, 1, 1] and len(ShardDataset(tmp_path, "train")) == 3
 
 
 def truncate(shard: Path) -> None:

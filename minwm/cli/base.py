@@ -44,8 +44,8 @@ DESCRIPTION = """Camera-controlled, streaming video world models: data, training
   minwm train demo/camera --optim.lr 5e-4 --out runs/mine
   minwm generate --model runs/demo/dmd --world 7 --trajectory "w*4,j*4" --out walk.mp4
 
-Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, data render or data
-encode continues when it is run again."""
+Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, data render, data
+encode or data trajectories continues when it is run again."""
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="write the numbers here too")]
 ModelFolder = Annotated[Path, arg(metavar="DIR|USER/NAME", help="model folder, such as runs/demo/dmd, or on the Hub")]
@@ -98,7 +98,7 @@ DETAILS: dict[tuple[str, ...], Details] = {}
 RESUMABLE: set[Verb] = set()
 """Verbs that go on where an interrupted call of them ended."""
 GROUPS = {
-    "data": "Training clips: render, encode, check, report.",
+    "data": "Training clips: render, encode, trajectories, check, report.",
     "camera": "Poses and trajectories: check a file, show a path.",
 }
 

@@ -71,6 +71,34 @@ def data_encode(
     return echo(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 
+def list_trajectory_fields(_words: list[str]) -> None:
+    from minwm.train.collect import CollectConfig
+
+    print_fields(CollectConfig(), "data trajectories")
+
+
+@command("data", "trajectories", details=list_trajectory_fields, resumable=True)
+def data_trajectories(
+    latents: Folder,
+    teacher: Annotated[Path, arg(metavar="DIR|USER/NAME", help="autoregressive model, such as runs/demo/ar")],
+    out: Out,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Collect a teacher's ODE trajectories along the clips of latent shards: the data of ODE distillation."""
+    from minwm.store.hub import load
+    from minwm.stream.solvers import FewStepSampler
+    from minwm.train.collect import CollectConfig, collect
+
+    model = load(teacher)
+    default = CollectConfig(sampler=FewStepSampler(shift=model.config.sampler.shift))
+    cfg = override(default, parse_fields(fields))
+    if show:
+        return echo(dumps(cfg))
+    collect(model, latents, out, cfg)
+    return echo(f"{out}: trajectories of {cfg.clips} clips")
+
+
 @command("data", "prompts")
 def data_prompts(
     files: Annotated[

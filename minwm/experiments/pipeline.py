@@ -2,27 +2,24 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor
-
 from minwm.core.config import dumps
 from minwm.core.files import locked, read_config, write_text
-from minwm.core.runtime import generator, pick_device, require_one_process
-from minwm.core.types import Clip
+from minwm.core.runtime import pick_device, require_one_process
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
-from minwm.data.trajectories import collect_trajectories
 from minwm.eval.run import Evaluation, Log, evaluate
 from minwm.experiments.presets.base import Pipeline
+from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model
 from minwm.store.model import Model
+from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import train
+from minwm.train.collect import CollectConfig, collect
 from minwm.train.config import Run, Summary
-from minwm.train.loop import autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +94,25 @@ def _train(run: Run, out: Path, log: Log) -> Summary:
     return summary
 
 
+def collection(run: Run, clips: int) -> CollectConfig:
+    """Which trajectories a stage of ODE distillation trains on."""
+    assert isinstance(run.recipe, OdeConfig)
+    assert isinstance(run.model.sampler, FewStepSampler)
+    return CollectConfig(
+        clips=clips,
+        guidance=run.recipe.guidance,
+        ode_steps=run.recipe.ode_steps,
+        sampler=run.model.sampler,
+        batch=run.batch,
+        seed=run.seed,
+        precision=run.precision,
+    )
+
+
 def collect_for(run: Run, out: Path, clips: int) -> None:
     """ODE trajectories of the model that the stage starts from."""
-    device = pick_device()
-    teacher = load_model(Path(str(run.init.student))).net.to(device)
-
-    def states(clip: Clip, number: int) -> Float[Tensor, "k b f c h w"]:
-        noise = generator(run.seed, "collect", number, device=device)
-        with autocast(run, device):
-            return run.recipe.collect_states(teacher, clip.to(device), run.model, noise)
-
-    source, sampler = run.recipe.shards(out / "latents", "train", run.model), run.model.sampler
-    student = {"steps": sampler.steps, "shift": sampler.shift}
-    about = {"teacher": run.init.student, "seed": run.seed, **student, **asdict(run.recipe)}
-    collect_trajectories(source, out / "trajectories", clips, states, about, batch=run.batch)
+    teacher = load_model(Path(str(run.init.student)))
+    collect(teacher, out / "latents", out / "trajectories", collection(run, clips), run.model)
 
 
 def evaluate_stages(pipeline: Pipeline, out: Path, log: Log) -> Evaluation:
