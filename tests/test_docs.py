@@ -1,10 +1,12 @@
 """The pages name what exists: every term of the glossary in the code, every Python file, every command."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import re
 import shlex
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import pytest
 
 from minwm.cli import main
 from minwm.cli.base import parse as parse_command
+from minwm.core.config import override
+from minwm.experiments.presets import PIPELINES
+from minwm.train.config import Run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +24,14 @@ ROWS = [line.split("|")[3] for line in (ROOT / "docs" / "glossary.md").read_text
 NAMES = [name for row in ROWS for name in re.findall(r"`([\w.]+)`", row)]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("minwm ")]
+WAN, HUNYUAN = (ROOT / "docs" / "paper.md").read_text().split("\n## ")[1:3]
+DIFFERENCES = [
+    (table is WAN, fields)
+    for table in (WAN, HUNYUAN)
+    for line in table.splitlines()
+    if line.startswith("|") and (fields := re.findall(r"`([a-z]\w*(?:\.\w+)*)(?:=([^`]+))?`", line.split("|")[-2]))
+]
+"""Whether the preset `paper` has it so; and the fields that bring the paper's or the released code's way back."""
 
 
 def attribute(owner: Any, name: str) -> Any:
@@ -37,6 +50,23 @@ def test_the_glossary_names_code_that_exists(name: str) -> None:
     owner: Any = importlib.import_module("minwm")
     for part in name.split("."):
         owner = attribute(owner, part)
+
+
+def reads(run: Run, name: str) -> bool:
+    """Whether the run has such a field."""
+    with contextlib.suppress(AttributeError):
+        attrgetter(name)(run)
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("in_preset", "fields"), DIFFERENCES, ids=str)
+def test_differences_from_the_paper_name_their_fields(in_preset: bool, fields: list[tuple[str, str]]) -> None:
+    """And the preset `paper` has the values that it is said to have."""
+    values = {name: value for name, value in fields if value}
+    runs = [run for run in PIPELINES["paper"](Path()).stages if all(reads(run, name) for name, _ in fields)]
+    changed = [override(run, values) for run in runs]
+    assert runs and (not in_preset or any(new == run for new, run in zip(changed, runs, strict=True)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

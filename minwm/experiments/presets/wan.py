@@ -81,10 +81,10 @@ def worldplay_5b() -> ModelConfig:
 def wan(size: str, out: Path) -> Pipeline:
     """minWM's recipe for Wan on the user's own posed clips (`OUT/raw`), from the published model in `OUT/base`.
 
-    Hyper-parameters are those of the reference (its configs, and paper Sec. 3.1), except where it pays not to:
-    weights and optimiser in float32 also in stage 3 (updates of 2e-6 vanish in bfloat16); prompts dropped in 1 of 10
-    clips, so that guidance has an unconditional branch to stand on; moving averages of the weights in all stages
-    but the last, which is short; DMD counts student and critic updates alike: 240 steps are 40 and 200.
+    Hyper-parameters are those of the reference (its configs, and paper Sec. 3.1), except where it pays not to
+    (docs/paper.md): weights and optimiser in float32 also in stage 3 (updates of 2e-6 vanish in bfloat16); prompts
+    dropped in 1 of 10 clips, so that guidance has an unconditional branch to stand on; moving averages of the weights
+    in all stages but the last, which is short; DMD counts student and critic updates alike: 240 steps are 40 and 200.
     """
     base = wan_model(size)
     camera = replace(base, network=replace(base.network, camera="dual"))
@@ -154,4 +154,5 @@ def paper(out: Path) -> Pipeline:
         init = replace(run.init, student=str(out / "ode")) if run.name == "dmd" else run.init
         return replace(run, model=model, recipe=recipe, init=init, ema=0.99 if run.name == "consistency" else 0.0)
 
-    return replace(pipeline, name="paper", stages=tuple(changed(run) for run in pipeline.stages))
+    stages = tuple(changed(run) for run in pipeline.stages)
+    return replace(pipeline, name="paper", encode=EncodeConfig(dtype="float16"), stages=stages)
