@@ -82,6 +82,12 @@ def leftovers(folder: Path) -> list[Path]:
 BAD = [
     ("pipeline smoky", "there is no pipeline 'smoky'; did you mean 'smoke'?"),
     ("pipeline smoke --until dmt", "there is no stage 'dmt'; did you mean 'dmd'?"),
+    ("pipeline smoke --camra.steps 5", "Pipeline has no field 'camra'; did you mean 'camera'?"),
+    ("pipeline smoke --camera.step 5", "Run has no field 'step'; did you mean 'steps'?"),
+    ("pipeline smoke --render.hight 5", "RenderConfig has no field 'hight'; did you mean 'height'?"),
+    ("pipeline smoke --dmd.recipe.guidance much", "DmdConfig.guidance = 'much': expected float"),
+    ("pipeline smoke --evaluated dmd,arr", "there is no stage 'arr'; did you mean 'ar'?"),
+    ("pipeline smoke --camera.steps", "--camera.steps needs a value"),
     ("train smoke/camra", "there is no stage 'camra'; did you mean 'camera'?"),
     ("train smoke", "'smoke' names no stage; give PIPELINE/STAGE"),
     ("train smoke/camera --optim.lrr 1e-5", "OptimConfig has no field 'lrr'; did you mean 'lr'?"),
@@ -450,6 +456,11 @@ def test_fields_are_read_in_both_forms(capsys: pytest.CaptureFixture[str]) -> No
     shown = json.loads(capsys.readouterr().out)
     assert shown["optim"]["lr"] == 1e-4 and shown["steps"] == 7 and shown["save_every"] == 3
     assert shown["recipe"] == shown["recipe"] | {"kind": "bidirectional", "image_start": 0.5}
+    fields = "--camera.steps 5 --dmd.recipe.guidance=2 codec.batch=3 --render.height 32 --collect 7"
+    assert run("pipeline", "smoke", *fields.split(), "--show") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["camera"]["steps"] == 5 and shown["dmd"]["recipe"]["guidance"] == 2 and shown["codec"]["batch"] == 3
+    assert shown["render"]["height"] == 32 and shown["collect"] == 7 and shown["evaluation"]["clips"] == 3
     assert run("data", "render", "--out", "x", "--motion.fps", "8", "--trajectories", '["w*4,a*4"]', "--show") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["motion"]["fps"] == 8 and shown["trajectories"] == ["w*4,a*4"]
@@ -477,6 +488,11 @@ def test_help_lists_pipelines_and_fields(capsys: pytest.CaptureFixture[str]) -> 
         assert run(words, "--help") == 0
         shown = capsys.readouterr().out
         assert "smoke " in shown and "Every line of the pipeline in under a minute" in shown
+    assert run("pipeline", "smoke", "--help") == 0
+    shown = capsys.readouterr().out
+    for option in ("--render.height INT", "--evaluation.clips INT", "--collect INT", "--encode.val FLOAT"):
+        assert option in shown
+    assert "minwm train smoke/consistency --help" in shown
     assert run("train", "smoke/dmd", "--help") == 0
     shown = capsys.readouterr().out
     assert "--optim.lr FLOAT" in shown and "Clips per step and rank" in shown and "--recipe.guidance FLOAT" in shown

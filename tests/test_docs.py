@@ -81,7 +81,7 @@ def test_documented_commands_are_understood(text: str) -> None:
     words = shlex.split(text)[1:]
     work = parse_command(words)
     assert callable(work)
-    if words[0] == "train" or words[:2] == ["data", "render"]:
+    if words[0] in ("train", "pipeline") or words[:2] == ["data", "render"]:
         assert main([*words, *(() if "--show" in words else ("--show",))]) == 0
 
 

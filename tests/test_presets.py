@@ -1,5 +1,7 @@
 """Every stage of every preset runs, in its own layout: from the files that a user brings to the report."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,9 @@ import torch
 from releases import save_text_encoder
 from tiny_presets import tiny_preset
 
+from minwm.cli.base import parse_fields
+from minwm.core.config import ConfigError
+from minwm.core.files import read_json
 from minwm.core.types import Condition
 from minwm.experiments.pipeline import evaluate_stages, run_pipeline
 from minwm.experiments.presets import PIPELINES, PUBLISHED
@@ -24,6 +29,28 @@ def test_every_stage_of_a_preset_runs(name: str, tmp_path: Path, monkeypatch: py
     run_pipeline(pipeline, out, print)
     page = report(pipeline, out, evaluate_stages(pipeline, out, print)).read_text()
     assert all(run.name in page for run in pipeline.stages)
+
+
+def test_a_pipeline_runs_with_the_fields_that_are_set(tmp_path: Path) -> None:
+    """And what is finished is refused by name with others."""
+    out = tmp_path / "run"
+    plan = tiny_preset("smoke", out, tmp_path).override({"codec.steps": "1", "render.supersample": "1"})
+    run_pipeline(plan, out, print, "codec")
+    assert read_json(out / "codec" / "run.json")["run"]["steps"] == 1
+    assert read_json(out / "raw" / "manifest.json")["config"]["supersample"] == 1
+    run_pipeline(plan, out, print, "codec")
+    for field, problem in {
+        "render.supersample": "holds the part 'render' with another supersample: 1, now 2; give another --out",
+        "clips": "holds the part 'render' with another clips: 8, now 2",
+        "codec.steps": "codec holds a finished stage of 1 steps, not 2, and later parts came from it",
+        "codec.accumulate": "holds a run with another accumulate",
+    }.items():
+        with pytest.raises(ConfigError, match=problem):
+            run_pipeline(plan.override({field: "2"}), out, print, "codec")
+    command = f"minwm pipeline smoke --out {out} --codec.steps 1 --render.supersample 1"
+    assert plan.command(out) == command and parse_fields(tuple(shlex.split(command)[5:])) == plan.changes
+    recipe = plan.stage("dmd").recipe
+    assert plan.override({"dmd.recipe.guidance": "2"}).stage("dmd").recipe == replace(recipe, guidance=2.0)
 
 
 def test_worldplay_samples_as_its_authors_do() -> None:

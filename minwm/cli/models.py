@@ -68,20 +68,42 @@ def list_eval_fields(_words: list[str]) -> None:
     print_fields(EvalConfig(), "eval")
 
 
-@command("pipeline", details=list_pipelines, resumable=True)
+def list_pipeline_fields(words: list[str]) -> None:
+    """Print the fields of the pipeline that is named first, and its stages; or else every pipeline."""
+    from minwm.experiments import presets
+
+    if not words or words[0].startswith("-"):
+        echo("--PART.FIELD VALUE sets any field of a stage or of another part; NAME --help lists them. Pipelines:")
+        return list_pipelines(words)
+    plan = presets.pipeline(words[0], Path("runs") / words[0])
+    print_fields(replace(plan, codec=None, stages=()).settings(), f"pipeline {plan.name}")
+    echo("Stages, whose fields are set as --STAGE.FIELD VALUE, and what lists these:")
+    for run in (*([plan.codec] if plan.codec else []), *plan.stages):
+        echo(f"  {run.name:<15} minwm train {plan.name}/{run.name} --help")
+    return None
+
+
+@command("pipeline", details=list_pipeline_fields, resumable=True)
 def pipeline(
     name: Annotated[Positional[str], arg(metavar="NAME", help="one of those below")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of everything; runs/NAME if not given")] = None,
     until: Annotated[str | None, arg(metavar="STAGE", help="stop after this stage")] = None,
     json: Json = None,
+    show: Show = False,
+    fields: Fields = (),
 ) -> None:
-    """Run all stages, each from the one before; then measure, and write the report."""
+    """Run all stages, each from the one before; then measure, and write the report.
+
+    Any field of any part can be set: --camera.steps 500 --dmd.recipe.guidance 2 --render.clips_per_world 2
+    """
     from minwm.experiments import presets
     from minwm.experiments.pipeline import evaluation, run_pipeline
     from minwm.experiments.summary import report
 
     out = out or Path("runs") / name
-    plan = presets.pipeline(name, out)
+    plan = presets.pipeline(name, out).override(parse_fields(fields))
+    if show:
+        return echo(dumps(plan.settings()))
     if until:
         plan.stage(until)
     run_pipeline(plan, out, echo, until)
@@ -89,6 +111,7 @@ def pipeline(
         result = evaluation(plan, out)
         write_numbers({name: to_dict(row) for name, row in result.rows.items()}, json)
         echo(f"report: {report(plan, out, result)}")
+    return None
 
 
 @command("train", details=list_fields, resumable=True)

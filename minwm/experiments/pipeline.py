@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from minwm.core.config import dumps
+from minwm.core.config import ConfigError, dumps, to_dict
 from minwm.core.files import locked, read_config, write_text
 from minwm.core.runtime import pick_device, require_one_process
 from minwm.data.encode import encode_clips
@@ -24,9 +25,12 @@ from minwm.train.config import Run, Summary
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of a part that is no training; kept, so that a resumed pipeline reports them all."""
+    """What is kept of a part that is no training."""
 
     seconds: float
+    """So that a resumed pipeline reports them all."""
+    config: dict[str, Any] | None = None
+    """What it was made with; None in older folders."""
 
 
 def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = None) -> None:
@@ -42,7 +46,11 @@ def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = No
 def _run_parts(pipeline: Pipeline, out: Path, log: Log, until: str | None) -> None:
     part = PipelinePart(out, log)
     if (render := pipeline.render) is not None:
-        part("render", lambda: render_worlds(out / "raw", render, clips=pipeline.clips, workers=pipeline.workers))
+        part(
+            "render",
+            lambda: render_worlds(out / "raw", render, clips=pipeline.clips, workers=pipeline.workers),
+            {"clips": pipeline.clips, **to_dict(render)},
+        )
     if pipeline.codec:
         _train(pipeline.codec, out, log)
         if until == "codec":
@@ -52,31 +60,41 @@ def _run_parts(pipeline: Pipeline, out: Path, log: Log, until: str | None) -> No
     part(
         "encode",
         lambda: encode_clips(out / "raw", out / "latents", codec, start.model.text, pick_device(), pipeline.encode),
+        to_dict(pipeline.encode),
     )
     for run in pipeline.stages:
         if run.recipe.needs_trajectories:
-            part("collect", lambda run=run: collect_for(run, out, pipeline.collect))
+            about = to_dict(collection(run, pipeline.collect))
+            part("collect", lambda run=run: collect_for(run, out, pipeline.collect), about)
         _train(run, out, log)
         if run.name == until:
             return
-    part("evaluate", lambda: evaluate_stages(pipeline, out, log))
+    about = {"evaluated": [*pipeline.evaluated], **to_dict(pipeline.evaluation)}
+    part("evaluate", lambda: evaluate_stages(pipeline, out, log), about)
 
 
 class PipelinePart:
-    """Runs a part unless `out/parts/{name}.json` says that it is done."""
+    """Runs a part unless `out/parts/{name}.json` says that it is done; ConfigError if it was with another config."""
 
     def __init__(self, out: Path, log: Log) -> None:
         self.folder, self.log = out / "parts", log
 
-    def __call__(self, name: str, work: Callable[[], object]) -> None:
+    def __call__(self, name: str, work: Callable[[], object], config: dict[str, Any] | None = None) -> None:
         done = self.folder / f"{name}.json"
         if done.exists():
+            before = read_config(Timing, done).config or {}
+            for key, value in (config or {}).items():
+                if before.get(key, value) != value:
+                    raise ConfigError(
+                        f"{self.folder.parent} holds the part {name!r} with another {key}: {before[key]}, now {value}; "
+                        "give another --out, or delete it"
+                    )
             self.log(f"{name}: done before")
             return
         start = time.monotonic()
         work()
         seconds = time.monotonic() - start
-        write_text(done, dumps(Timing(seconds=seconds)))
+        write_text(done, dumps(Timing(seconds=seconds, config=config)))
         self.log(f"{name}: {seconds:.0f} s")
 
 
@@ -85,6 +103,12 @@ def part_seconds(out: Path, name: str) -> float:
 
 
 def _train(run: Run, out: Path, log: Log) -> Summary:
+    done = out / run.name / "summary.json"
+    if done.exists() and (steps := read_config(Summary, done).steps) != run.steps:  # `train` would make it longer
+        raise ConfigError(
+            f"{out / run.name} holds a finished stage of {steps} steps, not {run.steps}, and later parts came from "
+            "it; give another --out, or delete these parts"
+        )
     summary = train(run, out / run.name)
     speed = summary.steps / max(summary.seconds, 1e-9)
     log(

@@ -162,7 +162,7 @@ def _training(stages: Sequence[Stage]) -> str:
 def _commands(pipeline: Pipeline, out: Path) -> dict[str, str]:
     last = out / pipeline.evaluated[-1]
     return {
-        "the whole run again; finished parts are kept": f"minwm pipeline {pipeline.name} --out {out}",
+        "the whole run again; finished parts are kept": pipeline.command(out),
         "your own trajectory, in a world of your choice, with the keys drawn in": (
             f'minwm generate --model {last} --world 5042 --trajectory "w*4,l*4" --keys --out my.mp4'
         ),
