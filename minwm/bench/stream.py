@@ -274,7 +274,7 @@ def _measure_clips(model: Model, repeats: int) -> _Measured:
     reset_peak_memory(next(model.net.parameters()).device)
     clips = [_time_clip(model) for _ in range(repeats)]
     stages = {name: [clip[name] for clip in clips] for name in clips[0]}
-    generated = len(cfg.geometry.chunks(cfg.latents)) - (cfg.image_start and cfg.geometry.first_chunk_frames == 1)
+    generated = len(cfg.geometry.chunks(cfg.latents)) - cfg.geometry.image_alone
     totals = [sum(clip.values()) for clip in clips]
     return _Measured(
         stages=stages,
@@ -327,15 +327,15 @@ def _work(model: Model) -> dict[str, list[Work]]:
     branches = 1 if cfg.sampler.guidance == 1 else 2
     weights, itemsize = sum(p.nbytes for p in net.parameters()), next(net.parameters()).itemsize
 
-    def network(rows: int, passes: int) -> Work:
+    def network(rows: int, passes: int, frames: int = geometry.chunk) -> Work:
         """Passes of one chunk that sees so many rows of the cache."""
-        flops = passes * branches * net.flops(geometry.chunk, geometry.tokens, rows)
+        flops = passes * branches * net.flops(frames, geometry.tokens, rows)
         cache = 2 * net.layers * net.cache_heads * rows * net.head_width * itemsize
         return Work(flops, passes * (weights + branches * cache))
 
     decode, sampler = _decoder_flops(model), cfg.sampler
-    image_alone = cfg.image_start and geometry.first_chunk_frames == 1
-    first = geometry.first_chunk_frames + (geometry.chunk if geometry.first_chunk_frames != geometry.chunk else 0)
+    index = int(geometry.image_alone)
+    frames, rows = geometry.start(index + 1) - geometry.start(index), geometry.start(index + 1) * geometry.tokens
     diffuse, cache_update = (
         network(geometry.rows, sampler.steps),
         network(geometry.rows, 0 if geometry.merged_refresh else 1),
@@ -344,7 +344,7 @@ def _work(model: Model) -> dict[str, list[Work]]:
         "diffuse": [diffuse],
         "decode": [Work(decode)],
         "cache_update": [cache_update],
-        "first_chunk": [network(first * geometry.tokens, sampler.at_chunk(int(image_alone)).steps)],
+        "first_chunk": [network(rows, sampler.at_chunk(index).steps, frames)],
         "chunk": [diffuse, cache_update],
         "action_to_pixel": [diffuse, Work(decode / geometry.chunk)],
     }

@@ -73,6 +73,11 @@ class StreamConfig:
         return self.first_chunk_frames == 1 if self.image_start is None else self.image_start
 
     @property
+    def image_alone(self) -> bool:
+        """Whether the first chunk is nothing but the image."""
+        return self.takes_image and self.first_chunk_frames == 1
+
+    @property
     def slots(self) -> int:
         """Chunks that the cache holds."""
         return self.sink + self.window

@@ -213,10 +213,11 @@ class ModelEngine:
         begin, cfg = time.perf_counter(), self.model.config
         self.start()
         samples = self.sampler.num_noise_samples(cfg.geometry)
-        noise = torch.zeros(samples, *cfg.latent_shape(1, self.chunk), device=self.device)
+        frames = max(self.chunk, cfg.geometry.first_chunk_frames)
+        noise = torch.zeros(samples, *cfg.latent_shape(1, frames), device=self.device)
         list(self._decode(noise[0, :, :1]))  # a latent that is not the first has a graph of its own
         self.update_cache()
-        cond = self.condition(np.eye(4)[None].repeat(self.chunk, 0))
+        cond = self.condition(np.eye(4)[None].repeat(frames, 0))
         cond = replace(cond, first_latent=None if self.inputs.image is None else noise[0, :, :1])
         with attention_kernel(self.engine):
             return [time.perf_counter() - begin, *warm_up(self.stream, cond, noise, self.sampler)]

@@ -196,7 +196,7 @@ def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geo
 def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Sampler) -> list[float]:
     """Run every graph shape once, so that nothing is compiled, recorded or chosen later; then restart the stream.
 
-    Returns seconds per graph shape. cond: of one chunk. noise: of one chunk, as `next_chunk` takes it.
+    Returns seconds per graph shape. cond: of the longest chunk. noise: of that chunk, as `next_chunk` takes it.
     """
     geometry, seconds = stream.geometry, []
     for chunk in range(geometry.distinct_graph_shapes):

@@ -65,7 +65,8 @@ def self_forcing() -> ModelConfig:
 def worldplay_5b() -> ModelConfig:
     """HY-WorldPlay's few-step student on Wan2.2-TI2V-5B: Euler at t = 1, .96, .889, .727.
 
-    The image is the first latent of the first chunk of 4. It is shown to the network at 14/1000, as all that is past.
+    The image is the first latent of the first chunk of 4. It is shown to the network at 14/1000, as all that is past;
+    which has that much noise here, and none in the release.
     """
     base = wan_model("wan2.2-ti2v-5b")
     start = replace(base.stream, first_chunk=None, image_start=True, image_time=0.014)
