@@ -63,6 +63,7 @@ class DmdConfig(RecipeConfig):
     t_min: float = 0.02
     """Least time at which scores are compared."""
     t_max: float = 0.98
+    """The largest."""
     score_times: Literal["all", "exit"] = "all"
     """Scores are compared at times of the whole range (Wan), or between the time of the exit step and that of the next
     (HY): the noise that the student has removed there. All: coarse errors are seen at every step."""
@@ -219,14 +220,15 @@ class Dmd(Recipe[Backbone]):
 
     def _times(self, x: Latents, exits: Sequence[int | None], generator: torch.Generator) -> Times:
         """One time per clip, for all frames."""
-        between = self._exit_interval(exits) if self.cfg.score_times == "exit" else (0.0, 1.0)
+        exit_times = self.cfg.score_times == "exit"
+        between = self._exit_interval(exits, generator.device) if exit_times else (0.0, 1.0)
         t = uniform_times(len(x), self.sampler.shift, x, generator, between).clamp(self.cfg.t_min, self.cfg.t_max)
         return t[:, None].expand(x.shape[:2])
 
-    def _exit_interval(self, exits: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+    def _exit_interval(self, exits: Sequence[int | None], device: torch.device) -> tuple[Tensor, Tensor]:
         """Times from that of the step after the exit step to its own, before they are shifted."""
         sampler = self.sampler.at_chunk(1)
-        unshifted = shift(torch.tensor([*sampler.times, 0.0]), 1 / sampler.shift)
+        unshifted = shift(torch.tensor([*sampler.times, 0.0], device=device), 1 / sampler.shift)
         steps = torch.tensor([self.sampler.step_at_chunk(step, 1) for step in exits if step is not None])
         return unshifted[steps + 1], unshifted[steps]
 

@@ -159,7 +159,7 @@ class FewStepSampler(_SamplerBase):
         return super().num_noise_samples(geometry) + self.most_steps - 1
 
     def sample(self, velocity: Velocity, noise: Noise) -> Latents:
-        """x_0 of a chunk that is not the first; a sample of noise for every step."""
+        """x_0 of a chunk in passes at `times`; a sample of noise for every step."""
         return [*few_step_predictions(velocity, noise, self.times)][-1]
 
 

@@ -122,7 +122,7 @@ def test_scores_are_compared_where_the_exit_step_removes_noise() -> None:
         recipe.networks["student"] = Exact(given.latents)
         seen = torch.cat([times_of(recipe, given, 1, seed)[:, 0] for seed in range(24)])
         assert low <= seen.min() < low + 0.3 and high - 0.1 < seen.max() <= high
-    edges = dmd(score_times="exit", critic_data="exit")._exit_interval([0, 1])
+    edges = dmd(score_times="exit", critic_data="exit")._exit_interval([0, 1], torch.device("cpu"))
     torch.testing.assert_close([shift(x, 5.0) for x in edges], [torch.tensor([5 / 6, 0.0]), torch.tensor([1.0, 5 / 6])])
     with pytest.raises(ConfigError, match=r"final videos have no exit step; set dmd\.critic_data=exit"):
         DmdConfig(score_times="exit")
