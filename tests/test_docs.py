@@ -14,7 +14,7 @@ import pytest
 
 from minwm.cli import main
 from minwm.cli.base import parse as parse_command
-from minwm.core.config import override
+from minwm.core.config import override, to_dict
 from minwm.experiments.presets import PIPELINES
 from minwm.train.config import Run
 
@@ -67,6 +67,20 @@ def test_differences_from_the_paper_name_their_fields(in_preset: bool, fields: l
     runs = [run for run in PIPELINES["paper"](Path()).stages if all(reads(run, name) for name, _ in fields)]
     changed = [override(run, values) for run in runs]
     assert runs and (not in_preset or any(new == run for new, run in zip(changed, runs, strict=True)))
+
+
+def test_the_preset_paper_differs_where_the_page_says() -> None:
+    """And nowhere else from the preset of the same model."""
+
+    def fields(cfg: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(cfg, dict):
+            return {name: cfg}
+        return {path: x for key, value in cfg.items() for path, x in fields(value, f"{name}.{key}").items()}
+
+    both = (PIPELINES[name](Path()).stages for name in ("wan2.1-1.3b", "paper"))
+    pairs = [(fields(to_dict(a)), fields(to_dict(b))) for a, b in zip(*both, strict=True)]
+    changed = {name[1:] for a, b in pairs for name in a.keys() | b.keys() if a[name] != b[name]}
+    assert len(changed) > 10 and changed <= {name for in_preset, row in DIFFERENCES for name, _ in row if in_preset}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -81,3 +81,10 @@ def test_worldplay_shows_its_network_the_times_of_its_authors() -> None:
     first, second = [[14.0, t, t, t] for t in (*times, 14)], [[t] * 4 for t in (*times, 14)]
     assert [t for row in seen for t in row] == pytest.approx([t for row in (*first, *second) for t in row], abs=1e-3)
     assert torch.equal(made[:, :1], torch.ones(1, 1, 4, 2, 2))
+
+
+def test_stage_3_of_the_paper_starts_from_either_stage_2() -> None:
+    plan = PIPELINES["paper"](Path("runs/paper"))
+    other = plan.override({"dmd.init.student": "runs/paper/consistency"})
+    starts = [Path(str(pipeline.stage("dmd").init.student)).name for pipeline in (plan, other)]
+    assert starts == ["ode", "consistency"]
