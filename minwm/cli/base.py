@@ -237,6 +237,8 @@ def check_outputs(verb: BoundVerb) -> None:
     """Refuse, before any work, outputs of a verb that cannot be written."""
     for name in OUTPUTS:
         if isinstance(path := verb.keywords.get(name), Path):
+            if name != "out" and path.is_dir():
+                raise UserError(f"--{name} {path} is a folder; give the name of a file")
             check_writable(path)
 
 

@@ -133,12 +133,12 @@ def data_check(
     json: Json = None,
 ) -> None:
     """Look for anything wrong in raw clips or latent shards."""
-    from minwm.data.clips import ClipFolder, check, read_manifest
+    from minwm.data.clips import LATENT_SHARDS, ClipFolder, check, read_manifest
     from minwm.data.dataset import check_fit, check_shards
     from minwm.data.rerender import check_renders
     from minwm.store.folder import load_config
 
-    if read_manifest(folder, "minwm data render").get("kind") == "latent shards":
+    if read_manifest(folder, "minwm data render").get("kind") == LATENT_SHARDS:
         problems = check_shards(folder)
     else:
         problems = check(folder) or check_renders(ClipFolder(folder))

@@ -25,9 +25,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any failure removed.
 
     Makes missing parent folders. The temporary name ends in `.tmp`: a writer that infers the format from the suffix
-    has to be given the format. A full disk raises UserError with the path and the free bytes.
+    has to be given the format. Raises UserError for a folder, and on a full disk with the path and the free bytes.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,15 +102,31 @@ def read_config(cls: type[T] | UnionType, path: Path) -> T:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError if it holds anything else."""
+def read_json(path: Path, shape: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The object in a JSON file; UserError if it holds anything else, or lacks what `shape` says (`check_shape`)."""
     try:
         content = parse_json(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    check_shape(content, shape, str(path))
     return content
+
+
+def check_shape(values: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
+    """Raise UserError unless values of the given types, or nested shapes, stand under all keys of `shape`.
+
+    >>> check_shape({"step": 3, "data": {"seed": 0}}, {"step": int, "data": {"seed": int}}, "state.json")
+    """
+    for key, kind in shape.items():
+        wanted = dict if isinstance(kind, Mapping) else kind
+        value = values.get(key)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            found = f"has {value!r:.80} for {key!r}" if key in values else f"lacks {key!r}"
+            raise UserError(f"{where} {found}, where {wanted.__name__} is expected: it is damaged")
+        if isinstance(kind, Mapping):
+            check_shape(value, kind, f"{where}: {key}")
 
 
 @contextlib.contextmanager

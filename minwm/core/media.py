@@ -130,7 +130,7 @@ def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
             stream = container.streams.video[0]
             images = [_displayed(frame, stream.sample_aspect_ratio) for frame in container.decode(stream)]
             fps = stream.average_rate
-    except (FFmpegError, OSError, IndexError) as error:
+    except (FFmpegError, OSError, IndexError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a video: {error}") from error
     if not images or not fps:
         raise UserError(f"{path} holds no frames")

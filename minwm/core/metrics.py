@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minwm.core.files import write_text
+from minwm.core.config import UserError, parse_json
+from minwm.core.files import check_shape, read_text, write_text
 from minwm.core.runtime import require
 
 
@@ -38,7 +39,18 @@ def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without an incomplete last line."""
+    """The lines of `metrics.jsonl`, without an incomplete last line; UserError for a damaged one."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = read_text(path).splitlines(keepends=True) if path.exists() else []
+    return [_step(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _step(line: str, where: str) -> dict[str, Any]:
+    try:
+        values = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); delete it") from error
+    if not isinstance(values, dict) or not all(type(v) in (int, float) or k == "trains" for k, v in values.items()):
+        raise UserError(f"{where} is no step of a training; delete it")
+    check_shape(values, {"step": int, "trains": str}, where)
+    return values

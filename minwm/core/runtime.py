@@ -103,11 +103,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory so far, in GB: tensors on a GPU; on a CPU the resident set of this process."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Most memory so far, in GB: tensors on a GPU; on a CPU the resident set of this process, unknown on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        return None
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9

@@ -7,6 +7,7 @@ file cannot run code.
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minwm.core.config import UserError
-from minwm.core.files import atomic, read_json, write_json
+from minwm.core.files import atomic, check_shape, read_json, write_json
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 ROLES = ("generator_ema", "generator", "ema", "module", "model", "state_dict", "diffusion_model")
@@ -252,7 +253,8 @@ def _unmapped(file: Path, error: RuntimeError) -> CheckpointError:
 
 
 def _read_shards(index: Path) -> dict[Any, Any]:
-    listed = read_json(index).get("weight_map", {})
+    listed = read_json(index, {"weight_map": dict})["weight_map"]
+    check_shape(listed, dict.fromkeys(listed, str), f"{index}: weight_map")
     tensors: dict[Any, Any] = {}
     for name in sorted(set(listed.values())):
         if not (index.parent / name).is_file():
@@ -266,7 +268,10 @@ def _read_shards(index: Path) -> dict[Any, Any]:
 def _read_pickle(file: Path) -> dict[Any, Any]:
     try:  # files of old torch versions are no archives, and cannot be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+    except (
+        *(pickle.UnpicklingError, EOFError, OSError, RuntimeError),
+        *(ValueError, LookupError, TypeError, AttributeError, struct.error),  # of damaged pickles
+    ) as error:
         if isinstance(error, RuntimeError) and "mmap" in str(error):
             raise _unmapped(file, error) from error
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):

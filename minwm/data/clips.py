@@ -24,7 +24,7 @@ import numpy as np
 from minwm.cameras.check import speeds
 from minwm.cameras.track import CameraTrack, so3_log
 from minwm.core.config import UserError
-from minwm.core.files import read_json, read_text, write_json, write_text
+from minwm.core.files import check_shape, read_json, read_text, write_json, write_text
 from minwm.core.media import contact_sheet, read_video, write_video
 from minwm.core.runtime import git_commit, versions
 
@@ -44,6 +44,17 @@ MAX_MOVE = 30.0
 """Units per second of a clip's camera; a car's in metres. Faster ones have another scale."""
 MAX_TURN = 360.0
 """Degrees per second of a clip's camera."""
+LATENT_SHARDS = "latent shards"
+"""Kind of a folder that `minwm data encode` made."""
+CLIP_MANIFEST = {"kind": str, "config": dict, "complete": bool, "command": str}
+SHARD_MANIFEST = {
+    "kind": str,
+    "complete": bool,
+    "command": str,
+    "codec": {"id": str, "hash": str, "stride": int, "scale": int, "channels": int},
+    "text": {"id": str, "hash": str, "dim": int, "length": int},
+    "raw": {"kind": str, "config": dict},
+}
 HINT = "delete the clip's .json and run the command that made the folder again"
 
 
@@ -235,13 +246,16 @@ def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         values = read_json(path)
+        if values.get("schema") != SCHEMA:
+            raise UserError(f"{path}: schema {values.get('schema')!r}, this version reads {SCHEMA}")
+        shards = values.get("kind") == LATENT_SHARDS
+        check_shape(values, SHARD_MANIFEST if shards else CLIP_MANIFEST, str(path))
+        if values["complete"]:
+            check_shape(values, {"counts": dict, "codec_psnr": float} if shards else {"clips": int}, str(path))
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; make the dataset with `{maker}`") from error
     except UserError as error:
         raise DataError(f"{error}; delete it and run `{maker}` again") from error
-    if values.get("schema") != SCHEMA:
-        schema = values.get("schema")
-        raise DataError(f"{path}: schema {schema!r}, this version reads {SCHEMA}; run `{maker}` again")
     return values
 
 

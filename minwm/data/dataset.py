@@ -6,10 +6,10 @@ shards, and the position in the data is two integers (epoch, index).
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from minwm.cameras.track import latent_cameras
 from minwm.core.config import UserError
+from minwm.core.files import check_shape
 from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
 from minwm.core.types import Clip, Condition
-from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of
+from minwm.data.clips import LATENT_SHARDS, ClipFolder, ClipRecord, DataError, read_manifest, split_of
 from minwm.data.noise import PoseNoise
 from minwm.data.shards import HINT, IndexEntry, list_shards, read_index, read_record
 from minwm.data.spec import ClipSpec
@@ -68,7 +69,7 @@ class ShardDataset:
         """
         self.path, self.image_start, self.null, self.noise, self.spec = path, image_start, null, noise, spec
         self.manifest = read_manifest(path, "minwm data encode")
-        if self.manifest.get("kind") != "latent shards":
+        if self.manifest.get("kind") != LATENT_SHARDS:
             kind = self.manifest.get("kind")
             raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
         if not self.manifest.get("complete"):
@@ -229,14 +230,17 @@ class Loader(Generic[T]):
             "fingerprint": self.dataset.fingerprint,
         }
 
-    def load(self, state: dict[str, int]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`. Raises DataError if the data or the seed are not the same."""
+        check_shape(state, dict.fromkeys(self.state(), int), "resume: the position in the data")
         for name, value in (("fingerprint", self.dataset.fingerprint), ("seed", self.seed)):
             if state[name] != value:
                 raise DataError(
                     f"resume: the {name} of the data was {state[name]} and is {value}; "
                     "restore the dataset and the seed, or start a new run"
                 )
+        if state["epoch"] < 0 or not 0 <= state["position"] <= len(self.dataset):
+            raise DataError(f"resume: there is no position {state} in data of {len(self.dataset)} records")
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffled(self.epoch)
 
@@ -262,7 +266,7 @@ def check_shards(path: Path) -> list[str]:
 def check_fit(path: Path, spec: ClipSpec) -> list[str]:
     """How the clips of a sound folder, raw or encoded, differ from those of a model, a line for each that does."""
     manifest, problems = read_manifest(path, "minwm data encode"), list[str]()
-    if manifest["kind"] == "latent shards":
+    if manifest["kind"] == LATENT_SHARDS:
         problems += _refusals(lambda: spec.check_shards(manifest, str(path)))
         splits: tuple[Split, ...] = ("train", "val")
         parts = [ShardDataset(path, split, cache_bytes=0) for split in splits if manifest["counts"].get(split)]

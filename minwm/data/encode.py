@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.media import to_pixels
 from minwm.core.runtime import progress, rank, world_size
-from minwm.data.clips import ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
+from minwm.data.clips import LATENT_SHARDS, ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
 from minwm.data.shards import SHARD_NAME, ShardRecord, list_shards, read_index, shard_stats, write_shard
 from minwm.nets.codec import VideoCodec
 from minwm.nets.text import TextEncoder
@@ -148,7 +148,7 @@ def _next_name(out: Path, split: str) -> Path:
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the manifest of a new folder; DataError if an existing one has other settings."""
     if not (out / "manifest.json").exists():
-        write_manifest(out, {"kind": "latent shards", "complete": False, **settings})
+        write_manifest(out, {"kind": LATENT_SHARDS, "complete": False, **settings})
         return
     before = read_manifest(out, "minwm data encode")
     changed = [name for name in settings if before.get(name) != settings[name]]
@@ -179,7 +179,7 @@ def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "codec_psnr": float(np.mean([i.summary.psnr for i in indices])),
         "licences": sorted({name for i in indices for name in i.summary.licences}),
     }
-    write_manifest(out, {"kind": "latent shards", **settings, **sums})
+    write_manifest(out, {"kind": LATENT_SHARDS, **settings, **sums})
     return read_manifest(out, "minwm data encode")
 
 

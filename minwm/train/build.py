@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minwm.core.config import ConfigError, dumps, from_dict, to_dict
+from minwm.core.config import ConfigError, UserError, dumps, from_dict, to_dict
 from minwm.core.files import locked, read_config, read_json, write_json, write_text
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, pick_device, require_one_process, versions
@@ -128,7 +128,10 @@ def _check_same(run: Run, out: Path) -> None:
     """Raise ConfigError if `out` was started with another config. More steps than before lengthen the run."""
     if not (path := out / "run.json").exists():
         return
-    old = from_dict(Run, read_json(path)["run"])
+    try:
+        old = from_dict(Run, read_json(path, {"run": dict})["run"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; give another --out, or delete {out}") from error
     changed = {key: (vars(old)[key], value) for key, value in vars(run).items() if vars(old)[key] != value}
     if changed.keys() == {"steps"}:
         if run.steps > old.steps:
@@ -153,8 +156,11 @@ def _write_record(run: Run, out: Path) -> None:
 
 def _summary(run: Run, out: Path, parameters: int) -> Summary:
     """The summary of a run whose last state is written."""
-    lines = [line for line in read_metrics(out) if line["trains"] == "student"]
-    loss = next(name for name in lines[0] if name not in ("step", "trains"))
+    steps = [line for line in read_metrics(out) if line["trains"] == "student"]
+    loss = next((name for line in steps for name in line if name not in ("step", "trains")), "loss")
+    lines = [line for line in steps if loss in line]
+    if not lines:
+        raise UserError(f"{out}/metrics.jsonl has lost the losses of this run; delete the folder and train again")
     tenth = max(1, len(lines) // 10)
     first, last = (sum(line[loss] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
     seconds = States(out).extra(run.steps)["seconds"]

@@ -145,7 +145,8 @@ def loop(
             save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
             val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
             losses, optimisation = gradients.losses | val, {"grad_norm": gradients.norm, "lr": rate}
-            cost = speed | {"data_wait_s": gradients.data_wait, "peak_memory_gb": peak_memory_gb(device)}
+            peak = peak_memory_gb(device)
+            cost = speed | {"data_wait_s": gradients.data_wait} | ({"peak_memory_gb": peak} if peak else {})
             log(step, gradients.trains, losses | optimisation | cost)
             bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             if save:

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minwm.core.config import UserError
 from minwm.core.files import read_json, write_json
 from minwm.core.weights import load_safetensors, write_safetensors
 from minwm.store.folder import load_weights
+
+
+EXTRA = {"step": int, "seconds": float, "data": dict}
+"""What `state.json` holds: steps done, seconds of training, and the position in the data."""
 
 
 class States:
@@ -58,18 +63,21 @@ class States:
         optimizers: Mapping[str, torch.optim.Optimizer],
         generator: torch.Generator,
     ) -> dict[str, Any]:
-        """Load everything in place; returns `extra`."""
+        """Load everything in place; returns `extra`. Raises UserError for a damaged state."""
         folder = self.folder / f"{step:06d}"
-        for role, net in networks.items():
-            load_weights(net, folder / f"{role}.safetensors")
-        for role, optimizer in optimizers.items():
-            _restore_optimizer(optimizer, load_safetensors(folder / f"optimizer-{role}.safetensors"))
-        generator.set_state(load_safetensors(folder / "random.safetensors")["generator"])
+        try:
+            for role, net in networks.items():
+                load_weights(net, folder / f"{role}.safetensors")
+            for role, optimizer in optimizers.items():
+                _restore_optimizer(optimizer, load_safetensors(folder / f"optimizer-{role}.safetensors"))
+            generator.set_state(load_safetensors(folder / "random.safetensors")["generator"])
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{folder} is damaged ({error}); delete it to start this run again") from error
         return self.extra(step)
 
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside: position in the data, seconds of training."""
-        return read_json(self.folder / f"{step:06d}" / "state.json")
+        return read_json(self.folder / f"{step:06d}" / "state.json", EXTRA)
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
