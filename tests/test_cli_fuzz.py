@@ -273,7 +273,7 @@ def resumed(record: Path, stage: Path) -> int:
     try:
         train(replace(run, steps=2), stage)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
 

@@ -13,7 +13,6 @@ from minwm.core.files import read_json, write_json
 from minwm.core.weights import load_safetensors, write_safetensors
 from minwm.store.folder import load_weights
 
-
 EXTRA = {"step": int, "seconds": float, "data": dict}
 """What `state.json` holds: steps done, seconds of training, and the position in the data."""
 
