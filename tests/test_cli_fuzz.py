@@ -5,6 +5,7 @@ Each ends in success or in one line and exit code 2, never in a traceback, and n
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -62,12 +63,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Started(UserError):
+class StartedError(UserError):
     """The long part of a verb has begun: its arguments were taken."""
 
 
 def begin(*_args: Any, **_kwargs: Any) -> None:
-    raise Started("enough")
+    raise StartedError("enough")
 
 
 @pytest.fixture
@@ -127,8 +128,8 @@ RUN = smoke(Path("runs/smoke")).stage("dmd")
 FIELDS = sorted({*field_names(to_dict(RUN)), *field_names(to_dict(RUN.model)), "focal", "trajectories", "supersample"})
 NUMBERS = ["-1", "0", "1", "2.5", "1e-9", "1e999", "nan", "-inf", str(2**63), str(10**30), "0x10", "1_000", "٣"]
 WORDS = ["", " ", "-", "--", "none", "true", "{}", "[]", '{"kind": "wan"}', "[1, 2]", "..", "/dev/null", "/proc", "*",
-         "w*2", "{project}", "{project}/dmd", "{project}/files/photo.png", "{project}/latents", "{out}", "\x00", "é\ud800",
-         "x" * 300, "a/b", "http://[", "wan", "few_step", "bfloat16", "cuda:9"]  # fmt: skip
+         "w*2", "{project}", "{project}/dmd", "{project}/files/photo.png", "{project}/latents", "{out}", "\x00",
+         "é\ud800", "x" * 300, "a/b", "http://[", "wan", "few_step", "bfloat16", "cuda:9"]  # fmt: skip
 values = some.sampled_from(NUMBERS + WORDS) | some.text(max_size=8)
 
 
@@ -212,17 +213,18 @@ trees = some.recursive(leaves, lambda inner: some.lists(inner, max_size=3) | som
 @some.composite
 def damaged_json(draw: some.DrawFn, text: str) -> bytes:
     """JSON with one value, at any depth, replaced or removed."""
-    whole = json.loads(text)
-    node, parent, key = whole, None, None
-    while isinstance(node, dict | list) and node and (parent is None or draw(some.integers(0, 3))):
-        key = draw(some.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
-        parent, node = node, node[key]
-    if parent is None:
+    whole: Any = json.loads(text)
+    path, node = list[Any](), whole
+    while isinstance(node, dict | list) and node and (not path or draw(some.integers(0, 3))):
+        path.append(draw(some.sampled_from(list(node) if isinstance(node, dict) else range(len(node)))))
+        node = node[path[-1]]
+    if not path:
         return json.dumps(draw(trees)).encode()
+    parent: Any = functools.reduce(lambda inner, key: inner[key], path[:-1], whole)
     if draw(some.booleans()):
-        parent[key] = draw(trees)
+        parent[path[-1]] = draw(trees)
     else:
-        del parent[key]
+        del parent[path[-1]]
     return json.dumps(whole).encode()
 
 

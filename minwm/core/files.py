@@ -121,12 +121,12 @@ def check_shape(values: Mapping[str, Any], shape: Mapping[str, Any], where: str)
     """
     for key, kind in shape.items():
         wanted = dict if isinstance(kind, Mapping) else kind
-        value = values.get(key)
+        value: Any = values.get(key)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             found = f"has {value!r:.80} for {key!r}" if key in values else f"lacks {key!r}"
             raise UserError(f"{where} {found}, where {wanted.__name__} is expected: it is damaged")
         if isinstance(kind, Mapping):
-            check_shape(value, kind, f"{where}: {key}")
+            check_shape(values[key], kind, f"{where}: {key}")
 
 
 @contextlib.contextmanager
