@@ -102,6 +102,7 @@ COMMANDS = {
     ("play",): "--model {project}/dmd --world 3 --port 0",
     ("data", "render"): "--out {out} --clips 2 --latents 3",
     ("data", "encode"): "{project}/raw --codec {project}/codec --out {out}",
+    ("data", "trajectories"): "{project}/latents --teacher {project}/camera --out {out} --clips 1 --ode-steps 4",
     ("data", "prompts"): "{project}/files/prompts.txt --model {project}/dmd",
     ("data", "check"): "{project}/raw --model {project}/dmd",
     ("data", "report"): "{project}/raw --sheet {out}.png",

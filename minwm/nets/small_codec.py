@@ -50,12 +50,15 @@ class SmallCodecConfig:
     """Standard deviation of the noise on latents while the decoder learns: neighbours must decode alike."""
     edges: float = 1.0
     """Weight of the error of image gradients: it keeps edges sharp where L1 alone would blur them."""
+    energy: float = 0.0
+    """Weight of the error of the gradients' size around each pixel: what cannot be known exactly becomes texture as
+    strong as the truth's, where the other terms would make it smooth."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "width", "fine", "finest", "decoder_depth"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"codec.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("noise", "edges"):
+        for name in ("noise", "edges", "energy"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"codec.{name}={getattr(self, name)}: must be finite and not negative")
 
@@ -225,7 +228,7 @@ class SmallCodec(nn.Module):
         return pixels if state is not None else pixels[:, self.stride - 1 :], pasts
 
     def loss(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction from slightly noisy latents: L1 + MSE + L1 of image gradients."""
+        """Reconstruction from slightly noisy latents: L1 + MSE + L1 of image gradients and their local size."""
         latents = self.encode(pixels)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
         output, _ = self._reconstruct(latents + self.cfg.noise * noise, None)
@@ -235,7 +238,17 @@ class SmallCodec(nn.Module):
         psnr = 10 * torch.log10(4 / mse)  # pixels span 2
         logs = {"l1": l1, "mse": mse, "edges": edges, "psnr": psnr}
         total = l1 + mse + self.cfg.edges * edges
+        if self.cfg.energy:
+            logs["energy"] = (gradient_size(output) - gradient_size(pixels)).abs().mean()
+            total = total + self.cfg.energy * logs["energy"]
         return total, {name: value.detach() for name, value in logs.items()}
+
+
+def gradient_size(pixels: Pixels, window: int = 8) -> Float[Tensor, "m 3 h w"]:
+    """Root mean square of image gradients in each window."""
+    x = pixels.flatten(0, 1)
+    square = x[..., :-1, :].diff(dim=-1).square() + x[..., :-1].diff(dim=-2).square()
+    return (F.avg_pool2d(square, window, window // 2) + 1e-6).sqrt()
 
 
 def residual_blocks(width: int, depth: int) -> Sequence[nn.Module]:

@@ -24,9 +24,11 @@ def place(out: Path) -> Pipeline:
         dim=256, heads=4, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
         predicts="clean",
     )  # fmt: skip
-    base = replace(world_model(network, 128), codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48))
+    base = replace(
+        world_model(network, 128), codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0)
+    )
     steps = {
-        "codec": 900,
+        "codec": 2000,
         "foundation": 1,
         "camera": 30000,
         "ar": 8000,
