@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError, dumps, loads
 from minwm.nets.codec import State
-from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
+from minwm.nets.small_codec import SmallCodec, SmallCodecConfig, gradient_size
 
 FRAMES, LATENTS = 17, 5
 
@@ -148,6 +150,19 @@ def test_learns_and_is_deterministic() -> None:
 
     losses = train()
     assert losses[-1] < 0.7 * losses[0] and losses == train()
+
+
+def test_texture_as_strong_as_the_truth_is_better_than_none() -> None:
+    """What cannot be known, here noise, is wrong by less on average where it is left out: but for the energy term."""
+    truth, other = (torch.randn(1, 4, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    size, smooth = gradient_size(truth), torch.zeros_like(truth)
+    assert (smooth - truth).abs().mean() < (other - truth).abs().mean()
+    assert (gradient_size(other) - size).abs().mean() < 0.2 * (gradient_size(smooth) - size).abs().mean()
+    codec = small()
+    plain, _ = codec.loss(clip(), torch.Generator().manual_seed(0))
+    codec.cfg = replace(codec.cfg, energy=2.0)
+    total, logs = codec.loss(clip(), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(total, plain + 2 * logs["energy"])
 
 
 def test_training_never_moves_the_encoder() -> None:
