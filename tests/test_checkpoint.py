@@ -196,9 +196,9 @@ def test_training_states_restore_everything(tmp_path: Path) -> None:
     one, states = fresh(1), States(tmp_path)
     assert states.latest() is None
     step(*one)
-    states.save(1, {"student": one[0]}, {"student": one[1]}, one[2], {"data": [3, 4]})
+    states.save(1, {"student": one[0]}, {"student": one[1]}, one[2], {"seconds": 1.5, "data": {"position": 3}})
     two = fresh(2)
-    assert states.load(1, {"student": two[0]}, {"student": two[1]}, two[2])["data"] == [3, 4]
+    assert states.load(1, {"student": two[0]}, {"student": two[1]}, two[2])["data"] == {"position": 3}
     for part in (one, two):
         step(*part)
     assert torch.equal(one[0].weight, two[0].weight)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as some
-from projects import MODEL, NETWORK, trained
+from projects import MODEL, NETWORK, trained_once
 from safetensors.torch import save_file
 
 import minwm.cli.play
@@ -47,19 +47,19 @@ def unhurried(examples: int) -> settings:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained stages, their data, and a file of every kind that a verb reads."""
-    out = trained(tmp_path_factory.getbasetemp() / "project")
-    if not (out / "files").exists():
-        (files := out / "files").mkdir()
-        parse("w+l*4").track(MODEL.motion, MODEL.intrinsics).save(files / "poses.json")
-        rng = np.random.default_rng(0)
-        for name in ("photo.png", "photo.jpg", "photo.webp"):
-            write_image(files / name, rng.integers(0, 256, (40, 56, 3), np.uint8))
-        (files / "prompts.txt").write_text("a red room\na blue one\n")
-        weights = replace(NETWORK, camera="none").build().state_dict()
-        save_file(weights, files / "wan.safetensors")
-        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "wan.safetensors")}
-        (files / "wan.safetensors.index.json").write_text(json.dumps(index))
-        torch.save(NETWORK.build().state_dict(), files / "wan.pth")
+    out = tmp_path_factory.mktemp("fuzz") / "project"
+    shutil.copytree(trained_once(tmp_path_factory), out)  # what others use stays as it is
+    (files := out / "files").mkdir()
+    parse("w+l*4").track(MODEL.motion, MODEL.intrinsics).save(files / "poses.json")
+    rng = np.random.default_rng(0)
+    for name in ("photo.png", "photo.jpg", "photo.webp"):
+        write_image(files / name, rng.integers(0, 256, (40, 56, 3), np.uint8))
+    (files / "prompts.txt").write_text("a red room\na blue one\n")
+    weights = replace(NETWORK, camera="none").build().state_dict()
+    save_file(weights, files / "wan.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "wan.safetensors")}
+    (files / "wan.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(NETWORK.build().state_dict(), files / "wan.pth")
     return out
 
 
@@ -164,7 +164,8 @@ def test_nonsense_in_options(examples: int, project: Path, capsys: pytest.Captur
     @given(command_lines())
     def attempt(words: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            places = {"{project}": str(project), "{out}": f"{folder}/out"}
+            copy = shutil.copytree(project, Path(folder) / "project")
+            places = {"{project}": str(copy), "{out}": f"{folder}/out"}
             for name, place in places.items():
                 words = [word.replace(name, place) for word in words]
             with contextlib.chdir(folder):

@@ -17,11 +17,12 @@ from minwm.core.media import read_image, to_pixels
 from minwm.eval.camera.motion import MotionErrors, MotionResult, measure_motion
 from minwm.eval.cases import BASELINES, Clips, reconstruct, whole_chunks
 from minwm.eval.diversity import measure_diversity
-from minwm.eval.drift import LongRollouts, collapse
+from minwm.eval.drift import ROUTES, DriftCurves, LongRollouts, collapse
 from minwm.eval.image import chunk_spans, colour_distance, measure_quality
 from minwm.eval.revisit import measure_revisits, routes
-from minwm.eval.run import EvalConfig, check_alike, evaluate
-from minwm.eval.stats import Bootstrap
+from minwm.eval.run import EvalConfig, EvalResult, check_alike, evaluate
+from minwm.eval.stats import Bootstrap, Interval
+from minwm.eval.targets import targets
 from minwm.experiments import presets
 from minwm.experiments.pipeline import evaluate_stages
 from minwm.nets.attention import StreamConfig
@@ -149,6 +150,43 @@ def test_a_long_rollout_collapses_exactly_when_it_shows_no_world_any_more(rng: n
         for x in videos.values():
             x[:, 5:] = spoil(x[:, 5:])  # from the second second on
         assert [c.collapsed for c in run.measure(videos).values()] == [[2]] * 3, name
+
+
+def test_the_first_look_is_compared_after_a_full_turn() -> None:
+    codec = load_codec(Path(str(presets.demo.starting_checkpoint("codec"))))
+    config = replace(CONFIG, motion=replace(CONFIG.motion, turn=120.0))
+    run = LongRollouts.make(config, codec, config.scene, count=1, seconds=4)
+    truth = run.measure(run.truth)
+    assert truth["turn around"].first_look and truth["turn around"].first_look.value > 50
+    assert truth["random walk"].first_look is None
+    forgotten = {route: x.copy() for route, x in run.truth.items()}
+    forgotten["turn around"][:, 12] = 0  # after three seconds
+    look = run.measure(forgotten)["turn around"].first_look
+    assert look and look.value < 15
+
+
+def test_targets_are_those_of_the_scenes() -> None:
+    interval = Interval(22.0, 21.0, 23.0)
+    curves = DriftCurves(
+        psnr=[interval] * 60,
+        sharpness=[0.9] * 60,
+        colour=[],
+        feature_distance=[],
+        feature_limit=1.0,
+        collapsed=[None, 7],
+        first_look=Interval(20.5, 20.0, 21.0),
+    )
+    row = EvalResult(drift=dict.fromkeys(ROUTES, curves))
+    found = {target.name: (target.value, target.aim, target.met) for target in targets(row, "place")}
+    assert found == {
+        "PSNR to the truth after 1 s, dB": (22.0, "at least 25", False),
+        "PSNR to the truth after 5 s, dB": (22.0, "at least 23", False),
+        "PSNR to the truth after 60 s, dB": (22.0, "at least 20", True),
+        "PSNR of a full turn to the first look, below that after 1 s, dB": (1.5, "at most 1", False),
+        "gradient energy after 5 s, of the truth's": (0.9, "at least 0.8", True),
+        "long rollouts that collapsed": (3.0, "at most 0", False),
+    }
+    assert [target.name for target in targets(row, "worlds")] == ["long rollouts that collapsed"]
 
 
 def test_the_codec_streams_in_pieces_as_in_one() -> None:

@@ -46,6 +46,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "speed": ({"motion": replace(MODEL.motion, move=0.25)}, r"its motion\.move is 0\.5, the model's 0\.25"),
     "turn": ({"motion": replace(MODEL.motion, turn=12.0)}, r"its motion\.turn is 24\.0, the model's 12\.0"),
     "focal": ({"focal": (1.0, 1.0)}, r"its focal is \(0\.714.*, the model's \(1\.0, 1\.0\)"),
+    "scenes": ({"scenes": "place"}, "its scenes is worlds, the model's place"),
     "channels": ({"network": replace(MODEL.network, channels=8)}, r"its network\.channels is 4, the model's 8"),
     "scale": ({"codec": WAN22}, r"its codec\.scale is 8, the model's 16"),
     "text": ({"text": WordText(dim=16)}, r"its text\.dim is 8, the model's 16"),

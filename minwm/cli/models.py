@@ -245,13 +245,14 @@ def evaluate(
         result = evaluate_models(models, cfg, out or Path(temporary), echo)
         rows = {name: result.rows[name] for name in names}
         teacher = next((row for row in rows.values() if row.bench and row.bench.sampler == "autoregressive"), None)
-        aims = {name: targets(row, None if row is teacher else teacher) for name, row in rows.items()}
+        scenes = result.config.scenes
+        aims = {name: targets(row, scenes, None if row is teacher else teacher) for name, row in rows.items()}
         for name, found in aims.items():
             for aim in found:
-                echo(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: at most {aim.bound:g})")
+                echo(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: {aim.aim})")
         plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
         seconds = {name: row.eval_seconds for name, row in result.rows.items()}
-        listed = {name: [to_dict(aim) for aim in found] for name, found in aims.items()}
+        listed = {name: [{**to_dict(aim), "met": aim.met} for aim in found] for name, found in aims.items()}
         every = {name: to_dict(row) for name, row in result.rows.items()}
         write_numbers({"plan": plan, "seconds": seconds, "targets": listed, "rows": every}, json)
         if sheet:

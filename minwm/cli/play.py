@@ -56,7 +56,6 @@ def play(
     from minwm.experiments.presets.demo import model_to_play
     from minwm.play.scenario import world_scenario
     from minwm.play.transport import Access, serve
-    from minwm.render.place import Place
 
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port {port}: give 0 to 65535")
@@ -66,7 +65,7 @@ def play(
     if place:
         if model:
             raise UserError("--place is the place as it truly is; a model is played with --model alone")
-        scenario = world_scenario(world or 0, _world_config(size), Place)
+        scenario = world_scenario(world or 0, replace(_world_config(size), scenes="place"))
     elif model or world is None:
         name = model or str(model_to_play())
         scenario = _model_scenario(name, world, image, prompt, compare, seed, steps, engine, decoder)

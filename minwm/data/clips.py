@@ -27,6 +27,7 @@ from minwm.core.config import UserError
 from minwm.core.files import check_shape, read_json, read_text, write_json, write_text
 from minwm.core.media import contact_sheet, read_video, write_video
 from minwm.core.runtime import git_commit, versions
+from minwm.render.place import SceneKind
 
 SCHEMA = 1
 CRF = 4
@@ -44,6 +45,8 @@ MAX_MOVE = 30.0
 """Units per second of a clip's camera; a car's in metres. Faster ones have another scale."""
 MAX_TURN = 360.0
 """Degrees per second of a clip's camera."""
+RENDERED: dict[str, SceneKind] = {"procedural": "worlds", "place": "place"}
+"""What can be rendered again, by `ClipRecord.source`."""
 LATENT_SHARDS = "latent shards"
 """Kind of a folder that `minwm data encode` made."""
 CLIP_MANIFEST = {"kind": str, "config": dict, "complete": bool, "command": str}

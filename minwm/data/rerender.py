@@ -26,16 +26,13 @@ from minwm.cameras.track import CameraTrack, intrinsics
 from minwm.cameras.trajectory import Motion, Trajectory, parse
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.runtime import git_commit, progress, rank, world_size
-from minwm.data.clips import ClipFolder, ClipRecord, DataError
+from minwm.data.clips import RENDERED, ClipFolder, ClipRecord, DataError
 from minwm.render.base import Rendered, Scene
-from minwm.render.place import HOURS, Place
-from minwm.render.worlds import World
+from minwm.render.place import HOURS, SCENES, SceneKind
 
 TRIES = 100
 """Trajectories tried per clip before DataError."""
 WORLDS_PER_SEED = 1_000_000
-PLACE = "place"
-"""Source of the clips that show the place."""
 
 
 @runtime_checkable
@@ -153,8 +150,8 @@ class RenderConfig:
     """Rays per pixel and axis."""
     seed: int = 0
     """Clip i is rendered in world seed * 1,000,000 + i // clips_per_world, so that different seeds share no world."""
-    place: bool = False
-    """Walks through the place instead, each at one of its hours in turn; other seeds give other walks."""
+    scenes: SceneKind = "worlds"
+    """Procedural worlds; or walks through the place, each at one of its hours in turn, others for each seed."""
 
     def __post_init__(self) -> None:
         least = {"latents": 2, "height": 8, "width": 8, "clips_per_world": 1, "supersample": 1, "seed": 0}
@@ -190,16 +187,16 @@ class WorldSource:
 
     @property
     def source(self) -> str:
-        return PLACE if self.cfg.place else "procedural"
+        return next(source for source, scenes in RENDERED.items() if scenes == self.cfg.scenes)
 
     def seed(self, index: int) -> int:
         """Seed of the world of clip `index`; of the place, the number of its hour."""
-        if self.cfg.place:
+        if self.cfg.scenes == "place":
             return index % len(HOURS)
         return self.cfg.seed * WORLDS_PER_SEED + index // self.cfg.clips_per_world
 
     def clip_id(self, index: int) -> str:
-        if self.cfg.place:
+        if self.cfg.scenes == "place":
             return f"place-{self.cfg.seed:03d}-{index:06d}"
         return f"world-{self.seed(index):07d}-{index:06d}"
 
@@ -211,9 +208,9 @@ class WorldSource:
         record = ClipRecord(
             id=self.clip_id(index),
             source=self.source,
-            source_id=self.clip_id(index) if self.cfg.place else f"world {seed}",
+            source_id=self.clip_id(index) if self.cfg.scenes == "place" else f"world {seed}",
             source_license="CC0-1.0",
-            split_key=self.clip_id(index) if self.cfg.place else split_key(seed),
+            split_key=self.clip_id(index) if self.cfg.scenes == "place" else split_key(seed),
             track=track,
             caption=scene.caption,
             caption_source="procedural",
@@ -284,7 +281,7 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
     ids = folder.ids()
     for clip in ids[:: max(1, round(1 / share))]:
         record = folder.record(clip)
-        if record.source not in ("procedural", PLACE):
+        if record.source not in RENDERED:
             continue
         error = reproduce(record).frames.astype(np.float64) - folder.frames(clip)
         psnr = 20 * np.log10(255 / max(float(np.sqrt((error**2).mean())), 1e-6))
@@ -295,4 +292,4 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
 
 @functools.lru_cache(maxsize=4)
 def _scene(source: str, seed: int) -> Scene:
-    return (Place if source == PLACE else World)(seed)
+    return SCENES[RENDERED[source]](seed)

@@ -10,8 +10,9 @@ import numpy as np
 from minwm.cameras.track import so3_log
 from minwm.cameras.trajectory import Motion
 from minwm.core.config import to_dict
-from minwm.data.clips import ClipRecord, DataError
+from minwm.data.clips import RENDERED, ClipRecord, DataError
 from minwm.nets.text import TextEncoder
+from minwm.render.place import SceneKind
 
 FPS_TOLERANCE = 0.01
 """Largest relative difference of frame rates: 29.97 is 30."""
@@ -31,6 +32,7 @@ class ClipSpec:
     focal: tuple[float, float]
     motion: Motion
     text: TextEncoder
+    scenes: SceneKind
     scale: int
     """Pixels per latent row and column."""
     channels: int
@@ -52,8 +54,9 @@ class ClipSpec:
             _compare(f"motion.{name}", to_dict(self.motion).get(name), theirs, where)
 
     def check_clip(self, record: ClipRecord, where: str) -> None:
-        """Raise DataError unless frames, size, rate, focal lengths and speed of a clip are those of the model."""
+        """Raise DataError unless scenes, frames, size, rate, focal lengths and speed of a clip are the model's."""
         track, (height, width) = record.track, record.hw
+        _compare("scenes", self.scenes, RENDERED.get(record.source, self.scenes), where)
         _compare("height", self.height, height, where)
         _compare("width", self.width, width, where)
         _compare("frames", self.motion.stride * (self.latents - 1) + 1, len(track), where)

@@ -58,6 +58,9 @@ class DriftCurves:
     patch_distance: list[float] = field(default_factory=list)
     """See `ReferenceStatistics`; mean over clips. Older results have none."""
     patch_limit: float = float("inf")
+    first_look: Interval | None = None
+    """PSNR to the first frame of the first one, a second or more later, that is seen from its pose: after a full turn,
+    or of a camera that stands still. None for routes that do not come back."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,19 @@ class LongRollouts:
         return FEATURE_LIMIT * max(float(x.max()) for x, _ in true), max(float(x.max()) for _, x in true)
 
     def measure(self, videos: Mapping[str, Frames]) -> dict[str, DriftCurves]:
-        return {route: self._curves(videos[route], self.truth[route]) for route in ROUTES}
+        return {route: self._curves(route, videos[route], self.truth[route]) for route in ROUTES}
 
-    def _curves(self, frames: Frames, truth: Frames) -> DriftCurves:
+    def _first_look(self, route: str, frames: Frames) -> Interval | None:
+        """See `DriftCurves`."""
+        tracks = [case.track.at_latent_rate(self.config.motion.stride) for case in self.cases[route]]
+        returns = [_return(track, round(track.fps)) for track in tracks]
+        pairs = [(clip, i) for clip, i in zip(frames, returns, strict=True) if i is not None]
+        if len(pairs) < len(frames):
+            return None
+        alike = np.stack([psnr(clip[None, i : i + 1], clip[None, :1])[0] for clip, i in pairs])
+        return Bootstrap(len(frames)).mean(alike)
+
+    def _curves(self, route: str, frames: Frames, truth: Frames) -> DriftCurves:
         bootstrap, likeness = Bootstrap(len(frames)), self._per_second(psnr(frames, truth))
         sharp, true_sharp = (self._per_second(sharpness(x)).mean((0, 2)) for x in (frames, truth))
         features, patches = self._distances(frames)
@@ -133,6 +146,7 @@ class LongRollouts:
             collapsed=[collapse(row, 1.0) for row in worse],
             patch_distance=patches.mean(0).tolist(),
             patch_limit=patch_limit,
+            first_look=self._first_look(route, frames),
         )
 
     def _distances(self, frames: Frames) -> tuple[Float[Array, "c s"], Float[Array, "c s"]]:
@@ -145,6 +159,12 @@ class LongRollouts:
         """Without the first frame, which may be given."""
         rate = round(self.config.motion.fps / self.config.motion.stride)
         return values[:, 1 : 1 + self.seconds * rate].reshape(len(values), self.seconds, rate)
+
+
+def _return(track: CameraTrack, least: int) -> int | None:
+    """The first pose from `least` on that is the first one again, up to a thousandth; None if there is none."""
+    back = np.abs(track.c2w[least:] - track.c2w[0]).max((1, 2)) < 1e-3
+    return least + int(back.argmax()) if back.any() else None
 
 
 def collapse(distance: Sequence[float] | Array, limit: float) -> int | None:

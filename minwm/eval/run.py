@@ -21,7 +21,6 @@ from minwm.eval.image import Quality, chunk_spans, measure_quality
 from minwm.eval.revisit import Revisit, measure_revisits, routes
 from minwm.nets.codec import VideoCodec
 from minwm.render.base import Scenes
-from minwm.render.worlds import World
 from minwm.store.model import Model, ModelConfig
 
 Log = Callable[[str], None]
@@ -91,7 +90,7 @@ class HeldOut:
     config: ModelConfig
     codec: VideoCodec
     cfg: EvalConfig
-    scenes: Scenes = World
+    scenes: Scenes
 
     @cached_property
     def clips(self) -> Clips:
@@ -126,12 +125,13 @@ class Evaluation:
     models: Sequence[str]
     config: ModelConfig
     cfg: EvalConfig
-    scenes: Scenes = World
+    scenes: Scenes | None = None
+    """None: those of the models."""
 
     @cached_property
     def cases(self) -> list[Case]:
         """Of the held-out clips."""
-        return held_out(self.config, self.cfg.clips, self.scenes).cases
+        return held_out(self.config, self.cfg.clips, self.scenes or self.config.scene).cases
 
     @cached_property
     def rows(self) -> dict[str, EvalResult]:
@@ -145,16 +145,18 @@ class Evaluation:
 
 
 def evaluate(
-    models: Mapping[str, Callable[[], Model]], cfg: EvalConfig, folder: Path, log: Log, scenes: Scenes = World
+    models: Mapping[str, Callable[[], Model]], cfg: EvalConfig, folder: Path, log: Log, scenes: Scenes | None = None
 ) -> Evaluation:
     """Measure models, each loaded when it is its turn, and the baselines; rows that `folder` holds are kept.
+
+    `scenes`: where; None: the models' own.
 
     Raises UserError if the models differ in what they see, or if the rows are those of another config.
     """
     check_config(folder, cfg)
     *_, (last, load) = models.items()
     reference = load()
-    held = HeldOut(reference.config, reference.codec, cfg, scenes)
+    held = HeldOut(reference.config, reference.codec, cfg, scenes or reference.config.scene)
     image_start = held.config.image_start
     if not image_start:
         log("text starts: camera following, quality and counterfactual control need a first image, and are skipped")
@@ -257,7 +259,7 @@ def check_config(folder: Path, cfg: EvalConfig) -> None:
 
 def check_alike(configs: Mapping[str, ModelConfig]) -> None:
     """Raise UserError unless all see the same pictures along the same trajectories."""
-    names = ("height", "width", "latents", "focal", "motion", "stream")
+    names = ("height", "width", "latents", "focal", "motion", "scenes", "stream")
     (one, first), *others = configs.items()
     for other, config in others:
         for name in names:

@@ -68,7 +68,7 @@ def run_ablation(plan: Ablation, out: Path, log: Log) -> Iterator[list[ArmResult
             seconds = sum(_train(run, folder / run.name, out, log) for run in arm.runs)
             made = folder / arm.runs[-1].name
             model = _quick(load_model(made).ready(), arm)
-            held = held or HeldOut(model.config, model.codec, cfg)
+            held = held or HeldOut(model.config, model.codec, cfg, model.config.scene)
             result = _measure(plan, arm, model, held, made, out, seconds)
             write_text(done, dumps(result))
             log(f"{plan.name}: {arm.name}: {_headline(result)} ({time.monotonic() - began:.0f} s)")

@@ -146,7 +146,7 @@ def evaluate_stages(pipeline: Pipeline, out: Path, log: Log) -> Evaluation:
         return load_model(out / name).ready()
 
     models = {name: partial(load, name) for name in pipeline.evaluated}
-    return evaluate(models, pipeline.evaluation, out / "eval", log, pipeline.scenes)
+    return evaluate(models, pipeline.evaluation, out / "eval", log)
 
 
 def evaluation(pipeline: Pipeline, out: Path) -> Evaluation:

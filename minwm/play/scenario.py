@@ -8,8 +8,6 @@ from jaxtyping import UInt8
 
 from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
-from minwm.render.base import Scenes
-from minwm.render.worlds import World
 from minwm.session.engines import Engine, ModelEngine, SceneEngine
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import PLAIN, EngineConfig
@@ -45,20 +43,20 @@ class Scenario:
     takes_image: bool = False
 
 
-def spawn_world(seed: int, cfg: ModelConfig, scenes: Scenes = World) -> SceneEngine:
-    """The scene of a seed, a procedural world by default, from a position from which `FREE_PATH` is free."""
+def spawn_world(seed: int, cfg: ModelConfig) -> SceneEngine:
+    """The scene of a seed, from a position from which `FREE_PATH` is free."""
     track = parse(FREE_PATH, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics)
-    return SceneEngine.spawn(seed, track, cfg, scenes)
+    return SceneEngine.spawn(seed, track, cfg)
 
 
-def world_scenario(seed: int, cfg: ModelConfig, scenes: Scenes = World) -> Scenario:
+def world_scenario(seed: int, cfg: ModelConfig) -> Scenario:
     """A rendered world without a model; the seed of its start state is the world's number."""
     return Scenario(
-        title="procedural world" if scenes is World else "the place",
+        title="the place" if cfg.scenes == "place" else "procedural world",
         views=("world",),
         config=cfg,
-        start=StartState(seed=seed, prompt=spawn_world(seed, cfg, scenes).scene.caption),
-        engines=lambda start: [spawn_world(start.seed, cfg, scenes)],
+        start=StartState(seed=seed, prompt=spawn_world(seed, cfg).scene.caption),
+        engines=lambda start: [spawn_world(start.seed, cfg)],
     )
 
 

@@ -5,11 +5,13 @@ looks different. About 12 x 12 world units; x is east, z is north. The same at f
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from minwm.cameras.track import CameraTrack
+from minwm.render.base import Scenes
 from minwm.render.raycast import Ground, Light, Patch, RaycastScene
 from minwm.render.scenery import BARK, CREAM, LAMP, TimeOfDay, haze_colour, paint_shadow, paint_sky
 from minwm.render.solids import Colour, Pattern, Solid
@@ -213,3 +215,8 @@ def pose(x: float, z: float, yaw: float) -> Float[np.ndarray, "4 4"]:
     """c2w of an eye at x, z that looks `yaw` degrees from north to east."""
     c, s = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
     return np.array([[c, 0, s, x], [0, 1, 0, -EYE], [-s, 0, c, z], [0, 0, 0, 1]])
+
+
+SCENES: dict[str, Scenes] = {"worlds": World, "place": Place}
+"""What can be rendered from a seed alone, by the names that configs use."""
+SceneKind = Literal["worlds", "place"]

@@ -21,7 +21,6 @@ from minwm.core.media import to_pixels, to_uint8
 from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
 from minwm.render.base import Scene, Scenes
-from minwm.render.worlds import World
 from minwm.session.generate import check_finite, check_start
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import (
@@ -94,11 +93,14 @@ class SceneEngine:
         self.timer = StageTimer()
 
     @classmethod
-    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig, scenes: Scenes = World) -> "SceneEngine":
-        """The scene of a seed, from a pose from which the whole track is free, as large as a model would see it."""
+    def spawn(cls, seed: int, track: CameraTrack, cfg: ModelConfig, scenes: Scenes | None = None) -> "SceneEngine":
+        """The scene of a seed, from a pose from which the whole track is free, as large as a model would see it.
+
+        `scenes`: others than the model's.
+        """
         if seed < 0:
             raise UserError(f"world {seed}: worlds are numbered from 0")
-        scene = scenes(seed)
+        scene = (scenes or cfg.scene)(seed)
         origin = scene.spawn(np.random.default_rng(seed), track)
         if origin is None:
             raise UserError(f"world {seed} has no free path for this trajectory; try another world or a shorter one")

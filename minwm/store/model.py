@@ -15,6 +15,8 @@ from minwm.nets.attention import Geometry, StreamConfig
 from minwm.nets.backbone import Backbone
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.text import WordText
+from minwm.render.base import Scene
+from minwm.render.place import SCENES, SceneKind
 from minwm.store.layouts import AnyCodec, AnyCodecConfig, NetworkConfig, TextConfig
 from minwm.stream.solvers import Sampler
 
@@ -42,6 +44,8 @@ class ModelConfig:
     width: int = 64
     focal: tuple[float, float] = SQUARE_70
     """fx / width and fy / height of the training cameras."""
+    scenes: SceneKind = "worlds"
+    """What is rendered where the model starts in a scene, or is compared with one."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """Chunks, and what a stream remembers of them."""
 
@@ -64,6 +68,10 @@ class ModelConfig:
         """Whether clips start from an image, which is the first latent, in training and after; else from text alone."""
         return self.stream.takes_image
 
+    def scene(self, seed: int) -> Scene:
+        """The scene of a seed."""
+        return SCENES[self.scenes](seed)
+
     @property
     def scale(self) -> int:
         return self.codec.scale
@@ -71,7 +79,7 @@ class ModelConfig:
     @property
     def clip_spec(self) -> ClipSpec:
         """What training clips must be like."""
-        names = ("latents", "height", "width", "focal", "motion", "text", "scale")
+        names = ("latents", "height", "width", "focal", "motion", "text", "scenes", "scale")
         return ClipSpec(channels=self.network.channels, **{name: getattr(self, name) for name in names})
 
     def encode_prompts(self, prompts: Prompts) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 
 from minwm.cameras.track import CameraTrack
 from minwm.render.base import Rendered, Scenes
+from minwm.render.place import Place
 from minwm.render.worlds import World
 
 
@@ -37,4 +38,4 @@ class Wall:
         return Rendered(np.stack(frames), np.stack(depths))
 
 
-SCENES: dict[str, Scenes] = {"world": World, "wall": Wall}
+SCENES: dict[str, Scenes] = {"world": World, "place": Place, "wall": Wall}

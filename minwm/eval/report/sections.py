@@ -51,10 +51,10 @@ def tiles(rows: Rows) -> list[tuple[str, str]]:
 
 def target_section(targets: Mapping[str, Sequence[Target]]) -> Section:
     """Targets by model; a table per model, for each has several rows."""
-    head = ["target", "value", "at most", ""]
+    head = ["target", "value", "asked", ""]
     html = "".join(
         f"<h3>{escape(name)}</h3>"
-        + table(head, {t.name: [number(t.value), number(t.bound), "met" if t.met else "<b>missed</b>"] for t in found})
+        + table(head, {t.name: [number(t.value), t.aim, "met" if t.met else "<b>missed</b>"] for t in found})
         for name, found in targets.items()
         if found
     )

@@ -10,8 +10,6 @@ from minwm.core.config import lookup, override
 from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
 from minwm.eval.run import EvalConfig
-from minwm.render.base import Scenes
-from minwm.render.worlds import World
 from minwm.train.config import Run
 
 EVALUATION = EvalConfig(clips=16, counterfactual=("camera", "dmd"), revisits=0, walks=0, seeds=0)
@@ -49,8 +47,6 @@ class Pipeline:
     evaluation: EvalConfig = EVALUATION
     evaluated: tuple[str, ...] = ("camera", "ar", "ode", "consistency", "dmd")
     """Stages that are measured at the end."""
-    scenes: Scenes = World
-    """Where they are measured: the scene of a seed."""
     workers: int = 2
     """Processes that render."""
     changes: Mapping[str, str] = field(default_factory=dict)

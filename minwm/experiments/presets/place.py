@@ -10,7 +10,6 @@ from minwm.families.wan.transformer import WanConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.diffusion import DiffusionConfig
-from minwm.render.place import Place
 from minwm.train.config import OptimConfig, Run
 
 
@@ -25,7 +24,9 @@ def place(out: Path) -> Pipeline:
         predicts="clean",
     )  # fmt: skip
     base = replace(
-        world_model(network, 128), codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0)
+        world_model(network, 128),
+        scenes="place",
+        codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0),
     )
     steps = {
         "codec": 2000,
@@ -37,14 +38,14 @@ def place(out: Path) -> Pipeline:
         "dmd": 5000,
     }
     pipeline = small_pipeline("place", out, base=base, clips=1600, worlds_seed=1, steps=steps, batch=8, image_start=0.9)
-    render = pipeline.render and replace(pipeline.render, place=True)
+    render = pipeline.render and replace(pipeline.render, scenes="place")
     optim = OptimConfig(lr=2e-3, beta2=0.99, warmup=50, final=0.02)
     codec = pipeline.codec and replace(
         pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
     )
     stages = tuple(_adapted(run) for run in pipeline.stages if run.name != "foundation")
     encode = EncodeConfig(dtype="float16")
-    return replace(pipeline, render=render, codec=codec, encode=encode, stages=stages, scenes=Place)
+    return replace(pipeline, render=render, codec=codec, encode=encode, stages=stages)
 
 
 def _adapted(run: Run) -> Run:
