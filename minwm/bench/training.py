@@ -113,7 +113,7 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
         machine=machine,
         roles={role: _row(some, machine) for role, some in roles.items()},
         clips_per_s=clips,
-        tokens_per_s=clips * run.model.latents * run.model.geometry.tokens,
+        tokens_per_s=clips * run.recipe.clip_latents(run.model) * run.model.geometry.tokens,
         tflops=tflops,
         mfu=100 * tflops / machine.tflops,
         mfu_of_peak=peak and 100 * tflops / peak,

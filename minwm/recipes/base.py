@@ -91,6 +91,10 @@ class RecipeConfig(ABC):
         """Text states of the unconditional branch, here that of a teacher's guidance; None: zeros."""
         return model.negative_text()
 
+    def clip_latents(self, model: ModelConfig) -> int:
+        """Latents of each clip that a step takes."""
+        return model.latents
+
     def example_batch(self, model: ModelConfig, batch: int) -> Any:
         """A batch of noise, with the shapes that the dataset gives."""
         return random_clip(model, batch, model.latents)
@@ -98,7 +102,7 @@ class RecipeConfig(ABC):
     def describe_clip(self, model: ModelConfig) -> str:
         """Size of one training clip in words, for the memory plan."""
         both = ", clean and noisy" if self.teacher_forced else ""
-        return f"{model.latents} latents x {model.geometry.tokens:,} tokens{both}"
+        return f"{self.clip_latents(model)} latents x {model.geometry.tokens:,} tokens{both}"
 
     def collect_states(
         self, teacher: Backbone, clip: Clip, model: ModelConfig, generator: torch.Generator

@@ -19,6 +19,7 @@ from minwm.recipes.ops import (
     frame_mse,
     loss_mask,
     noise_like,
+    random_part,
     sample_image_start,
     self_conditioned_context,
     teacher_context,
@@ -76,15 +77,29 @@ class DiffusionConfig(RecipeConfig):
     belongs to sampling."""
     image_start: float = 1.0
     """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
+    latents: int = 0
+    """Latents of a random part of each clip that a step takes, for many quick steps at first; 0: the whole clip. The
+    first latent of a part from the middle stands for as many frames as the others."""
 
     def __post_init__(self) -> None:
         check_probabilities(self, "text_dropout", "image_start")
+
+    def check(self, model: ModelConfig) -> None:
+        lead, chunk = model.stream.first_chunk_frames, model.stream.chunk
+        fits = [n for n in range(lead + chunk, model.latents + 1) if not self.teacher_forced or (n - lead) % chunk == 0]
+        if self.latents and self.latents not in fits:
+            raise ConfigError(f"{self.kind}.latents={self.latents}: give 0, or one of {', '.join(map(str, fits))}")
+
+    def clip_latents(self, model: ModelConfig) -> int:
+        return self.latents or model.latents
 
     def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
         return None if self.dropped_prompt is None else model.text.encode([self.dropped_prompt])[0]
 
     def augment(self, clip: Clip, generator: torch.Generator) -> Clip:
-        """Drop prompts and the first latent at random."""
+        """Take a random part of the clip; drop prompts and the first latent at random."""
+        if self.latents:
+            clip = random_part(clip, self.latents, generator)
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
         return sample_image_start(clip, self.image_start, generator)
 

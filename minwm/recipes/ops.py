@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.cameras.track import se3_inverse
 from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
@@ -17,6 +18,17 @@ def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condi
     """Replace prompts by the unconditional one, clip by clip with probability `rate` (classifier-free guidance)."""
     keep = (_uniform(len(cond.text), generator) >= rate).to(cond.text.device)
     return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.unconditional().text))
+
+
+def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:
+    """So many latents of a clip, from a random one on, which becomes the first one and the world frame."""
+    start = random_index(clip.latents.shape[1] - frames + 1, generator)
+    latents, cond = clip.latents[:, start : start + frames], clip.cond.frames(start, start + frames)
+    if cond.w2c is not None:
+        cond = replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1]))
+    if cond.first_latent is not None:
+        cond = replace(cond, first_latent=latents[:, :1])
+    return Clip(latents, cond)
 
 
 def sample_image_start(clip: Clip, probability: float, generator: torch.Generator) -> Clip:

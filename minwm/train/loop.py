@@ -165,7 +165,7 @@ def throughput(run: Run, seconds: float, flops: Sequence[int]) -> dict[str, floa
     the machine's rate, which `minwm bench-train` measures). Validation and saving are not in the time."""
     rates = {"clips_per_s": run.batch * run.accumulate / seconds}
     if run.recipe.trains_backbone:
-        rates["tokens_per_s"] = rates["clips_per_s"] * run.model.latents * run.model.geometry.tokens
+        rates["tokens_per_s"] = rates["clips_per_s"] * run.recipe.clip_latents(run.model) * run.model.geometry.tokens
     if flops:
         rates["tflops"] = sum(flops) / seconds / 1e12
     return rates

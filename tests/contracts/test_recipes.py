@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.memory import MemoryMeter
@@ -34,7 +35,7 @@ from minwm.core.types import Condition
 from minwm.nets.backbone import Checkpointing, Context, keep_attention
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import TimeLaw
-from minwm.recipes.ops import self_conditioned_context
+from minwm.recipes.ops import random_part, self_conditioned_context
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 from minwm.train.loop import autocast
@@ -241,6 +242,35 @@ def test_autoregressive_has_one_time_per_chunk_and_a_clean_past() -> None:
     assert (clean == 0).all() and (noisy[:, 0] == 0).all()
     assert torch.equal(noisy[:, 1], noisy[:, 2]) and torch.equal(noisy[:, 3], noisy[:, 4])
     assert len(noisy[:, 1:].unique()) == 2 * 2, "two clips of two chunks after the image"
+
+
+def test_a_random_part_of_a_clip_is_a_clip() -> None:
+    whole, starts = clip(), set[int]()
+    for seed in range(20):
+        part = random_part(whole, 3, seeded(seed))
+        start = next(i for i in range(FRAMES) if torch.equal(whole.latents[:, i], part.latents[:, 0]))
+        starts.add(start)
+        assert torch.equal(part.latents, whole.latents[:, start : start + 3])
+        assert part.cond.first_latent is not None and torch.equal(part.cond.first_latent, part.latents[:, :1])
+        assert part.cond.w2c is not None and whole.cond.w2c is not None and part.cond.K is not None
+        torch.testing.assert_close(part.cond.w2c[:, 0], torch.eye(4).expand(2, 4, 4), atol=1e-6, rtol=0)
+        there, here = (w2c[:, 2] @ se3_inverse(w2c[:, 1]) for w2c in (whole.cond.w2c[:, start:], part.cond.w2c))
+        torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
+    assert starts == set(range(FRAMES - 2))
+    assert random_part(clip(image=False), 3, seeded()).cond.first_latent is None
+
+
+@pytest.mark.parametrize(("name", "seen"), [("bidirectional", 3), ("autoregressive", 6)])
+def test_a_step_may_take_parts_of_clips(name: str, seen: int) -> None:
+    assert times_of(make(name, latents=3)).shape[1] == seen
+    with pytest.raises(ConfigError, match=rf"{name}\.latents={FRAMES + 1}: give 0, or one of .*\b{FRAMES}$"):
+        make(name, latents=FRAMES + 1).cfg.check(MODEL)
+    uneven = make(name, latents=4).cfg
+    if name == "autoregressive":
+        with pytest.raises(ConfigError, match=r"latents=4: give 0, or one of 3, 5"):
+            uneven.check(MODEL)
+    else:
+        uneven.check(MODEL)
 
 
 WAN = TimeLaw(law="uniform", shift=5.0), [0.053, 0.626, 0.834, 0.938, 0.998]
