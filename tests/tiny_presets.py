@@ -41,8 +41,8 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
 
 def tiny_run(run: Run, text_encoder: Path) -> Run:
     """Two steps, from random weights where the preset starts from shipped ones; of DMD one step for each network."""
-    small = {"ode_steps": 4, "grid": 4, "critic_updates": 1, "max_prefix_chunks": 2, "fit_clips": 2, "latents": 2}
-    fields = {name: value for name, value in small.items() if hasattr(run.recipe, name)}
+    small = {"ode_steps": 4, "grid": 4, "critic_updates": 1, "max_prefix_chunks": 2, "fit_clips": 2, "latents": 3}
+    fields = {name: value for name, value in small.items() if vars(run.recipe).get(name)}
     shipped = {role: None for role, folder in vars(run.init).items() if folder and Path(folder).is_relative_to(ASSETS)}
     return replace(
         run, model=tiny_model(run.model, text_encoder), recipe=replace(run.recipe, **fields),

@@ -30,8 +30,8 @@ def place(out: Path) -> Pipeline:
     )
     steps = {
         "codec": 2000,
-        "foundation": 1,
-        "camera": 30000,
+        "foundation": 30000,
+        "camera": 5000,
         "ar": 8000,
         "ode": 2000,
         "consistency": 2000,
@@ -43,17 +43,18 @@ def place(out: Path) -> Pipeline:
     codec = pipeline.codec and replace(
         pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
     )
-    stages = tuple(_adapted(run) for run in pipeline.stages if run.name != "foundation")
     encode = EncodeConfig(dtype="float16")
+    stages = tuple(_adapted(run) for run in pipeline.stages)
     return replace(pipeline, render=render, codec=codec, encode=encode, stages=stages)
 
 
 def _adapted(run: Run) -> Run:
-    """In bfloat16; `camera` starts from random weights; errors are those of the clean latents, which learns twice as
-    fast."""
+    """In bfloat16. The foundation has cameras already, and learns from parts of clips in quick steps; errors are those
+    of the clean latents. Both learn several times as fast."""
     run = replace(run, precision="bfloat16", ema=0.998, save_every=250, optim=replace(run.optim, warmup=200))
-    if run.name == "camera":
-        run = replace(run, init=replace(run.init, student=None))
     if isinstance(run.recipe, DiffusionConfig):
         run = replace(run, recipe=replace(run.recipe, time=replace(run.recipe.time, weight="clean")))
+    if run.name == "foundation":
+        model = replace(run.model, network=replace(run.model.network, camera="dual"))
+        run = replace(run, model=model, recipe=replace(run.recipe, latents=6, image_start=0.9), batch=16)
     return run
