@@ -192,7 +192,7 @@ def test_one_graph_for_a_start_and_one_for_all_the_rest() -> None:
     """In a process of its own: the checks of shapes that tests install cannot be compiled."""
     script = """
 import torch
-from minwm.nets.wan_vae import WanVaeConfig
+from minwm.families.wan.vae import WanVaeConfig
 
 graphs = []
 def count(graph, inputs):

@@ -29,7 +29,6 @@ from torch import nn
 
 from minwm.core.memory import MemoryMeter, ShapeOnlyMode
 from minwm.nets import layers
-from minwm.nets.codec import State
 from minwm.nets.taehv import TAEHV
 from minwm.recipes.base import Recipe, random_clip
 from minwm.store.model import ModelConfig
@@ -121,8 +120,12 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
             clip = random_clip(cfg, 1, cfg.stream.chunk)
             stream = Stream(net, clip.cond, cfg.geometry, cfg.sampler.guidance)
             stream.chunk = cfg.geometry.slots  # the ring is full: nothing grows from here on
-            _, state = codec.decode_next(clip.latents[:, :1])
-            held += _held_by(stream, state, times)
+            state = None
+            for _ in range(decoded := cfg.latents if codec.grows else 1):
+                _, state = codec.decode_next(clip.latents[:, :1], state)
+            held += _held_by(stream, times)
+            kept = f"; it grows, and this is after {decoded} latents" if codec.grows else ""
+            held.append(Item("decoder state", sum(x.nbytes for x in state or ()), f"what decoding keeps{kept}"))
             with MemoryMeter() as passing:
                 stream.update_cache(stream.prepare_chunk(clip.cond), clip.latents)  # a pass like all others
         with MemoryMeter() as decoding:
@@ -136,8 +139,8 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
     return Plan(tuple(held), turns)
 
 
-def _held_by(stream: Stream, decoder: State, times: int) -> Iterator[Item]:
-    """What a session holds besides weights; `times` are those at which its network is asked."""
+def _held_by(stream: Stream, times: int) -> Iterator[Item]:
+    """What a session holds besides weights and the decoder's state; `times` are those at which its network is asked."""
     kv, text = stream.arena.kv, [x for pair in stream.text for x in pair]
     depth, _, branches, heads, rows, width = kv.shape
     each = f"{depth} layers x 2 x {branches} branch{'es' * (branches > 1)}"
@@ -148,7 +151,6 @@ def _held_by(stream: Stream, decoder: State, times: int) -> Iterator[Item]:
     with MemoryMeter() as table:
         stream.modulation(0.0)
     yield Item("times", times * table.live, f"modulation at {times} times: {depth} layers, each in float32")
-    yield Item("decoder state", sum(x.nbytes for x in decoder), "what decoding keeps of the frames before")
     lost = sum(x.nbytes for x in stream.arena.save_slot(stream.chunk))
     yield Item("undo", lost, "cache rows that one step overwrites; a session keeps as much for every step")
 

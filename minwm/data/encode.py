@@ -186,11 +186,13 @@ def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def identity(part: object) -> dict[str, str]:
     """Class name and hash of config and weights of a codec or text encoder; equal hashes encode alike.
 
+    Of a codec's config, `encoding` alone counts.
+
     What only decodes has no part in it: a decoder may be trained, or exchanged, when there are latents already.
     """
     name = type(part).__name__
-    decoding = part.decoding if isinstance(part, VideoCodec) else ()
-    digest = hashlib.sha256(name.encode())
+    decoding, encoding = (part.decoding, part.encoding) if isinstance(part, VideoCodec) else ((), "")
+    digest = hashlib.sha256(f"{name}{encoding}".encode())
     if is_dataclass(part):
         digest.update(repr(sorted(to_dict(part).items())).encode())
     if isinstance(part, nn.Module):

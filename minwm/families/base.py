@@ -55,6 +55,19 @@ class Published:
 
 
 @runtime_checkable
+class PublishedCodec(Protocol):
+    """The module `vae` of a family. `config` is always its codec config."""
+
+    def describe(self, names: Collection[str]) -> str | None:
+        """What of this codec has such parameter names, in words; None if nothing."""
+        ...
+
+    def rename(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a published codec under the names of `config.build()`; those of others as they are."""
+        ...
+
+
+@runtime_checkable
 class Family(Protocol):
     """The module `convert` of a family. `config` is always its network config."""
 
@@ -84,10 +97,6 @@ class Family(Protocol):
         self, tensors: Mapping[str, Tensor], config: Any, target: Path, layout: Layout, dtype: torch.dtype | None = None
     ) -> list[str]:
         """Write a transformer in a published layout; returns sentences about what its other readers will miss."""
-        ...
-
-    def rename_codec(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a published codec under the names of `config.build()`."""
         ...
 
     def has_text_encoder(self, folder: Path) -> bool:

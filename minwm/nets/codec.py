@@ -25,6 +25,11 @@ class VideoCodec(Protocol):
     channels: int
     decoding: tuple[str, ...]
     """Submodules that only decode: training them leaves latents as they are."""
+    encoding: str
+    """What besides weights decides its latents, as a text, for codecs of which there are variants."""
+    grows: bool
+    """Whether the state of a stream grows with it, as keys and values of all that was seen do; no one graph can hold
+    its steps then."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -57,6 +62,7 @@ class TinyDecoder(nn.Module):
                 raise ConfigError(f"the decoder is for other latents: their {name} is {theirs}, here it is {ours}")
         self.codec, self.tiny = codec, tiny
         self.channels, self.scale, self.stride = codec.channels, codec.scale, codec.stride
+        self.encoding, self.grows = codec.encoding, tiny.grows
 
     def encode(self, pixels: Pixels) -> Latents:
         return self.codec.encode(pixels)

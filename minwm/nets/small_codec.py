@@ -121,6 +121,8 @@ class SmallCodec(nn.Module):
     stride = 4
     scale = SmallCodecConfig.scale
     decoding: tuple[str, ...] = ("synthesis", "decoder")
+    encoding: str = ""
+    grows: bool = False
     mean: Tensor
     std: Tensor
 

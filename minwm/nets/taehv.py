@@ -135,6 +135,8 @@ class Taehv(nn.Module):
 
     stride = 4
     decoding: tuple[str, ...] = ("decoder",)
+    encoding: str = ""
+    grows: bool = False
 
     def __init__(self, cfg: TaehvConfig) -> None:
         super().__init__()

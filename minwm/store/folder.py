@@ -25,7 +25,7 @@ from minwm.core.weights import (
 from minwm.families.base import Published
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.taehv import TAEHV
-from minwm.store.layouts import FAMILIES, AnyCodec, AnyCodecConfig, describe
+from minwm.store.layouts import AnyCodec, AnyCodecConfig, describe, rename_codec
 from minwm.store.model import Model, ModelConfig
 
 FILES = ("model.json", "model.safetensors", "codec.safetensors")
@@ -91,7 +91,7 @@ def read_codec(path: Path, model: ModelConfig) -> tuple[AnyCodecConfig, dict[str
     """
     config = TAEHV.get(path.stem, model.codec)
     saved = read_weights(path, usual=("vae", *ROLES)).tensors
-    tensors = FAMILIES[model.network.kind].rename_codec(config, saved)
+    tensors = rename_codec(config, saved)
     with torch.device("meta"):
         codec = config.build()
     if problems := mismatches(codec, tensors):

@@ -5,9 +5,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from minwm.core.weights import CheckpointError, Weights, read_weights
-from minwm.families.base import Family, Published
+from minwm.families.base import Family, Published, PublishedCodec
+from minwm.families.hunyuan import vae as hunyuan_vae
+from minwm.families.hunyuan.vae import HunyuanVae, HunyuanVaeConfig
 from minwm.families.wan import convert as wan
+from minwm.families.wan import vae as wan_vae
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVae, WanVaeConfig
@@ -17,9 +22,11 @@ from minwm.nets.text import WordText
 
 FAMILIES: dict[str, Family] = {WanConfig.kind: wan}
 """By the kind of their network config."""
+CODECS: dict[str, PublishedCodec] = {WanVaeConfig.kind: wan_vae, HunyuanVaeConfig.kind: hunyuan_vae}
+"""By the kind of their config; those that are not here have one naming."""
 NetworkConfig = WanConfig
-AnyCodecConfig = SmallCodecConfig | WanVaeConfig | TaehvConfig
-AnyCodec = SmallCodec | WanVae | Taehv
+AnyCodecConfig = SmallCodecConfig | WanVaeConfig | HunyuanVaeConfig | TaehvConfig
+AnyCodec = SmallCodec | WanVae | HunyuanVae | Taehv
 TextConfig = WordText | Umt5Text
 
 OTHERS = {
@@ -33,11 +40,17 @@ OTHERS = {
 
 def describe(names: Collection[str]) -> str:
     """What has such parameter names, in words."""
-    for family in FAMILIES.values():
-        if found := family.describe(names):
+    for published in (*FAMILIES.values(), *CODECS.values()):
+        if found := published.describe(names):
             return found
     known = (what for start, what in OTHERS.items() if any(re.match(start, name) for name in names))
     return next(known, f"something unknown ({', '.join(sorted(names)[:3])})")
+
+
+def rename_codec(config: AnyCodecConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a published codec under the names of `config.build()`."""
+    published = CODECS.get(config.kind)
+    return tensors if published is None else published.rename(config, tensors)
 
 
 def detect_family(names: Collection[str]) -> Family | None:

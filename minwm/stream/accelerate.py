@@ -313,10 +313,16 @@ def check_fp8(cfg: EngineConfig, net: Backbone, geometry: Geometry, trial: Fp8Tr
 def decoder(cfg: EngineConfig, codec: VideoCodec, backend: str | Callable = "inductor") -> Decode:
     """The codec's `decode_next` as the config says, for one latent at a time; the codec's weights change their layout.
 
-    Compiled, it is two whole graphs, or an error: one for the first latent of a stream, one for all others.
+    Compiled, it is two whole graphs, or an error: one for the first latent of a stream, one for all others. Raises
+    ConfigError if that is asked of a codec whose state grows.
     """
     if cfg.decode == "plain":
         return codec.decode_next
+    if cfg.decode == "compile" and codec.grows:
+        raise ConfigError(
+            f"engine.decode=compile: one graph cannot hold the steps of {type(codec).__name__}, whose state grows "
+            "with the stream; give it a window (codec.window), or take engine.decode=channels_last"
+        )
     channels_last(codec)
     if cfg.decode == "channels_last":
         return codec.decode_next

@@ -29,16 +29,10 @@ from minwm.core.weights import (
 from minwm.families.base import Layout, Published, Release
 from minwm.families.wan.text import has_text_encoder as has_text_encoder
 from minwm.families.wan.transformer import Wan, WanConfig
-from minwm.families.wan.vae import WanVaeConfig
-from minwm.families.wan.vae import diffusers_names as vae_names
 
 MARKS: dict[Layout, str] = {"original": "blocks.{}.self_attn.q.weight", "diffusers": "blocks.{}.attn1.to_q.weight"}
 """A parameter of every block, by which a layout is detected and blocks are counted."""
 OTHERS = {
-    r"encoder\.downsamples\.0\.residual\.": "a Wan2.1 VAE (original names)",
-    r"encoder\.downsamples\.0\.downsamples\.": "a Wan2.2 VAE (original names)",
-    r"encoder\.down_blocks\.0\.norm1\.gamma": "a Wan2.1 VAE (diffusers names)",
-    r"encoder\.down_blocks\.0\.downsampler\.resample\.": "a Wan2.2 VAE (diffusers names)",
     r"blocks\.0\.pos_embedding\.embedding\.": "a UMT5 text encoder (original names)",
     r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention": "a UMT5 text encoder (transformers names)",
 }
@@ -130,14 +124,6 @@ def describe(names: Collection[str]) -> str | None:
 
 def _variants(names: Collection[str]) -> list[str]:
     return [what for what, parts in VARIANTS.items() if any(part in name for name in names for part in parts)]
-
-
-def rename_codec(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a Wan VAE in either naming under those of the release; of other codecs, as they are."""
-    if not isinstance(config, WanVaeConfig) or "quant_conv.weight" not in tensors:
-        return tensors
-    names = {theirs: ours for ours, theirs in vae_names(config).items()}
-    return {names.get(name, name): value for name, value in tensors.items()}
 
 
 def read_transformer(weights: Weights, heads: int | None = None, drop_action: bool = False) -> Published:

@@ -3,14 +3,11 @@
 Parameter names are those of the original release (`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`); `diffusers_names` maps them.
 Source of the architecture: `wan/modules/vae.py` of Wan2.1 and `wan/modules/vae2_2.py` of Wan2.2.
 
-A stream is one frame by itself, then groups of four. One pass of the encoder or the decoder is one such group, in
-whole clips as well, so memory does not grow with their length. What the layers saw last is the state of a stream.
-
 Given one latent at a time, `decode_next` compiles to two graphs (`engine.decoder`): for the first one, and all others.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,20 +16,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minwm.core.config import ConfigError, UserError
+from minwm.core.config import ConfigError
 from minwm.families.wan.vae_layers import (
     CausalConv,
     Down,
     Downsample,
-    Memory,
-    Stream,
     Up,
     Upsample,
-    Video,
     head,
     middle,
     residuals,
 )
+from minwm.nets.causal_vae import CausalVae, Memory, Stream, Video
 from minwm.nets.codec import Latents, Pixels, State
 
 
@@ -188,11 +183,8 @@ class Decoder(nn.Module):
         return x, tuple(memory.kept)
 
 
-class WanVae(nn.Module):
-    """Pixels in [-1, 1] to latents as the diffusion network sees them, and back; the contract is `codec.Codec`'s.
-
-    A `State` is a value that the caller holds; its tensors have the batch first. It is never changed in place.
-    """
+class WanVae(CausalVae):
+    """Wan's VAE; see `CausalVae`. A state is of one shape from the first latent on."""
 
     decoding: tuple[str, ...] = ("conv2", "decoder")
     mean: Tensor
@@ -209,58 +201,14 @@ class WanVae(nn.Module):
         for name, values in (("mean", cfg.mean), ("std", cfg.std)):  # not in the published file
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def encode(self, pixels: Pixels) -> Latents:
-        """Normalised posterior means of whole clips of 4k + 1 frames.
-
-        Raises UserError for another number of frames, or sizes that are no multiples of `scale`.
-        """
-        frames = pixels.shape[1]
-        if (frames - 1) % self.stride:
-            near = self.stride * round((frames - 1) / self.stride) + 1
-            raise UserError(f"a clip of {frames} frames: the VAE takes {self.stride}k + 1 of them; {near} would do")
-        return self.encode_next(pixels)[0]
-
-    def decode(self, latents: Latents) -> Pixels:
-        """All 4 (f - 1) + 1 frames of whole clips, clamped to [-1, 1]; raises UserError for foreign latents."""
-        return self.decode_next(latents)[0]
-
-    def encode_next(self, pixels: Pixels, state: State | None = None) -> tuple[Latents, State]:
-        """The latents that the next frames of streams complete, if any; no state starts anew.
-
-        The state holds the frames that wait for their group to be full, then the pasts of the encoder.
-        """
-        batch, _, _, height, width = pixels.shape
-        if height % self.scale or width % self.scale:
-            raise UserError(f"frames of {height}x{width}: the VAE takes multiples of {self.scale} pixels")
-        waiting, pasts = (pixels[:, :0], ()) if state is None else (state[0], state[1:])
-        frames = torch.cat([waiting, pixels], dim=1)
-        latents = [frames.new_zeros(batch, 0, self.channels, height // self.scale, width // self.scale)]
-        while frames.shape[1] >= (group := self.stride if pasts else 1):
-            latent, pasts = self._encode_group(frames[:, :group], pasts)
-            latents.append(latent)
-            frames = frames[:, group:]
-        return torch.cat(latents, dim=1), (frames.clone(memory_format=torch.contiguous_format), *pasts)
-
-    def _encode_group(self, frames: Pixels, pasts: State) -> tuple[Latents, State]:
+    def encode_group(self, frames: Pixels, pasts: State) -> tuple[Latents, State]:
         p = self.cfg.patch
         x = rearrange(frames, "b t c (h j) (w i) -> b (c i j) t h w", i=p, j=p)
         x, pasts = self.encoder(x.to(self.conv1.weight.dtype), pasts)
         mean, _ = self.conv1(x).transpose(1, 2).float().chunk(2, dim=2)  # the other half is the log variance
         return ((mean - self.mean) / self.std).to(frames.dtype), pasts
 
-    def decode_next(self, latents: Latents, state: State | None = None) -> tuple[Pixels, State]:
-        """The frames of the next latents of streams: four each, but one for the first latent of a stream."""
-        batch, _, channels, height, width = latents.shape
-        if channels != self.channels:
-            raise UserError(f"latents of {channels} channels: this VAE has {self.channels}, so they come from another")
-        pasts: State = () if state is None else state
-        pixels = [latents.new_zeros(batch, 0, 3, height * self.scale, width * self.scale)]
-        for latent in latents.unbind(1):
-            frames, pasts = self._decode_latent(latent, pasts)
-            pixels.append(frames)
-        return torch.cat(pixels, dim=1), pasts
-
-    def _decode_latent(self, latent: Float[Tensor, "b c h w"], pasts: State) -> tuple[Pixels, State]:
+    def decode_latent(self, latent: Float[Tensor, "b c h w"], pasts: State) -> tuple[Pixels, State]:
         x = (latent.float() * self.std + self.mean)[:, :, None].to(self.conv2.weight.dtype)
         x, pasts = self.decoder(self.conv2(x), pasts)
         p = self.cfg.patch
@@ -287,6 +235,13 @@ RENAMES = {
     r"\.downsamples\.": ".down_blocks.",
 }
 """Patterns of the release's names and diffusers' names, in order; what none matches has one name."""
+MARKS = {
+    r"encoder\.downsamples\.0\.residual\.": "a Wan2.1 VAE (original names)",
+    r"encoder\.downsamples\.0\.downsamples\.": "a Wan2.2 VAE (original names)",
+    r"encoder\.down_blocks\.0\.norm1\.gamma": "a Wan2.1 VAE (diffusers names)",
+    r"encoder\.down_blocks\.0\.downsampler\.resample\.": "a Wan2.2 VAE (diffusers names)",
+}
+"""What a VAE is, by how one of its parameters' names begins."""
 
 
 def diffusers_names(cfg: WanVaeConfig) -> dict[str, str]:
@@ -307,3 +262,16 @@ def diffusers_names(cfg: WanVaeConfig) -> dict[str, str]:
             new = re.sub(pattern, replacement, new)
         names[name] = re.sub(r"\.upsamples\.(\d+)\.", stage, new)
     return names
+
+
+def describe(names: Collection[str]) -> str | None:
+    """What of Wan's VAEs has such parameter names, in words; None if nothing."""
+    return next((what for start, what in MARKS.items() if any(re.match(start, name) for name in names)), None)
+
+
+def rename(cfg: WanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a published VAE in either naming under those of the release; of others, as they are."""
+    if "quant_conv.weight" not in tensors:
+        return tensors
+    names = {theirs: ours for ours, theirs in diffusers_names(cfg).items()}
+    return {names.get(name, name): value for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Layers of Wan's video autoencoder. Those that cross time take what they saw last from a `Memory`, and leave it there.
+"""Layers of Wan's video autoencoder; those that cross time use the `Memory` of `nets/causal_vae.py`.
 
 Before the first frame there is nothing: convolutions see zeros, and layers that halve or double the number of frames
 let a first frame, which comes by itself, through as it is.
@@ -9,47 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from minwm.nets.codec import State
-
-Images = Float[Tensor, "m _c _h _w"]
-Video = Float[Tensor, "b _c _t _h _w"]
-
-
-class Memory:
-    """What layers saw last, recalled and kept in the order in which they run; no pasts before the first frame."""
-
-    def __init__(self, pasts: State) -> None:
-        self.begins = len(pasts) == 0
-        self.pasts = iter(pasts)
-        self.kept: list[Tensor] = []
-
-    def recall(self, x: Video, length: int = 2) -> Video:
-        """x behind the `length` frames before it, zeros at first; keeps the last `length` of them all."""
-        x = F.pad(x, (0, 0, 0, 0, length, 0)) if self.begins else torch.cat([next(self.pasts), x], dim=2)
-        self.kept.append(x[:, :, -length:].clone(memory_format=layout(x)))  # one for all, or later graphs would differ
-        return x
-
-
-def layout(x: Video) -> torch.memory_format:
-    """Channels last in memory, or not."""
-    last = torch.channels_last_3d
-    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
-
-
-class Causal(nn.Module):
-    """A layer that crosses time: `forward(x, memory)`."""
-
-
-class Stream(nn.Sequential, Causal):
-    """Layers in a row, of which those that cross time are given the memory."""
-
-    def forward(self, x: Video, memory: Memory) -> Video:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for layer in self:
-            x = layer(x, memory) if isinstance(layer, Causal) else layer(x)
-        return x
+from minwm.nets.causal_vae import Causal, Images, Memory, RMSNorm, Stream, Video
 
 
 class CausalConv(nn.Conv3d, Causal):
@@ -60,17 +22,6 @@ class CausalConv(nn.Conv3d, Causal):
 
     def forward(self, x: Video, memory: Memory) -> Video:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(memory.recall(x))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * gamma over the channels of each pixel, normalised in float32 and scaled in the dtype of x."""
-
-    def __init__(self, width: int, axes: int = 3) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width, *[1] * axes))
-
-    def forward(self, x: Float[Tensor, "b c *axes"]) -> Float[Tensor, "b c *axes"]:
-        return F.normalize(x.float(), dim=1).to(x.dtype) * (self.gamma * len(self.gamma) ** 0.5)
 
 
 class Residual(Causal):
