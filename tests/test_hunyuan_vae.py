@@ -42,8 +42,8 @@ def randomise(vae: HunyuanVae) -> HunyuanVae:
     for part in (vae.encoder, vae.decoder):  # attention that chooses, and weighs as much as what it is added to
         part.mid.attn_1.q.weight.data *= 3
         part.mid.attn_1.proj_out.weight.data *= 3
-    vae.decoder.conv_out.conv.weight.data *= 0.2
-    vae.decoder.conv_out.conv.bias.data *= 0.2
+    for parameter in vae.decoder.conv_out.parameters():
+        parameter.data *= 0.2
     return vae.eval().requires_grad_(False)
 
 

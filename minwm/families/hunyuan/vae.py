@@ -236,9 +236,9 @@ def describe(names: Collection[str]) -> str | None:
     return next((f"a HunyuanVideo-1.5 VAE ({layout} names)" for layout in found), None)
 
 
-def rename(cfg: HunyuanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename(config: HunyuanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published VAE in either naming under those of the release; of others, as they are."""
     if not all(mark in tensors for mark in MARKS["diffusers"]):
         return tensors
-    names = {theirs: ours for ours, theirs in diffusers_names(cfg).items()}
+    names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
     return {names.get(name, name): value for name, value in tensors.items()}

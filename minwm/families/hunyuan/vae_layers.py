@@ -100,7 +100,8 @@ class Downsample(Causal):
         alone = memory.begins and self.frames == 2
         y = self.conv(x, memory)
         y = fold(torch.cat([y, y], dim=2) if alone else y, self.frames)
-        return y + group_means(fold(x, 1 if alone else self.frames), y.shape[1])
+        y = y + group_means(fold(x, 1 if alone else self.frames), y.shape[1])
+        return y.contiguous(memory_format=layout(x))
 
 
 class Upsample(Causal):
@@ -118,7 +119,8 @@ class Upsample(Causal):
     def forward(self, x: Video, memory: Memory) -> Video:
         frames = 1 if memory.begins else self.frames
         y, shortcut = unfold(self.conv(x, memory), frames), unfold(x, frames)
-        return y[:, : self.outputs] + shortcut.repeat_interleave(self.outputs // shortcut.shape[1], dim=1)
+        y = y[:, : self.outputs] + shortcut.repeat_interleave(self.outputs // shortcut.shape[1], dim=1)
+        return y.contiguous(memory_format=layout(x))
 
 
 class Down(Causal):

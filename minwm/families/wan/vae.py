@@ -269,9 +269,9 @@ def describe(names: Collection[str]) -> str | None:
     return next((what for start, what in MARKS.items() if any(re.match(start, name) for name in names)), None)
 
 
-def rename(cfg: WanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename(config: WanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published VAE in either naming under those of the release; of others, as they are."""
     if "quant_conv.weight" not in tensors:
         return tensors
-    names = {theirs: ours for ours, theirs in diffusers_names(cfg).items()}
+    names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
     return {names.get(name, name): value for name, value in tensors.items()}
