@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError, dumps, loads
-from minwm.nets.codec import State
 from minwm.nets.small_codec import SmallCodec, SmallCodecConfig, gradient_size
 
 FRAMES, LATENTS = 17, 5
@@ -26,10 +25,6 @@ def clip(batch: int = 2, frames: int = FRAMES, height: int = 16, width: int = 24
     return torch.rand(batch, frames, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def split(x: Tensor, sizes: list[int]) -> list[Tensor]:
-    return list(x.split(sizes, dim=1))
-
-
 @torch.no_grad()
 def test_shapes() -> None:
     codec = small()
@@ -39,43 +34,6 @@ def test_shapes() -> None:
         pixels = codec.decode(latents)
         assert pixels.shape == (2, FRAMES, 3, height, width) and pixels.abs().max() <= 1
     assert codec.encode(clip(frames=1)).shape[1] == 1
-
-
-@pytest.mark.parametrize("sizes", [[1] * 17, [1, 4, 4, 8], [17], [5, 12], [3, 0, 9, 5], [2, 2, 2, 2, 2, 2, 2, 2, 1]])
-@torch.no_grad()
-def test_streamed_encode_equals_whole(sizes: list[int]) -> None:
-    codec, pixels, state, parts = small(), clip(), None, []
-    for part in split(pixels, sizes):
-        latents, state = codec.encode_next(part, state)
-        parts.append(latents)
-    torch.testing.assert_close(torch.cat(parts, dim=1), codec.encode(pixels), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 5, [5], [1, 2, 2], [3, 2], [4, 1]])
-@torch.no_grad()
-def test_streamed_decode_equals_whole(sizes: list[int]) -> None:
-    codec, state, parts = small(), None, []
-    latents = codec.encode(clip())
-    for i, part in enumerate(split(latents, sizes)):
-        pixels, state = codec.decode_next(part, state)
-        assert pixels.shape[1] == 4 * part.shape[1] - 3 * (i == 0)
-        parts.append(pixels)
-    torch.testing.assert_close(torch.cat(parts, dim=1), codec.decode(latents), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_sessions_interleave_and_rewind() -> None:
-    codec = small()
-    clips = [codec.encode(clip(seed=1)), codec.encode(clip(seed=2, height=8))]
-    drawn: list[list[Tensor]] = [[], []]
-    states: list[State | None] = [None, None]
-    for i in range(LATENTS):
-        for k in (0, 1):
-            codec.decode_next(clips[k][:, i : i + 1] + 1, states[k])  # a step that is taken back
-            pixels, states[k] = codec.decode_next(clips[k][:, i : i + 1], states[k])
-            drawn[k].append(pixels)
-    for k in (0, 1):
-        torch.testing.assert_close(torch.cat(drawn[k], dim=1), codec.decode(clips[k]), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

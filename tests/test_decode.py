@@ -14,7 +14,7 @@ import pytest
 import torch
 from playing import SMALL, start_image, tiny_model
 from safetensors.torch import save_file
-from test_wan_vae import TINY, randomise
+from tiny_codecs import CODECS, HUNYUAN, VAES, randomise
 from torch import Tensor, nn
 
 from minwm.cameras.trajectory import Action
@@ -25,8 +25,6 @@ from minwm.cli.play import _model_scenario, _warm_up
 from minwm.core.config import ConfigError, UserError
 from minwm.data.encode import identity
 from minwm.experiments.presets.demo import model_to_play
-from minwm.families.hunyuan.vae import HunyuanVaeConfig
-from minwm.families.wan.vae import WanVaeConfig
 from minwm.nets.attention import StreamConfig
 from minwm.nets.codec import TinyDecoder, VideoCodec, channels_last
 from minwm.nets.small_codec import SmallCodecConfig
@@ -35,29 +33,16 @@ from minwm.play.scenario import StartState, model_scenario
 from minwm.session.engines import ModelEngine
 from minwm.session.session import Session
 from minwm.store.folder import tiny_decoder
+from minwm.store.layouts import AnyCodec
 from minwm.store.model import Model
 from minwm.stream.accelerate import CudaSideStream, EngineConfig, attention_kernel, decoder, prepare_network
 from minwm.stream.rollout import Stream
 
-CAUSAL = HunyuanVaeConfig(channels=4, base=8, mult=(1, 2, 4), depth=1, temporal=(True, True))
-VAES = {
-    **TINY,
-    "hunyuan1.5": CAUSAL,
-    "hunyuan1.5, window": replace(CAUSAL, window=2),
-    "hunyuan1.5, chunk": replace(CAUSAL, attention="chunk"),
-}
-CODECS = {**VAES, "taehv": TaehvConfig(channels=4, width=8), "small": SmallCodecConfig(channels=4, width=8, fine=8)}
 KEYS = [Action.of([key]) for key in "wjdsl"]
 
 
-def codec_of(name: str) -> VideoCodec:
-    cfg = CODECS[name]
-    if isinstance(cfg, WanVaeConfig):
-        return randomise(cfg.build())
-    codec = cfg.build().eval().requires_grad_(False)
-    for parameter in codec.parameters():
-        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
-    return codec
+def codec_of(name: str) -> AnyCodec:
+    return randomise(CODECS[name].build())
 
 
 def streamed(decode: Callable[..., Any], channels: int) -> Tensor:
@@ -94,12 +79,12 @@ def test_the_identity_of_a_codec_is_that_of_its_encoder(name: str) -> None:
 
 def test_the_identity_of_a_codec_tells_its_variants_apart() -> None:
     """Of the same weights: what attention sees, and the scale, are part of what latents are."""
-    codecs = [cfg.build() for cfg in (*list(VAES.values())[2:], replace(CAUSAL, scaling=1.0))]
+    codecs = [cfg.build() for cfg in (*list(VAES.values())[2:], replace(HUNYUAN, scaling=1.0))]
     for codec in codecs:
         codec.load_state_dict(codecs[0].state_dict())
     assert len({identity(codec)["hash"] for codec in codecs}) == len(codecs)
     tiny = TaehvConfig(channels=4, width=8).build()
-    tiny.scale = CAUSAL.scale
+    tiny.scale = HUNYUAN.scale
     both = [identity(TinyDecoder(codec, tiny))["hash"] for codec in codecs]
     assert len(set(both)) == len(codecs)
 
@@ -107,8 +92,8 @@ def test_the_identity_of_a_codec_tells_its_variants_apart() -> None:
 def test_a_state_that_grows_is_no_graph_and_it_is_said() -> None:
     compiled = EngineConfig(decode="compile")
     with pytest.raises(ConfigError, match=r"engine\.decode=compile.*HunyuanVae.*codec\.window"):
-        decoder(compiled, CAUSAL.build())
-    for cfg in (replace(CAUSAL, window=2), replace(CAUSAL, attention="chunk")):
+        decoder(compiled, HUNYUAN.build())
+    for cfg in (replace(HUNYUAN, window=2), replace(HUNYUAN, attention="chunk")):
         assert callable(decoder(compiled, cfg.build()))
 
 

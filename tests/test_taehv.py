@@ -160,16 +160,6 @@ def test_each_latent_is_the_published_one_of_the_clip_that_ends_there(patch: int
     close(latents[:, :1], codec.encode(pixels[:, :1]))
 
 
-@pytest.mark.parametrize("sizes", [[1] * 13, [1, 4, 4, 4], [13], [5, 8], [3, 0, 9, 1], [2, 2, 2, 2, 2, 2, 1]])
-@torch.no_grad()
-def test_streamed_encode_equals_whole(sizes: list[int]) -> None:
-    codec, pixels, state, parts = small(), clip(), None, []
-    for part in pixels.split(sizes, dim=1):
-        latents, state = codec.encode_next(part, state)
-        parts.append(latents)
-    close(torch.cat(parts, dim=1), codec.encode(pixels))
-
-
 @pytest.mark.parametrize("sizes", [[1] * 4, [4], [1, 2, 1], [3, 1]])
 @torch.no_grad()
 def test_streamed_decode_equals_whole(sizes: list[int]) -> None:

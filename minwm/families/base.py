@@ -56,14 +56,18 @@ class Published:
 
 @runtime_checkable
 class PublishedCodec(Protocol):
-    """The module `vae` of a family. `config` is always its codec config."""
+    """The module `vae` of a family. `cfg` is always its codec config."""
 
     def describe(self, names: Collection[str]) -> str | None:
         """What of this codec has such parameter names, in words; None if nothing."""
         ...
 
-    def rename(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a published codec under the names of `config.build()`; those of others as they are."""
+    def detect_layout(self, names: Collection[str]) -> Layout | None:
+        """The layout of such a codec with such parameter names; None if it is none."""
+        ...
+
+    def diffusers_names(self, cfg: Any) -> dict[str, str]:
+        """Every name in `cfg.build().state_dict()`, which is the release's, with diffusers' name of the same tensor."""
         ...
 
 

@@ -202,12 +202,12 @@ class SmallCodec(nn.Module):
         height, width = pixels.shape[-2:]
         if height % self.scale or width % self.scale:
             raise UserError(f"frames of {height}x{width}: the codec takes multiples of {self.scale} pixels")
-        waiting = pixels[:, :1].expand(-1, self.stride - 1, -1, -1, -1) if state is None else state[0]
+        waiting = state[0] if state else pixels[:, :1].repeat_interleave(self.stride - 1, dim=1)
         pixels = torch.cat([waiting, pixels], dim=1).to(self.mean)
         batch, ready = len(pixels), pixels.shape[1] // self.stride
         if not ready:  # torch's pixel unshuffle cannot handle an empty batch
             shape = (batch, 0, self.channels, height // self.scale, width // self.scale)
-            return pixels.new_zeros(shape), (pixels,)
+            return pixels.new_zeros(shape), (pixels,) if state or pixels.shape[1] else ()
         groups, waiting = pixels.tensor_split([self.stride * ready], dim=1)
         raw = self.analysis(self._blocks(groups)).unflatten(0, (batch, ready))
         return (raw - per_channel(self.mean)) / per_channel(self.std), (waiting,)

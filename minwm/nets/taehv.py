@@ -181,7 +181,7 @@ class Taehv(nn.Module):
         pixels = pixels.to(next(self.parameters()))
         group, memory = (state[0], state[1:]) if state is not None else (pixels[:, :0], ())
         latents = [pixels.new_zeros(len(pixels), 0, self.channels, height // self.scale, width // self.scale)]
-        for frame in pixels.split(1, dim=1):
+        for frame in pixels.unsqueeze(2).unbind(1):
             if not group.shape[1]:
                 repeated = frame.expand(-1, self.stride, -1, -1, -1)
                 latents.append(self._analyse(repeated, memory)[0])

@@ -50,7 +50,10 @@ def describe(names: Collection[str]) -> str:
 def rename_codec(config: AnyCodecConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published codec under the names of `config.build()`."""
     published = CODECS.get(config.kind)
-    return tensors if published is None else published.rename(config, tensors)
+    if published is None or published.detect_layout(tensors) != "diffusers":
+        return tensors
+    names = {theirs: ours for ours, theirs in published.diffusers_names(config).items()}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def detect_family(names: Collection[str]) -> Family | None:

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError
-from minwm.families.hunyuan.vae_layers import CausalConv, Down, Downsample, Middle, Up, Upsample, group_means
+from minwm.families.base import Layout
+from minwm.families.hunyuan.vae_layers import CausalConv, Downsample, Upsample, group_means, middle, resolution
 from minwm.nets.causal_vae import CausalVae, Memory, RMSNorm, Stream, Video
 from minwm.nets.codec import Latents, Pixels, State
 
@@ -121,16 +122,16 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = CausalConv(3, cfg.base)
         self.down = Stream(*self.resolutions(cfg))
-        self.mid = Middle(cfg.widths[-1], cfg.past)
+        self.mid = middle(cfg.widths[-1], cfg.past)
         self.norm_out = RMSNorm(cfg.widths[-1])
         self.conv_out = CausalConv(cfg.widths[-1], 2 * cfg.channels)
         self.outputs = 2 * cfg.channels
 
     @staticmethod
-    def resolutions(cfg: HunyuanVaeConfig) -> Iterator[Down]:
-        for i, width in enumerate(cfg.widths):
-            last = i == len(cfg.temporal)
-            yield Down(width, cfg.depth, None if last else Downsample(width, cfg.widths[i + 1], cfg.temporal[i]))
+    def resolutions(cfg: HunyuanVaeConfig) -> Iterator[Stream]:
+        for width, coarser, temporal in zip(cfg.widths, cfg.widths[1:], cfg.temporal, strict=False):
+            yield resolution(width, cfg.depth, downsample=Downsample(width, coarser, temporal))
+        yield resolution(cfg.widths[-1], cfg.depth)
 
     def forward(self, x: Video, pasts: State = ()) -> tuple[Video, State]:
         memory = Memory(pasts)
@@ -150,17 +151,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.copies = cfg.widths[-1] // cfg.channels
         self.conv_in = CausalConv(cfg.channels, cfg.widths[-1])
-        self.mid = Middle(cfg.widths[-1], cfg.past)
+        self.mid = middle(cfg.widths[-1], cfg.past)
         self.up = Stream(*self.resolutions(cfg))
         self.norm_out = RMSNorm(cfg.base * cfg.mult[0])
         self.conv_out = CausalConv(cfg.base * cfg.mult[0], 3)
 
     @staticmethod
-    def resolutions(cfg: HunyuanVaeConfig) -> Iterator[Up]:
-        widths, temporal = cfg.widths[::-1], cfg.temporal[::-1]
-        for i, width in enumerate(widths):
-            last = i == len(temporal)
-            yield Up(width, cfg.depth + 1, None if last else Upsample(width, widths[i + 1], temporal[i]))
+    def resolutions(cfg: HunyuanVaeConfig) -> Iterator[Stream]:
+        widths = cfg.widths[::-1]
+        for width, finer, temporal in zip(widths, widths[1:], cfg.temporal[::-1], strict=False):
+            yield resolution(width, cfg.depth + 1, upsample=Upsample(width, finer, temporal))
+        yield resolution(widths[-1], cfg.depth + 1)
 
     def forward(self, x: Video, pasts: State = ()) -> tuple[Video, State]:
         memory = Memory(pasts)
@@ -208,7 +209,7 @@ RENAMES = {
     r"\.mid\.attn_1\.": ".mid_block.attentions.0.",
 }
 """Patterns of the release's names and diffusers' names; what none matches has one name."""
-MARKS = {
+MARKS: dict[Layout, tuple[str, ...]] = {
     "original": ("encoder.mid.attn_1.norm.gamma", "encoder.down.0.block.0.conv1.conv.weight"),
     "diffusers": ("encoder.mid_block.attentions.0.norm.gamma", "encoder.down_blocks.0.resnets.0.conv1.conv.weight"),
 }
@@ -230,15 +231,12 @@ def diffusers_names(cfg: HunyuanVaeConfig) -> dict[str, str]:
     return names
 
 
+def detect_layout(names: Collection[str]) -> Layout | None:
+    """The layout of such a VAE with such parameter names; None if it is none."""
+    return next((layout for layout, marks in MARKS.items() if all(mark in names for mark in marks)), None)
+
+
 def describe(names: Collection[str]) -> str | None:
     """What of this VAE has such parameter names, in words; None if nothing."""
-    found = (layout for layout, marks in MARKS.items() if all(mark in names for mark in marks))
-    return next((f"a HunyuanVideo-1.5 VAE ({layout} names)" for layout in found), None)
-
-
-def rename(config: HunyuanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a published VAE in either naming under those of the release; of others, as they are."""
-    if not all(mark in tensors for mark in MARKS["diffusers"]):
-        return tensors
-    names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
-    return {names.get(name, name): value for name, value in tensors.items()}
+    layout = detect_layout(names)
+    return layout and f"a HunyuanVideo-1.5 VAE ({layout} names)"

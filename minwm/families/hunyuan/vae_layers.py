@@ -4,6 +4,8 @@ Before the first frame there are repeats of it, and beside a picture repeats of 
 itself; layers that halve or double the number of frames let it through as one frame.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -70,21 +72,6 @@ class Attention(Causal):
         return x + self.proj_out(y.contiguous(memory_format=layout(x)))
 
 
-class Middle(Causal):
-    """The layers between encoder and latent, and between latent and decoder."""
-
-    def __init__(self, width: int, past: int | None) -> None:
-        super().__init__()
-        self.block_1 = Residual(width)
-        self.attn_1 = Attention(width, past)
-        self.block_2 = Residual(width)
-
-    def forward(self, x: Video, memory: Memory) -> Video:
-        for layer in (self.block_1, self.attn_1, self.block_2):
-            x = layer(x, memory)
-        return x
-
-
 class Downsample(Causal):
     """Half the rows and columns, and, if temporal, half the frames; pixels are folded into channels.
 
@@ -123,30 +110,19 @@ class Upsample(Causal):
         return y.contiguous(memory_format=layout(x))
 
 
-class Down(Causal):
-    """One resolution of the encoder, and the step to the next one."""
-
-    def __init__(self, width: int, depth: int, step: Downsample | None) -> None:
-        super().__init__()
-        self.block = Stream(*(Residual(width) for _ in range(depth)))
-        self.downsample = step
-
-    def forward(self, x: Video, memory: Memory) -> Video:
-        x = self.block(x, memory)
-        return x if self.downsample is None else self.downsample(x, memory)
+def middle(width: int, past: int | None) -> Stream:
+    """The layers at the resolution of latents."""
+    return named(block_1=Residual(width), attn_1=Attention(width, past), block_2=Residual(width))
 
 
-class Up(Causal):
-    """One resolution of the decoder, and the step to the next one."""
+def resolution(width: int, depth: int, **step: Downsample | Upsample) -> Stream:
+    """Residual blocks of one resolution, then the step to the next one, if there is one."""
+    return named(block=Stream(*(Residual(width) for _ in range(depth))), **step)
 
-    def __init__(self, width: int, depth: int, step: Upsample | None) -> None:
-        super().__init__()
-        self.block = Stream(*(Residual(width) for _ in range(depth)))
-        self.upsample = step
 
-    def forward(self, x: Video, memory: Memory) -> Video:
-        x = self.block(x, memory)
-        return x if self.upsample is None else self.upsample(x, memory)
+def named(**layers: Causal) -> Stream:
+    """Layers in a row, by their names in the release."""
+    return Stream(OrderedDict(layers))
 
 
 def fold(x: Video, frames: int) -> Video:

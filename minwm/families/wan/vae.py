@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError
+from minwm.families.base import Layout
 from minwm.families.wan.vae_layers import (
     CausalConv,
     Down,
@@ -269,9 +270,8 @@ def describe(names: Collection[str]) -> str | None:
     return next((what for start, what in MARKS.items() if any(re.match(start, name) for name in names)), None)
 
 
-def rename(config: WanVaeConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a published VAE in either naming under those of the release; of others, as they are."""
-    if "quant_conv.weight" not in tensors:
-        return tensors
-    names = {theirs: ours for ours, theirs in diffusers_names(config).items()}
-    return {names.get(name, name): value for name, value in tensors.items()}
+def detect_layout(names: Collection[str]) -> Layout | None:
+    """The layout of a Wan VAE with such parameter names; None if it is none."""
+    if "quant_conv.weight" in names:
+        return "diffusers"
+    return "original" if describe(names) else None
