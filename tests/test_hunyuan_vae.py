@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from tiny_codecs import HUNYUAN as TINY
 from tiny_codecs import clip, close, draw, randomise
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.bench.memory import plan_inference
 from minwm.cli import main
@@ -130,6 +132,19 @@ def test_both_layouts_are_known_and_read() -> None:
         read = rename_codec(TINY, published)
         assert read.keys() == ours.keys() and all(read[name] is ours[name] for name in ours)
     assert rename_codec(TINY, {"conv1.weight": ours["encoder.norm_out.gamma"]}).keys() == {"conv1.weight"}
+
+
+def test_flops_are_counted() -> None:
+    """What attention to the past adds to a latent by itself: two products of pixels x past pixels x width."""
+    flops = {}
+    for name, vae in VAES.items():
+        latents = draw(vae, 4, batch=1)
+        _, state = vae.decode_next(latents[:, :3])
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            vae.decode_next(latents[:, 3:], state)
+        flops[name] = counter.get_total_flops()
+    each = 2 * 2 * 6 * 6 * TINY.widths[-1]
+    assert flops["causal"] - flops["chunk"] == 3 * each and flops["window"] - flops["chunk"] == 2 * each
 
 
 MODEL = replace(

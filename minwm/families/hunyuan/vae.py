@@ -1,15 +1,17 @@
 """HunyuanVideo-1.5's video autoencoder: 4 frames of 16x16 pixels to a latent of 32 channels.
 
 Parameter names are those of the original release; `diffusers_names` maps them. Source of the architecture: the
-release's `hunyuan_15_vae.py` and diffusers' `AutoencoderKLHunyuanVideo15`, which gives the same numbers.
+release's `hunyuan_15_vae.py` and diffusers' `AutoencoderKLHunyuanVideo15`, which gives the same numbers. It has
+1,260,634,115 parameters; at 480x832 decoding a latent costs 40 TFLOP, and its convolutions keep 2.6 GiB in bfloat16.
 
-Attention in the middle of encoder and decoder is causal: a latent sees its own pixels and those of all latents before
-it, so a stream holds the keys and values of all of them (`attention="causal"`). This is the release, and it grows with
-the stream: by 2 x rows x columns x 1024 numbers per latent in the decoder, 6.4 MB at 480x832 in bfloat16. A `window`
-bounds both memory and cost, and then one graph holds a step: within its first window + 1 latents a stream is the
-release's, and 30 covers the 121 frames of its own clips. With `attention="chunk"` a latent sees itself alone. So
-latents are encoded and decoded by HY-WorldPlay and by minWM, which run the VAE group by group and keep no keys; use it
-for their weights. Both variants differ from the release from the second latent on.
+Attention in the middle of encoder and decoder sees the pixels of a latent and of others before it:
+
+attention=causal            of all before it, as in the release. Streams keep keys and values of all latents and grow by
+                            2 x rows x columns x 1024 numbers per latent, 6.4 MB at 480x832 in bfloat16.
+attention=causal, window=n  of the last n before it. Memory and cost are bounded, and one graph holds a step. The first
+                            n + 1 latents are the release's: 30 covers the 121 frames of its own clips.
+attention=chunk             of none. So HY-WorldPlay and minWM run the VAE, group by group without keys, in training and
+                            in use; take it with their weights. Only the first latent is the release's.
 """
 
 import re
