@@ -57,7 +57,7 @@ class PlainStream:
     """Committed keys and values, one tensor per (layer, name)."""
 
     def __post_init__(self) -> None:
-        self.text = self.net.project_text_kv(self.cond.text)
+        self.text = self.net.project_text_kv(self.cond)
 
     def step(self, cond: Condition, noise: Tensor, sampler: FewStepSampler) -> Tensor:
         """Make a chunk and commit it."""

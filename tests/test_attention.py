@@ -6,7 +6,18 @@ import torch.nn.functional as F
 
 from minwm.core.config import ConfigError
 from minwm.nets import attention
-from minwm.nets.attention import Cached, Geometry, KVArena, Masked, chunk_causal, softmax_attention, teacher_forcing
+from minwm.nets.attention import (
+    FULL,
+    Cached,
+    Geometry,
+    KVArena,
+    Masked,
+    ReadOnlyCache,
+    TextKV,
+    chunk_causal,
+    softmax_attention,
+    teacher_forcing,
+)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
@@ -16,15 +27,37 @@ def test_ring_with_text_prefix_equals_attention_over_the_visible_rows(window: in
     q, k, v = torch.randn(3, 1, 2, 2 * 13, 4, generator=generator, dtype=torch.float64)
     text_k, text_v = torch.randn(2, 1, 2, 3, 4, generator=generator, dtype=torch.float64)
     arena = KVArena(geometry, (1, 1, 2, 4), torch.float64)
-    arena.write_text_kv(0, text_k, text_v)
+    valid = torch.tensor([[True, False, True]])
+    arena.write_text_kv([TextKV(text_k, text_v, valid)])
     rule, frame = chunk_causal(geometry), torch.arange(13)
     visible = rule(frame[:, None], frame[None]).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    visible = torch.cat([torch.ones(26, 3, dtype=torch.bool), visible], 1)
+    visible = torch.cat([valid.expand(26, 3), visible], 1)
     whole = F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), attn_mask=visible)
+    text = TextKV(text_k, text_v, valid)
+    torch.testing.assert_close(Masked(rule, 13)(0, q, k, v, text), whole)
     for i, (a, b) in enumerate(geometry.chunks(13)):
         rows = slice(2 * a, 2 * b)
+        out = ReadOnlyCache(arena, i)(0, q[:, :, rows], k[:, :, rows], v[:, :, rows], text)
+        torch.testing.assert_close(out, whole[:, :, rows])
         out = Cached(arena, i)(0, q[:, :, rows], k[:, :, rows], v[:, :, rows])
         torch.testing.assert_close(out, whole[:, :, rows])
+
+
+def test_text_has_its_gradient_under_every_scope_but_the_written_one() -> None:
+    geometry = Geometry(tokens=2, chunk=1, text_rows=3)
+    q, k, v = torch.randn(3, 1, 2, 2, 4).unbind()
+    text_k, text_v = torch.randn(2, 1, 2, 3, 4).unbind()
+    text = TextKV(text_k.requires_grad_(), text_v.requires_grad_(), torch.tensor([[True, True, False]]))
+    arena = KVArena(geometry, (1, 1, 2, 4), torch.float32)
+    arena.write_text_kv([text])
+    assert not arena.kv.requires_grad
+    outs, grads = [], []
+    for scope in (FULL, Masked(chunk_causal(geometry), 1), ReadOnlyCache(arena, 0)):
+        outs.append(scope(0, q, k, v, text))
+        grads.append(torch.cat(torch.autograd.grad(outs[-1].square().sum(), [text_k, text_v])))
+        torch.testing.assert_close((outs[-1], grads[-1]), (outs[0], grads[0]))
+    assert grads[0][:, :, :2].abs().min() > 0 and not grads[0][:, :, 2].any()
+    torch.testing.assert_close(Cached(arena, 0)(0, q, k, v), outs[0])
 
 
 def test_rules_by_hand() -> None:
@@ -55,7 +88,11 @@ def test_groups_of_frames_attend_as_under_a_dense_mask(window: int) -> None:
         results = []
         for attend in (Masked(rule, frames), None):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            out = attend(0, *leaves) if attend else F.scaled_dot_product_attention(*leaves, attn_mask=dense)
+            out = (
+                attend(0, leaves[0], leaves[1], leaves[2])
+                if attend
+                else F.scaled_dot_product_attention(*leaves, attn_mask=dense)
+            )
             results.append([out, *torch.autograd.grad(out.pow(3).sum(), leaves)])
         for ours, oracle in zip(*results, strict=True):
             torch.testing.assert_close(ours, oracle)
@@ -80,7 +117,8 @@ def test_plain_products_of_bfloat16_are_attention(monkeypatch: pytest.MonkeyPatc
     for fast in (False, True):
         monkeypatch.setattr(attention, "FAST_BFLOAT16", fast)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = softmax_attention(*leaves)
+        visible = (torch.arange(10) < 7).view(1, 1, 1, 10)
+        out = softmax_attention(leaves[0], leaves[1], leaves[2], visible)
         found.append(torch.stack([out, *torch.autograd.grad((out * weight).sum(), leaves)]).detach())
     torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
     assert not torch.equal(*found), "two ways"

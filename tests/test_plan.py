@@ -45,7 +45,7 @@ def test_what_a_stream_holds_is_what_a_real_one_holds(sampler: Any, dtype: torch
     assert item(plan, "network weights") == bytes_of(net)
     assert item(plan, "codec weights") == bytes_of(codec)
     assert item(plan, "cache") == stream.arena.kv.nbytes
-    assert item(plan, "prompt") == sum(x.nbytes for pair in stream.text for x in pair)
+    assert item(plan, "prompt") == sum(k.nbytes + v.nbytes for k, v, _ in stream.text)
     lost = stream.arena.save_slot(stream.chunk)
     assert item(plan, "undo") == sum(x.nbytes for x in lost) > 0
     _, state = codec.decode_next(torch.zeros(config.latent_shape(1, 3)))

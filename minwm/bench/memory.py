@@ -141,7 +141,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
 
 def _held_by(stream: Stream, times: int) -> Iterator[Item]:
     """What a session holds besides weights and the decoder's state; `times` are those at which its network is asked."""
-    kv, text = stream.arena.kv, [x for pair in stream.text for x in pair]
+    kv, text = stream.arena.kv, [x for layer in stream.text for x in layer if x is not None]
     depth, _, branches, heads, rows, width = kv.shape
     each = f"{depth} layers x 2 x {branches} branch{'es' * (branches > 1)}"
     yield Item("cache", kv.nbytes, f"{each} x {heads} heads x {rows:,} rows x {width} x {kv.itemsize} bytes")

@@ -18,7 +18,8 @@ class Condition:
     """All that a network may consume besides the noisy latents and their times."""
 
     text: Float[Tensor, "b l d"]
-    """Text states, zero-padded to a fixed length; all zeros is the null prompt."""
+    """Text states, zero-padded to a fixed length: a row of zeros is no token, and all zeros is the null prompt. Whether
+    padding is attended to is the network's affair."""
     w2c: Float[Tensor, "b f 4 4"] | None = None
     """World-to-camera per latent frame, float32, OpenCV axes; None for a model without camera control."""
     K: Float[Tensor, "b f 4"] | None = None
@@ -27,6 +28,10 @@ class Condition:
     """Clean first latent: an image start. None generates the first frame too."""
     null: Float[Tensor, "b l d"] | None = None
     """Text states of the unconditional branch of guidance (a negative prompt); None: the null prompt."""
+    glyphs: Float[Tensor, "b g glyph_dim"] | None = None
+    """States of what the prompt has in quotes, to be drawn as letters (ByT5); zero-padded like text."""
+    image_states: Float[Tensor, "b v image_dim"] | None = None
+    """States of the picture that the first latent is, from an image encoder (SigLIP); zeros for no picture."""
 
     def to(self, device: torch.device | str) -> "Condition":
         moved = {name: x.to(device) for name, x in self.parts().items()}
@@ -56,7 +61,8 @@ class Condition:
 
     def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""
-        return replace(self, text=torch.zeros_like(self.text) if self.null is None else self.null)
+        text = torch.zeros_like(self.text) if self.null is None else self.null
+        return replace(self, text=text, glyphs=None if self.glyphs is None else torch.zeros_like(self.glyphs))
 
     @staticmethod
     def stack(*conditions: "Condition") -> "Condition":

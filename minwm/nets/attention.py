@@ -4,12 +4,14 @@ Full()                         every token (bidirectional)
 Masked(rule, ...)              what a rule about frames allows (teacher forcing)
 Cached(arena, chunk)           the cached past and the current chunk, written in place (inference)
 ReadOnlyCache(arena, chunk)    the same without a write: gradients stay inside the chunk (self-rollout)
+
+Networks whose text takes part in this attention hand its keys and values to the scope, which lets every query see them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +22,18 @@ from torch import Tensor
 from minwm.core.config import ConfigError
 
 Heads = Float[Tensor, "b a s e"]
+Keys = Float[Tensor, "b a t e"]
+"""Keys or values, of as many tokens as there may be, where queries may be of others."""
+
+
+class TextKV(NamedTuple):
+    """Text keys and values of one layer, and which rows are text: nobody attends to the others. None: all are."""
+
+    k: Float[Tensor, "b a l e"]
+    v: Float[Tensor, "b a l e"]
+    valid: Bool[Tensor, "b l"] | None = None
+
+
 Frames = Any
 """Integers that broadcast: arrays of numpy (on the host, whatever torch is tracing), or tensors."""
 Rule = Callable[[Frames, Frames], Any]
@@ -107,9 +121,13 @@ class StreamConfig:
         """Where a chunk lives: sinks keep their place, the others overwrite the oldest."""
         return chunk if chunk < self.sink else self.sink + (chunk - self.sink) % self.window
 
+    def forgotten(self, chunk: int) -> int:
+        """Latent frames that the cache has lost when a chunk is generated."""
+        return max(0, chunk + 1 - self.slots) * self.chunk
+
     def sink_shift(self, chunk: int) -> int:
         """Latent frames by which the sinks have moved in time when a chunk is generated."""
-        return max(0, chunk + 1 - self.slots) * self.chunk if self.rolling_sink else 0
+        return self.forgotten(chunk) if self.rolling_sink else 0
 
     def geometry(self, tokens: int) -> "Geometry":
         """The same for latent frames of so many tokens."""
@@ -123,7 +141,7 @@ class Geometry(StreamConfig):
     tokens: int
     """Tokens per latent frame."""
     text_rows: int = 0
-    """Rows at the front for text keys, seen by all (joint-attention backbones)."""
+    """Rows at the front for text keys, seen by all (`Backbone.text_rows`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +152,14 @@ class Geometry(StreamConfig):
     def rows(self) -> int:
         """Rows of the cache."""
         return self.slot_rows(self.slots - 1)[1]
+
+    def time_origin(self, chunk: int) -> int:
+        """The latent frame that has position 0 in time when a chunk is generated.
+
+        Text keys are not rotated, so that queries see their own position in time against them: it may not grow for
+        ever. Once the ring is full, chunks stay at its last positions, and the cached keys move towards the past.
+        """
+        return self.forgotten(chunk) if self.text_rows else 0
 
     def slot_rows(self, slot: int) -> tuple[int, int]:
         """Rows [start, stop) of a slot in the cache."""
@@ -171,8 +197,13 @@ FAST_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
 """Elsewhere bfloat16 products take many times as long as float32's."""
 
 
-def softmax_attention(q: Heads, k: Float[Tensor, "b a t e"], v: Float[Tensor, "b a t e"]) -> Heads:
-    """softmax(q k^T / sqrt(e)) v.
+def softmax_attention(
+    q: Heads,
+    k: Keys,
+    v: Keys,
+    visible: Bool[Tensor, "#b 1 1 t"] | None = None,
+) -> Heads:
+    """softmax(q k^T / sqrt(e)) v over the visible keys, or over all.
 
     In bfloat16 on a CPU that multiplies it fast, by plain products: with gradients in half the time of torch's fused
     kernel. Tensors without data, which stand for those of a GPU (bench/memory.py), are left to that.
@@ -180,18 +211,33 @@ def softmax_attention(q: Heads, k: Float[Tensor, "b a t e"], v: Float[Tensor, "b
     if torch.is_autocast_enabled(kind := q.device.type):  # as the fused kernel is cast: norms hand on float32
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     if not FAST_BFLOAT16 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or type(q) is not Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, visible)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return (scores if visible is None else scores.masked_fill(~visible, -torch.inf)).softmax(-1) @ v
+
+
+def prepend_text(text: TextKV | None, k: Heads, v: Heads) -> tuple[Keys, Keys, Bool[Tensor, "b 1 1 t"] | None]:
+    """Keys and values after those of the text, and which of them are visible, as `softmax_attention` takes them."""
+    if text is None:
+        return k, v, None
+    visible = None if text.valid is None else F.pad(text.valid, (0, k.shape[2]), value=True)[:, None, None]
+    return torch.cat([text.k, k], dim=2), torch.cat([text.v, v], dim=2), visible
 
 
 @runtime_checkable
 class AttentionScope(Protocol):
+    bidirectional: ClassVar[bool]
+    """Whether text may attend to video, and so depend on it; where it may not, text depends on the prompt alone."""
+
     def positions(self, frames: int) -> list[int]:
         """Temporal position (RoPE) of each frame of the sequence; host integers."""
         ...
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
-        """Attention of the queries of a layer to the keys and values in scope."""
+    def __call__(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV | None = None) -> Heads:
+        """Attention of the queries of a layer to the keys and values in scope, and to the text.
+
+        q, k and v are those of the video; where text may attend to video, q may be those of the text instead.
+        """
         ...
 
 
@@ -199,11 +245,13 @@ class AttentionScope(Protocol):
 class Full:
     """Every token sees every token."""
 
+    bidirectional: ClassVar[bool] = True
+
     def positions(self, frames: int) -> list[int]:
         return list(range(frames))
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
-        return softmax_attention(q, k, v)
+    def __call__(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV | None = None) -> Heads:
+        return softmax_attention(q, *prepend_text(text, k, v))
 
 
 FULL = Full()
@@ -215,6 +263,8 @@ class Masked:
     Neighbouring frames with equal rows of the mask form a group, and each group attends, without a mask, to the keys
     that it sees: nothing is computed to be masked out, and kernels without support for masks can be used.
     """
+
+    bidirectional: ClassVar[bool] = False
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
         self.frames, self.period = frames, period or frames
@@ -230,18 +280,16 @@ class Masked:
     def positions(self, frames: int) -> list[int]:
         return [i % self.period for i in range(frames)]
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
         tokens = q.shape[2] // self.frames
         queries, keys, values = (
             x.split([tokens * n for n in runs], dim=2)
             for x, runs in ((q, self.query_groups), (k, self.key_groups), (v, self.key_groups))
         )
-        out = [
-            softmax_attention(
-                query, torch.cat([keys[i] for i in visible], dim=2), torch.cat([values[i] for i in visible], dim=2)
-            )
-            for query, visible in zip(queries, self.visible_groups, strict=True)
-        ]
+        out = []
+        for query, visible in zip(queries, self.visible_groups, strict=True):
+            seen = (torch.cat([groups[i] for i in visible], dim=2) for groups in (keys, values))
+            out.append(softmax_attention(query, *prepend_text(text, *seen)))
         return torch.cat(out, dim=2)
 
 
@@ -271,11 +319,25 @@ class KVArena:
         self.geometry = geometry
         layers, batch, heads, width = size
         self.kv = torch.zeros(layers, 2, batch, heads, geometry.rows, width, dtype=dtype, device=device)
+        self.visible = all_visible(geometry, batch, device)
+        """Which rows may be attended to, if there is text: its padding may not."""
 
-    def write_text_kv(self, layer: int, k: Heads, v: Heads) -> None:
-        """Write the text prefix, once per prompt; it must fill `geometry.text_rows`."""
-        self.kv[layer, 0, :, :, : self.geometry.text_rows] = k
-        self.kv[layer, 1, :, :, : self.geometry.text_rows] = v
+    @torch.no_grad()
+    def write_text_kv(self, text: Sequence[TextKV]) -> None:
+        """Write the text of all layers in front, once per prompt; nothing for networks that keep no text here.
+
+        It must fill `geometry.text_rows`, stacked on heads as the network's own keys are.
+        """
+        if self.visible is None:
+            return
+        rows = self.geometry.text_rows
+        for layer, (k, v, valid) in zip(self.kv, text, strict=True):
+            layer[0, :, :, :rows], layer[1, :, :, :rows] = k, v
+            self.visible[..., :rows] = True if valid is None else valid[:, None, None]
+
+    def visible_rows(self, chunk: int) -> Bool[Tensor, "b 1 1 s"] | None:
+        """Which of `valid_kv` may be attended to; None: all."""
+        return None if self.visible is None else self.visible[..., : self.geometry.valid_rows(chunk)]
 
     def current_slot(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         """The chunk's own rows, to be written before `valid_kv` is read."""
@@ -309,19 +371,26 @@ class KVArena:
         return (self.kv[..., start:stop, :],)
 
 
+def all_visible(geometry: Geometry, batch: int, device: torch.device | str) -> Bool[Tensor, "b 1 1 rows"] | None:
+    """A mask of the rows of a cache that hides none; None for a cache without text, which never hides any."""
+    return torch.ones(batch, 1, 1, geometry.rows, dtype=torch.bool, device=device) if geometry.text_rows else None
+
+
 @dataclass(frozen=True)
 class Cached:
     """Write keys and values of the current chunk into its slot, then attend to all valid rows. Inference only.
 
     Every pass overwrites the slot: the noisy ones while denoising, at last the clean one at t = 0 (the cache update).
-    The order of slots does not matter, for positions are encoded in the keys.
+    The order of slots does not matter, for positions are encoded in the keys. Text was written before any pass.
     """
 
+    bidirectional: ClassVar[bool] = False
     arena: KVArena
     chunk: int
 
     def positions(self, frames: int) -> list[int]:
-        start = self.arena.geometry.start(self.chunk)
+        geometry = self.arena.geometry
+        start = geometry.start(self.chunk) - geometry.time_origin(self.chunk)
         return list(range(start, start + frames))
 
     def current_slot(self, layer: int) -> Float[Tensor, "2 b a s e"]:
@@ -330,9 +399,9 @@ class Cached:
 
     def attend(self, layer: int, q: Heads) -> Heads:
         keys, values = self.arena.valid_kv(layer, self.chunk)
-        return softmax_attention(q, keys, values)
+        return softmax_attention(q, keys, values, self.arena.visible_rows(self.chunk))
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
         keys, values = self.current_slot(layer)
         keys.copy_(k)
         values.copy_(v)
@@ -343,22 +412,27 @@ class Cached:
 class ReadOnlyCache:
     """The same attention with the arena read only: the current chunk is concatenated to a copy of the past.
 
-    Used where gradients flow: keys with gradient, written in place, would tie later chunks to this graph.
+    Used where gradients flow: keys with gradient, written in place, would tie later chunks to this graph. Text is the
+    one that is handed over, with its gradient, and not the copy in the arena.
     """
 
+    bidirectional: ClassVar[bool] = False
     arena: KVArena
     chunk: int
 
     def positions(self, frames: int) -> list[int]:
         return Cached(self.arena, self.chunk).positions(frames)
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
         geometry = self.arena.geometry
-        start, stop = geometry.slot_rows(geometry.slot(self.chunk))
-        keys, values = self.arena.past_kv(layer, self.chunk).detach()
-        k = torch.cat([keys[:, :, :start], k, keys[:, :, stop:]], dim=2)
-        v = torch.cat([values[:, :, :start], v, values[:, :, stop:]], dim=2)
-        return softmax_attention(q, k, v)
+        rows, (start, stop) = geometry.text_rows, geometry.slot_rows(geometry.slot(self.chunk))
+        past = self.arena.past_kv(layer, self.chunk).detach()
+        front = past[:, :, :, :rows] if text is None else (text.k, text.v)
+        k, v = (
+            torch.cat([words, old[:, :, rows:start], new, old[:, :, stop:]], dim=2)
+            for words, old, new in zip(front, past, (k, v), strict=False)
+        )
+        return softmax_attention(q, k, v, self.arena.visible_rows(self.chunk))
 
 
 Branches = tuple[Float[Tensor, "b s a e"], ...]
@@ -367,9 +441,12 @@ QKVBranches = tuple[Branches, Branches, Branches]
 
 
 def attend_branches(
-    scope: AttentionScope, layer: int, q: Branches, k: Branches, v: Branches, dim: int = 2
+    scope: AttentionScope, layer: int, q: Branches, k: Branches, v: Branches, dim: int = 2, text: TextKV | None = None
 ) -> Float[Tensor, "b s heads width"]:
-    """One attention over branches stacked along `dim`; in a stream they are copied straight into the cache."""
+    """One attention over branches stacked along `dim`; in a stream they are copied straight into the cache.
+
+    Text, if it takes part, is stacked already.
+    """
     if isinstance(scope, Cached) and not torch.is_grad_enabled():
         slot = scope.current_slot(layer).transpose(2, 3)  # 2 b s a e
         queries = q[0].new_empty(slot.shape[1:])
@@ -378,4 +455,5 @@ def attend_branches(
                 part.copy_(branch)
         return scope.attend(layer, queries.transpose(1, 2)).transpose(1, 2)
     stacked = (branches[0] if len(branches) == 1 else torch.cat(branches, dim) for branches in (q, k, v))
-    return scope(layer, *(x.transpose(1, 2) for x in stacked)).transpose(1, 2)
+    q_stacked, k_stacked, v_stacked = (x.transpose(1, 2) for x in stacked)
+    return scope(layer, q_stacked, k_stacked, v_stacked, text).transpose(1, 2)

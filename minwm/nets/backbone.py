@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,14 +29,13 @@ from minwm.nets.attention import (
     KVArena,
     Masked,
     StreamConfig,
+    TextKV,
     teacher_forcing,
 )
 from minwm.nets.fp8 import Linear
 
 Timesteps = Float[Tensor, "#b #f"]
 """Per latent frame, or one for all."""
-TextKV = tuple[Float[Tensor, "b heads l e"], Float[Tensor, "b heads l e"]]
-"""Text keys and values of one layer."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class Modulation:
     layers: Sequence[ShiftScaleGate]
     head: ShiftScaleGate
     t: Timesteps
+    t_end: Timesteps | None = None
+    """Where the sampler's step ends, for networks that predict the mean velocity until then (MeanFlow)."""
 
 
 Checkpointing = Literal[False, True, "attention"]
@@ -95,8 +96,12 @@ class Backbone(nn.Module, ABC):
     layers: int
     cache_heads: int
     head_width: int
+    text_rows: int = 0
+    """Rows at the front of the KV cache for text that the video attends to in the same softmax as to itself; 0 for text
+    in an attention of its own. Such text is not rotated: see `Geometry.time_origin`."""
     needs_first_frame_coordinates: bool = False
-    """Cameras must be given relative to the first frame: a stream may not move the world frame of its cache."""
+    """Cameras must be given relative to the first frame: a stream may not move the world frame of its cache. So it is
+    for ray maps, and where text, which has no camera, takes part in an attention that sees cameras."""
     checkpointing: Checkpointing = False
     arena_type: type[KVArena] = KVArena
     """The KV cache of its streams."""
@@ -108,8 +113,12 @@ class Backbone(nn.Module, ABC):
         """v at x_t. `t`: per frame or one for all, or the modulation of these."""
 
     @abstractmethod
-    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> list[TextKV]:
-        """Text keys and values of every layer; they depend on the prompt alone."""
+    def project_text_kv(self, cond: Condition) -> list[TextKV]:
+        """Text keys and values of every layer, for scopes that are not bidirectional: they depend on the prompt alone.
+
+        A stream works them out once per prompt, writes them into its cache if they have `text_rows` there, and hands
+        them to every pass.
+        """
 
     @abstractmethod
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
@@ -119,9 +128,9 @@ class Backbone(nn.Module, ABC):
         """What `forward` may be given in place of timesteps; by default these themselves."""
         return t
 
-    def prepare(self, cond: Condition) -> PreparedCondition:
-        """The condition for many passes over the same frames."""
-        return PreparedCondition(self.project_text_kv(cond.text), self.camera_matrices(cond))
+    def prepare(self, cond: Condition) -> Condition | PreparedCondition:
+        """The condition for many bidirectional passes over the same frames; as it is, if text depends on the video."""
+        return PreparedCondition(self.project_text_kv(cond), self.camera_matrices(cond))
 
     def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
         """Methods besides `forward` that read parameters, with the module that owns these.
@@ -173,13 +182,13 @@ class Backbone(nn.Module, ABC):
         """Compile the blocks, in place. One graph must serve all layers and chunks; no fallback."""
         raise ConfigError(f"{type(self).__name__} has no compiled form; leave engine.compile off")
 
-    def maybe_checkpoint(self, block: nn.Module, *args: Any) -> Tensor:
+    def maybe_checkpoint(self, block: nn.Module, *args: Any) -> Any:
         """block(*args), under activation checkpointing where gradients flow and `checkpointing` asks for it."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(*args)
         selective = partial(create_selective_checkpoint_contexts, keep_attention)
         context = selective if self.checkpointing == "attention" else noop_context_fn
-        return cast(Tensor, checkpoint(block, *args, use_reentrant=False, context_fn=context))
+        return checkpoint(block, *args, use_reentrant=False, context_fn=context)
 
     def arena(self, geometry: Geometry, batch: int) -> KVArena:
         """An empty KV cache in the dtype of the keys, on the device of the weights."""
@@ -188,7 +197,7 @@ class Backbone(nn.Module, ABC):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         size = self.layers, batch, self.cache_heads, self.head_width
-        return self.arena_type(geometry, size, dtype, weight.device)
+        return self.arena_type(replace(geometry, text_rows=self.text_rows), size, dtype, weight.device)
 
 
 @dataclass(frozen=True)

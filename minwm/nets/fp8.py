@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError
-from minwm.nets.attention import ArenaSize, Geometry, Heads, KVArena
+from minwm.nets.attention import ArenaSize, Geometry, Heads, KVArena, all_visible
 
 FP8 = torch.float8_e4m3fn
 
@@ -85,6 +85,7 @@ class Fp8Arena(KVArena):
         self.kv = zeros(*shape, self.plain_rows, width, dtype=dtype)
         self.quantized, self.scales = zeros(*shape, rows, width, dtype=FP8), zeros(*shape, rows, 1)
         self.unpacked = zeros(*shape[1:], geometry.rows, width, dtype=dtype)
+        self.visible = all_visible(geometry, batch, device)
 
     def current_slot(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         start, stop = self.geometry.slot_rows(self.geometry.slot(chunk))

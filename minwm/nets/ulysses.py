@@ -7,6 +7,7 @@ sharded by heads. All ranks are given the same noise, and all return the whole c
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,24 +19,25 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Heads
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, TextKV, Timesteps
+from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Heads, TextKV
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps
 
 
 @dataclass(frozen=True)
 class Exchanged:
     """A scope whose attention runs on whole frames and this rank's heads; outside, on all heads and its rows."""
 
+    bidirectional: ClassVar[bool] = False
     scope: AttentionScope
     ranks: int
 
     def positions(self, frames: int) -> list[int]:
         return self.scope.positions(frames)
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads) -> Heads:
+    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
         parts = torch.cat([q, k, v]).unflatten(1, (self.ranks, -1)).transpose(0, 1)  # ranks 3b a/ranks s e
         q, k, v = _exchange(parts).permute(1, 2, 0, 3, 4).flatten(2, 3).chunk(3)
-        out = self.scope(layer, q, k, v).unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3, 4)
+        out = self.scope(layer, q, k, v, text).unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3, 4)
         return _exchange(out).transpose(0, 1).flatten(1, 2)
 
 
@@ -56,9 +58,13 @@ class Ulysses(Backbone):
         if net.cache_heads % self.ranks:
             raise ConfigError(f"{net.cache_heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
         self.layers, self.cache_heads, self.head_width = net.layers, net.cache_heads // self.ranks, net.head_width
+        self.text_rows, self.needs_first_frame_coordinates = net.text_rows, net.needs_first_frame_coordinates
 
-    def project_text_kv(self, text: Float[Tensor, "b l d"]) -> list[TextKV]:
-        return self.net.project_text_kv(text)
+    def project_text_kv(self, cond: Condition) -> list[TextKV]:
+        """Of this rank's heads where text takes part in the exchanged attention; elsewhere of all."""
+        text, first = self.net.project_text_kv(cond), self.rank * self.cache_heads
+        heads = slice(first, first + self.cache_heads)
+        return [TextKV(k[:, heads], v[:, heads], valid) for k, v, valid in text] if self.text_rows else text
 
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         return self.net.camera_matrices(cond)
@@ -97,10 +103,15 @@ class Ulysses(Backbone):
             raise ConfigError(f"ranks share streams and bidirectional passes, not {type(scope).__name__}")
         if x.shape[-2] % self.ranks or self.net.tokens_per_frame(*x.shape[-2:]) % self.ranks:
             raise ConfigError(f"{x.shape[-2]} rows of latents cannot be shared by {self.ranks} ranks evenly")
-        prepared = self.prepare(cond) if isinstance(cond, Condition) else cond
-        rope = self.rope_table(x, scope) if prepared.rope is None else prepared.rope
+        if self.text_rows and scope.bidirectional:
+            raise ConfigError("ranks share bidirectional passes only of networks with cross-attention to text")
+        if isinstance(cond, Condition):
+            cond = PreparedCondition(self.project_text_kv(cond), self.camera_matrices(cond))
+        rope = self.rope_table(x, scope) if cond.rope is None else cond.rope
         rows = x.chunk(self.ranks, dim=-2)[self.rank]
-        mine = self.net(rows, t, replace(prepared, rope=rope), Exchanged(scope, self.ranks)).contiguous()
+        image = cond.first_latent if cond.first_latent is None else cond.first_latent.chunk(self.ranks, -2)[self.rank]
+        cond = replace(cond, rope=rope, first_latent=image)
+        mine = self.net(rows, t, cond, Exchanged(scope, self.ranks)).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(parts, mine)
         return torch.cat(parts, dim=-2)

@@ -13,11 +13,16 @@ from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 
+_PROMPT = {"text", "glyphs"}
+"""The parts of a condition that a prompt becomes."""
+
 
 def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condition:
     """Replace prompts by the unconditional one, clip by clip with probability `rate` (classifier-free guidance)."""
     keep = (_uniform(len(cond.text), generator) >= rate).to(cond.text.device)
-    return replace(cond, text=torch.where(keep[:, None, None], cond.text, cond.unconditional().text))
+    dropped, given = cond.unconditional().parts(), cond.parts()
+    states = {name: torch.where(keep[:, None, None], given[name], dropped[name]) for name in _PROMPT & given.keys()}
+    return replace(cond, **states)
 
 
 def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:

@@ -121,7 +121,8 @@ class GraphedStream(Stream):
         super().set_prompt(cond)
         for old, new in zip(static, self.text, strict=True):
             for place, x in zip(old, new, strict=True):
-                place.copy_(x)
+                if place is not None and x is not None:
+                    place.copy_(x)
         self.text = static
 
     def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
@@ -227,7 +228,7 @@ class KernelTimes:
 @torch.no_grad()
 def time_attention_kernels(net: Backbone, geometry: Geometry, repeats: int = 10) -> KernelTimes:
     """Time every attention kernel on the shape of a steady chunk."""
-    weight = next(net.parameters())
+    weight, geometry = next(net.parameters()), replace(geometry, text_rows=net.text_rows)
     queries = geometry.chunk * geometry.tokens
     q = torch.randn(1, net.cache_heads, queries, net.head_width, dtype=weight.dtype, device=weight.device)
     k, v = torch.randn(2, 1, net.cache_heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)

@@ -39,7 +39,12 @@ def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: 
 
 
 def guided_velocity(
-    net: Backbone, x: Latents, t: Timesteps | Modulation, cond: PreparedCondition, scope: AttentionScope, scale: float
+    net: Backbone,
+    x: Latents,
+    t: Timesteps | Modulation,
+    cond: Condition | PreparedCondition,
+    scope: AttentionScope,
+    scale: float,
 ) -> Latents:
     """Velocity under classifier-free guidance; `cond` holds [cond | uncond] stacked on the batch unless scale is 1."""
     if scale == 1:
@@ -62,6 +67,8 @@ class Stream:
     Of every chunk: `prepare_chunk` with its cameras, `next_chunk` to denoise it, `update_cache` to make it the past of
     later ones. The first may also move the cache to another world frame, and its sinks in time: attention sees only
     differences of positions and relative poses, so no result changes, but numbers stay small however far one walks.
+    Attention to text at the front of the cache sees more than that, so there the world frame stays that of the first
+    frame, and the cache moves in time, not the chunk being made (`Geometry.time_origin`).
 
     An image given as the first latent is clean in every pass, at `image_time`, whatever a sampler does to its place.
     """
@@ -69,9 +76,11 @@ class Stream:
     def __init__(
         self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0, reach: float | None = REACH
     ) -> None:
-        self.net, self.geometry, self.guidance, self.reach = net, geometry, guidance, reach
-        self.text = net.project_text_kv(self._guidance_branches(cond).text)
+        self.net, self.guidance, self.reach = net, guidance, reach
+        self.text = net.project_text_kv(self._guidance_branches(cond))
         self.arena = net.arena(geometry, len(self._guidance_branches(cond).text))
+        self.geometry = self.arena.geometry
+        self.arena.write_text_kv(self.text)
         self._modulations: dict[tuple[float, ...], Timesteps | Modulation] = {}
         self._reset(len(cond.text))
 
@@ -81,6 +90,8 @@ class Stream:
         """Pose of the cache's world frame in the caller's."""
         self.sink_shift = 0
         """Latent frames by which the sinks have moved in time."""
+        self.time_origin = 0
+        """Latent frame at position 0 in time."""
 
     def restart(self, cond: Condition) -> None:
         """From the first chunk again, with the prompt of `cond` and the same memory."""
@@ -105,7 +116,8 @@ class Stream:
     @torch.no_grad()
     def set_prompt(self, cond: Condition) -> None:
         """Follow the prompt of `cond` from the next chunk on; what the cache holds has read the old one."""
-        self.text = self.net.project_text_kv(self._guidance_branches(cond).text)
+        self.text = self.net.project_text_kv(self._guidance_branches(cond))
+        self.arena.write_text_kv(self.text)
 
     def prepare_chunk(self, cond: Condition) -> PreparedCondition:
         """The stream's prompt and the cameras of the current chunk; the cache is moved to where these are."""
@@ -116,7 +128,7 @@ class Stream:
             if reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > reach:
                 origin = se3_inverse(w2c[:, 0].detach())
             cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
-        self._move_cache(origin, self.geometry.sink_shift(self.chunk))
+        self._move_cache(origin, self.geometry.sink_shift(self.chunk), self.geometry.time_origin(self.chunk))
         camera = self.net.camera_matrices(self._guidance_branches(cond))
         return PreparedCondition(self.text, camera, first_latent=self._image(cond))
 
@@ -132,28 +144,31 @@ class Stream:
         return cond.first_latent
 
     @torch.no_grad()
-    def _move_cache(self, origin: Float[Tensor, "b 4 4"], sink_shift: int) -> None:
-        """Express the cache in another world frame, and move its sinks in time."""
+    def _move_cache(self, origin: Float[Tensor, "b 4 4"], sink_shift: int, time_origin: int) -> None:
+        """Express the cache in another world frame, and move its sinks and all that it holds in time."""
         geometry = self.geometry
         text, sinks = geometry.text_rows, geometry.slot_rows(geometry.sink)[0]
         if origin is not self.origin:
             frame = (se3_inverse(self.origin) @ origin).repeat(1 if self.guidance == 1 else 2, 1, 1)
             self.arena.transform_kv(lambda kv: self.net.change_world_frame(kv, frame), slice(text, None), values=True)
-        if frames := sink_shift - self.sink_shift:
-            rotated = partial(self.net.rotate_keys_in_time, frames=frames)
-            self.arena.transform_kv(rotated, slice(text, sinks), values=False)
-        self.origin, self.sink_shift = origin, sink_shift
+        window_frames = self.time_origin - time_origin
+        sink_frames = sink_shift - self.sink_shift + window_frames
+        for frames, rows in ((sink_frames, slice(text, sinks)), (window_frames, slice(sinks, None))):
+            if frames:
+                rotated = partial(self.net.rotate_keys_in_time, frames=frames)
+                self.arena.transform_kv(rotated, rows, values=False)
+        self.origin, self.sink_shift, self.time_origin = origin, sink_shift, time_origin
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs to undo the next chunk: little, for only its slot will be overwritten.
 
         Undoing is exact where the cache is not moved for that chunk, and exact up to rounding where it is.
         """
-        return self.arena.save_slot(self.chunk), self.chunk, self.origin, self.sink_shift
+        return self.arena.save_slot(self.chunk), self.chunk, self.origin, self.sink_shift, self.time_origin
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        slot, self.chunk, origin, sink_shift = snapshot
-        self._move_cache(origin, sink_shift)
+        slot, self.chunk, *place = snapshot
+        self._move_cache(*place)
         self.arena.restore_slot(self.chunk, slot)
 
     def next_chunk(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:

@@ -53,7 +53,8 @@ def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> in
             groups = zip(scope.query_groups, scope.visible_groups, strict=True)
             visible = [(size, tokens * sum(scope.key_groups[i] for i in keys)) for size, keys in groups]
         case Cached() | ReadOnlyCache():
-            visible = [(frames, scope.arena.geometry.valid_rows(scope.chunk))]
+            geometry = scope.arena.geometry
+            visible = [(frames, geometry.valid_rows(scope.chunk) - geometry.text_rows)]
         case _:
             raise ConfigError(f"how many tokens a pass under {type(scope).__name__} attends to is not known here")
     return batch * sum(net.flops(size, tokens, rows) for size, rows in visible)

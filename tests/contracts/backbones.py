@@ -7,10 +7,12 @@ from torch import nn
 
 from minwm.cameras.track import se3_exp
 from minwm.core.types import Condition
+from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.attention import Geometry, KVArena, TextKV
 from minwm.nets.backbone import Backbone
 
-SMALL = {
+WAN = {
     f"wan-{camera}": WanConfig(
         dim=48,
         heads=2,
@@ -24,11 +26,24 @@ SMALL = {
     )
     for camera in ("none", "dual", "single", "plucker")
 }
-SMALL["wan-clean"] = replace(SMALL["wan-dual"], predicts="clean")
+WAN["wan-clean"] = replace(WAN["wan-dual"], predicts="clean")
+HUNYUAN = HunyuanConfig(
+    dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=6, text_length=5, glyph_dim=4, glyph_length=2,
+    glyph_hidden=8, image_dim=4, image_length=2, freq_dim=16, rope=(4, 6, 6),
+)  # fmt: skip
+SMALL: dict[str, WanConfig | HunyuanConfig] = {
+    **WAN,
+    "hunyuan-none": HUNYUAN,
+    "hunyuan-dual": replace(HUNYUAN, camera="dual"),
+    "hunyuan-null": replace(HUNYUAN, camera="dual", prope_text=False),
+}
 CAMERA = [name for name, cfg in SMALL.items() if cfg.camera != "none"]
-PROPE = [name for name in CAMERA if SMALL[name].camera != "plucker"]
-"""What does not know where the world's origin is."""
 HEIGHT, WIDTH, CHANNELS = 4, 6, 4
+
+
+def sized(net: Backbone, geometry: Geometry) -> Geometry:
+    """For latents of HEIGHT x WIDTH."""
+    return replace(geometry, tokens=net.tokens_per_frame(HEIGHT, WIDTH))
 
 
 def small(name: str, seed: int = 0) -> Backbone:
@@ -39,20 +54,32 @@ def small(name: str, seed: int = 0) -> Backbone:
     return net
 
 
+def open_cache(net: Backbone, geometry: Geometry, cond: Condition) -> tuple[KVArena, list[TextKV]]:
+    """An empty cache that knows the prompt, and what passes are given of it."""
+    arena, text = net.arena(sized(net, geometry), len(cond.text)), net.project_text_kv(cond)
+    arena.write_text_kv(text)
+    return arena, text
+
+
 def latents(frames: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, frames, CHANNELS, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
 
 
 def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -> Condition:
-    """Random prompt, and a random walk of cameras."""
+    """Random prompt, ragged in its glyphs, and a random walk of cameras."""
     generator = torch.Generator().manual_seed(seed)
     steps = 0.2 * torch.randn(batch, frames, 6, generator=generator, dtype=torch.float64)
     w2c = torch.stack([torch.stack([torch.from_numpy(se3_exp(s.numpy())) for s in walk]) for walk in steps.cumsum(1)])
     K = torch.tensor([0.5, 0.9, 0.5, 0.5], dtype=torch.float64).expand(batch, frames, 4)
+    text = torch.randn(batch, 5, 6, generator=generator, dtype=torch.float64)
+    glyphs, states = torch.randn(2, batch, 2, 4, generator=generator, dtype=torch.float64)
+    glyphs[-1, 1:] = 0
     return Condition(
-        text=torch.randn(batch, 5, 6, generator=generator, dtype=torch.float64),
+        text=text,
         w2c=w2c.float(),
         K=K.float(),
         first_latent=latents(1, batch, seed=9) if image else None,
+        glyphs=glyphs,
+        image_states=states if image else None,
     )

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, latents
+from backbones import CHANNELS, HEIGHT, WAN, WIDTH, condition, latents
 from torch import Tensor, nn
 
 from minwm.cameras.trajectory import Motion
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import FULL, AttentionScope, StreamConfig
-from minwm.nets.backbone import Backbone, TextKV
+from minwm.nets.attention import FULL, AttentionScope, StreamConfig, TextKV
+from minwm.nets.backbone import Backbone
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Recipe, RecipeConfig
@@ -27,7 +27,7 @@ from minwm.stream.solvers import FewStepSampler
 
 FRAMES = 5
 MODEL = ModelConfig(
-    network=SMALL["wan-dual"],
+    network=WAN["wan-dual"],
     sampler=FewStepSampler(steps=2),
     codec=SmallCodecConfig(channels=CHANNELS),
     motion=Motion(move=0.5, turn=16.0, fps=16.0),
@@ -57,7 +57,7 @@ every_turn = pytest.mark.parametrize(("name", "step"), TURNS)
 def network(seed: int) -> Backbone:
     """Initialised as for training, but with a head and a camera branch that are no longer zero."""
     torch.manual_seed(seed)
-    net = SMALL["wan-dual"].build().double()
+    net = WAN["wan-dual"].build().double()
     for key, parameter in net.named_parameters():
         if key.startswith("head.head") or "prope_o" in key:
             nn.init.normal_(parameter, std=0.2)
@@ -112,7 +112,7 @@ class Exact(Backbone):
         super().__init__()
         self.datum = nn.Parameter(datum.clone())
 
-    def project_text_kv(self, text: Tensor) -> list[TextKV]:
+    def project_text_kv(self, cond: Condition) -> list[TextKV]:
         return []
 
     def camera_matrices(self, cond: Condition) -> None:

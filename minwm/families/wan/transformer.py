@@ -185,10 +185,10 @@ class CrossAttention(nn.Module):
 
     def project_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
         k, v = (rearrange(y, "b l (a e) -> b a l e", a=self.heads) for y in (self.norm_k(self.k(text)), self.v(text)))
-        return k, v
+        return TextKV(k, v)
 
     def forward(self, x: Float[Tensor, "b f p d"], text: Float[Tensor, "b l d"] | TextKV) -> Float[Tensor, "b f p d"]:
-        k, v = self.project_kv(text) if isinstance(text, Tensor) else text
+        k, v, _ = self.project_kv(text) if isinstance(text, Tensor) else text
         q = self.norm_q(self.q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = softmax_attention(q, k, v).transpose(1, 2)
         return self.o(out.flatten(2)).view_as(x)
@@ -372,8 +372,8 @@ class Wan(Backbone):
         time = self.time_embedding(sines)
         return time.float(), self.time_projection(time).float().unflatten(-1, (6, -1))
 
-    def project_text_kv(self, text: Float[Tensor, "b l text_dim"]) -> list[TextKV]:
-        states = self.embed_text(text)
+    def project_text_kv(self, cond: Condition) -> list[TextKV]:
+        states = self.embed_text(cond.text)
         return [block.project_text_kv(states) for block in cast(list[Block], self.blocks)]
 
     def adaln_modulation(self, t: Timesteps) -> Modulation:

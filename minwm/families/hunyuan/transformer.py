@@ -1,0 +1,413 @@
+"""HunyuanVideo-1.5's diffusion transformer, with cameras through PRoPE: video and text in one attention (MMDiT).
+
+Sources: HunyuanVideo-1.5 `hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py` for the architecture, minWM for
+`img_attn_prope_proj` and for text that attends to itself alone.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minwm.control.plucker import Rays
+from minwm.control.prope import Mode, Projection, change_world_frame
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents
+from minwm.core.types import Condition
+from minwm.families.hunyuan.transformer_layers import (
+    AdaLN,
+    FinalLayer,
+    GlyphMapper,
+    Mlp,
+    States,
+    TimestepEmbedder,
+    TokenRefiner,
+    Valid,
+    image_projection,
+    visible_keys,
+    zero,
+)
+from minwm.nets.attention import (
+    FULL,
+    AttentionScope,
+    Heads,
+    QKVBranches,
+    TextKV,
+    attend_branches,
+    softmax_attention,
+)
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, Timesteps
+from minwm.nets.fp8 import Linear
+from minwm.nets.layers import RMSNorm, Rope3D, contiguous_copy, gated_residual, modulate, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanConfig:
+    """Architecture of a HunyuanVideo-1.5 transformer; the defaults are the release's 8B."""
+
+    kind: ClassVar[str] = "hunyuan"
+    patch: ClassVar[int] = 1
+    """Latent rows and columns per token."""
+    dim: int = 2048
+    """Token width."""
+    heads: int = 16
+    layers: int = 54
+    ffn: int = 8192
+    """Hidden width of the feed-forward parts, of video and of text."""
+    refiner_layers: int = 2
+    """Blocks in which the text states attend to each other before all others."""
+    channels: int = 32
+    """Latent channels, in and out; there are as many for the image, and one says where it is."""
+    text_dim: int = 3584
+    """Width of the text states (Qwen2.5-VL)."""
+    text_length: int = 1000
+    """Rows of text; the padding of shorter prompts is not attended to."""
+    glyph_dim: int = 1472
+    """Width of the states of text in quotes (ByT5)."""
+    glyph_length: int = 256
+    glyph_hidden: int = 2048
+    """Hidden width of what makes tokens of them."""
+    image_dim: int = 1152
+    """Width of the states of the first picture (SigLIP)."""
+    image_length: int = 729
+    freq_dim: int = 256
+    """Width of the time sinusoid."""
+    rope: tuple[int, int, int] = (16, 56, 56)
+    """Channels of a head that are rotated by time, row and column: all of it."""
+    meanflow: bool = False
+    """The network is also told when its step ends, and predicts the mean velocity until then (step-distilled)."""
+    text_time: Literal["video", "zero"] = "video"
+    """Timestep of text where it attends to video: the video's, or 0 (minWM). Where it does not, it is 0."""
+    camera: Mode = "none"
+    """How cameras enter attention (control/prope.py): none or dual."""
+    principal_point: bool = True
+    """PRoPE sees the principal point."""
+    prope_text: bool = True
+    """The PRoPE branch sees text keys and values as they are, as released weights do. As text has no camera, moving the
+    world frame then changes the output; without, they are zero there, and it changes nothing."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"hunyuan.{name}={value}: must be at least 1")
+        if self.dim % (4 * self.heads):
+            near = max(1, round(self.dim / (4 * self.heads))) * 4 * self.heads
+            raise ConfigError(
+                f"hunyuan.dim={self.dim}: {self.heads} heads need a multiple of {4 * self.heads}; {near}?"
+            )
+        if sum(self.rope) != self.dim // self.heads or any(size % 2 for size in self.rope):
+            raise ConfigError(
+                f"hunyuan.rope={self.rope}: must be three even numbers with the sum {self.dim // self.heads}, the "
+                "channels of a head"
+            )
+        if self.camera not in ("none", "dual"):
+            raise ConfigError(f"hunyuan.camera={self.camera}: this network has none and dual")
+
+    @property
+    def text_rows(self) -> int:
+        """Text tokens of all kinds."""
+        return self.image_length + self.glyph_length + self.text_length
+
+    def build(self) -> "Hunyuan":
+        return Hunyuan(self)
+
+
+class Words(NamedTuple):
+    """Text tokens on their way through the blocks."""
+
+    x: Float[Tensor, "b 1 l d"]
+    """As one frame of video would be."""
+    time: Float[Tensor, "b 1 d"]
+    """Embedding of their timestep."""
+    valid: Valid
+
+
+class Modality(nn.Module):
+    """A block's weights for one kind of tokens, video or text: modulation, projections, norms, feed-forward."""
+
+    def __init__(self, cfg: HunyuanConfig) -> None:
+        super().__init__()
+        self.heads = cfg.heads
+        self.mod = AdaLN(cfg.dim, 6)
+        self.attn_q, self.attn_k, self.attn_v, self.attn_proj = (Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.attn_q_norm, self.attn_k_norm = (RMSNorm(cfg.dim // cfg.heads) for _ in range(2))
+        self.mlp = Mlp(cfg.dim, cfg.ffn, nn.GELU("tanh"))
+
+    def project_qkv(
+        self, x: Float[Tensor, "b f p d"], modulation: ShiftScaleGate
+    ) -> tuple[Float[Tensor, "b s a e"], Float[Tensor, "b s a e"], Float[Tensor, "b s a e"]]:
+        """Queries and keys, normalised per head, and values."""
+        shift, scale, *_ = modulation
+        y = modulate(x, shift, scale).flatten(1, 2)
+        q, k, v = (linear(y).unflatten(-1, (self.heads, -1)) for linear in (self.attn_q, self.attn_k, self.attn_v))
+        return self.attn_q_norm(q), self.attn_k_norm(k), v
+
+    def after_attention(
+        self, x: Float[Tensor, "b f p d"], projected: Float[Tensor, "b s d"], modulation: ShiftScaleGate
+    ) -> Float[Tensor, "b f p d"]:
+        """Residual of attention, then the feed-forward part."""
+        _, _, attention_gate, shift, scale, gate = modulation
+        x = gated_residual(x, projected.view_as(x), attention_gate)
+        return gated_residual(x, self.mlp(modulate(x, shift, scale)), gate)
+
+
+class Block(nn.Module):
+    """One attention over video and text, each with weights of its own; the video's is the scope's.
+
+    Text attends to video too under a bidirectional scope, and to itself alone under others: then its keys and values
+    depend on the prompt alone, and may be given in its place. With camera=dual a PRoPE branch of the video is stacked
+    on heads, and text keys and values a second time with it (`HunyuanConfig.prope_text`).
+    """
+
+    def __init__(self, cfg: HunyuanConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.prope_text = layer, cfg.heads, cfg.prope_text
+        self.img, self.txt = Modality(cfg), Modality(cfg)
+        self.dual = cfg.camera == "dual"
+        if self.dual:
+            self.img_attn_prope_proj = nn.Linear(cfg.dim, cfg.dim)
+
+    def adaln_modulation(self, time: Float[Tensor, "b f d"]) -> ShiftScaleGate:
+        """Shift, scale and gate of the video's attention, then of its feed-forward part."""
+        return self.img.mod(time)
+
+    def project_text_kv(self, words: Words) -> tuple[TextKV, Words]:
+        """Text keys and values, stacked as the video's are, and the tokens after a block in which they are alone."""
+        modulation, q, text = self._project_text(words)
+        return self._stack_text(text), self._text_after_attention(words, self._attend_alone(q, text), modulation)
+
+    def _project_text(self, words: Words) -> tuple[ShiftScaleGate, Heads, TextKV]:
+        modulation = self.txt.mod(words.time)
+        q, k, v = (x.transpose(1, 2) for x in self.txt.project_qkv(words.x, modulation))
+        return modulation, q, TextKV(k, v, words.valid)
+
+    def _attend_alone(self, q: Heads, text: TextKV) -> Heads:
+        assert text.valid is not None
+        return softmax_attention(q, text.k, text.v, visible_keys(text.valid))
+
+    def _stack_text(self, text: TextKV) -> TextKV:
+        if not self.dual:
+            return text
+        again = (x if self.prope_text else torch.zeros_like(x) for x in (text.k, text.v))
+        k, v = (torch.cat(pair, dim=1) for pair in zip((text.k, text.v), again, strict=True))
+        return TextKV(k, v, text.valid)
+
+    def _text_after_attention(self, words: Words, out: Heads, modulation: ShiftScaleGate) -> Words:
+        projected = self.txt.attn_proj(out.transpose(1, 2).flatten(2))
+        return words._replace(x=self.txt.after_attention(words.x, projected, modulation))
+
+    def project_qkv(
+        self, x: Float[Tensor, "b f p d"], modulation: ShiftScaleGate, rope: Tensor, camera: Projection | None
+    ) -> QKVBranches:
+        """Branches of the video's queries, keys and values."""
+        q, k, v = self.img.project_qkv(x, modulation)
+        qk = torch.stack([q, k])
+        q, k = rotate(qk, rope)
+        if camera is None:
+            return (q,), (k,), (v,)
+        q_prope, k_prope = camera.queries_and_keys(qk)
+        return (q, q_prope), (k, k_prope), (v, camera.keys(v))
+
+    def project_output(self, out: Float[Tensor, "b s a e"], camera: Projection | None) -> Float[Tensor, "b s d"]:
+        """attn_proj(RoPE branch) + img_attn_prope_proj(PRoPE branch)."""
+        if camera is None:
+            return self.img.attn_proj(out.flatten(2))
+        main, prope = out.split(self.heads, dim=2)
+        prope = camera.outputs(contiguous_copy(prope))
+        return self.img.attn_proj(main.flatten(2)) + self.img_attn_prope_proj(prope.flatten(2))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b f p d"],
+        time: Float[Tensor, "b f d"] | ShiftScaleGate,
+        rope: Tensor,
+        text: Words | TextKV,
+        camera: Projection | None,
+        scope: AttentionScope,
+    ) -> tuple[Float[Tensor, "b f p d"], Words | TextKV]:
+        modulation = self.img.mod(time) if isinstance(time, Tensor) else time
+        q, k, v = self.project_qkv(x, modulation, rope, camera)
+        if isinstance(text, Words):
+            text_modulation, q_text, text_kv = self._project_text(text)
+            if scope.bidirectional:
+                text_out = scope(self.layer, q_text, k[0].transpose(1, 2), v[0].transpose(1, 2), text_kv)
+            else:
+                text_out = self._attend_alone(q_text, text_kv)
+            text, stacked = self._text_after_attention(text, text_out, text_modulation), self._stack_text(text_kv)
+        else:
+            stacked = text
+        out = attend_branches(scope, self.layer, q, k, v, text=stacked)
+        return self.img.after_attention(x, self.project_output(out, camera), modulation), text
+
+
+class Hunyuan(Backbone):
+    """HunyuanVideo-1.5: latents, an image as the first of them, text of three kinds, one time per latent frame."""
+
+    def __init__(self, cfg: HunyuanConfig) -> None:
+        super().__init__()
+        self.config = cfg
+        self.layers, self.head_width, self.text_rows = cfg.layers, cfg.dim // cfg.heads, cfg.text_rows
+        self.cache_heads = cfg.heads * (2 if cfg.camera == "dual" else 1)
+        self.needs_first_frame_coordinates = cfg.camera == "dual" and cfg.prope_text
+        self.img_in = nn.Sequential(OrderedDict(proj=nn.Conv3d(2 * cfg.channels + 1, cfg.dim, 1)))
+        self.time_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
+        if cfg.meanflow:
+            self.time_r_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
+        self.txt_in = TokenRefiner(cfg.text_dim, cfg.dim, cfg.heads, cfg.refiner_layers, cfg.freq_dim)
+        self.byt5_in = GlyphMapper(cfg.glyph_dim, cfg.glyph_hidden, cfg.dim)
+        self.vision_in = image_projection(cfg.image_dim, cfg.dim)
+        self.cond_type_embedding = nn.Embedding(3, cfg.dim)
+        """Of text, glyphs and image."""
+        self.double_blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
+        self.final_layer = FinalLayer(cfg.dim, cfg.channels)
+        time, row, column = (size // 2 for size in cfg.rope)
+        self.rope = Rope3D((time, row, column), theta=256.0)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier linears; modulation, kinds of text, head and camera branch start at zero (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        zero(self.cond_type_embedding, self.final_layer)
+        for block in cast(list[Block], self.double_blocks):
+            zero(block.img.mod, block.txt.mod)
+            if block.dual:
+                zero(block.img_attn_prope_proj)
+
+    def forward(
+        self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
+    ) -> Latents:
+        h, w = x.shape[-2:]
+        tokens = self.embed_latents(x, cond.first_latent, scope)
+        if isinstance(t, Modulation):
+            times, head, t, t_end = t.layers, t.head, t.t, t.t_end
+        else:
+            head, t_end = self.embed_time(t), None
+            times = [head] * self.layers
+        if isinstance(cond, Condition):
+            text, kv = self.embed_text(cond, *self.text_times(t, t_end, scope)), [None] * self.layers
+            camera, rope = self.camera_matrices(cond), None
+        else:
+            text, kv, camera, rope = None, cond.text, cond.camera, cond.rope
+        rope = self.rope_table(x, scope) if rope is None else rope
+        for block, block_time, block_kv in zip(self.double_blocks, times, kv, strict=True):
+            given = text if block_kv is None else block_kv
+            tokens, text = self.maybe_checkpoint(block, tokens, block_time, rope, given, camera, scope)
+        return rearrange(self.final_layer(tokens, head), "b f (h w) c -> b f c h w", h=h, w=w).to(x.dtype)
+
+    def embed_latents(
+        self, x: Latents, first: Float[Tensor, "clips 1 c h w"] | None, scope: AttentionScope
+    ) -> Float[Tensor, "b f p d"]:
+        """Tokens of [noisy | image | mask]: the clean first latent and ones at position 0 in time, zeros elsewhere.
+
+        Under guidance there are two branches of every clip.
+        """
+        c, conv = self.config.channels, cast(nn.Conv3d, self.img_in[0])
+        image = x.new_zeros(*x.shape[:2], c + 1, *x.shape[3:])
+        if first is not None:
+            for frame, position in enumerate(scope.positions(x.shape[1])):
+                if position == 0:
+                    image[:, frame, :c] = first[:, 0].repeat(len(x) // len(first), 1, 1, 1)
+                    image[:, frame, c] = 1
+        both = torch.cat([x, image], dim=2).to(conv.weight.dtype)
+        return rearrange(conv(both.transpose(1, 2)), "b d f h w -> b f (h w) d")
+
+    def embed_time(self, t: Timesteps, t_end: Timesteps | None = None) -> Float[Tensor, "#b #f d"]:
+        """The time embedding; in a network of mean velocities, of a step that ends at `t_end`, or at once."""
+        time = self.time_in(t)
+        if self.config.meanflow:
+            time = time + self.time_r_in(t if t_end is None else t_end)
+        return time
+
+    def text_times(
+        self, t: Timesteps, t_end: Timesteps | None, scope: AttentionScope
+    ) -> tuple[Float[Tensor, "#b 1"], Float[Tensor, "#b 1"] | None]:
+        """Timestep of text, and where its step ends: those of the noisiest frame, or 0."""
+        if scope.bidirectional and self.config.text_time == "video":
+            return t.amax(1, keepdim=True), None if t_end is None else t_end.amax(1, keepdim=True)
+        return torch.zeros_like(t[:, :1]), None
+
+    def embed_text(self, cond: Condition, t: Float[Tensor, "#b 1"], t_end: Float[Tensor, "#b 1"] | None) -> Words:
+        """Tokens of image, glyphs and text, in this order; what is not given is padding."""
+        cfg, b, weight = self.config, len(cond.text), self.cond_type_embedding.weight
+        t = t.expand(b, -1)
+
+        def given(name: str, x: States | None, length: int, dim: int) -> tuple[States, Valid]:
+            x = weight.new_zeros(b, length, dim) if x is None else x
+            if x.shape[1:] != (length, dim):
+                raise ConfigError(
+                    f"{name} states have shape {tuple(x.shape)}, this network reads (b, {length}, {dim}); pad with "
+                    "zero rows"
+                )
+            return x.to(weight.dtype), x.any(dim=-1)
+
+        text, valid = given("text", cond.text, cfg.text_length, cfg.text_dim)
+        glyphs, glyphs_valid = given("glyph", cond.glyphs, cfg.glyph_length, cfg.glyph_dim)
+        image, image_valid = given("image", cond.image_states, cfg.image_length, cfg.image_dim)
+        kinds = (
+            self.vision_in(image) + weight[2],
+            self.byt5_in(glyphs) + weight[1],
+            self.txt_in(text, t, valid) + weight[0],
+        )
+        time = self.embed_time(t, t_end)
+        return Words(torch.cat(kinds, 1)[:, None], time, torch.cat([image_valid, glyphs_valid, valid], 1))
+
+    def prepare(self, cond: Condition) -> Condition:
+        return cond
+
+    def project_text_kv(self, cond: Condition) -> list[TextKV]:
+        words = self.embed_text(cond, torch.zeros(1, 1, device=cond.text.device), None)
+        text = list[TextKV]()
+        for block in cast(list[Block], self.double_blocks):
+            kv, words = block.project_text_kv(words)
+            text.append(kv)
+        return text
+
+    def adaln_modulation(self, t: Timesteps, t_end: Timesteps | None = None) -> Modulation:
+        time = self.embed_time(t, t_end)
+        layers = [block.adaln_modulation(time) for block in cast(list[Block], self.double_blocks)]
+        return Modulation(layers, self.final_layer.adaln_modulation(time), t, t_end)
+
+    def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
+        yield from super().forward_methods()
+        for block in self.double_blocks:
+            yield from ((block, "project_text_kv"), (block, "adaln_modulation"))
+        yield self.final_layer, "adaln_modulation"
+
+    def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
+        if self.config.camera == "none":
+            return None
+        if cond.w2c is None or cond.K is None:
+            raise ConfigError(
+                f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
+            )
+        return Projection.from_cameras(cond.w2c, cond.K, self.config.principal_point)
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return height * width
+
+    def rope_table(self, x: Latents, scope: AttentionScope) -> Float[Tensor, "s half 2"]:
+        return self.rope(scope.positions(x.shape[1]), x.shape[-2], x.shape[-1], x.device)
+
+    def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
+        table, heads = self.rope([frames], 1, 1, keys.device), self.config.heads
+        return torch.cat([rotate(keys[:, :heads], table), keys[:, heads:]], dim=1)
+
+    def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
+        heads = self.config.heads
+        return torch.cat([kv[:, :heads], change_world_frame(kv[:, heads:], frame)], dim=1)
+
+    def flops(self, frames: int, tokens: int, visible: int) -> int:
+        cfg, d, rows = self.config, self.config.dim, frames * tokens
+        branches = self.cache_heads // cfg.heads
+        projections = 2 * rows * d * (4 * d + 2 * cfg.ffn + (d if branches == 2 else 0))
+        attention = 4 * rows * d * branches * (visible + cfg.text_rows)
+        cameras = 4 * 2 * rows * d * 4 * (branches - 1)  # 4 times 4 x 4
+        return self.layers * (projections + attention + cameras) + 2 * rows * d * (3 * cfg.channels + 1)
