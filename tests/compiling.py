@@ -10,8 +10,8 @@ import torch
 from contracts.backbones import condition
 from torch import Tensor, nn
 
-from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import Geometry
 from minwm.stream.rollout import Stream
 from minwm.stream.solvers import FewStepSampler
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from minwm.core.flow import interpolate
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import Wan
-from minwm.nets.attention import Geometry
+from minwm.nets.chunks import Geometry
 from minwm.stream.solvers import FewStepSampler
 
 

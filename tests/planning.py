@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from minwm.bench.memory import Plan
 from minwm.cameras.trajectory import Motion
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining

@@ -16,7 +16,7 @@ from torch import nn
 from minwm.cameras.trajectory import Motion
 from minwm.core.runtime import StageTimer
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.play.protocol import Input

@@ -17,7 +17,7 @@ from minwm.families.wan.convert import RELEASES
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.transformer import WanConfig
 from minwm.families.wan.vae import WanVaeConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining

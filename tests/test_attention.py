@@ -9,7 +9,6 @@ from minwm.nets import attention
 from minwm.nets.attention import (
     FULL,
     Cached,
-    Geometry,
     KVArena,
     Masked,
     ReadOnlyCache,
@@ -18,6 +17,7 @@ from minwm.nets.attention import (
     softmax_attention,
     teacher_forcing,
 )
+from minwm.nets.chunks import Geometry
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])

@@ -18,7 +18,7 @@ from minwm.control.prope import Mode
 from minwm.core.config import UserError, dumps, loads, to_dict
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.store.model import ModelConfig

@@ -15,7 +15,7 @@ from minwm.core.types import Condition
 from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import CAMERA_PARAMETERS
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.store.folder import load_codec, load_model, load_weights, save_codec, save_model

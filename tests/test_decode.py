@@ -25,7 +25,7 @@ from minwm.cli.play import _model_scenario, _warm_up
 from minwm.core.config import ConfigError, UserError
 from minwm.data.encode import identity
 from minwm.experiments.presets.demo import model_to_play
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.codec import TinyDecoder, VideoCodec, channels_last
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig

@@ -17,7 +17,8 @@ from minwm.core.config import ConfigError
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import Wan
-from minwm.nets.attention import Cached, Geometry
+from minwm.nets.attention import Cached
+from minwm.nets.chunks import Geometry
 from minwm.stream.accelerate import (
     EngineConfig,
     GraphedStream,

@@ -25,7 +25,7 @@ from minwm.eval.stats import Bootstrap, Interval
 from minwm.eval.targets import targets
 from minwm.experiments import presets
 from minwm.experiments.pipeline import evaluate_stages
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.render.worlds import World
 from minwm.store.folder import load_codec, save_model

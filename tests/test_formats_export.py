@@ -33,7 +33,7 @@ from minwm.core.config import UserError
 from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import RELEASES, diffusers_names, export
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.store.folder import save_model
 from minwm.store.layouts import describe, open_published, release_name

@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import minwm
 from minwm.core.config import ConfigError
 from minwm.nets import fp8
-from minwm.nets.attention import Cached, Geometry, KVArena, ReadOnlyCache
+from minwm.nets.attention import Cached, KVArena, ReadOnlyCache
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import Geometry
 from minwm.nets.fp8 import Fp8Arena, Linear, quantize
 from minwm.session.prepare import fp8_trial
 from minwm.store.folder import load_model

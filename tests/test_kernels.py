@@ -15,7 +15,7 @@ from minwm.core.config import ConfigError
 SCRIPT = """
 import torch
 from contracts.backbones import condition, small
-from minwm.nets.attention import Geometry
+from minwm.nets.chunks import Geometry
 from minwm.stream.accelerate import EngineConfig, prepare_network
 from minwm.stream.rollout import Stream
 from minwm.stream.solvers import AutoregressiveSampler

@@ -17,7 +17,7 @@ from minwm.core.config import UserError
 from minwm.core.media import read_video
 from minwm.data.clips import ClipFolder, check
 from minwm.data.rerender import check_renders
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.play.loop import PlayLoop, ResendFrame, nbytes
 from minwm.play.protocol import (
     H264,

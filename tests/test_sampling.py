@@ -15,8 +15,8 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, interpolate, with_first
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
+from minwm.nets.chunks import Geometry
 from minwm.stream.rollout import generate_latents, sample_noise, self_rollout, stream_latents
 from minwm.stream.solvers import (
     AutoregressiveSampler,

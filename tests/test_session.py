@@ -19,7 +19,7 @@ from minwm.core.media import to_pixels, write_image
 from minwm.core.runtime import generator
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.render.worlds import World

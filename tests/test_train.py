@@ -24,8 +24,8 @@ from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.data.trajectories import collect_trajectories
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Loss, Recipe, RecipeConfig

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from contracts.backbones import condition, small
 from minwm.core.config import ConfigError
-from minwm.nets.attention import Geometry, Masked, chunk_causal
+from minwm.nets.attention import Masked, chunk_causal
+from minwm.nets.chunks import Geometry
 from minwm.nets.ulysses import Ulysses
 from minwm.stream.rollout import Stream
 from minwm.stream.solvers import AutoregressiveSampler, FewStepSampler

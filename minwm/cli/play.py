@@ -150,7 +150,7 @@ def _world_config(size: int) -> "ModelConfig":
     """Config of a rendered world: chunks of one latent for low latency, and faster motion than the models have."""
     from minwm.cameras.trajectory import Motion
     from minwm.experiments.presets.demo import tiny_model
-    from minwm.nets.attention import StreamConfig
+    from minwm.nets.chunks import StreamConfig
 
     if size < 16:
         raise UserError(f"--size {size}: give at least 16 pixels")

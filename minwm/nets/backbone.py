@@ -21,17 +21,8 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import FirstLatent, Latents, Times, with_first
 from minwm.core.types import Condition
-from minwm.nets.attention import (
-    FULL,
-    AttentionScope,
-    Geometry,
-    Heads,
-    KVArena,
-    Masked,
-    StreamConfig,
-    TextKV,
-    teacher_forcing,
-)
+from minwm.nets.attention import FULL, AttentionScope, Heads, KVArena, Masked, TextKV, teacher_forcing
+from minwm.nets.chunks import Geometry, StreamConfig
 from minwm.nets.fp8 import Linear
 
 Timesteps = Float[Tensor, "#b #f"]

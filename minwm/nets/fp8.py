@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError
-from minwm.nets.attention import ArenaSize, Geometry, Heads, KVArena, all_visible
+from minwm.nets.attention import ArenaSize, Heads, KVArena, all_visible
+from minwm.nets.chunks import Geometry
 
 FP8 = torch.float8_e4m3fn
 

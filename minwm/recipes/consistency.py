@@ -10,8 +10,8 @@ import torch
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, euler, guide, interpolate, schedule, x0_from_velocity
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
+from minwm.nets.chunks import Geometry
 from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
 from minwm.recipes.ops import (
     Per,

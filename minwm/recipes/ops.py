@@ -10,8 +10,8 @@ from torch import Tensor
 from minwm.cameras.track import se3_inverse
 from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
+from minwm.nets.chunks import Geometry
 
 _PROMPT = {"text", "glyphs"}
 """The parts of a condition that a prompt becomes."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from minwm.cameras.trajectory import Motion
 from minwm.core.runtime import pick_device
 from minwm.data.spec import ClipSpec
-from minwm.nets.attention import Geometry, StreamConfig
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import Geometry, StreamConfig
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.text import WordText
 from minwm.render.base import Scene

@@ -29,8 +29,9 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, Geometry, KVArena
+from minwm.nets.attention import Cached, KVArena
 from minwm.nets.backbone import Backbone, PreparedCondition
+from minwm.nets.chunks import Geometry
 from minwm.nets.codec import Decode, VideoCodec, channels_last
 from minwm.nets.fp8 import Fp8Arena
 from minwm.stream.rollout import Stream, generate_latents

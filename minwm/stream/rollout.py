@@ -16,8 +16,9 @@ from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import FirstLatent, Latents, guide, interpolate, with_first
 from minwm.core.types import Condition
-from minwm.nets.attention import FULL, AttentionScope, Cached, Geometry, ReadOnlyCache
+from minwm.nets.attention import FULL, AttentionScope, Cached, ReadOnlyCache
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps, keep_first_clean
+from minwm.nets.chunks import Geometry
 from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, interpolate, schedule
-from minwm.nets.attention import Geometry
+from minwm.nets.chunks import Geometry
 
 Velocity = Callable[[Latents, float], Latents]
 """v(x_t, t) of all frames at one time t, guidance included."""

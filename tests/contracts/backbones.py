@@ -9,8 +9,9 @@ from minwm.cameras.track import se3_exp
 from minwm.core.types import Condition
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import Geometry, KVArena, TextKV
+from minwm.nets.attention import KVArena, TextKV
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import Geometry
 
 WAN = {
     f"wan-{camera}": WanConfig(

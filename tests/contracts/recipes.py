@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from minwm.cameras.trajectory import Motion
 from minwm.core.flow import Latents, Times
 from minwm.core.types import Clip, Condition
-from minwm.nets.attention import FULL, AttentionScope, StreamConfig, TextKV
+from minwm.nets.attention import FULL, AttentionScope, TextKV
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Recipe, RecipeConfig

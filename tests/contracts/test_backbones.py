@@ -15,8 +15,9 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import with_first
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, Geometry, Masked, ReadOnlyCache, chunk_causal
+from minwm.nets.attention import Cached, Masked, ReadOnlyCache, chunk_causal
 from minwm.nets.backbone import Backbone, Context, PreparedCondition, teacher_forced
+from minwm.nets.chunks import Geometry
 from minwm.stream.rollout import Stream, generate_latents, sample_noise
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 

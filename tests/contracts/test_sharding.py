@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from minwm.nets.attention import Geometry
 from minwm.nets.backbone import Backbone, Context, teacher_forced
+from minwm.nets.chunks import Geometry
 from minwm.stream.rollout import sample_noise, self_rollout
 from minwm.stream.solvers import FewStepSampler
 

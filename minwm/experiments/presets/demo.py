@@ -10,7 +10,7 @@ from minwm.data.encode import EncodeConfig
 from minwm.data.rerender import RenderConfig
 from minwm.experiments.presets.base import EVALUATION, Pipeline
 from minwm.families.wan.transformer import WanConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining

@@ -10,7 +10,7 @@ from minwm.experiments.presets.base import EVALUATION, Pipeline
 from minwm.families.wan.convert import RELEASES
 from minwm.families.wan.text import Umt5Text
 from minwm.families.wan.vae import WAN22, WanVaeConfig
-from minwm.nets.attention import StreamConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
