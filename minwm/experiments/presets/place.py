@@ -16,11 +16,12 @@ from minwm.train.config import OptimConfig, Run
 def place(out: Path) -> Pipeline:
     """One place that a small network knows by heart, 128x128 pixels, from random weights (docs/place.md).
 
-    Few wide tokens, which predict clean latents, in bfloat16: many hours on CPUs that multiply it fast.
+    Few wide tokens and a small network, which predicts clean latents, in bfloat16: many hours on CPUs that multiply it
+    fast. Larger networks learn less in the first hours.
     """
     channels = 48
     network = WanConfig(
-        dim=256, heads=4, layers=8, ffn=1024, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
+        dim=128, heads=2, layers=4, ffn=512, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
         predicts="clean",
     )  # fmt: skip
     base = replace(
@@ -30,7 +31,7 @@ def place(out: Path) -> Pipeline:
     )
     steps = {
         "codec": 2000,
-        "foundation": 30000,
+        "foundation": 100000,
         "camera": 5000,
         "ar": 8000,
         "ode": 2000,
@@ -56,5 +57,6 @@ def _adapted(run: Run) -> Run:
         run = replace(run, recipe=replace(run.recipe, time=replace(run.recipe.time, weight="clean")))
     if run.name == "foundation":
         model = replace(run.model, network=replace(run.model.network, camera="dual"))
-        run = replace(run, model=model, recipe=replace(run.recipe, latents=6, image_start=0.9), batch=16)
+        run = replace(run, model=model, recipe=replace(run.recipe, latents=6, image_start=0.9), batch=8)
+        run = replace(run, optim=replace(run.optim, lr=2e-3), save_every=1000)
     return run
