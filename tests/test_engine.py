@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from compiling import run_script
-from contracts.backbones import CHANNELS, HEIGHT, WIDTH, condition, small
+from contracts.backbones import CHANNELS, HEIGHT, WIDTH, condition, sized, small
 from plain import PlainStream
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,6 +129,7 @@ def traced(function: Any, inputs: list[torch.Tensor]) -> Any:
         ("wan-dual", FewStepSampler(steps=2), 0.3),
         ("wan-single", FewStepSampler(steps=1), 0.0),
         ("wan-none", GUIDED, 0.0),
+        ("hunyuan-dual", GUIDED, 0.3),
     ],
 )
 def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(
@@ -136,7 +137,8 @@ def test_replayed_chunks_equal_plain_ones_and_are_recorded_once_per_regime(
 ) -> None:
     chunks = RING.distinct_graph_shapes + 3
     cond = condition(RING.start(chunks), batch=1)
-    net, geometry = small(name), replace(RING, context_noise=level)
+    net = small(name)
+    geometry = replace(sized(net, RING), context_noise=level)
     plain = Stream(net, cond, geometry, sampler.guidance)
     graphed = GraphedStream(net, cond, geometry, sampler.guidance, capture=traced)
     for a, b in zip(*(walk(s, cond, chunks, sampler) for s in (plain, graphed)), strict=True):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from compiling import run_script
-from contracts.backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, small
+from contracts.backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, sized, small
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import minwm
@@ -139,7 +139,7 @@ def test_blocks_in_fp8_compile_to_one_graph() -> None:
 def stream_with(kind: type[KVArena], geometry: Geometry = RING, name: str = "wan-dual", **kwargs: Any) -> Stream:
     net = network(name)
     net.arena_type = kind
-    return Stream(net, condition(1, batch=1), geometry, **kwargs)
+    return Stream(net, condition(1, batch=1), sized(net, geometry), **kwargs)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -11,7 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from contracts.backbones import condition, small
+from contracts.backbones import condition, sized, small
 from minwm.core.config import ConfigError
 from minwm.nets.attention import Masked, chunk_causal
 from minwm.nets.chunks import Geometry
@@ -28,7 +28,7 @@ geometry = Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1, rolling_
 def walk(net, sampler):
     cond = condition(geometry.start(8), batch=1)
     cond.w2c[:, :, :3, 3] += torch.arange(geometry.start(8))[:, None] * torch.tensor([0.3, 0.1, 0.5])
-    stream, made = Stream(net, cond, geometry, sampler.guidance, reach=1.0), []
+    stream, made = Stream(net, cond, sized(net, geometry), sampler.guidance, reach=1.0), []
     for i in range(8):
         a, b = geometry.start(i), geometry.start(i + 1)
         bound = stream.prepare_chunk(cond.frames(a, b))
@@ -38,7 +38,7 @@ def walk(net, sampler):
     assert stream.sink_shift and not torch.equal(stream.origin[0], torch.eye(4).double())
     return torch.cat(made, 1), stream.arena.kv.numel()
 
-for name in ("wan-none", "wan-dual", "wan-single"):
+for name in ("hunyuan-none", "hunyuan-null", "wan-none", "wan-dual", "wan-single"):
     net = small(name)
     for sampler in (FewStepSampler(steps=2), AutoregressiveSampler(steps=2, guidance=2.0)):
         (one, whole), (both, half) = walk(net, sampler), walk(Ulysses(net), sampler)
@@ -59,7 +59,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """Every camera mode, with and without guidance, a full ring, a cache that is moved and sinks that roll."""
+    """Every camera mode, text of either kind, guidance or none, a full ring, a cache that moves, sinks that roll."""
     meeting = {"MEETING": str(tmp_path / "meeting")}
     command, folder = [sys.executable, "-c", textwrap.dedent(SCRIPT)], Path(__file__).parent
     ranks = [subprocess.Popen(command, cwd=folder, env={**os.environ, **meeting, "RANK": str(i)}) for i in range(2)]

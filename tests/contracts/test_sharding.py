@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from contracts.backbones import SMALL, condition, latents, small
+from contracts.backbones import SMALL, condition, latents, sized, small
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -48,13 +48,14 @@ def sharded(net: Backbone) -> Backbone:
 def test_a_sharded_network_is_the_whole_one(name: str) -> None:
     """Teacher forcing, and a self-rollout with gradient at one step: outputs and gradients."""
     whole = small(name)
+    geometry = sized(whole, GEOMETRY)
     found = []
     for net in (whole, sharded(whole)):
         clip, cond, noisy = latents(5), condition(5, image=True), latents(5, seed=1)
         t = torch.full((2, 5), 0.7, dtype=torch.float64)
-        v = teacher_forced(net, Context(clip, 0 * t), noisy, t, cond, GEOMETRY)
+        v = teacher_forced(net, Context(clip, 0 * t), noisy, t, cond, geometry)
         noise = sample_noise((2, *clip.shape[1:]), SAMPLER.steps, clip, torch.Generator().manual_seed(0))
-        _, x0 = self_rollout(net, noise, cond, GEOMETRY, SAMPLER, exit_step=1)
+        _, x0 = self_rollout(net, noise, cond, geometry, SAMPLER, exit_step=1)
         (v.square().mean() + x0.square().mean()).backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         found.append([v.detach(), x0.detach(), *gradients])
