@@ -24,7 +24,7 @@ class Release:
     repo: str
     """Its repository on the Hugging Face Hub."""
     config: Any
-    """Its architecture: a network config without cameras."""
+    """Its architecture, without cameras: a `nets.backbone.BackboneConfig`, of the family's own type."""
 
 
 @dataclass(frozen=True)

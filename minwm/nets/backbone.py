@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from minwm.control.plucker import Rays
-from minwm.control.prope import Projection
+from minwm.control.prope import Mode, Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import FirstLatent, Latents, Times, with_first
 from minwm.core.types import Condition
@@ -189,6 +189,36 @@ class Backbone(nn.Module, ABC):
             dtype = torch.get_autocast_dtype(kind)
         size = self.layers, batch, self.cache_heads, self.head_width
         return self.arena_type(replace(geometry, text_rows=self.text_rows), size, dtype, weight.device)
+
+
+@runtime_checkable
+class BackboneConfig(Protocol):
+    """What the config of every backbone has: a frozen dataclass that checks itself and builds its network.
+
+    Those outside of its family read these fields and no others.
+    """
+
+    kind: ClassVar[str]
+    """The family, by its name in config files."""
+    unpublished: ClassVar[tuple[str, ...]]
+    """Fields that say how weights are run, which no published file tells."""
+
+    @property
+    def channels(self) -> int:
+        """Latent channels, in and out."""
+        ...
+
+    @property
+    def patch(self) -> int:
+        """Latent rows and columns per token."""
+        ...
+
+    @property
+    def camera(self) -> Mode:
+        """How cameras enter."""
+        ...
+
+    def build(self) -> Backbone: ...
 
 
 @dataclass(frozen=True)

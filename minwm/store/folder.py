@@ -70,8 +70,8 @@ def save_published(target: Path, config: ModelConfig, published: Published, code
             f"{file} has {len(published.action)} trained parameters of discrete actions, for which no network here has "
             "a place; --drop-action leaves them out, and changes what it does"
         )
-    # no file says how it was run
-    network = replace(published.config, rounded=config.network.rounded, principal_point=config.network.principal_point)
+    run_as = {name: vars(config.network)[name] for name in config.network.unpublished}
+    network = replace(published.config, **run_as)
     codec_config, tensors = read_codec(codec, config)
     if codec_config.channels != network.channels:
         raise CheckpointError(

@@ -5,18 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backbones import CAMERA, SMALL, condition, latents, open_cache, sized, small
+from backbones import CAMERA, CHANNELS, HEIGHT, SMALL, WIDTH, condition, latents, open_cache, sized, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from minwm.cameras.track import se3_exp
 from minwm.control.prope import Projection
-from minwm.core.config import ConfigError
+from minwm.core.config import ConfigError, dumps, loads, to_dict
 from minwm.core.flow import with_first
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Masked, ReadOnlyCache, chunk_causal
-from minwm.nets.backbone import Backbone, Context, PreparedCondition, teacher_forced
+from minwm.nets.backbone import Backbone, BackboneConfig, Context, PreparedCondition, teacher_forced
 from minwm.nets.chunks import Geometry
 from minwm.stream.rollout import Stream, generate_latents, sample_noise
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
@@ -221,6 +221,15 @@ def test_zero_initialised_camera_branch_is_the_base_model_and_learns(name: str) 
     for branch in BRANCHES[name]:
         grad = camera.get_parameter(f"{branch}.weight").grad
         assert grad is not None and grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("cfg", SMALL.values(), ids=SMALL)
+def test_configs_have_what_others_read_of_them(cfg: BackboneConfig) -> None:
+    assert isinstance(cfg, BackboneConfig) and (cfg.channels, cfg.kind) == (CHANNELS, type(cfg).kind)
+    assert loads(type(cfg), dumps(cfg)) == cfg and set(cfg.unpublished) <= to_dict(cfg).keys()
+    net = cfg.build()
+    assert net.tokens_per_frame(HEIGHT, WIDTH) == (HEIGHT // cfg.patch) * (WIDTH // cfg.patch)
+    assert {"layers", "cache_heads", "head_width"} <= vars(net).keys()
 
 
 @pytest.mark.parametrize("name", SMALL)

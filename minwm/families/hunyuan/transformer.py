@@ -51,8 +51,7 @@ class HunyuanConfig:
     """Architecture of a HunyuanVideo-1.5 transformer; the defaults are the release's 8B."""
 
     kind: ClassVar[str] = "hunyuan"
-    patch: ClassVar[int] = 1
-    """Latent rows and columns per token."""
+    unpublished: ClassVar[tuple[str, ...]] = ("text_time", "principal_point", "prope_text")
     dim: int = 2048
     """Token width."""
     heads: int = 16
@@ -107,6 +106,10 @@ class HunyuanConfig:
             )
         if self.camera not in ("none", "dual"):
             raise ConfigError(f"hunyuan.camera={self.camera}: this network has none and dual")
+
+    @property
+    def patch(self) -> int:
+        return 1
 
     @property
     def text_rows(self) -> int:

@@ -48,6 +48,7 @@ class WanConfig:
     """Architecture of a Wan transformer; the defaults are Wan2.1-T2V-1.3B."""
 
     kind: ClassVar[str] = "wan"
+    unpublished: ClassVar[tuple[str, ...]] = ("rounded", "principal_point")
     dim: int = 1536
     """Token width."""
     heads: int = 12
