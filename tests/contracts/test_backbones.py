@@ -318,26 +318,30 @@ def test_moving_the_cache_to_the_camera_changes_nothing(name: str, guidance: flo
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sink", [0, 1])
 @pytest.mark.parametrize("name", SMALL)
-def test_rolling_sinks_stand_right_before_the_window(name: str) -> None:
-    """One layer, so that a frame's keys depend on nothing else: the stream equals a clip without the forgotten."""
+def test_rolling_sinks_stand_right_before_the_window(name: str, sink: int) -> None:
+    """One layer, so that a frame's keys depend on nothing else: the stream equals a clip without the forgotten.
+
+    Without a sink, so does the window alone. Sinks that do not roll are further from the window than any clip has them.
+    """
     torch.manual_seed(0)
     net = replace(SMALL[name], layers=1).build().double()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.25)
-    frames, geometry = 13, replace(GEOMETRIES["ring"], rolling_sink=True)
+    frames, geometry = 12 + sink, replace(GEOMETRIES["ring" if sink else "no-sink"], rolling_sink=True)
     x, cond = latents(frames), condition(frames)
     stream = Stream(net, cond, sized(net, geometry))
     for a, b in geometry.chunks(frames):
         bound = stream.prepare_chunk(cond.frames(a, b))
         v = net(x[:, a:b], torch.ones(2, b - a), bound, Cached(stream.arena, stream.chunk))
         stream.update_cache(bound, x[:, a:b])
-    kept = [0, *range(9, 13)]
+    kept = [*range(sink), *range(frames - 4, frames)]
     short = replace(cond, w2c=cond.w2c[:, kept], K=cond.K[:, kept])  # pyright: ignore[reportOptionalSubscript]
-    t = torch.tensor([0.0, 0, 0, 1, 1]).expand(2, 5)
-    alone = net(x[:, kept], t, short, Masked(chunk_causal(geometry), 5))
-    torch.testing.assert_close(v, alone[:, 3:], atol=1e-5, rtol=1e-5)
-    assert stream.sink_shift == 8
+    t = (torch.arange(len(kept)) >= len(kept) - 2).double().expand(2, -1)
+    alone = net(x[:, kept], t, short, Masked(chunk_causal(geometry), len(kept)))
+    torch.testing.assert_close(v, alone[:, -2:], atol=1e-5, rtol=1e-5)
+    assert stream.sink_shift == 8 and stream.time_origin == (8 if net.text_rows else 0)
 
 
 @pytest.mark.parametrize(
