@@ -22,7 +22,8 @@ def main() -> None:
     run = from_dict(Run, json.loads((source / "run.json").read_text())["run"])
     net, codec, states = run.model.network.build(), load_codec(codec_folder), States(source)
     load_weights(net, states.folder / f"{states.latest():06d}" / "ema.safetensors")
-    save_model(out, replace(run.model, codec=codec.cfg), net.half(), codec.half())
+    config = replace(run.model, codec=codec.cfg, latents=run.recipe.clip_latents(run.model))
+    save_model(out, config, net.half(), codec.half())
     sys.stdout.write(f"{out}: after {states.latest()} steps\n")
 
 

@@ -23,7 +23,7 @@ from minwm.families.wan.vae import WAN22
 from minwm.nets.text import WordText
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.ode import OdeConfig
-from minwm.store.folder import save_codec
+from minwm.store.folder import load_config, save_codec
 from minwm.train.build import train
 from minwm.train.config import Run
 
@@ -78,6 +78,12 @@ def test_the_codec_is_the_one_that_made_the_latents(project: Path, tmp_path: Pat
     codec_run = Run(name="codec", model=MODEL, recipe=CodecTraining(), data=str(project / "raw"), init=run.init)
     with pytest.raises(ConfigError, match=r"a codec continues from init\.student"):
         train(codec_run, tmp_path / "run")
+
+
+def test_a_model_of_parts_of_clips_is_one_of_short_clips(project: Path, tmp_path: Path) -> None:
+    run = camera_run(project)
+    train(replace(run, recipe=replace(run.recipe, latents=3)), tmp_path / "run")
+    assert run.model.latents == 5 and load_config(tmp_path / "run").latents == 3
 
 
 def test_a_clip_in_the_middle_is_refused_when_it_is_read(project: Path, tmp_path: Path) -> None:

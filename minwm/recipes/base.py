@@ -113,7 +113,7 @@ class RecipeConfig(ABC):
     def save(self, out: Path, model: ModelConfig, student: Any, codec: AnyCodec | None) -> None:
         """Write the trained student as a model folder, with the codec of its latents and a model card."""
         assert codec is not None  # the loop is not entered without
-        save_model(out, replace(model, codec=codec.cfg), student, codec)
+        save_model(out, replace(model, codec=codec.cfg, latents=self.clip_latents(model)), student, codec)
         write_card(out)
 
 
