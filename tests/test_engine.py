@@ -203,6 +203,8 @@ def test_kernels_race_and_choices_are_never_silent() -> None:
     assert result.shape == (4, 12, RING.rows, 24)
     assert result.ms["math"] and result.ms["cudnn"] is None
     assert result.fastest in {"math", "flash"}
+    joint = small("hunyuan-dual")
+    assert time_attention_kernels(joint, RING, repeats=2).shape == (4, 12, RING.rows + joint.text_rows, 16)
     assert KernelTimes(shape=(1, 1, 1, 1), ms={"math": 2.0, "flash": 1.0, "cudnn": None}).fastest == "flash"
     q, k, v = torch.randn(3, 1, 2, 4, 8)
     for name in ("torch", "math", "flash"):

@@ -29,7 +29,7 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import Cached, KVArena
+from minwm.nets.attention import Cached, KVArena, all_visible
 from minwm.nets.backbone import Backbone, PreparedCondition
 from minwm.nets.chunks import Geometry
 from minwm.nets.codec import Decode, VideoCodec, channels_last
@@ -233,13 +233,16 @@ def time_attention_kernels(net: Backbone, geometry: Geometry, repeats: int = 10)
     queries = geometry.chunk * geometry.tokens
     q = torch.randn(1, net.cache_heads, queries, net.head_width, dtype=weight.dtype, device=weight.device)
     k, v = torch.randn(2, 1, net.cache_heads, geometry.rows, net.head_width, dtype=weight.dtype, device=weight.device)
-    shape = net.cache_heads, queries, geometry.rows, net.head_width
+    shape, visible = (net.cache_heads, queries, geometry.rows, net.head_width), all_visible(geometry, 1, weight.device)
+    inputs = q, k, v, visible  # not every kernel can hide the padding of text
     return KernelTimes(
-        shape=shape, ms={name: _attention_ms(kernel, (q, k, v), repeats) for name, kernel in KERNELS.items()}
+        shape=shape, ms={name: _attention_ms(kernel, inputs, repeats) for name, kernel in KERNELS.items()}
     )
 
 
-def _attention_ms(kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float | None:
+def _attention_ms(
+    kernel: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], repeats: int
+) -> float | None:
     best = float("inf")
     try:
         with sdpa_kernel(kernel):
