@@ -16,12 +16,12 @@ from minwm.train.config import OptimConfig, Run
 def place(out: Path) -> Pipeline:
     """One place that a small network knows by heart, 128x128 pixels, from random weights (docs/place.md).
 
-    Few wide tokens and a small network, which predicts clean latents, in bfloat16: many hours on CPUs that multiply it
-    fast. Larger networks learn less in the first hours.
+    A small network, which predicts clean latents, in bfloat16: many hours on CPUs that multiply it fast. Larger ones
+    learn less in the first hours; with fewer, larger tokens learning soon ends.
     """
     channels = 48
     network = WanConfig(
-        dim=128, heads=2, layers=4, ffn=512, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=4,
+        dim=128, heads=2, layers=4, ffn=512, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=2,
         predicts="clean",
     )  # fmt: skip
     base = replace(
