@@ -3,7 +3,8 @@
     python benchmarks/place_quality.py MODEL RAW [--clips 16] [--json FILE]
 
 MODEL is a model or codec folder, RAW a folder of clips (`minwm data render`) whose held-out part is used: the first
-frame is given, with the true cameras; all later ones are the model's.
+frame is given, with the true cameras; all later ones are the model's, of a bidirectional one as many as it was trained
+on.
 """
 
 import argparse
@@ -51,11 +52,12 @@ def main() -> None:
     if (options.model / "model.json").exists():
         model = load_model(options.model)
         records = [data.folder.record(data.ids[i]) for i in range(count)]
+        frames = truth.shape[1] if model.config.sampler.causal else model.config.frames
         made = [
-            generate(model, clip[:1], [r.caption], [r.track], options.seed)[0]
+            generate(model, clip[:1], [r.caption], [r.track.slice(0, frames)], options.seed)[0]
             for r, clip in zip(records, truth, strict=True)
         ]
-        found["model"] = measured(np.stack(made), truth, fps)
+        found["model"] = {"frames": frames, **measured(np.stack(made), truth[:, :frames], fps)}
     text = json.dumps({**found, "versions": versions()}, indent=1)
     if options.json:
         options.json.write_text(text + "\n")
