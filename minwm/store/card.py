@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import minwm
-from minwm.core.config import to_dict
-from minwm.core.files import read_json, write_text
+from minwm.core.config import UserError, to_dict
+from minwm.core.files import check_shape, read_json, write_text
 from minwm.core.hub import HubError, render_card
 from minwm.core.weights import check, read_weights
 from minwm.store.folder import FILES, load_config
@@ -148,7 +148,12 @@ def _stage(record: Record) -> list[str]:
 def _data(record: Record) -> Mapping[str, Any]:
     """The manifest of a stage's clips when it began; for runs that did not note it, the manifest of today."""
     manifest = Path(record["run"]["data"]) / "manifest.json"
-    return record.get("data") or (read_json(manifest) if manifest.exists() else {})
+    data = record.get("data") or (read_json(manifest) if manifest.exists() else {})
+    check_shape({"data": data}, {"data": dict}, "run.json")
+    licences = data.get("licences", [])
+    if not isinstance(licences, list | dict) or not all(isinstance(name, str) for name in licences):
+        raise UserError(f"run.json has {licences!r:.80} for the licences of the data: it is damaged")
+    return data
 
 
 def _clip_licences(runs: list[Record], unrecorded: list[Path]) -> list[str]:
