@@ -187,10 +187,12 @@ def test_the_k_of_a_picture_is_cropped_with_it(tmp_path: Path, capsys: pytest.Ca
     cfg = tiny_model()
     fx, fy, cx, cy = cfg.intrinsics
     whole = poses(tmp_path / "whole.json", K=[fx / 2, fy, cx, cy])
-    for file, picture in ((whole, (200, 400)), (poses(tmp_path / "model.json", K=cfg.intrinsics.tolist()), (9, 400))):
-        track, _ = read_track(str(file), cfg, picture)
+    write_image(tmp_path / "wide.png", np.zeros((20, 40, 3), np.uint8))
+    for file in (whole, poses(tmp_path / "model.json", K=cfg.intrinsics.tolist())):
+        track, _ = read_track(str(file), cfg, tmp_path / "wide.png")
         assert np.allclose(track.K, cfg.intrinsics)
-    assert "note: " not in capsys.readouterr().out
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == f"{whole}: its K is taken for that of {tmp_path / 'wide.png'}, 40x20 pixels, and cropped with it"
 
 
 @pytest.mark.parametrize(

@@ -193,12 +193,10 @@ def print_fields(config: Any, verb: str) -> None:
         tyro.cli(type(config), default=config, prog=f"minwm {verb}", args=["--help"], config=markers)
 
 
-def read_track(
-    text: str, cfg: "ModelConfig", picture: tuple[int, int] | None = None
-) -> "tuple[CameraTrack, Trajectory | None]":
+def read_track(text: str, cfg: "ModelConfig", picture: Path | None = None) -> "tuple[CameraTrack, Trajectory | None]":
     """A pixel-rate track that starts at the identity, from keys or a pose file; and the keys, if any.
 
-    `picture`: height and width of the one that it starts from, whose K the file has, unless it has the model's.
+    `picture`: the one that the video starts from, whose K the file has, unless it has the model's.
     Prints how the cameras of a file differ from those that the model was trained on.
     """
     import numpy as np
@@ -206,6 +204,7 @@ def read_track(
     from minwm.cameras.check import differences
     from minwm.cameras.track import CameraTrack
     from minwm.cameras.trajectory import parse
+    from minwm.core.media import read_image
 
     if not (suffix := re.search(r"\.([a-z]\w*)$", text, re.IGNORECASE)):
         route = parse(text, stride=cfg.motion.stride)
@@ -216,7 +215,9 @@ def read_track(
     if track.fps < 1:
         raise UserError(f"{text}: {track.fps:g} poses per second say nothing of the path between them; give 1 or more")
     if picture and not np.allclose(track.K, cfg.intrinsics, rtol=0.02):
-        track = track.cropped(picture, (cfg.height, cfg.width))
+        height, width = read_image(picture).shape[:2]
+        track = track.cropped((height, width), (cfg.height, cfg.width))
+        echo(f"{text}: its K is taken for that of {picture}, {width}x{height} pixels, and cropped with it")
     for difference in differences(track, cfg.motion, cfg.intrinsics):
         echo(f"note: {text}: {difference}")
     if track.fps != cfg.motion.fps:

@@ -155,15 +155,14 @@ def generate(
     seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
 ) -> None:
     """Make a video along a trajectory, from a prompt, from a picture and a prompt, or from a procedural world."""
-    from minwm.core.media import read_image, write_video
+    from minwm.core.media import write_video
     from minwm.core.runtime import progress
     from minwm.session.engines import SceneEngine
     from minwm.session.generate import generate_pieces
 
     refuse_existing(out, ".mp4")
     loaded = _load(model)
-    height, width = read_image(image).shape[:2] if image else (0, 0)
-    track, route = read_track(trajectory, loaded.config, (height, width) if image else None)
+    track, route = read_track(trajectory, loaded.config, image)
     if keys and route is None:
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
     if world is not None and not image:

@@ -138,7 +138,7 @@ def data_check(
     from minwm.data.rerender import check_renders
     from minwm.store.folder import load_config
 
-    if read_manifest(folder, "minwm data render").get("kind") == LATENT_SHARDS:
+    if read_manifest(folder, "minwm data render")["kind"] == LATENT_SHARDS:
         problems = check_shards(folder)
     else:
         problems = check(folder) or check_renders(ClipFolder(folder))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.core.config import ConfigError
 from minwm.core.flow import FirstLatent
 
 
@@ -32,6 +33,13 @@ class Condition:
     """States of what the prompt has in quotes, to be drawn as letters (ByT5); zero-padded like text."""
     image_states: Float[Tensor, "b v image_dim"] | None = None
     """States of the picture that the first latent is, from an image encoder (SigLIP); zeros for no picture."""
+
+    @property
+    def cameras(self) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
+        """w2c and K, for a network with camera control; ConfigError if they are missing."""
+        if self.w2c is None or self.K is None:
+            raise ConfigError("a network with camera control needs a camera for every latent frame; this clip has none")
+        return self.w2c, self.K
 
     def to(self, device: torch.device | str) -> "Condition":
         moved = {name: x.to(device) for name, x in self.parts().items()}

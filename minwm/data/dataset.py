@@ -69,10 +69,10 @@ class ShardDataset:
         """
         self.path, self.image_start, self.null, self.noise, self.spec = path, image_start, null, noise, spec
         self.manifest = read_manifest(path, "minwm data encode")
-        if self.manifest.get("kind") != LATENT_SHARDS:
-            kind = self.manifest.get("kind")
+        if self.manifest["kind"] != LATENT_SHARDS:
+            kind = self.manifest["kind"]
             raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
-        if not self.manifest.get("complete"):
+        if not self.manifest["complete"]:
             raise DataError(f"{path} is unfinished; to go on, run again what makes it: {self.manifest['command']}")
         self.entries: list[tuple[Path, IndexEntry]] = []
         for shard in list_shards(path):

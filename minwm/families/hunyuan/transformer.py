@@ -387,11 +387,7 @@ class Hunyuan(Backbone):
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         if self.config.camera == "none":
             return None
-        if cond.w2c is None or cond.K is None:
-            raise ConfigError(
-                f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
-            )
-        return Projection.from_cameras(cond.w2c, cond.K, self.config.principal_point)
+        return Projection.from_cameras(*cond.cameras, self.config.principal_point)
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         return height * width

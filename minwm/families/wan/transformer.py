@@ -391,11 +391,7 @@ class Wan(Backbone):
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         if self.config.camera == "none":
             return None
-        if cond.w2c is None or cond.K is None:
-            raise ConfigError(
-                f"a network with camera={self.config.camera} needs a camera for every latent frame; this clip has none"
-            )
-        w2c, K = (x.bfloat16() if self.config.rounded else x for x in (cond.w2c, cond.K))
+        w2c, K = (x.bfloat16() if self.config.rounded else x for x in cond.cameras)
         if self.needs_first_frame_coordinates:
             return Rays.from_cameras(w2c, K)
         camera = Projection.from_cameras(w2c, K, self.config.principal_point)
