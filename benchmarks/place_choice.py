@@ -4,6 +4,7 @@
 
 LATENTS is a folder of latent shards (`minwm data encode`). The row (held-out loss, and PSNR of sampled latents to the
 true ones, as it is in pixels, per latent after the first) is added to FILE, at a third, two thirds and all of the time.
+With `--model FOLDER` (`benchmarks/snapshot.py`) that model is measured in the same way, and nothing is trained.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from minwm.experiments.presets.place import place
 from minwm.nets.backbone import Backbone
 from minwm.nets.small_codec import SmallCodec
 from minwm.recipes.diffusion import BidirectionalConfig, TimeLaw
-from minwm.store.folder import load_codec
+from minwm.store.folder import load_codec, load_model
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import sample_bidirectional
 from minwm.stream.solvers import BidirectionalSampler as Sampler
@@ -68,18 +69,27 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seconds", type=float, default=75)
     parser.add_argument("--clips", type=int, default=280)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     row = vars(options := parser.parse_args())
     torch.set_num_threads(1)
     torch.manual_seed(0)
     codec, model = load_codec(options.codec), place(Path()).stage("camera").model
     assert isinstance(codec, SmallCodec)
+    held = part(ShardDataset(options.latents, "val").batch(range(HELD_OUT)), 0, options.frames)
+    found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
+    cfg = BidirectionalConfig(time=TimeLaw(shift=3.0, weight=options.weight))
+    if options.model:
+        trained = load_model(options.model)
+        with torch.autocast("cpu", torch.bfloat16):
+            measured = measure(trained.net, cfg, trained.config, held, codec)
+        found.setdefault("longer", []).append({"name": options.name, **measured})
+        options.json.write_text(json.dumps({**found, "versions": versions()}, indent=1) + "\n")
+        return
     config = replace(model.network, channels=codec.channels, **{**SMALL, **options.network})
-    net, law = config.build(), TimeLaw(shift=3.0, weight=options.weight)
-    cfg = BidirectionalConfig(time=law)
+    net = config.build()
     recipe = cfg.build(model, {"student": net})
-    data, held_out = (ShardDataset(options.latents, split) for split in ("train", "val"))
-    held = part(held_out.batch(range(HELD_OUT)), 0, options.frames)
+    data = ShardDataset(options.latents, "train")
     optimizer, ema, draws = torch.optim.AdamW(net.parameters(), options.lr, (0.9, 0.99)), Ema(net, 0.99), generator(0)
     step, spent, curve = 0, 0.0, []
     while len(curve) < 3:
@@ -105,7 +115,6 @@ def main() -> None:
                     }
                 )
     about = {name: row[name] for name in ("name", "network", "weight", "frames", "batch", "lr", "clips")}
-    found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
     found["rows"].append({**about, "parameters": sum(p.numel() for p in net.parameters()), "curve": curve})
     options.json.write_text(json.dumps({**found, "versions": versions()}, indent=1) + "\n")
 
