@@ -49,10 +49,17 @@ def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, priva
 
 
 def render_card(template: Path, metadata: Mapping[str, Any], **values: Any) -> str:
-    """A model card: a Jinja template with `values`, and YAML front matter with what is not None of `metadata`."""
-    from huggingface_hub import ModelCard, ModelCardData
+    """A model card: a Jinja template with `values`, and YAML front matter with what is not None of `metadata`.
 
-    return str(ModelCard.from_template(ModelCardData(**metadata), template_path=str(template), **values))
+    Raises ValueError if the values lack something that the template names.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import UndefinedError
+
+    try:
+        return str(ModelCard.from_template(ModelCardData(**metadata), template_path=str(template), **values))
+    except UndefinedError as error:
+        raise ValueError(str(error)) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 
 import minwm
 from minwm.core.config import UserError, to_dict
-from minwm.core.files import check_shape, read_json, write_text
+from minwm.core.files import read_json, write_text
 from minwm.core.hub import HubError, render_card
 from minwm.core.weights import check, read_weights
 from minwm.store.folder import FILES, load_config
@@ -46,8 +46,19 @@ def write_card(folder: Path, repo: str | None = None, license: str | None = None
 def card(folder: Path, repo: str | None = None, license: str | None = None) -> str:
     """The model card, Markdown with YAML front matter; commands in it name `repo`, or the folder.
 
-    Raises CheckpointError if the folder is no whole model, HubError for a license that is no identifier.
+    Raises CheckpointError if the folder is no whole model, HubError for a license that is no identifier, UserError if
+    what its run.json, or that of a model before it, says of the training cannot be read.
     """
+    try:
+        return _card(folder, repo, license)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # records are read by name, unchecked
+        raise UserError(
+            f"{folder}: no card can be made of the run.json there and of the models before it: one is damaged "
+            f"({type(error).__name__}: {error}); delete that file, and the card says that the stage is not recorded"
+        ) from error
+
+
+def _card(folder: Path, repo: str | None, license: str | None) -> str:
     if license is not None and not re.fullmatch(r"[a-z0-9.-]+", license):
         raise HubError(f"license={license!r}: give an identifier of the Hub, such as apache-2.0")
     config, history = load_config(folder), _history(folder, {})
@@ -148,12 +159,7 @@ def _stage(record: Record) -> list[str]:
 def _data(record: Record) -> Mapping[str, Any]:
     """The manifest of a stage's clips when it began; for runs that did not note it, the manifest of today."""
     manifest = Path(record["run"]["data"]) / "manifest.json"
-    data = record.get("data") or (read_json(manifest) if manifest.exists() else {})
-    check_shape({"data": data}, {"data": dict}, "run.json")
-    licences = data.get("licences", [])
-    if not isinstance(licences, list | dict) or not all(isinstance(name, str) for name in licences):
-        raise UserError(f"run.json has {licences!r:.80} for the licences of the data: it is damaged")
-    return data
+    return record.get("data") or (read_json(manifest) if manifest.exists() else {})
 
 
 def _clip_licences(runs: list[Record], unrecorded: list[Path]) -> list[str]:
