@@ -17,7 +17,7 @@ def place(out: Path) -> Pipeline:
     """One place that a small network knows by heart, 128x128 pixels, from random weights (docs/place.md).
 
     A small network, which predicts clean latents, in bfloat16: many hours on CPUs that multiply it fast. Larger ones
-    learn less in the first hours, and fewer, larger tokens are seen as blocks.
+    learn less in the first hours.
     """
     channels = 48
     network = WanConfig(
