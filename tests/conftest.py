@@ -19,7 +19,7 @@ def checked(function: Callable) -> Callable:
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
 
 
-pytest.register_assert_rewrite("browsing", "commands", "planning", "releases", "talking")  # what tests share asserts, too
+pytest.register_assert_rewrite("browsing", "commands", "planning", "releases", "talking")  # their asserts, too
 install_import_hook("minwm", "conftest.checked")
 torch.set_num_threads(1)
 
