@@ -13,6 +13,7 @@ from torch import nn
 import minwm
 from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.cameras.trajectory import Action, Motion, parse
+from minwm.control.action import with_action_labels
 from minwm.core.config import UserError
 from minwm.core.media import to_frames as to_frames
 from minwm.core.media import to_pixels, write_image
@@ -33,7 +34,16 @@ from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, Fe
 
 CONFIG = ModelConfig(
     network=WanConfig(
-        dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=8, text_length=24, freq_dim=8, camera="dual"
+        dim=32,
+        heads=2,
+        layers=2,
+        ffn=48,
+        channels=4,
+        text_dim=8,
+        text_length=24,
+        freq_dim=8,
+        camera="dual",
+        actions=True,
     ),
     sampler=FewStepSampler(steps=2),
     codec=SmallCodecConfig(channels=4, width=8, fine=8, finest=8, decoder_depth=2),
@@ -98,7 +108,7 @@ def test_session_makes_what_generation_makes(
     noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
     w2c, K = latent_cameras([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
     first = model.codec.encode(to_pixels(image)[None, None])
-    cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first)
+    cond = with_action_labels(Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first))
     latents = generate_latents(model.net, sampler, noise, cond, geometry)
     whole = to_frames(model.codec.decode(latents)[0])
     assert different(np.concatenate(streamed), whole) <= 1
@@ -119,7 +129,7 @@ def test_a_session_starts_with_the_chunk_of_its_image(model: Model, image: np.nd
     noise = torch.cat([torch.randn(shape, generator=draws) for shape in shapes], dim=2)
     w2c, K = latent_cameras([parse(f"static*2,{ALONG}").track(CONFIG.motion, CONFIG.intrinsics)], 4)
     first = model.codec.encode(to_pixels(image)[None, None])
-    cond = Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first)
+    cond = with_action_labels(Condition(text=CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first))
     latents = generate_latents(model.net, model.config.sampler, noise, cond, geometry)
     assert different(np.concatenate(streamed), to_frames(model.codec.decode(latents)[0])) <= 1
     assert different(streamed[0][:1], to_frames(model.codec.decode(first)[0])) <= 1

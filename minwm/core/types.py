@@ -7,7 +7,7 @@ s tokens · d width · a heads · e head width · l text tokens
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minwm.core.config import ConfigError
@@ -25,6 +25,8 @@ class Condition:
     """World-to-camera per latent frame, float32, OpenCV axes; None for a model without camera control."""
     K: Float[Tensor, "b f 4"] | None = None
     """fx/W, fy/H, cx/W, cy/H per latent frame."""
+    actions: Int[Tensor, "b f"] | None = None
+    """How the camera moved to each latent frame (control/action.py)."""
     first_latent: FirstLatent | None = None
     """Clean first latent: an image start. None generates the first frame too."""
     null: Float[Tensor, "b l d"] | None = None
@@ -49,23 +51,21 @@ class Condition:
         """The parts that this condition has."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
+    def per_frame(self) -> dict[str, Tensor]:
+        """The parts with a value for every latent frame."""
+        return {name: x for name, x in self.parts().items() if name in ("w2c", "K", "actions")}
+
     def clips(self, index: list[int]) -> "Condition":
         """The condition of some clips of the batch."""
         return Condition(**{name: x[index] for name, x in self.parts().items()})
 
     def frames(self, start: int, stop: int) -> "Condition":
         """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
-        return (
-            self
-            if self.w2c is None or self.K is None
-            else replace(self, w2c=self.w2c[:, start:stop], K=self.K[:, start:stop])
-        )
+        return replace(self, **{name: x[:, start:stop] for name, x in self.per_frame().items()})
 
     def repeat_frames(self, times: int) -> "Condition":
         """The condition of a sequence that holds the same frames so many times, one after the other."""
-        if self.w2c is None or self.K is None:
-            return self
-        return replace(self, w2c=self.w2c.repeat(1, times, 1, 1), K=self.K.repeat(1, times, 1))
+        return replace(self, **{name: torch.cat([x] * times, dim=1) for name, x in self.per_frame().items()})
 
     def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.cameras.track import latent_cameras
+from minwm.control.action import with_action_labels
 from minwm.core.config import UserError
 from minwm.core.files import check_shape
 from minwm.core.media import to_pixels
@@ -139,7 +140,8 @@ class ShardDataset:
         states = [e.trajectory for e in examples if e.trajectory is not None]
         trajectory = torch.stack(states, dim=1) if len(states) == len(examples) else None
         null = None if self.null is None else self.null.expand_as(text)
-        return Clip(latents, Condition(text=text, w2c=w2c, K=K, first_latent=first, null=null), trajectory)
+        cond = Condition(text=text, w2c=w2c, K=K, first_latent=first, null=null)
+        return Clip(latents, with_action_labels(cond), trajectory)
 
 
 class RawDataset:

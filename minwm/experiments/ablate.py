@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from minwm.control.action import with_action_labels
 from minwm.core.config import dumps
 from minwm.core.files import read_config, write_text
 from minwm.core.runtime import generator, pick_device
@@ -158,7 +159,7 @@ def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
         assert clip.cond.w2c is not None
-        wrong = replace(clip, cond=replace(clip.cond, w2c=clip.cond.w2c.roll(1, 0)))
+        wrong = replace(clip, cond=with_action_labels(replace(clip.cond, w2c=clip.cond.w2c.roll(1, 0))))
         for j, given in enumerate((clip, wrong)):
             totals[j] += float(recipe.loss(given.to(device), 0, generator(0, "reliance", i)).total) / batches
     return totals[0], totals[1]

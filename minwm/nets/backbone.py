@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from minwm.control.action import Labels
 from minwm.control.plucker import Rays
 from minwm.control.prope import Mode, Projection
 from minwm.core.config import ConfigError
@@ -40,6 +41,8 @@ class PreparedCondition:
     """`Backbone.rope_table` of the frames; None: the network asks the scope for their positions."""
     first_latent: FirstLatent | None = None
     """The clean first latent of the frames, if it is given: streams hold it."""
+    actions: Labels | None = None
+    """Of the frames, for networks that take them."""
 
 
 ShiftScaleGate = tuple[Float[Tensor, "#b #f 1 d"], ...]
@@ -93,6 +96,8 @@ class Backbone(nn.Module, ABC):
     needs_first_frame_coordinates: bool = False
     """Cameras must be given relative to the first frame: a stream may not move the world frame of its cache. So it is
     for ray maps, and where text, which has no camera, takes part in an attention that sees cameras."""
+    takes_actions: bool = False
+    """Whether actions are embedded beside the timesteps: modulation then depends on both."""
     checkpointing: Checkpointing = False
     arena_type: type[KVArena] = KVArena
     """The KV cache of its streams."""
@@ -121,7 +126,7 @@ class Backbone(nn.Module, ABC):
 
     def prepare(self, cond: Condition) -> Condition | PreparedCondition:
         """The condition for many bidirectional passes over the same frames; as it is, if text depends on the video."""
-        return PreparedCondition(self.project_text_kv(cond), self.camera_matrices(cond))
+        return PreparedCondition(self.project_text_kv(cond), self.camera_matrices(cond), actions=cond.actions)
 
     def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
         """Methods besides `forward` that read parameters, with the module that owns these.

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 
@@ -59,7 +59,7 @@ def contiguous_copy(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x.new_empty(x.shape).copy_(x)
 
 
-def sinusoid(t: Float[Tensor, "b f"], width: int) -> Float[Tensor, "b f {width}"]:
+def sinusoid(t: Shaped[Tensor, "b f"], width: int) -> Float[Tensor, "b f {width}"]:
     """[cos | sin] of t at `width / 2` frequencies falling from 1 to 1e-4, in float64."""
     frequency = 1e4 ** (-torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2))
     angle = t.double()[..., None] * frequency

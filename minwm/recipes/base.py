@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
 from minwm.core.types import Clip, Condition
 from minwm.data.dataset import BatchSource, ShardDataset, Split
@@ -147,7 +148,7 @@ def random_clip(model: ModelConfig, batch: int, latents: int) -> Clip:
     text = torch.randn(batch, model.text.length, model.text.dim)
     w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
     first = x[:, :1] if model.image_start else None
-    return Clip(x, Condition(text=text, w2c=w2c, K=K, first_latent=first))
+    return Clip(x, with_action_labels(Condition(text=text, w2c=w2c, K=K, first_latent=first)))
 
 
 def check_probabilities(cfg: RecipeConfig, *names: str) -> None:

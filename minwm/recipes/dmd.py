@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, shift, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
@@ -116,7 +117,7 @@ def with_static_cameras(clip: Clip, probability: float, generator: torch.Generat
     cond = clip.cond
     if not probability or cond.w2c is None or not bernoulli(probability, generator):
         return clip
-    return replace(clip, cond=replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c)))
+    return replace(clip, cond=with_action_labels(replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c))))
 
 
 def back_and_forth(cond: Condition, frames: int) -> Condition:
@@ -126,7 +127,7 @@ def back_and_forth(cond: Condition, frames: int) -> Condition:
     end = cond.w2c.shape[1] - 1
     i = torch.arange(frames, device=cond.w2c.device) % max(2 * end, 1)
     i = torch.minimum(i, 2 * end - i)
-    return replace(cond, w2c=cond.w2c[:, i], K=cond.K[:, i])
+    return with_action_labels(replace(cond, w2c=cond.w2c[:, i], K=cond.K[:, i]))
 
 
 class Dmd(Recipe[Backbone]):
@@ -198,8 +199,9 @@ class Dmd(Recipe[Backbone]):
         samples = self.sampler.num_noise_samples(self.geometry)
         noise = sample_noise((b, prefix + frames, *shape), samples, clip.latents, generator)
         x, x0 = self._rollout_by_exit(noise, cond, exits, prefix_chunks + 1 if long else 0)
-        scored = cond.frames(prefix, prefix + frames)
-        return Clip(x[:, prefix:], replace(scored, first_latent=None) if long else scored), x0[:, prefix:]
+        if long:
+            cond = with_action_labels(replace(cond.frames(prefix, prefix + frames), first_latent=None))
+        return Clip(x[:, prefix:], cond), x0[:, prefix:]
 
     def _rollout_by_exit(
         self, noise: Noise, cond: Condition, exits: Sequence[int | None], without_grad: int

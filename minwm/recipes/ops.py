@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.cameras.track import se3_inverse
+from minwm.control.action import with_action_labels
 from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context, teacher_forced
@@ -30,7 +31,7 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:
     start = random_index(clip.latents.shape[1] - frames + 1, generator)
     latents, cond = clip.latents[:, start : start + frames], clip.cond.frames(start, start + frames)
     if cond.w2c is not None:
-        cond = replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1]))
+        cond = with_action_labels(replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1])))
     if cond.first_latent is not None:
         cond = replace(cond, first_latent=latents[:, :1])
     return Clip(latents, cond)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minwm.cameras.track import CameraTrack, se3_inverse
 from minwm.cameras.trajectory import Motion
+from minwm.control.action import action_labels
 from minwm.core.config import UserError
 from minwm.core.flow import FirstLatent, Latents
 from minwm.core.media import to_pixels, to_uint8
@@ -166,6 +167,8 @@ class ModelEngine:
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
         self.inputs = self.encode_inputs(image, prompt, seed)
         self._stream: Stream | None = None
+        self.newest_pose: Pose | None = None
+        """Of the camera, at the newest latent."""
         self.pending_update: tuple[Any, ...] | None = None
 
     def encode_inputs(self, image: Image | None, prompt: str, seed: int) -> StartInputs:
@@ -181,7 +184,7 @@ class ModelEngine:
     def start(self) -> Frames:
         """The first chunk, in which the camera stands still; it may be the image and nothing else."""
         self.generator = generator(self.inputs.seed, "session")
-        self.decoder_state = self.pending_update = None
+        self.decoder_state = self.pending_update = self.newest_pose = None
         self.timer.restart()
         geometry, first = self.model.config.geometry, None
         still = np.eye(4)[None].repeat(geometry.first_chunk_frames, 0)
@@ -233,6 +236,7 @@ class ModelEngine:
     def _generate(self, c2w: Float[np.ndarray, "f 4 4"], first: FirstLatent | None = None) -> Iterator[Frames]:
         """Frames of the next chunk; `first` is the image."""
         prepared = self.stream.prepare_chunk(replace(self.condition(c2w), first_latent=first))
+        self.newest_pose = c2w[-1]
         samples = self.sampler.num_noise_samples(self.stream.geometry)
         shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
         drawn = first is None or len(c2w) > 1
@@ -282,16 +286,18 @@ class ModelEngine:
             self.timer.record("cache_update")
 
     def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
-        """The prompt, and cameras at these poses."""
-        w2c = torch.from_numpy(se3_inverse(c2w)).float()[None]
-        return Condition(**self.inputs.text, w2c=w2c, K=self.K.expand(1, len(c2w), 4)).to(self.device)
+        """The prompt, and cameras at these poses, to which they have moved from that of the newest latent."""
+        before = c2w[:1] if self.newest_pose is None else self.newest_pose[None]
+        w2c = torch.from_numpy(se3_inverse(np.concatenate([before, c2w])))[None]
+        cameras = {"w2c": w2c[:, 1:].float(), "K": self.K.expand(1, len(c2w), 4), "actions": action_labels(w2c)[:, 1:]}
+        return Condition(**self.inputs.text, **cameras).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
         self.update_cache()
-        return self.stream.snapshot(), self.decoder_state, self.generator.get_state()
+        return self.stream.snapshot(), self.decoder_state, self.generator.get_state(), self.newest_pose
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        stream, self.decoder_state, state = snapshot
+        stream, self.decoder_state, state, self.newest_pose = snapshot
         self.pending_update = None  # of a step that is undone
         self.stream.restore(stream)
         self.generator.set_state(state)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.cameras.trajectory import parse
+from minwm.control.action import with_action_labels
 from minwm.core.config import UserError
 from minwm.core.media import read_image, resize_and_crop, to_pixels
 from minwm.core.media import to_frames as to_frames
@@ -92,7 +93,7 @@ def sampling_inputs(
     check_start(cfg, None if images is None else images[0])
     if images is not None:
         first = model.codec.encode(to_pixels(images)[:, None].to(device))
-    cond = Condition(**cfg.encode_prompts(prompts), w2c=w2c, K=K, first_latent=first).to(device)
+    cond = with_action_labels(Condition(**cfg.encode_prompts(prompts), w2c=w2c, K=K, first_latent=first)).to(device)
     shape = cfg.latent_shape(len(prompts), w2c.shape[1])
     samples = cfg.sampler.num_noise_samples(cfg.geometry)
     noise = sample_noise(shape, samples, torch.empty(0, device=device), generator(seed, "generate"))

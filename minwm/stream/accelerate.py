@@ -143,7 +143,7 @@ class GraphedStream(Stream):
             raise ConfigError("engine.graphs records projective cameras only, not Plücker rays; leave it off")
         rope = self.net.rope_table(x if x.ndim == 5 else x[0], Cached(self.arena, self.chunk))
         camera = cond.camera and cond.camera.matrices
-        tensors = {"x": x, "rope": rope, "camera": camera, "first_latent": cond.first_latent}
+        tensors = {"x": x, "rope": rope, "camera": camera, "first_latent": cond.first_latent, "actions": cond.actions}
         inputs = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         slot, rows = self.geometry.slot(self.chunk), self.geometry.valid_rows(self.chunk)
         key = name, tuple(x.shape), slot, rows, *inputs
@@ -151,9 +151,8 @@ class GraphedStream(Stream):
 
             def function(*args: Tensor) -> Tensor | None:
                 given = dict(zip(inputs, args, strict=True))
-                camera = Projection(given["camera"]) if "camera" in given else None
-                prepared = PreparedCondition(self.text, camera, given.get("rope"), given.get("first_latent"))
-                return run(prepared, given["x"])
+                x, camera = given.pop("x"), Projection(given.pop("camera")) if "camera" in given else None
+                return run(PreparedCondition(self.text, camera, **given), x)
 
             self.recorded[key] = self.capture(function, list(inputs.values()))
         return self.recorded[key](*inputs.values())

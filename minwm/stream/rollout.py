@@ -130,8 +130,9 @@ class Stream:
                 origin = se3_inverse(w2c[:, 0].detach())
             cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
         self._move_cache(origin, self.geometry.sink_shift(self.chunk), self.geometry.time_origin(self.chunk))
-        camera = self.net.camera_matrices(self._guidance_branches(cond))
-        return PreparedCondition(self.text, camera, first_latent=self._image(cond))
+        branches = self._guidance_branches(cond)
+        camera, actions = self.net.camera_matrices(branches), branches.actions if self.net.takes_actions else None
+        return PreparedCondition(self.text, camera, first_latent=self._image(cond), actions=actions)
 
     def _image(self, cond: Condition) -> FirstLatent | None:
         """The image of the current chunk, if one is given; ConfigError if the model takes none."""

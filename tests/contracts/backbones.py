@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from minwm.cameras.track import se3_exp
+from minwm.control.action import with_action_labels
 from minwm.core.types import Condition
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import KVArena, TextKV
-from minwm.nets.backbone import Backbone
+from minwm.nets.backbone import Backbone, PreparedCondition
 from minwm.nets.chunks import Geometry
 
 WAN = {
@@ -28,6 +29,7 @@ WAN = {
     for camera in ("none", "dual", "single", "plucker")
 }
 WAN["wan-clean"] = replace(WAN["wan-dual"], predicts="clean")
+WAN["wan-actions"] = replace(WAN["wan-dual"], actions=True)
 HUNYUAN = HunyuanConfig(
     dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=6, text_length=5, glyph_dim=4, glyph_length=2,
     glyph_hidden=8, image_dim=4, image_length=2, freq_dim=16, rope=(4, 6, 6),
@@ -36,6 +38,7 @@ SMALL: dict[str, WanConfig | HunyuanConfig] = {
     **WAN,
     "hunyuan-none": HUNYUAN,
     "hunyuan-dual": replace(HUNYUAN, camera="dual"),
+    "hunyuan-actions": replace(HUNYUAN, camera="dual", actions=True),
     "hunyuan-null": replace(HUNYUAN, camera="dual", prope_text=False),
 }
 CAMERA = [name for name, cfg in SMALL.items() if cfg.camera != "none"]
@@ -62,6 +65,10 @@ def open_cache(net: Backbone, geometry: Geometry, cond: Condition) -> tuple[KVAr
     return arena, text
 
 
+def prepared(net: Backbone, text: list[TextKV], cond: Condition) -> PreparedCondition:
+    return PreparedCondition(text, net.camera_matrices(cond), actions=cond.actions)
+
+
 def latents(frames: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, frames, CHANNELS, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
@@ -76,7 +83,7 @@ def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -
     text = torch.randn(batch, 5, 6, generator=generator, dtype=torch.float64)
     glyphs, states = torch.randn(2, batch, 2, 4, generator=generator, dtype=torch.float64)
     glyphs[-1, 1:] = 0
-    return Condition(
+    cond = Condition(
         text=text,
         w2c=w2c.float(),
         K=K.float(),
@@ -84,3 +91,4 @@ def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -
         glyphs=glyphs,
         image_states=states if image else None,
     )
+    return with_action_labels(cond)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backbones import CAMERA, CHANNELS, HEIGHT, SMALL, WIDTH, condition, latents, open_cache, sized, small
+from backbones import CAMERA, CHANNELS, HEIGHT, SMALL, WIDTH, condition, latents, open_cache, prepared, sized, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,7 +16,7 @@ from minwm.core.config import ConfigError, dumps, loads, to_dict
 from minwm.core.flow import with_first
 from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Masked, ReadOnlyCache, chunk_causal
-from minwm.nets.backbone import Backbone, BackboneConfig, Context, PreparedCondition, teacher_forced
+from minwm.nets.backbone import Backbone, BackboneConfig, Context, teacher_forced
 from minwm.nets.chunks import Geometry
 from minwm.stream.rollout import Stream, generate_latents, sample_noise
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
@@ -43,7 +43,7 @@ def frames_in_place(net: Backbone, geometry: Geometry) -> int:
 def streamed(net: Backbone, x: torch.Tensor, t: torch.Tensor, cond: Condition, geometry: Geometry) -> torch.Tensor:
     (arena, text), parts = open_cache(net, geometry, cond), []
     for i, (a, b) in enumerate(geometry.chunks(x.shape[1])):
-        bound = PreparedCondition(text, net.camera_matrices(cond.frames(a, b)))
+        bound = prepared(net, text, cond.frames(a, b))
         parts.append(net(x[:, a:b], t[:, a:b], bound, Cached(arena, i)))
     return torch.cat(parts, 1)
 
@@ -71,7 +71,7 @@ def test_teacher_forcing_equals_streaming_with_the_same_past(name: str, scope: t
     forced = teacher_forced(net, Context(past, t_past), noisy, t, cond, geometry)
     arena, text = open_cache(net, geometry, cond)
     for i, (a, b) in enumerate(geometry.chunks(frames)):
-        bound = PreparedCondition(text, net.camera_matrices(cond.frames(a, b)))
+        bound = prepared(net, text, cond.frames(a, b))
         v = net(noisy[:, a:b], t[:, a:b], bound, scope(arena, i))
         if b > frames_in_place(net, geometry):
             break
@@ -262,11 +262,9 @@ def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient(name: 
     arena, text = open_cache(net, geometry, cond)
     past, now = latents(1).requires_grad_(), latents(2, seed=3).requires_grad_()
     with torch.no_grad():
-        net(past, torch.zeros(2, 1), PreparedCondition(text, net.camera_matrices(cond.frames(0, 1))), Cached(arena, 0))
+        net(past, torch.zeros(2, 1), prepared(net, text, cond.frames(0, 1)), Cached(arena, 0))
     before = arena.kv.clone()
-    v = net(
-        now, torch.ones(2, 2), PreparedCondition(text, net.camera_matrices(cond.frames(1, 3))), ReadOnlyCache(arena, 1)
-    )
+    v = net(now, torch.ones(2, 2), prepared(net, text, cond.frames(1, 3)), ReadOnlyCache(arena, 1))
     v.sum().backward()
     assert torch.equal(arena.kv, before)
     assert past.grad is None
@@ -282,7 +280,7 @@ def test_arena_never_moves_nor_allocates_over_fifty_chunks(name: str) -> None:
     pointer, size = arena.kv.data_ptr(), arena.kv.numel()
     for i in range(50):
         frames = geometry.first_chunk_frames if i == 0 else geometry.chunk
-        bound = PreparedCondition(text, net.camera_matrices(cond.frames(0, frames)))
+        bound = prepared(net, text, cond.frames(0, frames))
         v = net(latents(frames, seed=i), torch.zeros(2, frames), bound, Cached(arena, i))
         assert v.isfinite().all()
     assert (arena.kv.data_ptr(), arena.kv.numel()) == (pointer, size)
@@ -337,7 +335,7 @@ def test_rolling_sinks_stand_right_before_the_window(name: str, sink: int) -> No
         v = net(x[:, a:b], torch.ones(2, b - a), bound, Cached(stream.arena, stream.chunk))
         stream.update_cache(bound, x[:, a:b])
     kept = [*range(sink), *range(frames - 4, frames)]
-    short = replace(cond, w2c=cond.w2c[:, kept], K=cond.K[:, kept])  # pyright: ignore[reportOptionalSubscript]
+    short = replace(cond, **{name: x[:, kept] for name, x in cond.per_frame().items()})
     t = (torch.arange(len(kept)) >= len(kept) - 2).double().expand(2, -1)
     alone = net(x[:, kept], t, short, Masked(chunk_causal(geometry), len(kept)))
     torch.testing.assert_close(v, alone[:, -2:], atol=1e-5, rtol=1e-5)

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minwm.control.action import given_labels
 from minwm.control.plucker import Rays
 from minwm.control.prope import Mode, Projection, change_world_frame
 from minwm.core.config import ConfigError
@@ -84,6 +85,8 @@ class HunyuanConfig:
     """Timestep of text where it attends to video: the video's, or 0 (minWM). Where it does not, it is 0."""
     camera: Mode = "none"
     """How cameras enter attention (control/prope.py): none or dual."""
+    actions: bool = False
+    """Actions are embedded beside the video's timesteps (control/action.py), as in HY-WorldPlay."""
     principal_point: bool = True
     """PRoPE sees the principal point."""
     prope_text: bool = True
@@ -261,6 +264,9 @@ class Hunyuan(Backbone):
         self.time_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
         if cfg.meanflow:
             self.time_r_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
+        self.takes_actions = cfg.actions
+        if cfg.actions:
+            self.action_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
         self.txt_in = TokenRefiner(cfg.text_dim, cfg.dim, cfg.heads, cfg.refiner_layers, cfg.freq_dim)
         self.byt5_in = GlyphMapper(cfg.glyph_dim, cfg.glyph_hidden, cfg.dim)
         self.vision_in = image_projection(cfg.image_dim, cfg.dim)
@@ -273,12 +279,14 @@ class Hunyuan(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier linears; modulation, kinds of text, head and camera branch start at zero (adaLN-Zero)."""
+        """Xavier linears; modulation, kinds of text, head, camera branch and actions start at zero (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         zero(self.cond_type_embedding, self.final_layer)
+        if self.takes_actions:
+            zero(self.action_in.mlp[2])
         for block in cast(list[Block], self.double_blocks):
             zero(block.img.mod, block.txt.mod)
             if block.dual:
@@ -293,6 +301,8 @@ class Hunyuan(Backbone):
             times, head, t, t_end = t.layers, t.head, t.t, t.t_end
         else:
             head, t_end = self.embed_time(t), None
+            if self.takes_actions:
+                head = head + self.action_in(given_labels(cond.actions))
             times = [head] * self.layers
         if isinstance(cond, Condition):
             text, kv = self.embed_text(cond, *self.text_times(t, t_end, scope)), [None] * self.layers
@@ -324,9 +334,9 @@ class Hunyuan(Backbone):
 
     def embed_time(self, t: Timesteps, t_end: Timesteps | None = None) -> Float[Tensor, "#b #f d"]:
         """The time embedding; in a network of mean velocities, of a step that ends at `t_end`, or at once."""
-        time = self.time_in(t)
+        time = self.time_in(1000 * t)
         if self.config.meanflow:
-            time = time + self.time_r_in(t if t_end is None else t_end)
+            time = time + self.time_r_in(1000 * (t if t_end is None else t_end))
         return time
 
     def text_times(
@@ -373,7 +383,9 @@ class Hunyuan(Backbone):
             text.append(kv)
         return text
 
-    def adaln_modulation(self, t: Timesteps, t_end: Timesteps | None = None) -> Modulation:
+    def adaln_modulation(self, t: Timesteps, t_end: Timesteps | None = None) -> Timesteps | Modulation:
+        if self.takes_actions:
+            return t
         time = self.embed_time(t, t_end)
         layers = [block.adaln_modulation(time) for block in cast(list[Block], self.double_blocks)]
         return Modulation(layers, self.final_layer.adaln_modulation(time), t, t_end)

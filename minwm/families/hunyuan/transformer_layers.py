@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from minwm.nets.attention import softmax_attention
@@ -31,16 +31,16 @@ class Mlp(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """An MLP of the sinusoid of 1000 t."""
+    """An MLP of the sinusoid of timesteps from 0 to 1000, or of the labels of actions."""
 
     def __init__(self, dim: int, freq_dim: int) -> None:
         super().__init__()
         first = nn.Linear(freq_dim, dim)
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: Float[Tensor, "b f"]) -> Float[Tensor, "b f d"]:
+    def forward(self, x: Shaped[Tensor, "b f"]) -> Float[Tensor, "b f d"]:
         weight = self.mlp.get_parameter("0.weight")
-        return self.mlp(sinusoid(1000 * t, weight.shape[1]).to(weight.dtype))
+        return self.mlp(sinusoid(x, weight.shape[1]).to(weight.dtype))
 
 
 class AdaLN(nn.Module):
@@ -110,7 +110,7 @@ class TokenRefiner(nn.Module):
     def forward(self, text: States, t: Float[Tensor, "b 1"], valid: Valid) -> Float[Tensor, "b l dim"]:
         tokens = valid[..., None].to(text)
         mean = (text * tokens).sum(dim=1) / tokens.sum(dim=1).clamp(min=1)
-        c = self.t_embedder(t) + self.c_embedder(mean)[:, None]
+        c = self.t_embedder(1000 * t) + self.c_embedder(mean)[:, None]
         x, visible = self.input_embedder(text), visible_keys(valid)
         for block in self.individual_token_refiner.get_submodule("blocks").children():
             x = block(x, c, visible)

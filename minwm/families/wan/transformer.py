@@ -10,16 +10,17 @@ from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minwm.control.action import Labels, given_labels
 from minwm.control.plucker import NUMBERS, Rays
 from minwm.control.prope import Mode, Projection, change_world_frame
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, per_frame
 from minwm.core.types import Condition
-from minwm.nets.attention import FULL, AttentionScope, Cached, Heads, QKVBranches, attend_branches, softmax_attention
+from minwm.families.wan.transformer_layers import CrossAttention, Head, adaln, rotate_halves
+from minwm.nets.attention import FULL, AttentionScope, Cached, Heads, QKVBranches, attend_branches
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, TextKV, Timesteps
 from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
@@ -29,9 +30,7 @@ from minwm.nets.layers import (
     can_write_in_place,
     contiguous_copy,
     gated_residual,
-    halves_to_pairs,
     modulate,
-    pairs_to_halves,
     patchify,
     rotate,
     sinusoid,
@@ -70,6 +69,8 @@ class WanConfig:
     weights ran so; a rounded camera is another camera, and moving the world's frame is then no longer nothing."""
     camera: Mode = "none"
     """How cameras enter self-attention (control/prope.py)."""
+    actions: bool = False
+    """Actions are embedded beside the timesteps (control/action.py), as in HY-WorldPlay."""
     principal_point: bool = True
     """PRoPE sees the principal point; minWM's released weights were trained without."""
     predicts: Literal["velocity", "clean"] = "velocity"
@@ -175,26 +176,6 @@ class SelfAttention(nn.Module):
         return torch.addmm(rows, prope.flatten(2).flatten(0, 1), self.prope_o.weight.t())
 
 
-class CrossAttention(nn.Module):
-    """Attention to the prompt."""
-
-    def __init__(self, cfg: WanConfig) -> None:
-        super().__init__()
-        self.heads = cfg.heads
-        self.q, self.k, self.v, self.o = (kind(cfg.dim, cfg.dim) for kind in (Linear, nn.Linear, nn.Linear, Linear))
-        self.norm_q, self.norm_k = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
-
-    def project_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
-        k, v = (rearrange(y, "b l (a e) -> b a l e", a=self.heads) for y in (self.norm_k(self.k(text)), self.v(text)))
-        return TextKV(k, v)
-
-    def forward(self, x: Float[Tensor, "b f p d"], text: Float[Tensor, "b l d"] | TextKV) -> Float[Tensor, "b f p d"]:
-        k, v, _ = self.project_kv(text) if isinstance(text, Tensor) else text
-        q = self.norm_q(self.q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = softmax_attention(q, k, v).transpose(1, 2)
-        return self.o(out.flatten(2)).view_as(x)
-
-
 class Block(nn.Module):
     """Self-attention under the scope, cross-attention to the prompt, feed-forward; modulated by the timestep (adaLN).
 
@@ -205,14 +186,14 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(cfg, layer)
         self.norm3 = LayerNorm(cfg.dim, eps=1e-6)
-        self.cross_attn = CrossAttention(cfg)
+        self.cross_attn = CrossAttention(cfg.dim, cfg.heads)
         self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn), nn.GELU("tanh"), Linear(cfg.ffn, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
         self.rounded = cfg.rounded
 
     def adaln_modulation(self, time: Float[Tensor, "b f 6 d"]) -> ShiftScaleGate:
         """Shift, scale and gate of self-attention, then of the feed-forward part."""
-        return _adaln(self.modulation, time, self.rounded)
+        return adaln(self.modulation, time, self.rounded)
 
     def project_text_kv(self, text: Float[Tensor, "b l d"]) -> TextKV:
         return self.cross_attn.project_kv(text)
@@ -252,7 +233,7 @@ class Block(nn.Module):
         scope: AttentionScope,
     ) -> Float[Tensor, "b f p d"]:
         attention = self.self_attn
-        modulation = _adaln(self.modulation, time, self.rounded) if isinstance(time, Tensor) else time
+        modulation = adaln(self.modulation, time, self.rounded) if isinstance(time, Tensor) else time
         shift, scale, *_ = modulation
         if attention.kernel and camera and isinstance(scope, Cached) and can_write_in_place(x):
             out = attention.fused_attention(modulate(x, shift, scale), rope, camera, scope)
@@ -260,39 +241,6 @@ class Block(nn.Module):
             qkv = self.before_attention(x, modulation, rope, camera)
             out = attend_branches(scope, attention.layer, *qkv, dim=attention.stack_dim)
         return self.after_attention(x, out, modulation, rope, text, camera)
-
-
-class Head(nn.Module):
-    """Modulated norm and projection to patch features; `time` is the time embedding before its projection."""
-
-    def __init__(self, cfg: WanConfig) -> None:
-        super().__init__()
-        self.head = nn.Linear(cfg.dim, cfg.channels * cfg.patch**2)
-        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
-        self.rounded = cfg.rounded
-
-    def adaln_modulation(self, time: Float[Tensor, "b f d"]) -> ShiftScaleGate:
-        return _adaln(self.modulation, time[:, :, None], self.rounded)
-
-    def forward(
-        self, x: Float[Tensor, "b f p d"], time: Float[Tensor, "b f d"] | ShiftScaleGate
-    ) -> Float[Tensor, "b f p k"]:
-        shift, scale = _adaln(self.modulation, time[:, :, None], self.rounded) if isinstance(time, Tensor) else time
-        return self.head(modulate(x, shift, scale))
-
-
-def rotate_halves(
-    x: Float[Tensor, "*b s a e"], table: Float[Tensor, "#s half 2"], *, back: bool = False
-) -> Float[Tensor, "*b s a e"]:
-    """RoPE over columns, then rows, in the layout of PRoPE's authors: of each axis, first halves and second halves."""
-    return pairs_to_halves(rotate(halves_to_pairs(x, 2), table, back=back), 2)
-
-
-def _adaln(learned: Float[Tensor, "1 k d"], time: Float[Tensor, "b f _ d"], rounded: bool) -> ShiftScaleGate:
-    """Learned plus timestep modulation, split; 1 is added to scales, the second of every (shift, scale, gate)."""
-    both = (learned.bfloat16() + time.bfloat16()).float() if rounded else learned.float() + time
-    parts = both.split(1, dim=2)
-    return tuple(1 + part if i % 3 == 1 else part for i, part in enumerate(parts))
 
 
 class Wan(Backbone):
@@ -309,6 +257,11 @@ class Wan(Backbone):
         )
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.takes_actions = cfg.actions
+        if cfg.actions:
+            self.action_embedding = nn.Sequential(
+                nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
+            )
         self.needs_first_frame_coordinates = cfg.camera == "plucker"
         if self.needs_first_frame_coordinates:
             self.plucker = nn.Linear(NUMBERS * cfg.patch**2, cfg.dim)
@@ -316,13 +269,13 @@ class Wan(Backbone):
             nn.init.zeros_(self.plucker.bias)
         inner = replace(cfg, camera="none") if self.needs_first_frame_coordinates else cfg
         self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(cfg.layers))
-        self.head = Head(cfg)
+        self.head = Head(cfg.dim, cfg.channels * cfg.patch**2, cfg.rounded)
         e = self.head_width
         self.rope = Rope3D((0, e // 8, e // 8), theta=100.0) if cfg.camera == "single" else Rope3D(video_pairs(e))
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The release's initialisation: Xavier linears, small embeddings, a zero head and camera branch."""
+        """The release's initialisation: Xavier linears, small embeddings; head, cameras and actions start at zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(("prope_o", "plucker")):
                 nn.init.xavier_uniform_(module.weight)
@@ -332,6 +285,8 @@ class Wan(Backbone):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.head.head.weight)
+        if self.takes_actions:
+            nn.init.zeros_(self.action_embedding.get_parameter("2.weight"))
 
     def forward(
         self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
@@ -349,7 +304,7 @@ class Wan(Backbone):
         if isinstance(t, Modulation):
             times, time = t.layers, t.head
         else:
-            time, projected = self.embed_time(t)
+            time, projected = self.embed_time(t, cond.actions)
             times = [projected] * self.layers
         for block, block_time, block_text in zip(self.blocks, times, text, strict=True):
             tokens = self.maybe_checkpoint(block, tokens, block_time, rope, block_text, camera, scope)
@@ -367,17 +322,23 @@ class Wan(Backbone):
             )
         return self.text_embedding(text.to(self.patch_embedding.weight.dtype))
 
-    def embed_time(self, t: Timesteps) -> tuple[Float[Tensor, "#b #f d"], Float[Tensor, "#b #f 6 d"]]:
-        """The time embedding, for the head, and its projection, for the blocks."""
-        sines = sinusoid(1000 * t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
-        time = self.time_embedding(sines)
+    def embed_time(
+        self, t: Timesteps, actions: Labels | None = None
+    ) -> tuple[Float[Tensor, "#b #f d"], Float[Tensor, "#b #f 6 d"]]:
+        """The time embedding with that of actions, for the head, and its projection, for the blocks."""
+        width, dtype = self.config.freq_dim, self.patch_embedding.weight.dtype
+        time = self.time_embedding(sinusoid(1000 * t, width).to(dtype))
+        if self.takes_actions:
+            time = time + self.action_embedding(sinusoid(given_labels(actions), width).to(dtype))
         return time.float(), self.time_projection(time).float().unflatten(-1, (6, -1))
 
     def project_text_kv(self, cond: Condition) -> list[TextKV]:
         states = self.embed_text(cond.text)
         return [block.project_text_kv(states) for block in cast(list[Block], self.blocks)]
 
-    def adaln_modulation(self, t: Timesteps) -> Modulation:
+    def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
+        if self.takes_actions:
+            return t
         time, projected = self.embed_time(t)
         layers = [block.adaln_modulation(projected) for block in cast(list[Block], self.blocks)]
         return Modulation(layers, self.head.adaln_modulation(time), t)
