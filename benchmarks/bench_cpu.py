@@ -54,6 +54,7 @@ class Walk:
         net = cfg.network.build().eval().requires_grad_(False)
         for parameter in net.parameters():  # also those that begin at zero
             torch.nn.init.normal_(parameter, std=0.05)
+        assert isinstance(net, Wan)
         return cls(cfg, net)
 
     def next(self) -> tuple[Condition, Tensor]:

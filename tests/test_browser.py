@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         net, codec = config.network.build(), config.codec.build()
-        nn.init.normal_(net.head.head.weight, std=0.1)
+        nn.init.normal_(net.get_parameter("head.head.weight"), std=0.1)
         save_model(folder / name, config, net, codec)
     return folder
 

@@ -92,7 +92,7 @@ def test_an_interrupted_export_leaves_nothing(state: State, tmp_path: Path, monk
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minwm.families.wan.convert.write_json", stopped)
+    monkeypatch.setattr("minwm.families.published.write_json", stopped)
     with pytest.raises(KeyboardInterrupt):
         export(state, PLAIN, tmp_path / "x", "original")
     assert not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ def test_inspect(state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("inspect", tmp_path / "vae.pth") == 0
     assert "holds: a Wan2.1 VAE (original names)" in capsys.readouterr().out
     assert run("convert", tmp_path / "vae.pth", tmp_path / "out", "--to", "original") == 2
-    assert "is no transformer of a known family (wan) but a Wan2.1 VAE" in capsys.readouterr().err
+    assert "is no transformer of a known family (wan, hunyuan) but a Wan2.1 VAE" in capsys.readouterr().err
 
 
 def test_convert(seeing: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def test_compatibility_is_asked_for_by_name(release: Path, tmp_path: Path) -> No
     assert convert(release, tmp_path / "a", "wan2.1-1.3b/dmd") == 0
     assert convert(release, tmp_path / "b", "wan2.1-1.3b/dmd", *switches) == 0
     plain, ours = (load_model(tmp_path / name).config for name in "ab")
-    assert plain.focal == WAN_FOCAL and not plain.network.rounded
+    assert isinstance(plain.network, WanConfig) and plain.focal == WAN_FOCAL and not plain.network.rounded
     assert ours == replace(plain, focal=RELEASE_FOCAL, network=replace(plain.network, rounded=True))
 
 

@@ -82,7 +82,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode_clips(out / "raw", out / "latents", codec, MODEL.text, cfg=EncodeConfig(val=0.3))
     for name in ("one", "two"):
         net = MODEL.network.build()
-        nn.init.normal_(net.head.head.weight, std=0.1)
+        nn.init.normal_(net.get_parameter("head.head.weight"), std=0.1)
         save_model(out / name, MODEL, net, codec)
     data, teacher = ShardDataset(out / "latents", "train"), load_model(out / "one")
 

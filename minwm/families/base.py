@@ -18,6 +18,21 @@ Layout = Literal["original", "diffusers"]
 
 
 @dataclass(frozen=True)
+class License:
+    """Under which weights are published."""
+
+    id: str
+    """The Hub's identifier, or a name where it has none."""
+    url: str | None = None
+    """Its text, where the Hub has no identifier."""
+    limits: str = ""
+    """What it forbids, in words."""
+
+
+APACHE = License("apache-2.0")
+
+
+@dataclass(frozen=True)
 class Release:
     """A published transformer."""
 
@@ -25,6 +40,7 @@ class Release:
     """Its repository on the Hugging Face Hub."""
     config: Any
     """Its architecture, without cameras: a `nets.backbone.BackboneConfig`, of the family's own type."""
+    license: License = APACHE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from minwm.core.weights import CheckpointError, Weights, read_weights
 from minwm.families.base import Family, Published, PublishedCodec
+from minwm.families.hunyuan import convert as hunyuan
 from minwm.families.hunyuan import vae as hunyuan_vae
+from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.hunyuan.vae import HunyuanVae, HunyuanVaeConfig
 from minwm.families.wan import convert as wan
 from minwm.families.wan import vae as wan_vae
@@ -20,18 +22,16 @@ from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.taehv import Taehv, TaehvConfig
 from minwm.nets.text import WordText
 
-FAMILIES: dict[str, Family] = {WanConfig.kind: wan}
+FAMILIES: dict[str, Family] = {WanConfig.kind: wan, HunyuanConfig.kind: hunyuan}
 """By the kind of their network config."""
 CODECS: dict[str, PublishedCodec] = {WanVaeConfig.kind: wan_vae, HunyuanVaeConfig.kind: hunyuan_vae}
 """By the kind of their config; those that are not here have one naming."""
-NetworkConfig = WanConfig
+NetworkConfig = WanConfig | HunyuanConfig
 AnyCodecConfig = SmallCodecConfig | WanVaeConfig | HunyuanVaeConfig | TaehvConfig
 AnyCodec = SmallCodec | WanVae | HunyuanVae | Taehv
 TextConfig = WordText | Umt5Text
 
 OTHERS = {
-    r"double_blocks\.0\.img_attn_q\.": "a HunyuanVideo-1.5 transformer (original names)",
-    r"transformer_blocks\.0\.attn\.add_q_proj\.": "a HunyuanVideo-1.5 transformer (diffusers names)",
     r"(en|de)coder\.\d+\.": "a TAEHV tiny autoencoder",
     r".*[._](lora_(A|B|down|up)|diff|diff_b)(\.|$)": "a LoRA, of use only once it is merged into its base model",
 }

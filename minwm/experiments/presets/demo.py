@@ -18,6 +18,7 @@ from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig, TimeLaw
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
+from minwm.store.layouts import NetworkConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
 from minwm.train.config import AnyRecipeConfig, Init, OptimConfig, Run
@@ -98,7 +99,7 @@ def demo_scratch(out: Path) -> Pipeline:
     return small_pipeline("demo-scratch", out, clips=6000, worlds_seed=1, steps=steps, batch=16)
 
 
-def world_model(network: WanConfig, size: int) -> ModelConfig:
+def world_model(network: NetworkConfig, size: int) -> ModelConfig:
     """For long walks: clips of 5 seconds, which are also what a stream remembers, beside its first frame."""
     stream = StreamConfig(chunk=2, first_chunk=1, window=10, rolling_sink=True, context_noise=0.2)
     return replace(tiny_model(), network=network, height=size, width=size, latents=21, stream=stream)

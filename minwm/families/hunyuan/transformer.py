@@ -52,7 +52,9 @@ class HunyuanConfig:
     """Architecture of a HunyuanVideo-1.5 transformer; the defaults are the release's 8B."""
 
     kind: ClassVar[str] = "hunyuan"
-    unpublished: ClassVar[tuple[str, ...]] = ("text_time", "principal_point", "prope_text")
+    unpublished: ClassVar[tuple[str, ...]] = (
+        "text_length", "glyph_length", "image_length", "text_time", "principal_point", "prope_text",
+    )  # fmt: skip
     dim: int = 2048
     """Token width."""
     heads: int = 16

@@ -10,6 +10,7 @@ HY-WorldPlay `wan/generate.py`.
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,23 @@ import torch
 from torch import Tensor
 
 from minwm.core.config import from_dict
-from minwm.core.files import new_folder, read_json, write_json
-from minwm.core.weights import (
-    CheckpointError,
-    Weights,
-    describe_mismatches,
-    mismatches,
-    write_safetensors,
-    write_shards,
-)
+from minwm.core.weights import CheckpointError, Weights
 from minwm.families.base import Layout, Published, Release
+from minwm.families.published import (
+    SHARD,
+    Inferred,
+    check_config_json,
+    check_whole,
+    count_blocks,
+    missed,
+    read_config_json,
+    read_renamed,
+    rename,
+    shape,
+    write_published,
+)
 from minwm.families.wan.text import has_text_encoder as has_text_encoder
-from minwm.families.wan.transformer import Wan, WanConfig
+from minwm.families.wan.transformer import WanConfig
 
 MARKS: dict[Layout, str] = {"original": "blocks.{}.self_attn.q.weight", "diffusers": "blocks.{}.attn1.to_q.weight"}
 """A parameter of every block, by which a layout is detected and blocks are counted."""
@@ -64,8 +70,6 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
 """What variants that are not supported do, with parts of the names by which they are known, in either layout."""
 HEAD_WIDTH = 128
 """Of every release."""
-SHARD = 10 * 10**9
-"""Bytes of a file above which a folder gets several."""
 
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 _BLOCK = {
@@ -135,46 +139,18 @@ def read_transformer(weights: Weights, heads: int | None = None, drop_action: bo
     layout = detect_layout(weights.tensors)
     if layout is None:
         raise CheckpointError(f"{weights.path} is no Wan transformer")
-    layers = 1
-    while MARKS[layout].format(layers) in weights.tensors:
-        layers += 1
+    layers = count_blocks(weights.tensors, MARKS[layout])
     canonical = {theirs: ours for ours, theirs in _names(layout, layers).items()}
-    tensors = {canonical.get(name, name): tensor for name, tensor in weights.tensors.items()}
-    if len(tensors) < len(weights.tensors):
-        raise CheckpointError(f"{weights.path} mixes original and diffusers names")
-    ignored, notes = weights.ignored, []
-    if len(weights.roles) > 1:
-        others = [name for name in weights.roles if name != weights.role]
-        notes.append(f"{weights.role} was read; {', '.join(others)} can be had with --role")
-    if action := tuple(name for name in tensors if name in ACTION):
-        notes.append(f"{len(action)} trained parameters of discrete actions, for which no network here has a place")
-        if drop_action:
-            tensors, ignored, action = _without_actions(tensors), (*ignored, *action), ()
-            notes[-1] += ", are left out: the network will do something else than the checkpoint"
-    if weights.scales:
-        notes.append(f"{len(weights.scales)} weights are quantised and are read as bfloat16")
-    config, assumed, unsupported = _infer(tensors, layers, layout, weights.path, heads)
-    return Published(weights, layout, config, tensors, action, ignored, (*notes, *assumed), unsupported)
+    tensors = rename(weights.tensors, lambda name: canonical.get(name, name), weights.path)
+    infer = partial(_infer, layers=layers, layout=layout, path=weights.path, heads=heads)
+    return read_renamed(weights, layout, tensors, ACTION, drop_action, infer)
 
 
-def _without_actions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name not in ACTION}
-
-
-def _skeleton(cfg: WanConfig) -> Wan:
-    """The network without its memory."""
-    with torch.device("meta"):
-        return cfg.build()
-
-
-def _infer(
-    tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Path, heads: int | None
-) -> tuple[WanConfig, list[str], tuple[str, ...]]:
-    """The architecture, from shapes and what config.json adds to them; what was assumed; what is not supported."""
-    file = path.with_name("config.json")
-    given = read_json(file) if file.is_file() else {}
-    dim, channels, *patch = _shape(tensors, "patch_embedding.weight", 5, path)
-    out = _shape(tensors, "head.head.weight", 2, path)[0] // patch[1] ** 2
+def _infer(tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Path, heads: int | None) -> Inferred:
+    """The architecture, from shapes and what config.json adds to them."""
+    given = read_config_json(path)
+    dim, channels, *patch = shape(tensors, "patch_embedding.weight", 5, path)
+    out = shape(tensors, "head.head.weight", 2, path)[0] // patch[1] ** 2
     notes, unsupported = [], _variants(tensors)
     if patch != [1, patch[1], patch[1]] or channels != out:
         unsupported.append(
@@ -194,27 +170,18 @@ def _infer(
         "dim": dim,
         "heads": heads,
         "layers": layers,
-        "ffn": _shape(tensors, "blocks.0.ffn.0.weight", 2, path)[0],
+        "ffn": shape(tensors, "blocks.0.ffn.0.weight", 2, path)[0],
         "channels": out,
-        "text_dim": _shape(tensors, "text_embedding.0.weight", 2, path)[1],
+        "text_dim": shape(tensors, "text_embedding.0.weight", 2, path)[1],
         "text_length": given.get("text_len", WanConfig.text_length),
-        "freq_dim": _shape(tensors, "time_embedding.0.weight", 2, path)[1],
+        "freq_dim": shape(tensors, "time_embedding.0.weight", 2, path)[1],
         "patch": patch[1],
         "camera": "single" if inside == "none" and given.get("camera") == "single" else inside,
     }
     config = from_dict(WanConfig, sizes)
-    expected = {"camera": config.camera, **_config_json(config, layout)}
-    wrong = [f"{key}={given[key]}, not {value}" for key, value in expected.items() if given.get(key, value) != value]
-    if wrong and not unsupported:
-        raise CheckpointError(f"{file} contradicts {path.name} beside it: it has {', '.join(wrong)}")
+    if not unsupported:
+        check_config_json(path, given, {"camera": config.camera, **_config_json(config, layout)})
     return config, notes, tuple(unsupported)
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str, axes: int, path: Path) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != axes:
-        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-        raise CheckpointError(f"{path} does not tell the sizes of a network: {name} {found}")
-    return tuple(tensors[name].shape)
 
 
 def _config_json(cfg: WanConfig, layout: Layout) -> dict[str, Any]:
@@ -243,37 +210,15 @@ def export(
 ) -> list[str]:
     """Write a Wan transformer by canonical names to a new folder with config.json, or to one .safetensors file.
 
-    A folder in the layout of diffusers is what `WanTransformer3DModel.from_pretrained` takes. Its files are written
-    one by one, so that memory-mapped tensors take `shard` bytes of memory at most; `dtype` converts them. Returns
-    sentences about what other readers will miss. Raises CheckpointError if the tensors are not exactly those of such
-    a network, or if the target exists.
+    A folder in the layout of diffusers is what `WanTransformer3DModel.from_pretrained` takes. Returns sentences about
+    what other readers will miss. Raises CheckpointError if the tensors are not exactly those of such a network, or if
+    the target exists.
     """
-    if problems := mismatches(_skeleton(config), _without_actions(tensors)):
-        raise CheckpointError(f"{target} is not written, as this is no whole network: {describe_mismatches(problems)}")
-    names = _names(layout, config.layers)
-    renamed = {names[name]: tensor for name, tensor in tensors.items()}
-    if target.suffix == ".safetensors":
-        if target.exists():
-            raise CheckpointError(f"{target} exists; delete it, or give another name")
-        write_safetensors(target, renamed, dtype)
-        return [
-            *_missed(tensors, config, layout),
-            f"a file has no config.json: readers must know of {config.heads} heads",
-        ]
+    check_whole(tensors, config, ACTION, target)
     name = {"_class_name": "WanModel", "model_type": "ti2v" if config.channels == 48 else "t2v"}
     if layout == "diffusers":
         name = {"_class_name": "WanTransformer3DModel"}
-    with new_folder(target) as folder:
-        write_shards(folder, "diffusion_pytorch_model", renamed, dtype, shard)
-        write_json(folder / "config.json", {**name, **_config_json(config, layout)})
-    return _missed(tensors, config, layout)
-
-
-def _missed(tensors: Mapping[str, Tensor], cfg: WanConfig, layout: Layout) -> list[str]:
-    reader = "diffusers" if layout == "diffusers" else "the original code"
-    notes = []
-    if cfg.camera != "none":
-        notes.append(f"{reader} does not know of the cameras (camera={cfg.camera}) and runs without them")
-    if action := [name for name in tensors if name in ACTION]:
-        notes.append(f"{reader} does not know of {len(action)} parameters of discrete actions and runs without them")
-    return notes
+    names = _names(layout, config.layers)
+    renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    write_published(target, renamed, {**name, **_config_json(config, layout)}, dtype, shard)
+    return missed(config, sum(name in ACTION for name in tensors), layout, target, f"{config.heads} heads")
