@@ -67,7 +67,7 @@ def test_round_trip(model: Model, saved: Path) -> None:
         assert all(torch.equal(before[key], value) for key, value in after.state_dict().items())
         assert not after.training and not any(p.requires_grad for p in after.parameters())
     x, t = torch.randn(CONFIG.latent_shape(1, 2)), torch.rand(1, 2)
-    cond = Condition(CONFIG.text.encode(["a room"]), torch.eye(4).expand(1, 2, 4, 4), torch.ones(1, 2, 4) / 2)
+    cond = Condition(CONFIG.text.encode(["a room"])["text"], torch.eye(4).expand(1, 2, 4, 4), torch.ones(1, 2, 4) / 2)
     assert torch.equal(model.net(x, t, cond), loaded.net(x, t, cond))
     assert torch.equal(model.codec.decode(x), loaded.codec.decode(x))
 

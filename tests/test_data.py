@@ -314,7 +314,7 @@ def test_a_batch_is_what_the_codec_and_the_text_encoder_gave(made: Path, codec: 
     frames = torch.from_numpy(np.stack([folder.frames(c) for c in chosen]))
     with torch.no_grad():
         torch.testing.assert_close(clip.latents, codec.encode(to_pixels(frames)))
-    assert torch.equal(clip.cond.text, TEXT.encode([r.caption for r in records]))
+    assert torch.equal(clip.cond.text, TEXT.encode([r.caption for r in records])["text"])
     w2c, K = latent_cameras([r.track for r in records], 4)
     assert clip.cond.w2c is not None and clip.cond.K is not None and clip.cond.first_latent is not None
     assert torch.equal(clip.cond.w2c, w2c) and torch.equal(clip.cond.K, K)

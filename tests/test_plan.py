@@ -28,7 +28,7 @@ def bytes_of(net: nn.Module) -> int:
 def real_stream(config: ModelConfig, net: Any) -> tuple[Stream, Condition]:
     f = config.stream.chunk
     w2c, K = torch.eye(4).expand(1, f, 4, 4), torch.tensor([0.7, 0.7, 0.5, 0.5]).expand(1, f, 4)
-    cond = Condition(text=config.text.encode(["a room"]), w2c=w2c, K=K)
+    cond = Condition(**config.text.encode(["a room"]), w2c=w2c, K=K)
     stream = Stream(net, cond, config.geometry, config.sampler.guidance)
     stream.chunk = config.geometry.slots
     return stream, cond

@@ -103,25 +103,26 @@ def expected(encoder: Any, folder: Path, captions: list[str]) -> Tensor:
 def test_states_are_those_of_the_padded_and_masked_pass(tmp_path: Path, layout: str) -> None:
     encoder = random_encoder()
     text: TextEncoder = Umt5Text(source=save(tmp_path / "wan", layout, encoder), dim=32, length=LENGTH)
-    want, got = expected(encoder, tmp_path / "wan", CAPTIONS), text.encode(CAPTIONS)
+    want, got = expected(encoder, tmp_path / "wan", CAPTIONS), text.encode(CAPTIONS)["text"]
     assert got.shape == (4, LENGTH, 32) and got.dtype == torch.float32 and want.abs().max() > 1
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert [int(row.any(-1).sum()) for row in got] == [4, 1, 11, 3], "words and the end mark; the rest is zero"
-    assert torch.equal(text.encode(CAPTIONS[::-1]).flip(0), got) and text.encode([]).shape == (0, LENGTH, 32)
+    assert torch.equal(text.encode(CAPTIONS[::-1])["text"].flip(0), got)
+    assert text.encode([])["text"].shape == (0, LENGTH, 32)
 
 
 def test_white_space_and_entities_do_not_count(source: str, cache: Path) -> None:
     text = Umt5Text(source=source, dim=32, length=LENGTH)
-    a, b = text.encode(["a red\n  tower", " a red tower "])
+    a, b = text.encode(["a red\n  tower", " a red tower "])["text"]
     assert torch.equal(a, b) and len(list(cache.rglob("*.safetensors"))) == 1
 
 
 def test_what_is_kept_needs_no_encoder(source: str, cache: Path) -> None:
     text = Umt5Text(source=source, dim=32, length=LENGTH)
-    want = text.encode(CAPTIONS)
+    want = text.encode(CAPTIONS)["text"]
     for file in Path(source).rglob("*.*"):
         file.unlink()
-    assert torch.equal(text.encode(CAPTIONS), want)
+    assert torch.equal(text.encode(CAPTIONS)["text"], want)
     with pytest.raises(UserError, match=r"'a new tower'.*tokenizer/tokenizer.json"):
         text.encode(["a red tower", "a new tower"])
     file = next(cache.rglob("*.safetensors"))
@@ -134,14 +135,14 @@ def test_states_from_elsewhere_need_no_encoder(tmp_path: Path, source: str, caps
     """They are moved from one machine to another that never had the encoder, by the command line."""
     caption, text = "a red  tower", Umt5Text(source="nowhere", dim=32, length=LENGTH)
     elsewhere = Umt5Text(source=source, dim=32, length=LENGTH)
-    expected = elsewhere.encode([caption])
+    expected = elsewhere.encode([caption])["text"]
     file = next(path for path in tmp_path.rglob("prompts/*/*.safetensors"))
     assert read_states(file)[0] == "a red tower"
     (tmp_path / "model.json").write_text(dumps(replace(tiny_model(), text=text)))
     with pytest.raises(UserError, match="no text encoder in nowhere"):
         text.encode([caption])
     assert main(["data", "prompts", str(file), "--model", str(tmp_path)]) == 0
-    assert torch.equal(text.encode([caption, "a red tower"]), expected.expand(2, -1, -1))
+    assert torch.equal(text.encode([caption, "a red tower"])["text"], expected.expand(2, -1, -1))
     with pytest.raises(UserError, match=r"no text encoder in nowhere to encode 'a dome', which is new"):
         text.encode([caption, "a dome"])
     with pytest.raises(ConfigError, match=r"shape \(3, 8\); this model reads \(1 to 12, 32\)"):
@@ -179,12 +180,12 @@ def test_a_source_on_the_hub_is_fetched_when_a_prompt_is_new(
     (Path(source) / "other" / "large.safetensors").write_bytes(b"")
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     text = Umt5Text(source="hf://Wan-AI/Wan", dim=32, length=LENGTH)
-    expected = Umt5Text(source=source, dim=32, length=LENGTH).encode(CAPTIONS)
-    assert torch.equal(text.encode(CAPTIONS), expected)
+    expected = Umt5Text(source=source, dim=32, length=LENGTH).encode(CAPTIONS)["text"]
+    assert torch.equal(text.encode(CAPTIONS)["text"], expected)
     assert calls[0] == ("Wan-AI/Wan", False) and there[0]
     there[0] = False
     calls.clear()
-    assert torch.equal(text.encode(CAPTIONS), expected)
+    assert torch.equal(text.encode(CAPTIONS)["text"], expected)
     assert calls == [("Wan-AI/Wan", True)], "what is kept needs no download"
 
 
@@ -211,9 +212,9 @@ def test_the_encoder_is_loaded_once_and_let_go(source: str, monkeypatch: pytest.
 
 def test_another_encoder_or_length_has_states_of_its_own(source: str, cache: Path) -> None:
     text = Umt5Text(source=source, dim=32, length=LENGTH)
-    before = text.encode(CAPTIONS)
+    before = text.encode(CAPTIONS)["text"]
     save(Path(source), "release", random_encoder(seed=1))  # the same names, sizes and shapes
-    after = text.encode(CAPTIONS)
+    after = text.encode(CAPTIONS)["text"]
     assert (after - before).abs().max() > 0.1
     Umt5Text(source=source, dim=32, length=LENGTH + 1).encode(CAPTIONS[:1])
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 3
@@ -224,7 +225,7 @@ def test_a_long_caption_is_refused_and_nothing_is_encoded(source: str, cache: Pa
     with pytest.raises(UserError, match=r"6 tokens.* takes 5.*'a red tower and the'"):
         text.encode(["a dome", "a red tower and the"])
     assert not list(cache.rglob("*.safetensors"))
-    assert text.encode(["a red tower and"])[0].any(-1).all(), "the end mark is the last of five"
+    assert text.encode(["a red tower and"])["text"][0].any(-1).all(), "the end mark is the last of five"
 
 
 def test_damaged_weights_give_one_line(tmp_path: Path) -> None:
@@ -296,6 +297,6 @@ def test_full_size_is_umt5_xxl() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_in_bfloat16(source: str) -> None:
-    got = Umt5Text(source=source, dim=32, length=LENGTH).encode(CAPTIONS)
+    got = Umt5Text(source=source, dim=32, length=LENGTH).encode(CAPTIONS)["text"]
     want = expected(random_encoder(), Path(source), CAPTIONS)
     assert 0 < (got - want).abs().max() < 0.1 * want.abs().max()

@@ -291,7 +291,7 @@ def _measure_clips(model: Model, repeats: int) -> _Measured:
 def _time_clip(model: Model) -> dict[str, float]:
     """Seconds by stage."""
     cfg, image = model.config, _image(model.config)
-    trajectory, prompt = f"l*{cfg.latents - 1}", cfg.encode_prompts(["a room"])["text"]
+    trajectory, prompt = f"l*{cfg.latents - 1}", cfg.text.encode(["a room"])
     timer = StageTimer(next(model.net.parameters()).device)
     noise, cond = sampling_inputs(model, image if image is None else image[None], prompt, [trajectory], seed=0)
     timer.record("encode")

@@ -67,6 +67,10 @@ class Condition:
         """The condition of a sequence that holds the same frames so many times, one after the other."""
         return replace(self, **{name: torch.cat([x] * times, dim=1) for name, x in self.per_frame().items()})
 
+    def without_image(self) -> "Condition":
+        """The condition of a clip whose first frame is generated too."""
+        return replace(self, first_latent=None, image_states=None)
+
     def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""
         text = torch.zeros_like(self.text) if self.null is None else self.null

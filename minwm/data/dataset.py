@@ -28,6 +28,8 @@ from minwm.data.shards import HINT, IndexEntry, list_shards, read_index, read_re
 from minwm.data.spec import ClipSpec
 
 Split = Literal["train", "val"]
+OTHERS = ("glyphs", "image_states")
+"""Parts of a `Condition` that some text encoders give besides text."""
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
@@ -38,8 +40,8 @@ class Sample:
 
     id: str
     latents: Float[Tensor, "f c h w"]
-    text: Float[Tensor, "l d"]
-    """Text states without zero padding."""
+    states: dict[str, Float[Tensor, "l d"]]
+    """Of caption and first frame, without zero padding: parts of a `Condition`."""
     record: ClipRecord
     """Cameras at pixel rate, caption and provenance."""
     trajectory: Float[Tensor, "k f c h w"] | None = None
@@ -64,7 +66,7 @@ class ShardDataset:
 
         Clips that differ from `spec` are refused: the folder and its first record here, the others when they are read.
 
-        `image_start` gives the clean first latent as a condition. `null` holds the text states of the unconditional
+        `image_start` gives the first frame as a condition. `null` holds the text states of the unconditional
         branch of guidance (default: zeros). `noise` perturbs the cameras of batches. Decoded records stay in memory
         if all of them fit into `cache_bytes`.
         """
@@ -75,6 +77,9 @@ class ShardDataset:
             raise DataError(f"{path} holds {kind!r} and not latent shards; run `minwm data encode` on it")
         if not self.manifest["complete"]:
             raise DataError(f"{path} is unfinished; to go on, run again what makes it: {self.manifest['command']}")
+        text = self.manifest["text"]
+        self.shapes = {"text": (text["length"], text["dim"]), **{name: text[name] for name in OTHERS if name in text}}
+        """Rows and width of the states, padded."""
         self.entries: list[tuple[Path, IndexEntry]] = []
         for shard in list_shards(path):
             if shard.name.startswith(split):
@@ -107,7 +112,7 @@ class ShardDataset:
     def _read(self, shard: Path, entry: IndexEntry) -> Sample:
         meta, tensors = read_record(shard, entry)
         where = f"{shard}: record {entry.id}"
-        missing = {"latent", "text", "c2w", "K"} - set(tensors)
+        missing = {"latent", "c2w", "K", *self.shapes} - set(tensors)
         if missing:
             raise DataError(f"{where}: {', '.join(sorted(missing))} missing; {HINT}")
         cameras = {"c2w": tensors["c2w"].numpy(), "K": tensors["K"].numpy()}
@@ -118,8 +123,8 @@ class ShardDataset:
             raise DataError(f"{where}: {sizes} do not fit; {HINT}")
         if self.spec:
             self.spec.check_clip(record, where)
-        states = tensors["trajectory"].float() if "trajectory" in tensors else None
-        return Sample(entry.id, latents, tensors["text"].float(), record, states)
+        trajectory = tensors["trajectory"].float() if "trajectory" in tensors else None
+        return Sample(entry.id, latents, {name: tensors[name].float() for name in self.shapes}, record, trajectory)
 
     def batch(self, indices: Sequence[int]) -> Clip:
         """The records at `indices` as one Clip on the CPU; DataError unless they have one latent shape."""
@@ -133,15 +138,16 @@ class ShardDataset:
         if self.noise:
             tracks = [self.noise(track, e.id) for track, e in zip(tracks, examples, strict=True)]
         w2c, K = latent_cameras(tracks, self.manifest["codec"]["stride"])
-        text = torch.zeros(len(examples), self.manifest["text"]["length"], self.manifest["text"]["dim"])
-        for row, example in zip(text, examples, strict=True):
-            row[: len(example.text)] = example.text
-        first = latents[:, :1] if self.image_start else None
-        states = [e.trajectory for e in examples if e.trajectory is not None]
-        trajectory = torch.stack(states, dim=1) if len(states) == len(examples) else None
-        null = None if self.null is None else self.null.expand_as(text)
-        cond = Condition(text=text, w2c=w2c, K=K, first_latent=first, null=null)
-        return Clip(latents, with_action_labels(cond), trajectory)
+        states = {name: torch.zeros(len(examples), *shape) for name, shape in self.shapes.items()}
+        for name, rows in states.items():
+            for row, example in zip(rows, examples, strict=True):
+                row[: len(example.states[name])] = example.states[name]
+        trajectories = [e.trajectory for e in examples if e.trajectory is not None]
+        trajectory = torch.stack(trajectories, dim=1) if len(trajectories) == len(examples) else None
+        null = None if self.null is None else self.null.expand_as(states["text"])
+        cond = Condition(**states, w2c=w2c, K=K, first_latent=latents[:, :1], null=null)
+        cond = with_action_labels(cond if self.image_start else cond.without_image())
+        return Clip(latents, cond, trajectory)
 
 
 class RawDataset:

@@ -1,4 +1,4 @@
-"""Raw clips to latent shards: clips through the codec, captions through the text encoder.
+"""Raw clips to latent shards: clips through the codec, captions and first frames through the text encoder.
 
 Resumable and distributed: clip i belongs to rank `i % world`, and is done when a shard index lists it. An interruption
 loses at most the shard being filled.
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError, to_dict
@@ -35,7 +35,7 @@ class EncodeConfig:
     shard_size: int = 256
     """Clips per shard."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Number type of latents and text states on disk; poses and K are float64."""
+    """Number type of latents and of states of captions and first frames on disk; poses and K are float64."""
     val: float = 0.1
     """Share of scenes for validation, chosen by a hash of `ClipRecord.split_key`."""
 
@@ -61,9 +61,10 @@ def encode_clips(
     folder = ClipFolder(raw)
     out.mkdir(parents=True, exist_ok=True)
     shape = {"stride": codec.stride, "scale": codec.scale, "channels": codec.channels}
+    others = {name: [*rows_and_width] for name, rows_and_width in text.shapes.items() if name != "text"}
     settings = {
         "codec": {**identity(codec), **shape},
-        "text": {**identity(text), "dim": text.dim, "length": text.length},
+        "text": {**identity(text), "dim": text.dim, "length": text.length, **others},
         "config": to_dict(cfg),
         "raw": {"kind": folder.manifest()["kind"], "config": folder.manifest()["config"]},
     }
@@ -93,26 +94,35 @@ class _Encoder:
     cfg: EncodeConfig
 
     def write(self, path: Path, records: Sequence[ClipRecord]) -> None:
-        encoded = [record for batch in _batches(records, self.cfg.batch) for record in self.encode(batch)]
+        encoded, first_frames = list[ShardRecord](), list[np.ndarray]()
+        for batch in _batches(records, self.cfg.batch):
+            frames = np.stack([self.folder.frames(r.id) for r in batch])
+            encoded += self.encode(batch, frames)
+            first_frames += [frame.copy() for frame in frames[:, 0]]
+        for name, states in self.text.encode_images(first_frames).items():
+            for record, state in zip(encoded, states, strict=True):
+                record.tensors[name] = self.stored(state)
         write_shard(path, encoded, shard_stats(encoded, self.psnr(records[0])))
 
     @torch.inference_mode()
-    def encode(self, records: Sequence[ClipRecord]) -> Iterator[ShardRecord]:
-        """Encode clips of one size in one batch."""
-        frames = np.stack([self.folder.frames(r.id) for r in records])
+    def encode(self, records: Sequence[ClipRecord], frames: UInt8[np.ndarray, "b n h w 3"]) -> Iterator[ShardRecord]:
+        """Encode clips of one size in one batch, all but what their first frames are besides latents."""
         latents = self.codec.encode(to_pixels(torch.from_numpy(frames)).to(self.device)).cpu()
-        states = self.text.encode([r.caption for r in records]).cpu()
-        dtype = {"float32": torch.float32, "float16": torch.float16}[self.cfg.dtype]
-        for record, latent, state in zip(records, latents, states, strict=True):
+        states = self.text.encode([r.caption for r in records])
+        for i, (record, latent) in enumerate(zip(records, latents, strict=True)):
             if not latent.isfinite().all():
                 raise DataError(f"clip {record.id}: its latents are not finite; check the codec's weights")
             tensors = {
-                "latent": latent.to(dtype).contiguous(),
-                "text": _trimmed(state).to(dtype).contiguous(),
+                "latent": self.stored(latent),
+                **{name: self.stored(_trimmed(x[i])) for name, x in states.items()},
                 "c2w": torch.from_numpy(record.track.c2w),
                 "K": torch.from_numpy(record.track.K),
             }
             yield ShardRecord(record.id, record.meta(), tensors)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """x as it is written to disk."""
+        return x.to({"float32": torch.float32, "float16": torch.float16}[self.cfg.dtype]).contiguous()
 
     @torch.inference_mode()
     def psnr(self, record: ClipRecord) -> float:
@@ -130,7 +140,7 @@ def _batches(records: Sequence[ClipRecord], size: int) -> Iterator[list[ClipReco
 
 
 def _trimmed(state: Float[Tensor, "l d"]) -> Float[Tensor, "m d"]:
-    """Text states without the zero rows at their end."""
+    """States without the zero rows at their end."""
     used = state.abs().sum(1).nonzero()
     return state[: int(used.max()) + 1 if len(used) else 0]
 

@@ -48,6 +48,7 @@ class ClipSpec:
             ("text", type(self.text).__name__, text["id"]),
             ("text.dim", self.text.dim, text["dim"]),
             ("text.length", self.text.length, text["length"]),
+            *((f"text.{name}", [*shape], text.get(name)) for name, shape in self.text.shapes.items() if name != "text"),
         ):
             _compare(name, ours, theirs, where)
         for name, theirs in raw["motion"].items() if isinstance(raw.get("motion"), dict) else ():

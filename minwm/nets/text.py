@@ -5,32 +5,43 @@ All zeros is the null prompt of guidance.
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError
 
 
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Anything that turns captions into states of a fixed shape."""
+class TextEncoder(ABC):
+    """Anything that turns captions, and for some networks first frames too, into parts of a `Condition`, by name."""
+
+    dim: int
+    """Width of a text state."""
+    length: int
+    """Text states per caption."""
 
     @property
-    def dim(self) -> int: ...
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and width of every part."""
+        return {"text": (self.length, self.dim)}
 
-    @property
-    def length(self) -> int: ...
+    @abstractmethod
+    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b l d"]]:
+        """What captions become."""
 
-    def encode(self, captions: list[str]) -> Float[Tensor, "b l d"]: ...
+    def encode_images(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, Float[Tensor, "b l d"]]:
+        """What first frames become, besides latents; by default nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
-class WordText:
+class WordText(TextEncoder):
     """The text encoder of the small worlds: frozen random vectors, drawn from the hash of each word.
 
     Nothing is learned, stored or downloaded. A state holds its word in one half and the word before it in
@@ -53,7 +64,7 @@ class WordText:
         if self.length < 1:
             raise ConfigError(f"text.length={self.length}: must be at least 1")
 
-    def encode(self, captions: list[str]) -> Float[Tensor, "b l d"]:
+    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b l d"]]:
         """States of the captions, one per word; UserError for a caption of more than `length` words."""
         states = torch.zeros(len(captions), self.length, self.dim)
         for row, caption in zip(states, captions, strict=True):
@@ -65,7 +76,7 @@ class WordText:
                 )
             for state, word, before in zip(row, words, ["", *words], strict=False):
                 state.copy_(torch.cat([self._vector(word), self._vector(before)]))
-        return states
+        return {"text": states}
 
     def _vector(self, word: str) -> Float[Tensor, " e"]:
         digest = hashlib.shake_256(word.encode()).digest(self.dim)  # two bytes for each number

@@ -145,10 +145,10 @@ class Recipe(ABC, Generic[Network]):
 def random_clip(model: ModelConfig, batch: int, latents: int) -> Clip:
     """Noise with the shapes of training clips; all cameras are equal."""
     x = torch.randn(model.latent_shape(batch, latents))
-    text = torch.randn(batch, model.text.length, model.text.dim)
+    states = {name: torch.randn(batch, *shape) for name, shape in model.text.shapes.items()}
     w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
-    first = x[:, :1] if model.image_start else None
-    return Clip(x, with_action_labels(Condition(text=text, w2c=w2c, K=K, first_latent=first)))
+    cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latent=x[:, :1]))
+    return Clip(x, cond if model.image_start else cond.without_image())
 
 
 def check_probabilities(cfg: RecipeConfig, *names: str) -> None:

@@ -94,7 +94,7 @@ class DiffusionConfig(RecipeConfig):
         return self.latents or model.latents
 
     def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
-        return None if self.dropped_prompt is None else model.text.encode([self.dropped_prompt])[0]
+        return None if self.dropped_prompt is None else model.text.encode([self.dropped_prompt])["text"][0]
 
     def augment(self, clip: Clip, generator: torch.Generator) -> Clip:
         """Take a random part of the clip; drop prompts and the first latent at random."""

@@ -39,7 +39,7 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:
 
 def sample_image_start(clip: Clip, probability: float, generator: torch.Generator) -> Clip:
     """The clip with its first frame as a condition, with that probability; else the first frame is generated too."""
-    return clip if bernoulli(probability, generator) else replace(clip, cond=replace(clip.cond, first_latent=None))
+    return clip if bernoulli(probability, generator) else replace(clip, cond=clip.cond.without_image())
 
 
 def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:

@@ -136,8 +136,8 @@ class SceneEngine:
 class StartInputs:
     """What a model starts from."""
 
-    text: dict[str, Tensor]
-    """Text states of the prompt: parts of a `Condition`."""
+    states: dict[str, Tensor]
+    """Of the prompt and the image: parts of a `Condition`."""
     image: Image | None
     """The first frame; None for a model that starts from its prompt alone."""
     seed: int
@@ -177,8 +177,10 @@ class ModelEngine:
         Raises UserError for an image of another size, for one that is missing or too much, or for a prompt that the
         text encoder does not take.
         """
-        check_start(self.model.config, image)
-        return StartInputs(self.model.config.encode_prompts([prompt]), image, seed)
+        cfg = self.model.config
+        check_start(cfg, image)
+        states = {} if image is None else cfg.text.encode_images([image])
+        return StartInputs({**states, **cfg.encode_prompts([prompt])}, image, seed)
 
     @torch.no_grad()
     def start(self) -> Frames:
@@ -206,7 +208,8 @@ class ModelEngine:
 
     def set_prompt(self, prompt: str) -> None:
         """Another prompt, from the next chunk on."""
-        self.inputs = replace(self.inputs, text=self.model.config.encode_prompts([prompt]))
+        states = self.model.config.encode_prompts([prompt])
+        self.inputs = replace(self.inputs, states={**self.inputs.states, **states})
         self.stream.set_prompt(self.condition(np.eye(4)[None]))
 
     @torch.no_grad()
@@ -286,11 +289,11 @@ class ModelEngine:
             self.timer.record("cache_update")
 
     def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
-        """The prompt, and cameras at these poses, to which they have moved from that of the newest latent."""
+        """The prompt, the image's states, and cameras at these poses, to which they have moved from that of the newest latent."""
         before = c2w[:1] if self.newest_pose is None else self.newest_pose[None]
         w2c = torch.from_numpy(se3_inverse(np.concatenate([before, c2w])))[None]
         cameras = {"w2c": w2c[:, 1:].float(), "K": self.K.expand(1, len(c2w), 4), "actions": action_labels(w2c)[:, 1:]}
-        return Condition(**self.inputs.text, **cameras).to(self.device)
+        return Condition(**self.inputs.states, **cameras).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:
         self.update_cache()

@@ -89,12 +89,13 @@ def sampling_inputs(
     ]
     w2c, K = latent_cameras(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
-    first = None
+    first, states = None, cfg.encode_prompts(prompts)
     check_start(cfg, None if images is None else images[0])
     if images is not None:
+        states = {**states, **cfg.text.encode_images([*images])}
         first = model.codec.encode(to_pixels(images)[:, None].to(device))
-    cond = with_action_labels(Condition(**cfg.encode_prompts(prompts), w2c=w2c, K=K, first_latent=first)).to(device)
-    shape = cfg.latent_shape(len(prompts), w2c.shape[1])
+    cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latent=first)).to(device)
+    shape = cfg.latent_shape(len(cond.text), w2c.shape[1])
     samples = cfg.sampler.num_noise_samples(cfg.geometry)
     noise = sample_noise(shape, samples, torch.empty(0, device=device), generator(seed, "generate"))
     return noise, cond

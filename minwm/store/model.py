@@ -20,8 +20,8 @@ from minwm.render.place import SCENES, SceneKind
 from minwm.store.layouts import AnyCodec, AnyCodecConfig, NetworkConfig, TextConfig
 from minwm.stream.solvers import Sampler
 
-Prompts = list[str] | Float[Tensor, "b l d"]
-"""As text, or encoded already."""
+Prompts = list[str] | dict[str, Float[Tensor, "b l d"]]
+"""As text, or encoded already (`TextEncoder.encode`)."""
 SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
 """Focal lengths of square pictures, 70 degrees wide."""
 
@@ -83,19 +83,19 @@ class ModelConfig:
         return ClipSpec(channels=self.network.channels, **{name: getattr(self, name) for name in names})
 
     def encode_prompts(self, prompts: Prompts) -> dict[str, Tensor]:
-        """Text states of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
-        if not isinstance(prompts, Tensor):
-            every = [*prompts] if self.negative is None else [*prompts, self.negative]
-            prompts = self.text.encode(every)[: len(prompts)]  # all at once: a large encoder is loaded once
-        return (
-            {"text": prompts}
-            if (null := self.negative_text()) is None
-            else {"text": prompts, "null": null.expand_as(prompts)}
-        )
+        """States of prompts, and of the negative prompt if there is one: parts of a `Condition`."""
+        if isinstance(prompts, list):
+            every = prompts if self.negative is None else [*prompts, self.negative]
+            # all at once: a large encoder is loaded once
+            states = {name: x[: len(prompts)] for name, x in self.text.encode(every).items()}
+        else:
+            states = prompts
+        null = self.negative_text()
+        return states if null is None else {**states, "null": null.expand_as(states["text"])}
 
     def negative_text(self) -> Float[Tensor, "l d"] | None:
         """Text states of the negative prompt."""
-        return None if self.negative is None else self.text.encode([self.negative])[0]
+        return None if self.negative is None else self.text.encode([self.negative])["text"][0]
 
     def latent_shape(self, batch: int, latents: int | None = None) -> tuple[int, int, int, int, int]:
         frames = latents or self.latents

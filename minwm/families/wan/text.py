@@ -25,6 +25,7 @@ from minwm.core.hub import SCHEME, HubError
 from minwm.core.hub import fetch as fetch_files
 from minwm.core.runtime import pick_device, progress, require
 from minwm.core.weights import CheckpointError, check, read_weights
+from minwm.nets.text import TextEncoder
 
 LAYOUTS = (
     ("tokenizer/tokenizer.json", "text_encoder/model.safetensors"),
@@ -48,7 +49,7 @@ RENAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Umt5Text:
+class Umt5Text(TextEncoder):
     """Prompts as Wan reads them: cleaned, tokenised, encoded, and padded with zeros.
 
     The unconditional prompt of Wan is an encoded one, "" or a negative prompt, and not zeros.
@@ -69,7 +70,7 @@ class Umt5Text:
             if getattr(self, name) < 1:
                 raise ConfigError(f"text.{name}={getattr(self, name)}: must be at least 1")
 
-    def encode(self, captions: list[str]) -> Float[Tensor, "b l d"]:
+    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b l d"]]:
         """States of the captions, float32 on the CPU; give many at once, as each new one may load the encoder.
 
         UserError for a caption of more than `length` tokens, and for an encoder that is needed and not there.
@@ -85,7 +86,7 @@ class Umt5Text:
         for row, caption in zip(states, cleaned, strict=True):
             known = _read(kept[caption])
             row[: len(known)] = known
-        return states
+        return {"text": states}
 
     def import_states(self, path: Path) -> None:
         """Take the states of a caption that were encoded elsewhere, without their padding, from a file (`read_states`).
