@@ -89,6 +89,11 @@ class DiffusionConfig(RecipeConfig):
         fits = [n for n in range(lead + chunk, model.latents + 1) if not self.teacher_forced or (n - lead) % chunk == 0]
         if self.latents and self.latents not in fits:
             raise ConfigError(f"{self.kind}.latents={self.latents}: give 0, or one of {', '.join(map(str, fits))}")
+        if self.latents and model.image_start and "image_states" in model.text.shapes:
+            raise ConfigError(
+                f"{self.kind}.latents={self.latents}: a part of a clip starts with another frame than the one whose "
+                "states its shard holds; give 0, for whole clips"
+            )
 
     def clip_latents(self, model: ModelConfig) -> int:
         return self.latents or model.latents

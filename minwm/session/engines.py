@@ -289,7 +289,7 @@ class ModelEngine:
             self.timer.record("cache_update")
 
     def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
-        """The prompt, the image's states, and cameras at these poses, to which they have moved from that of the newest latent."""
+        """Prompt and image, and cameras at these poses, to which they have moved from that of the newest latent."""
         before = c2w[:1] if self.newest_pose is None else self.newest_pose[None]
         w2c = torch.from_numpy(se3_inverse(np.concatenate([before, c2w])))[None]
         cameras = {"w2c": w2c[:, 1:].float(), "K": self.K.expand(1, len(c2w), 4), "actions": action_labels(w2c)[:, 1:]}
