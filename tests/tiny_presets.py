@@ -11,11 +11,23 @@ from minwm.experiments.presets import PIPELINES
 from minwm.experiments.presets.base import Pipeline
 from minwm.experiments.presets.demo import ASSETS
 from minwm.store.folder import save_published
-from minwm.store.layouts import open_published
+from minwm.store.layouts import FAMILIES, open_published
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
 CLIPS = 8
+CODEC = {
+    "small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1},
+    "wan_vae": {"base": 8, "decoder_base": 8, "depth": 1},
+    "hunyuan_vae": {"base": 8, "mult": (1, 2, 4, 8), "depth": 1, "temporal": (False, True, True)},
+}
+NETWORK = {
+    "hunyuan": {
+        "refiner_layers": 1, "glyph_dim": 4, "glyph_length": 2, "glyph_hidden": 8, "image_dim": 4, "image_length": 2,
+        "rope": (8, 8, 8),
+    }
+}  # fmt: skip
+"""Sizes by kind."""
 
 
 def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
@@ -56,11 +68,13 @@ def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
     text = model.text
     if text.kind == "umt5":
         text = replace(text, source=str(text_encoder), dim=32, length=64)
+    elif text.dim > 64:
+        text = replace(text, dim=32)
     network = replace(
-        model.network, dim=48, heads=2, layers=2, ffn=64, freq_dim=16, text_dim=text.dim, text_length=text.length
-    )
-    sizes = {"small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1}}
-    codec = replace(model.codec, **sizes.get(model.codec.kind, {"base": 8, "decoder_base": 8, "depth": 1}))
+        model.network, dim=48, heads=2, layers=2, ffn=64, freq_dim=16, text_dim=text.dim, text_length=text.length,
+        **NETWORK.get(model.network.kind, {}),
+    )  # fmt: skip
+    codec = replace(model.codec, **CODEC[model.codec.kind])
     sampler = model.sampler if model.sampler.kind == "few_step" else replace(model.sampler, steps=2)
     latents, side = model.stream.first_chunk_frames + model.stream.chunk, 2 * network.patch * codec.scale
     return replace(
@@ -74,8 +88,7 @@ def publish(model: ModelConfig, base: Path) -> None:
     release.mkdir()
     torch.manual_seed(0)
     network = replace(model.network, camera="none")
-    for file, config in (("diffusion_pytorch_model", network), ("Wan_VAE", model.codec)):
-        save_file(config.build().state_dict(), release / f"{file}.safetensors")
-    published = open_published(release / "diffusion_pytorch_model.safetensors", heads=network.heads)
-    config = replace(model, network=network)
-    save_published(base, config, published, release / "Wan_VAE.safetensors")
+    FAMILIES[network.kind].export(network.build().state_dict(), network, release / "transformer", "original")
+    save_file(model.codec.build().state_dict(), release / "vae.safetensors")
+    published = open_published(release)
+    save_published(base, replace(model, network=network), published, release / "vae.safetensors")

@@ -5,28 +5,30 @@ from functools import partial, update_wrapper
 from pathlib import Path
 
 from minwm.core.config import ConfigError, lookup
-from minwm.experiments.presets import demo, place, wan
+from minwm.experiments.presets import demo, hunyuan, place, wan
 from minwm.experiments.presets.base import Pipeline
-from minwm.families.wan.convert import RELEASES
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": wan.self_forcing}
 """Models that no pipeline makes: to be measured with random weights."""
 PUBLISHED: dict[str, Callable[[], ModelConfig]] = {
-    **{size: partial(wan.wan_model, size) for size in RELEASES},
+    **{size: partial(wan.wan_model, size) for size in wan.RELEASES},
+    **{size: partial(hunyuan.hunyuan_model, size) for size in hunyuan.RELEASES},
     "hy-worldplay-5b": wan.worldplay_5b,
 }
 
 PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "demo": demo.demo,
     "demo-scratch": demo.demo_scratch,
+    "demo-hunyuan": hunyuan.demo_hunyuan,
     "world": demo.world,
     "world-64": demo.world_64,
     "place": place.place,
     "smoke": demo.smoke,
     "paper": wan.paper,
-    **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in RELEASES},
+    **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in wan.RELEASES},
+    "hunyuan1.5-8b": hunyuan.hunyuan,
 }
 
 

@@ -44,9 +44,9 @@ ASSETS = Path(str(files("minwm"))) / "assets"
 """What is shipped with the package; a README in each folder says how it was made."""
 
 
-def starting_checkpoint(name: str) -> str | None:
+def starting_checkpoint(name: str, demo: str = "demo") -> str | None:
     """Folder of a stage's shipped checkpoint."""
-    folder = ASSETS / "demo" / name
+    folder = ASSETS / demo / name
     return str(folder) if folder.exists() else None
 
 
@@ -73,13 +73,13 @@ def demo(out: Path) -> Pipeline:
         "dmd": 105,
     }
     pipeline = small_pipeline("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
-    codec = pipeline.codec and _from_shipped(pipeline.codec)
-    return replace(pipeline, codec=codec, stages=tuple(_from_shipped(run) for run in pipeline.stages))
+    codec = pipeline.codec and from_shipped(pipeline.codec)
+    return replace(pipeline, codec=codec, stages=tuple(from_shipped(run) for run in pipeline.stages))
 
 
-def _from_shipped(run: Run, rate: float = 0.2) -> Run:
+def from_shipped(run: Run, rate: float = 0.2, demo: str = "demo") -> Run:
     """A stage that continues, at `rate` of its learning rate, from a shipped checkpoint of itself, if there is one."""
-    shipped = starting_checkpoint(run.name)
+    shipped = starting_checkpoint(run.name, demo)
     if not shipped:
         return run
     return replace(run, init=replace(run.init, student=shipped), optim=replace(run.optim, lr=rate * run.optim.lr))
@@ -139,8 +139,8 @@ def world_64(out: Path) -> Pipeline:
     pipeline = small_pipeline(
         "world-64", out, base=base, clips=4000, worlds_seed=3, steps=steps, batch=4, image_start=0.9
     )
-    codec = pipeline.codec and _from_shipped(pipeline.codec)
-    stages = [_from_shipped(run, 0.6) for run in pipeline.stages]
+    codec = pipeline.codec and from_shipped(pipeline.codec)
+    stages = [from_shipped(run, 0.6) for run in pipeline.stages]
     large = {"camera": 16}  # cameras are learnt from large batches (docs/ablations.md)
     return replace(
         pipeline, codec=codec, stages=tuple(replace(run, batch=large.get(run.name, run.batch)) for run in stages)
