@@ -22,7 +22,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 PLAIN = WanConfig(dim=64, heads=2, layers=2, ffn=96, channels=4, text_dim=16, freq_dim=32)
 SEEING = replace(PLAIN, camera="dual")
-ACTIONS = {f"action_embedding.{i}.{leaf}": torch.ones(64) for i in (0, 2) for leaf in ("weight", "bias")}
+ACTIONS = {f"action_embedding.{i}.weight": torch.ones(64, width) for i, width in ((0, 32), (2, 64))}
+ACTIONS |= {f"action_embedding.{i}.bias": torch.ones(64) for i in (0, 2)}
 State = dict[str, Tensor]
 
 

@@ -155,9 +155,10 @@ def test_worldplay(seeing: State, tmp_path: Path) -> None:
     assert f"{prefix}condition_embedder.action_embedder.linear_2.weight" in saved
     torch.save({"generator": saved, "generator_ema": worldplay(halves(seeing))}, path)
     opened = open_published(path, heads=2)
-    assert (opened.weights.role, opened.layout, opened.config) == ("generator", "diffusers", SEEING)
+    assert (opened.weights.role, opened.layout) == ("generator", "diffusers")
+    assert opened.config == replace(SEEING, actions=True)
     assert_equal(opened.tensors, seeing | ACTIONS)
-    assert sorted(opened.action) == sorted(ACTIONS) and not opened.mismatches()
+    assert not opened.mismatches()
     net = SEEING.build()
     dropped = open_published(path, heads=2, drop_action=True)
     assert set(dropped.ignored) == set(ACTIONS) and any("left out" in note for note in dropped.notes)

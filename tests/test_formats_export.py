@@ -99,7 +99,7 @@ def test_an_interrupted_export_leaves_nothing(state: State, tmp_path: Path, monk
 
 
 def test_actions_survive_export(seeing: State, tmp_path: Path) -> None:
-    assert len(export(seeing | ACTIONS, SEEING, tmp_path / "x", "diffusers")) == 2
+    assert len(export(seeing | ACTIONS, replace(SEEING, actions=True), tmp_path / "x", "diffusers")) == 2
     assert_equal(open_published(tmp_path / "x").tensors, seeing | ACTIONS)
     stored = load_file(tmp_path / "x" / "diffusion_pytorch_model.safetensors")
     assert "condition_embedder.action_embedder.linear_1.bias" in stored
@@ -160,7 +160,7 @@ def test_inspect(state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (written["role"], written["roles"]) == ("generator", ["generator", "critic"])
     assert written["wrappers"] == ["model", "_fsdp_wrapped_module"] and written["dtypes"] == {"float32": 73}
     assert written["config"]["dim"] == 64 and written["action_tensors"] == 4 and written["camera_tensors"] == 0
-    assert "4 trained parameters of discrete actions" in shown and "config.heads: 2" in shown
+    assert "config.actions: True" in shown and "config.heads: 2" in shown
     save_file(spoilt(state, "missing"), tmp_path / "x.safetensors")
     assert run("inspect", tmp_path / "x.safetensors", "--heads", 2) == 0
     assert "tensors missing: blocks.1.cross_attn.o.bias" in capsys.readouterr().out

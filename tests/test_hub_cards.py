@@ -141,6 +141,7 @@ def test_a_model_made_from_a_release_names_it(
     path.write_text(path.read_text().replace(str(project / "camera"), str(base)))
     text = card(copy)
     assert metadata(text)["base_model"] == "Wan-AI/Wan2.1-T2V-14B"
+    assert "- Wan-AI/Wan2.1-T2V-14B, from which they come: apache-2.0.\n" in text
     assert "`base`, with which it began, has no record of a training with minwm; its sizes are those of" in text
 
 

@@ -134,11 +134,12 @@ def test_every_naming_gives_the_same_model(release: Path, tmp_path: Path) -> Non
 
 def test_actions_are_left_out_when_asked(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = release / "diffusion_pytorch_model.safetensors"
-    actions = {f"action_embedding.{i}.{leaf}": torch.ones(48) for i in (0, 2) for leaf in ("weight", "bias")}
-    save_file(state(NETWORK.build()) | actions, file)
-    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd") == 2
-    assert "has 4 trained parameters of discrete actions" in capsys.readouterr().err
-    assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", "--drop-action") == 0
+    save_file(state(replace(NETWORK, actions=True).build()), file)
+    assert convert(release, tmp_path / "with", "wan2.1-1.3b/dmd") == 0
+    assert load_model(tmp_path / "with").config.network.actions
+    assert convert(release, tmp_path / "without", "wan2.1-1.3b/dmd", "--drop-action") == 0
+    assert "4 trained parameters are left out" in capsys.readouterr().out
+    assert not load_model(tmp_path / "without").config.network.actions
 
 
 BAD = {

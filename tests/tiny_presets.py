@@ -68,8 +68,8 @@ def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
     text = model.text
     if text.kind == "umt5":
         text = replace(text, source=str(text_encoder), dim=32, length=64)
-    elif text.dim > 64:
-        text = replace(text, dim=32)
+    else:
+        text = replace(text, dim=32, length=24)
     network = replace(
         model.network, dim=48, heads=2, layers=2, ffn=64, freq_dim=16, text_dim=text.dim, text_length=text.length,
         **NETWORK.get(model.network.kind, {}),

@@ -1,6 +1,7 @@
 """Verbs about checkpoints: what is in one, the same weights in another layout, and a model on the Hub."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from minwm.core.config import UserError, override, to_dict
 
 if TYPE_CHECKING:
     from minwm.families.base import Published
+    from minwm.store.layouts import NetworkConfig
 
 Source = Annotated[Positional[Path], arg(metavar="SRC", help="checkpoint: a file or folder in any published layout")]
 Role = Annotated[str | None, arg(metavar="NAME", help="the network to read, if a file holds several")]
@@ -47,7 +49,7 @@ def inspect_weights(source: Source, role: Role = None, heads: Heads = None, json
             "layout": published.layout,
             "size": layouts.release_name(published.config),
             "camera_tensors": camera,
-            "action_tensors": len(published.action),
+            "action_tensors": sum(name in family.ACTION_PARAMETERS for name in published.tensors),
             **{f"tensors {kind}": names for kind, names in published.mismatches().items()},
             "config": to_dict(published.config),
         }
@@ -79,7 +81,7 @@ def convert_weights(
     role: Role = None,
     heads: Heads = None,
     dtype: Annotated[Literal["keep", "bfloat16", "float32"], arg(help="type of the numbers")] = "keep",
-    drop_action: Annotated[Flag, arg(help="leave out HY-WorldPlay's discrete actions")] = False,
+    drop_action: Annotated[Flag, arg(help="leave out HY-WorldPlay's embedding of actions")] = False,
     fields: Fields = (),
 ) -> None:
     """Write a checkpoint or a model folder in another layout; with --to minwm, any field of the model can be set."""
@@ -100,8 +102,7 @@ def convert_weights(
         published = open_published(source, role, heads, drop_action)
         tensors, cfg, notes = published.tensors, published.config, published.notes
     types = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    for note in (*notes, *FAMILIES[cfg.kind].export(tensors, cfg, target, to, types[dtype])):
-        echo(f"note: {note}")
+    _echo_notes((*notes, *FAMILIES[cfg.kind].export(tensors, cfg, target, to, types[dtype])), cfg)
     return echo(f"{target}: {len(tensors)} tensors in {to} names")
 
 
@@ -118,7 +119,7 @@ def _write_model(
     if preset is None:
         raise UserError(f"{file} is of no published size: give --preset, such as wan2.1-1.3b/dmd")
     config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.published(preset)
-    folders = (file.parent, file.parent.parent)
+    folders = [*file.parents][:3]  # tencent's VAE stands beside a folder of variants
     for folder in folders:
         if family.has_text_encoder(folder):
             config = override(config, {"text.source": str(folder)})
@@ -129,9 +130,18 @@ def _write_model(
     if codec is None:
         raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")
     save_published(target, override(config, parse_fields(fields)), published, codec)
-    for note in published.notes:
-        echo(f"note: {note}")
+    _echo_notes(published.notes, published.config)
     echo(f"{target}: a model folder, codec from {codec}")
+
+
+def _echo_notes(notes: Iterable[str], network: "NetworkConfig") -> None:
+    """Notes, and a licence with limits of the release whose sizes a network has."""
+    from minwm.store.layouts import release
+
+    base = release(network)
+    limits = [f"weights of {base.repo} are under {base.license}"] if base and base.license.limits else []
+    for note in (*notes, *limits):
+        echo(f"note: {note}")
 
 
 @command("push")

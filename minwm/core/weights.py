@@ -194,7 +194,9 @@ def _find(path: Path) -> Path:
             raise CheckpointError(
                 f"{path} holds several files of weights; name one: {', '.join(f.name for f in found)}"
             )
-    raise CheckpointError(f"{path} holds no weights (.safetensors {' '.join(PICKLES)})")
+    inside = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+    hint = f"; name one of its folders: {inside}" if inside else ""
+    raise CheckpointError(f"{path} holds no weights (.safetensors {' '.join(PICKLES)}){hint}")
 
 
 def _read(file: Path) -> dict[Any, Any]:

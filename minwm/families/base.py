@@ -28,6 +28,10 @@ class License:
     limits: str = ""
     """What it forbids, in words."""
 
+    def __str__(self) -> str:
+        """All of it, in one line."""
+        return self.id + f": {self.limits}" * bool(self.limits) + f" ({self.url})" * bool(self.url)
+
 
 APACHE = License("apache-2.0")
 
@@ -54,8 +58,6 @@ class Published:
     """The network config: architecture, and how cameras enter."""
     tensors: dict[str, Tensor]
     """By canonical name, memory-mapped; those that the network does not have keep their own names."""
-    action: tuple[str, ...]
-    """Names in `tensors` of trained parameters for discrete actions, which no network here has."""
     ignored: tuple[str, ...]
     """Entries of the file that are left out."""
     notes: tuple[str, ...]
@@ -67,7 +69,7 @@ class Published:
         """Parameters that are missing, unexpected or of another shape, by kind; empty for a whole network."""
         with torch.device("meta"):
             network = self.config.build()
-        return mismatches(network, {name: x for name, x in self.tensors.items() if name not in self.action})
+        return mismatches(network, self.tensors)
 
 
 @runtime_checkable
@@ -95,6 +97,8 @@ class Family(Protocol):
     """Published transformers by the names that presets and the command line use."""
     CAMERA_PARAMETERS: tuple[str, ...]
     """Ends of the names of camera parameters, which published transformers lack."""
+    ACTION_PARAMETERS: tuple[str, ...]
+    """Names of the parameters of the embedding of actions."""
     VAE_FILES: tuple[str, ...]
     """Where the releases keep their VAE: names of files and folders."""
 

@@ -66,32 +66,29 @@ def read_renamed(
     weights: Weights,
     layout: Layout,
     tensors: dict[str, Tensor],
-    actions: Collection[str],
-    drop_action: bool,
+    drop: Collection[str],
     infer: Callable[[Mapping[str, Tensor]], Inferred],
 ) -> Published:
-    """The transformer with these tensors, by canonical name; `actions` are names of parameters for discrete actions."""
+    """The transformer with these tensors, by canonical name, but for those that are to be dropped."""
     ignored, notes = weights.ignored, []
     if len(weights.roles) > 1:
         others = [name for name in weights.roles if name != weights.role]
         notes.append(f"{weights.role} was read; {', '.join(others)} can be had with --role")
-    if action := tuple(name for name in tensors if name in actions):
-        notes.append(f"{len(action)} trained parameters of discrete actions, for which no network here has a place")
-        if drop_action:
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in action}
-            ignored, action = (*ignored, *action), ()
-            notes[-1] += ", are left out: the network will do something else than the checkpoint"
+    if dropped := [name for name in tensors if name in drop]:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
+        ignored = (*ignored, *dropped)
+        notes.append(f"{len(dropped)} trained parameters are left out: the network will do something else")
     if weights.scales:
         notes.append(f"{len(weights.scales)} weights are quantised and are read as bfloat16")
     config, assumed, unsupported = infer(tensors)
-    return Published(weights, layout, config, tensors, action, ignored, (*notes, *assumed), unsupported)
+    return Published(weights, layout, config, tensors, ignored, (*notes, *assumed), unsupported)
 
 
-def check_whole(tensors: Mapping[str, Tensor], config: Any, actions: Collection[str], target: Path) -> None:
-    """Raise CheckpointError unless the tensors are exactly those of the network, but for actions."""
+def check_whole(tensors: Mapping[str, Tensor], config: Any, target: Path) -> None:
+    """Raise CheckpointError unless the tensors are exactly those of the network."""
     with torch.device("meta"):
         network = config.build()
-    if problems := mismatches(network, {name: x for name, x in tensors.items() if name not in actions}):
+    if problems := mismatches(network, tensors):
         raise CheckpointError(f"{target} is not written, as this is no whole network: {describe_mismatches(problems)}")
 
 
@@ -117,14 +114,14 @@ def write_published(
         write_json(folder / "config.json", config_json)
 
 
-def missed(config: Any, actions: int, layout: Layout, target: Path, unsaid: str) -> list[str]:
+def missed(config: Any, layout: Layout, target: Path, unsaid: str) -> list[str]:
     """Sentences about what the readers of a written network will miss; `unsaid` is what config.json alone says."""
     reader = "diffusers" if layout == "diffusers" else "the original code"
     notes = []
     if config.camera != "none":
         notes.append(f"{reader} does not know of the cameras (camera={config.camera}) and runs without them")
-    if actions:
-        notes.append(f"{reader} does not know of {actions} parameters of discrete actions and runs without them")
+    if config.actions:
+        notes.append(f"{reader} does not know of the embedding of actions and runs without it")
     if target.suffix == ".safetensors":
         notes.append(f"a file has no config.json: readers must know of {unsaid}")
     return notes

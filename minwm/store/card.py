@@ -16,8 +16,9 @@ from minwm.core.config import UserError, to_dict
 from minwm.core.files import read_json, write_text
 from minwm.core.hub import HubError, render_card
 from minwm.core.weights import check, read_weights
+from minwm.families.base import Release
 from minwm.store.folder import FILES, load_config
-from minwm.store.layouts import FAMILIES, release_name
+from minwm.store.layouts import release
 from minwm.store.model import ModelConfig
 
 CARD = "README.md"
@@ -66,11 +67,12 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
     unrecorded = [path for path, record in history.items() if not record]
     camera, causal = config.network.camera != "none", config.sampler.causal
     tags = ["world-model", "video-generation", config.network.kind, config.sampler.kind.replace("_", "-")]
+    base = _base(folder, config, history)
     metadata = {
         "license": license,
         "library_name": "minwm",
         "pipeline_tag": "image-to-video" if config.image_start else "text-to-video",
-        "base_model": _base_model(folder, config, history),
+        "base_model": base and base.repo,
         "tags": tags + ["camera-control"] * camera + ["streaming"] * causal,
     }
     sizes = _sizes(folder, config)
@@ -91,6 +93,7 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         stages=[_stage(record) for record in runs],
         last=runs[-1] if runs else None,
         unrecorded=unrecorded,
+        base=base,
         clip_licences=_clip_licences(runs, unrecorded),
         measurements=_measurements(folder, config, sizes["parameters"]),
     )
@@ -123,15 +126,14 @@ def _history(folder: Path, found: dict[Path, Record | None]) -> dict[Path, Recor
     return found
 
 
-def _base_model(folder: Path, config: ModelConfig, history: Mapping[Path, Record | None]) -> str | None:
-    """Hub name of the release from which the network was trained: a model without run.json, of a release's sizes."""
+def _base(folder: Path, config: ModelConfig, history: Mapping[Path, Record | None]) -> Release | None:
+    """The release from which the network was trained: a model without run.json, of a release's sizes."""
     for _ in history:  # from student to student, not for ever if they form a circle
         if record := history[folder]:
             folder = Path(record["run"]["init"]["student"] or folder)
     if history[folder] or not (folder / "model.json").exists():
         return None
-    release = release_name(config.network)
-    return release and FAMILIES[config.network.kind].RELEASES[release].repo
+    return release(config.network)
 
 
 def _stage(record: Record) -> list[str]:

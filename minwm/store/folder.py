@@ -65,10 +65,9 @@ def save_published(target: Path, config: ModelConfig, published: Published, code
     file = published.weights.path
     if problems := published.mismatches():
         raise CheckpointError(f"{file} is no whole network: {describe_mismatches(problems)}")
-    if published.action:
+    if config.network.kind != published.config.kind:
         raise CheckpointError(
-            f"{file} has {len(published.action)} trained parameters of discrete actions, for which no network here has "
-            "a place; --drop-action leaves them out, and changes what it does"
+            f"{file} is of the family {published.config.kind}, the preset of {config.network.kind}; give another preset"
         )
     run_as = {name: vars(config.network)[name] for name in config.network.unpublished}
     network = replace(published.config, **run_as)

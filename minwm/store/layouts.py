@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minwm.core.weights import CheckpointError, Weights, read_weights
-from minwm.families.base import Family, Published, PublishedCodec
+from minwm.families.base import Family, Published, PublishedCodec, Release
 from minwm.families.hunyuan import convert as hunyuan
 from minwm.families.hunyuan import vae as hunyuan_vae
 from minwm.families.hunyuan.transformer import HunyuanConfig
@@ -90,7 +90,16 @@ def read_published(weights: Weights, heads: int | None = None, drop_action: bool
     return published
 
 
+def release(config: NetworkConfig) -> Release | None:
+    """The release with these sizes, however it is run, with or without cameras and actions."""
+    name = release_name(config)
+    return None if name is None else FAMILIES[config.kind].RELEASES[name]
+
+
 def release_name(config: NetworkConfig) -> str | None:
-    """The name of the release with these sizes, with or without cameras."""
-    plain = replace(config, camera="none")
-    return next((name for name, release in FAMILIES[config.kind].RELEASES.items() if release.config == plain), None)
+    """The name of that release."""
+    for name, release in FAMILIES[config.kind].RELEASES.items():
+        run_as = {field: vars(release.config)[field] for field in config.unpublished}
+        if release.config == replace(config, camera="none", actions=False, **run_as):
+            return name
+    return None

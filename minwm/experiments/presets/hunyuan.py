@@ -108,8 +108,8 @@ def demo_hunyuan(out: Path) -> Pipeline:
     steps = {
         "codec": 150,
         "foundation": 60,
-        "camera": 80,
-        "ar": 80,
+        "camera": 200,
+        "ar": 120,
         "ode": 50,
         "consistency": 50,
         "dmd": 40,

@@ -51,7 +51,12 @@ RELEASES: Mapping[str, Release] = {
 VAE_FILES: tuple[str, ...] = ("vae",)
 CAMERA_PARAMETERS: tuple[str, ...] = ("img_attn_prope_proj.weight", "img_attn_prope_proj.bias")
 """Ends of the names of camera parameters."""
-ACTION = ("action_in.mlp.0.weight", "action_in.mlp.0.bias", "action_in.mlp.2.weight", "action_in.mlp.2.bias")
+ACTION_PARAMETERS: tuple[str, ...] = (
+    "action_in.mlp.0.weight",
+    "action_in.mlp.0.bias",
+    "action_in.mlp.2.weight",
+    "action_in.mlp.2.bias",
+)
 """HY-WorldPlay's embedding of discrete actions, which minWM's files may have too."""
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "it has blocks of a single stream (HunyuanVideo 1)": ("single_blocks.", "single_transformer_blocks."),
@@ -208,7 +213,7 @@ def read_transformer(weights: Weights, heads: int | None = None, drop_action: bo
     else:
         tensors = {canonical_name(name): tensor for name, tensor in weights.tensors.items()}
     infer = partial(_infer, layers=blocks, layout=layout, path=weights.path, heads=heads)
-    return read_renamed(weights, layout, tensors, ACTION, drop_action, infer)
+    return read_renamed(weights, layout, tensors, ACTION_PARAMETERS if drop_action else (), infer)
 
 
 def _infer(tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Path, heads: int | None) -> Inferred:
@@ -247,6 +252,7 @@ def _infer(tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Pat
         "rope": rope or HunyuanConfig.rope,
         "meanflow": any(name.startswith("time_r_in.") for name in tensors),
         "camera": "dual" if any(name.endswith(CAMERA_PARAMETERS) for name in tensors) else "none",
+        "actions": any(name in tensors for name in ACTION_PARAMETERS),
     }
     config = from_dict(HunyuanConfig, sizes)
     if not unsupported:
@@ -315,15 +321,14 @@ def export(
     sentences about what other readers will miss. Raises CheckpointError if the tensors are not exactly those of such a
     network, or if the target exists.
     """
-    check_whole(tensors, config, ACTION, target)
+    check_whole(tensors, config, target)
     if layout == "diffusers":
         renamed, kind = to_diffusers(tensors), "HunyuanVideo15Transformer3DModel"
     else:
         renamed = {original_name(name): tensor for name, tensor in tensors.items()}
         kind = "HunyuanVideo_1_5_DiffusionTransformer"
     write_published(target, renamed, {"_class_name": kind, **_config_json(config, layout)}, dtype, shard)
-    actions = sum(name in ACTION for name in tensors)
-    return missed(config, actions, layout, target, f"heads that are rotated by {config.rope}")
+    return missed(config, layout, target, f"heads that are rotated by {config.rope}")
 
 
 def has_text_encoder(folder: Path) -> bool:  # noqa: ARG001

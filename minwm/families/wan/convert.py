@@ -54,7 +54,7 @@ VAE_FILES: tuple[str, ...] = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae")
 PROPE = ("prope_o.weight", "prope_o.bias")
 CAMERA_PARAMETERS: tuple[str, ...] = (*PROPE, "plucker.weight", "plucker.bias")
 """Ends of the names of camera parameters."""
-ACTION = (
+ACTION_PARAMETERS: tuple[str, ...] = (
     "action_embedding.0.weight",
     "action_embedding.0.bias",
     "action_embedding.2.weight",
@@ -143,7 +143,7 @@ def read_transformer(weights: Weights, heads: int | None = None, drop_action: bo
     canonical = {theirs: ours for ours, theirs in _names(layout, layers).items()}
     tensors = rename(weights.tensors, lambda name: canonical.get(name, name), weights.path)
     infer = partial(_infer, layers=layers, layout=layout, path=weights.path, heads=heads)
-    return read_renamed(weights, layout, tensors, ACTION, drop_action, infer)
+    return read_renamed(weights, layout, tensors, ACTION_PARAMETERS if drop_action else (), infer)
 
 
 def _infer(tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Path, heads: int | None) -> Inferred:
@@ -177,6 +177,7 @@ def _infer(tensors: Mapping[str, Tensor], layers: int, layout: Layout, path: Pat
         "freq_dim": shape(tensors, "time_embedding.0.weight", 2, path)[1],
         "patch": patch[1],
         "camera": "single" if inside == "none" and given.get("camera") == "single" else inside,
+        "actions": any(name in tensors for name in ACTION_PARAMETERS),
     }
     config = from_dict(WanConfig, sizes)
     if not unsupported:
@@ -214,11 +215,11 @@ def export(
     what other readers will miss. Raises CheckpointError if the tensors are not exactly those of such a network, or if
     the target exists.
     """
-    check_whole(tensors, config, ACTION, target)
+    check_whole(tensors, config, target)
     name = {"_class_name": "WanModel", "model_type": "ti2v" if config.channels == 48 else "t2v"}
     if layout == "diffusers":
         name = {"_class_name": "WanTransformer3DModel"}
     names = _names(layout, config.layers)
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     write_published(target, renamed, {**name, **_config_json(config, layout)}, dtype, shard)
-    return missed(config, sum(name in ACTION for name in tensors), layout, target, f"{config.heads} heads")
+    return missed(config, layout, target, f"{config.heads} heads")
