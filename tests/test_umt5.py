@@ -18,7 +18,8 @@ from minwm.core.config import ConfigError, UserError, dumps, loads
 from minwm.core.runtime import MissingExtraError
 from minwm.core.weights import read_weights
 from minwm.experiments.presets.demo import tiny_model
-from minwm.families.wan.text import LAYOUTS, Umt5Text, build_encoder, clean, read_states, rename
+from minwm.families.wan.text import LAYOUTS, Umt5Text, build_encoder, clean, rename
+from minwm.nets.prompt_cache import read_states
 from minwm.nets.text import TextEncoder
 
 transformers = pytest.importorskip("transformers")

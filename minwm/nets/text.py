@@ -32,10 +32,10 @@ class TextEncoder(ABC):
         return {"text": (self.length, self.dim)}
 
     @abstractmethod
-    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b l d"]]:
+    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b _ _"]]:
         """What captions become."""
 
-    def encode_images(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, Float[Tensor, "b l d"]]:
+    def encode_images(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> dict[str, Float[Tensor, "b _ _"]]:
         """What first frames become, besides latents; by default nothing."""
         return {}
 
@@ -64,7 +64,7 @@ class WordText(TextEncoder):
         if self.length < 1:
             raise ConfigError(f"text.length={self.length}: must be at least 1")
 
-    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b l d"]]:
+    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b _ _"]]:
         """States of the captions, one per word; UserError for a caption of more than `length` words."""
         states = torch.zeros(len(captions), self.length, self.dim)
         for row, caption in zip(states, captions, strict=True):

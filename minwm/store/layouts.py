@@ -11,6 +11,7 @@ from minwm.core.weights import CheckpointError, Weights, read_weights
 from minwm.families.base import Family, Published, PublishedCodec, Release
 from minwm.families.hunyuan import convert as hunyuan
 from minwm.families.hunyuan import vae as hunyuan_vae
+from minwm.families.hunyuan.text import HunyuanText
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.hunyuan.vae import HunyuanVae, HunyuanVaeConfig
 from minwm.families.wan import convert as wan
@@ -29,7 +30,7 @@ CODECS: dict[str, PublishedCodec] = {WanVaeConfig.kind: wan_vae, HunyuanVaeConfi
 NetworkConfig = WanConfig | HunyuanConfig
 AnyCodecConfig = SmallCodecConfig | WanVaeConfig | HunyuanVaeConfig | TaehvConfig
 AnyCodec = SmallCodec | WanVae | HunyuanVae | Taehv
-TextConfig = WordText | Umt5Text
+TextConfig = WordText | Umt5Text | HunyuanText
 
 OTHERS = {
     r"(en|de)coder\.\d+\.": "a TAEHV tiny autoencoder",

@@ -20,7 +20,7 @@ from minwm.render.place import SCENES, SceneKind
 from minwm.store.layouts import AnyCodec, AnyCodecConfig, NetworkConfig, TextConfig
 from minwm.stream.solvers import Sampler
 
-Prompts = list[str] | dict[str, Float[Tensor, "b l d"]]
+Prompts = list[str] | dict[str, Float[Tensor, "b _ _"]]
 """As text, or encoded already (`TextEncoder.encode`)."""
 SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
 """Focal lengths of square pictures, 70 degrees wide."""

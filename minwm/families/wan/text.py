@@ -1,30 +1,28 @@
-"""The text encoder of Wan, UMT5-XXL, run by transformers; what it says about a prompt is kept on disk.
+"""The text encoder of Wan, UMT5-XXL, run by transformers."""
 
-The encoder has 11 GB in bfloat16, the states of a prompt some hundred kB. So it is loaded when a prompt is new,
-encodes all the new ones, and is let go; training and play read small files.
-"""
-
-import hashlib
 import html
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minwm.core.config import ConfigError, UserError
-from minwm.core.files import atomic, write_text
-from minwm.core.hub import SCHEME, HubError
-from minwm.core.hub import fetch as fetch_files
-from minwm.core.runtime import pick_device, progress, require
+from minwm.core.config import ConfigError
+from minwm.core.runtime import require
 from minwm.core.weights import CheckpointError, check, read_weights
+from minwm.nets.prompt_cache import (
+    EncoderFiles,
+    PromptCache,
+    States,
+    check_length,
+    on_fastest_device,
+    read_states,
+    tokenizer,
+)
 from minwm.nets.text import TextEncoder
 
 LAYOUTS = (
@@ -70,95 +68,41 @@ class Umt5Text(TextEncoder):
             if getattr(self, name) < 1:
                 raise ConfigError(f"text.{name}={getattr(self, name)}: must be at least 1")
 
-    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b l d"]]:
+    @property
+    def _cache(self) -> PromptCache:
+        return PromptCache(EncoderFiles("text encoder", self.source, LAYOUTS), self.length, self.dim)
+
+    def encode(self, captions: list[str]) -> dict[str, Float[Tensor, "b _ _"]]:
         """States of the captions, float32 on the CPU; give many at once, as each new one may load the encoder.
 
         UserError for a caption of more than `length` tokens, and for an encoder that is needed and not there.
         """
-        cleaned = [clean(caption) for caption in captions]
-        folder = self._folder()
-        kept = {caption: folder / f"{_digest(caption)}.safetensors" for caption in cleaned}
-        new = {caption: path for caption, path in kept.items() if not path.exists()}
-        if new:
-            self._encode(new)
-            torch.cuda.empty_cache()  # does nothing where CUDA was not used
-        states = torch.zeros(len(captions), self.length, self.dim)
-        for row, caption in zip(states, cleaned, strict=True):
-            known = _read(kept[caption])
-            row[: len(known)] = known
-        return {"text": states}
+        return {"text": self._cache.encode([clean(caption) for caption in captions], self._encode)}
 
     def import_states(self, path: Path) -> None:
         """Take the states of a caption that were encoded elsewhere, without their padding, from a file (`read_states`).
 
-        Without the encoder at hand there is nothing to check them against but their shape (ConfigError).
+        ConfigError for states of another shape.
         """
         caption, states = read_states(path)
-        if states.ndim != 2 or not 1 <= len(states) <= self.length or states.shape[1] != self.dim:
-            raise ConfigError(
-                f"states of {caption[:60]!r} have shape {tuple(states.shape)}; "
-                f"this model reads (1 to {self.length}, {self.dim})"
-            )
-        _write(self._folder(given=True) / f"{_digest(clean(caption))}.safetensors", caption, states)
-
-    def _folder(self, given: bool = False) -> Path:
-        """Where the states of this encoder are kept, by a sample of its files.
-
-        It is remembered under the path of the source: once all prompts are encoded, the weights may go. `given`:
-        they may never have been here.
-        """
-        root = Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser() / "prompts"
-        name = self.source if self.source.startswith(SCHEME) else str(Path(self.source).expanduser().absolute())
-        note = root / f"{_digest(name)}-{self.length}.txt"
-        known = note.read_text() if note.exists() else None
-        if found := _find(self.source, fetch=not (known or given)):
-            identity = fingerprint(*found, self.length)
-        elif known or given:
-            identity = known or f"given-{_digest(name)[:16]}-{self.length}"
-        else:
-            raise _absent(self.source)
-        if identity != known:
-            write_text(note, identity)
-        return root / identity
+        self._cache.add(clean(caption), states)
 
     @torch.no_grad()
-    def _encode(self, new: dict[str, Path]) -> None:
-        """Write the states of each caption to its file, in the precision in which they were computed.
+    def _encode(self, captions: list[str], files: tuple[Path, ...]) -> Iterator[States]:
+        """States of each caption, in the precision in which they were computed.
 
         One at a time: there is no padding, whose masked keys change nothing but the rounding, and so no state
         depends on what else was encoded with it.
         """
-        if not (found := _find(self.source, fetch=True)):
-            raise _absent(self.source, f" to encode {next(iter(new))[:60]!r}, which is new")
-        tokens = self._tokens(found[0], new)
-        weights = rename(read_weights(found[1]).tensors)
-        encoder = build_encoder(weights, found[1])
+        words = tokenizer(files[0])
+        tokens = {caption: words.encode(caption).ids for caption in captions}
+        check_length(tokens, self.length)
+        encoder = build_encoder(rename(read_weights(files[1]).tensors), files[1])
         if encoder.config.d_model != self.dim:
             raise ConfigError(f"text.dim={self.dim}: the encoder in {self.source} has {encoder.config.d_model}")
-        device = pick_device()
-        size = 2 * sum(x.numel() for x in weights.values())
-        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 1.2 * size:
-            encoder.to(device, torch.bfloat16)
-        with progress(len(new), f"prompts encoded ({encoder.device.type})") as bar:
-            for caption, path in new.items():
-                ids = torch.tensor([tokens[caption]], device=encoder.device)
-                states = encoder(input_ids=ids).last_hidden_state[0]
-                _write(path, caption, states.cpu())
-                bar.advance()
-
-    def _tokens(self, file: Path, captions: Iterable[str]) -> dict[str, list[int]]:
-        """Numbers of the tokens of each caption and of the end mark; UserError if they are too many."""
-        tokenizer = require("tokenizers", "pretrained").Tokenizer.from_file(str(file))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokens = {caption: tokenizer.encode(caption).ids for caption in captions}
-        for caption, ids in tokens.items():
-            if len(ids) > self.length:
-                raise UserError(
-                    f"a caption has {len(ids)} tokens, this text encoder takes {self.length}; shorten the one that "
-                    f"begins with {caption[:60]!r}"
-                )
-        return tokens
+        on_fastest_device(encoder, torch.bfloat16)
+        for ids in tokens.values():
+            yield encoder(input_ids=torch.tensor([ids], device=encoder.device)).last_hidden_state[0]
 
 
 def clean(caption: str) -> str:
@@ -166,20 +110,6 @@ def clean(caption: str) -> str:
     if not re.fullmatch(r"[ -%'-~\t\n\r]*", caption):  # ftfy leaves printable ASCII without & as it is
         caption = require("ftfy", "pretrained").fix_text(caption)
     return " ".join(html.unescape(html.unescape(caption)).split())
-
-
-def fingerprint(tokenizer: Path, weights: Path, length: int) -> str:
-    """A name for an encoder: a hash of its files' names, sizes and 16 blocks spread over each, and of the length."""
-    digest = hashlib.sha256(str(length).encode())
-    shards = weights.parent.glob(f"{weights.name.partition('.')[0]}*")
-    for file in (tokenizer, *sorted(shards)):
-        size, block = file.stat().st_size, 2**16
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for part in range(16):
-                stream.seek(max(size - block, 0) * part // 15)
-                digest.update(stream.read(block))
-    return digest.hexdigest()[:16]
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,52 +156,4 @@ def build_encoder(weights: dict[str, Tensor], source: Path) -> Any:
 
 def has_text_encoder(folder: Path) -> bool:
     """Whether a folder holds a text encoder with its tokenizer."""
-    return folder.is_dir() and _find(str(folder)) is not None
-
-
-def read_states(path: Path) -> tuple[str, Float[Tensor, "t d"]]:
-    """A prompt and its states from a file as they are kept: the tensor `states`, and `caption` in the metadata."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata()["caption"], file.get_tensor("states")
-    except (SafetensorError, KeyError, TypeError) as error:  # TypeError: no metadata
-        raise UserError(
-            f"{path} holds no encoded prompt ({error}): a tensor `states` and a `caption` in the metadata are needed"
-        ) from error
-
-
-def _find(source: str, fetch: bool = False) -> tuple[Path, Path] | None:
-    """The files of the tokenizer and of the weights (of shards, their index), if the source has both; `fetch` lets
-    them come from the Hub, else only what came before counts."""
-    folder, repo = Path(source).expanduser(), source.removeprefix(SCHEME)
-    if repo != source:
-        files = [*dict(LAYOUTS), "text_encoder/*.safetensors*", LAYOUTS[-1][1]]
-        try:
-            folder = fetch_files(repo, files, local=not fetch)
-        except HubError:
-            if fetch:
-                raise
-            return None
-    layouts = [(folder / tokenizer, folder / weights) for tokenizer, weights in LAYOUTS]
-    return next((layout for layout in layouts if all(file.exists() for file in layout)), None)
-
-
-def _absent(source: str, purpose: str = "") -> UserError:
-    layouts = "; or ".join(" and ".join(layout) for layout in LAYOUTS)
-    return UserError(f"no text encoder in {source}{purpose}: expected {layouts}")
-
-
-def _read(path: Path) -> Float[Tensor, "t d"]:
-    try:
-        return load_file(path)["states"]
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the prompt is encoded again") from error
-
-
-def _write(path: Path, caption: str, states: Float[Tensor, "t d"]) -> None:
-    with atomic(path) as temporary:
-        save_file({"states": states.contiguous()}, temporary, {"caption": caption})
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return folder.is_dir() and EncoderFiles("text encoder", str(folder), LAYOUTS).find() is not None
