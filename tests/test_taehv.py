@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minwm.core.config import ConfigError, UserError, dumps, loads
-from minwm.nets.codec import State
+from minwm.families.hunyuan.vae import HunyuanVaeConfig
+from minwm.nets.codec import State, TinyDecoder
 from minwm.nets.taehv import TAEHV, Taehv, TaehvConfig
 
 FRAMES, LATENTS = 13, 4
@@ -137,6 +138,12 @@ def test_a_published_file_loads_strictly(tmp_path: Path) -> None:
     codec.load_state_dict(load_file(tmp_path / "taew2_1.safetensors"), strict=True)
     assert sum(p.numel() for p in codec.parameters()) == 11_315_539
     assert torch.equal(codec.state_dict()["decoder.13.conv.weight"].half(), tensors["decoder.13.conv.weight"])
+
+
+def test_the_decoder_for_hunyuanvideo_fits_its_latents() -> None:
+    with torch.device("meta"):
+        both = TinyDecoder(HunyuanVaeConfig().build(), TAEHV["taehv1_5"].build())
+    assert (both.channels, both.scale, both.stride) == (32, 16, 4)
 
 
 @pytest.mark.parametrize("patch", [1, 2])

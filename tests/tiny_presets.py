@@ -10,6 +10,7 @@ from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.experiments.presets import PIPELINES
 from minwm.experiments.presets.base import Pipeline
 from minwm.experiments.presets.demo import ASSETS
+from minwm.nets.text import WordText
 from minwm.store.folder import save_published
 from minwm.store.layouts import FAMILIES, open_published
 from minwm.store.model import ModelConfig
@@ -69,7 +70,7 @@ def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
     if text.kind == "umt5":
         text = replace(text, source=str(text_encoder), dim=32, length=64)
     else:
-        text = replace(text, dim=32, length=24)
+        text = WordText(dim=32, length=24)
     network = replace(
         model.network, dim=48, heads=2, layers=2, ffn=64, freq_dim=16, text_dim=text.dim, text_length=text.length,
         **NETWORK.get(model.network.kind, {}),

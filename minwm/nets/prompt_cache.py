@@ -147,6 +147,11 @@ def fingerprint(files: tuple[Path, ...], length: int) -> str:
     return digest.hexdigest()[:16]
 
 
+def transformers() -> Any:
+    """The library that runs the encoders."""
+    return require("transformers", "pretrained")
+
+
 def tokenizer(file: Path) -> Any:
     """The tokenizer in a file, which neither cuts nor pads, whatever the file says."""
     loaded = require("tokenizers", "pretrained").Tokenizer.from_file(str(file))

@@ -9,10 +9,10 @@ from minwm.experiments.presets.base import EVALUATION, Pipeline
 from minwm.experiments.presets.demo import from_shipped, small_pipeline, tiny_model
 from minwm.experiments.presets.wan import wan_model
 from minwm.families.hunyuan.convert import RELEASES
+from minwm.families.hunyuan.text import HunyuanText
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.hunyuan.vae import HunyuanVaeConfig
 from minwm.nets.chunks import StreamConfig
-from minwm.nets.text import WordText
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig, DiffusionConfig, TimeLaw
 from minwm.recipes.dmd import DmdConfig
@@ -28,8 +28,7 @@ GUIDANCE = 5.0
 def hunyuan_model(size: str) -> ModelConfig:
     """A published HunyuanVideo-1.5 for 480p from an image, bidirectional and without cameras.
 
-    Clips and cameras are those of minWM's data, as for Wan; solver, shift and guidance are the release's. Prompts are
-    random vectors of words, until the family's own encoders are read: such a model can be measured and trained.
+    Clips and cameras are those of minWM's data, as for Wan; solver, shift and guidance are the release's.
     """
     network = lookup(RELEASES, size, "size of HunyuanVideo-1.5").config
     sampler = BidirectionalSampler(steps=50, guidance=6.0, shift=5.0, solver="euler")
@@ -40,8 +39,8 @@ def hunyuan_model(size: str) -> ModelConfig:
         network=replace(network, principal_point=False),
         sampler=sampler,
         codec=HunyuanVaeConfig(),
-        text=WordText(dim=network.text_dim, length=network.text_length),
-        negative="",  # what prompts are dropped for in training
+        text=HunyuanText(source="weights/HunyuanVideo-1.5"),
+        negative="",  # what prompts are dropped for in training, too
         stream=StreamConfig(chunk=4, image_start=True, sink=1, window=4, rolling_sink=True),
     )
 

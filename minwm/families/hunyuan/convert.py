@@ -20,6 +20,7 @@ from torch import Tensor
 from minwm.core.config import from_dict
 from minwm.core.weights import CheckpointError, Weights
 from minwm.families.base import Layout, License, Published, Release
+from minwm.families.hunyuan.text import has_text_encoder as has_text_encoder
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.published import (
     SHARD,
@@ -329,8 +330,3 @@ def export(
         kind = "HunyuanVideo_1_5_DiffusionTransformer"
     write_published(target, renamed, {"_class_name": kind, **_config_json(config, layout)}, dtype, shard)
     return missed(config, layout, target, f"heads that are rotated by {config.rope}")
-
-
-def has_text_encoder(folder: Path) -> bool:  # noqa: ARG001
-    """Whether a folder holds the family's text encoder with its tokenizer: none is read yet."""
-    return False

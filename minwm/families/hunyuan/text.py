@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.runtime import require
 from minwm.core.weights import CheckpointError, check, read_weights
 from minwm.nets.prompt_cache import (
     EncoderFiles,
     PromptCache,
-    States,
     check_length,
     on_fastest_device,
     read_states,
     tokenizer,
+    transformers,
 )
 from minwm.nets.text import TextEncoder
 
@@ -139,7 +138,7 @@ class HunyuanText(TextEncoder):
         return {"image_states": torch.cat([state.last_hidden_state.float().cpu() for state in states])}
 
     @torch.no_grad()
-    def _encode_text(self, captions: list[str], files: tuple[Path, ...]) -> Iterator[States]:
+    def _encode_text(self, captions: list[str], files: tuple[Path, ...]) -> Iterator[Float[Tensor, "t d"]]:
         """States of each caption and of what follows it in the template.
 
         One at a time, as there is no padding then; that of the release is masked.
@@ -157,7 +156,7 @@ class HunyuanText(TextEncoder):
             yield encoder(input_ids=given, output_hidden_states=True, use_cache=False).hidden_states[LAYER][0, crop:]
 
     @torch.no_grad()
-    def _encode_glyphs(self, texts: list[str], files: tuple[Path, ...]) -> Iterator[States]:
+    def _encode_glyphs(self, texts: list[str], files: tuple[Path, ...]) -> Iterator[Float[Tensor, "t d"]]:
         tokens = {text: [*(byte + 3 for byte in text.encode()), 1] for text in texts}  # after pad, end and unknown
         check_length(tokens, self.glyph_length)
         encoder = load_byt5(files[0].parent, files[1])
@@ -185,15 +184,15 @@ def siglip_pixels(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float[Tensor,
 
 def load_qwen(folder: Path, weights: Path) -> Any:
     """transformers' Qwen2_5_VLTextModel, from its own weights or from those of all of Qwen2.5-VL."""
-    transformers = require("transformers", "pretrained")
-    config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+    library = transformers()
+    config = library.AutoConfig.from_pretrained(folder).get_text_config()
     tensors = {
         name.removeprefix("language_model."): x
         for name, x in read_weights(weights).tensors.items()
         if not name.startswith(("visual.", "lm_head."))
     }
     with torch.device("meta"):
-        encoder = transformers.Qwen2_5_VLTextModel(config)
+        encoder = library.Qwen2_5_VLTextModel(config)
     check(encoder, tensors, weights)
     encoder.load_state_dict(tensors, assign=True)
     encoder.rotary_emb = type(encoder.rotary_emb)(config)  # its buffers are in no file
@@ -205,7 +204,7 @@ def load_byt5(folder: Path, weights: Path) -> Any:
 
     That has more tokens than ByT5 (of colours and fonts, which no prompt here has), and towers beside the encoder.
     """
-    transformers = require("transformers", "pretrained")
+    library = transformers()
     saved = read_weights(weights).tensors
     tower = {name: x for name, x in saved.items() if name.startswith("text_tower.encoder.")} or saved
     tensors = {f"encoder.{name.removeprefix('text_tower.').removeprefix('encoder.')}": x for name, x in tower.items()}
@@ -213,10 +212,10 @@ def load_byt5(folder: Path, weights: Path) -> Any:
     embedding = tensors.pop("encoder.embed_tokens.weight", embedding)
     if embedding is None:
         raise CheckpointError(f"{weights} is no T5 encoder: it has no embedding of tokens")
-    config = transformers.T5Config.from_pretrained(folder)
+    config = library.T5Config.from_pretrained(folder)
     config.vocab_size = len(embedding)
     with torch.device("meta"):
-        encoder = transformers.T5EncoderModel(config)
+        encoder = library.T5EncoderModel(config)
     tensors["shared.weight"] = embedding
     check(encoder, tensors, weights, allow_missing=("embed_tokens.weight",))  # a second name of shared.weight
     encoder.load_state_dict(tensors, strict=False, assign=True)
@@ -226,7 +225,7 @@ def load_byt5(folder: Path, weights: Path) -> Any:
 
 def load_siglip(folder: Path) -> Any:
     """transformers' SiglipVisionModel; CheckpointError unless the folder has all of it."""
-    siglip = require("transformers", "pretrained").SiglipVisionModel
+    siglip = transformers().SiglipVisionModel
     encoder, found = siglip.from_pretrained(folder, dtype="auto", output_loading_info=True)
     if lacking := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} is no whole SigLIP image encoder: it has no {lacking[0]}")

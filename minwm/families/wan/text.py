@@ -22,6 +22,7 @@ from minwm.nets.prompt_cache import (
     on_fastest_device,
     read_states,
     tokenizer,
+    transformers,
 )
 from minwm.nets.text import TextEncoder
 
@@ -125,7 +126,6 @@ def build_encoder(weights: dict[str, Tensor], source: Path) -> Any:
     UMT5-XXL: width 4096, 64 heads of 64, feed-forward 10240 (gated GELU), 24 layers with 32 buckets of relative
     positions up to 128 each, vocabulary 256384.
     """
-    transformers = require("transformers", "pretrained")
     block = "encoder.block.0.layer."
     try:
         vocabulary, dim = weights["shared.weight"].shape
@@ -134,7 +134,8 @@ def build_encoder(weights: dict[str, Tensor], source: Path) -> Any:
         ffn = len(weights[f"{block}1.DenseReluDense.wi_0.weight"])
     except KeyError as error:
         raise CheckpointError(f"{source} is no UMT5 encoder, or not all of one: it has no {error}") from error
-    config = transformers.UMT5Config(
+    library = transformers()
+    config = library.UMT5Config(
         vocab_size=vocabulary,
         d_model=dim,
         d_kv=inner // heads,
@@ -147,7 +148,7 @@ def build_encoder(weights: dict[str, Tensor], source: Path) -> Any:
         layer_norm_epsilon=1e-6,
     )
     with torch.device("meta"):
-        encoder = transformers.UMT5EncoderModel(config)
+        encoder = library.UMT5EncoderModel(config)
     check(encoder, weights, source, allow_missing=("embed_tokens.weight",))  # a second name of shared.weight
     encoder.load_state_dict(weights, strict=False, assign=True)
     encoder.set_input_embeddings(encoder.shared)
