@@ -224,3 +224,7 @@ def test_errors_name_the_thing(tmp_path: Path) -> None:
     glyphs.write_bytes(glyphs.read_bytes()[:900])
     with pytest.raises(UserError, match=r"byt5_model.pt is damaged"):
         text.encode(['"b"'])
+    image = next(Path(source).rglob("image_encoder/*.safetensors"))
+    image.write_bytes(image.read_bytes()[:900])
+    with pytest.raises(UserError, match=r"image_encoder: its weights are damaged"):
+        text.encode_images([np.zeros((8, 8, 3), np.uint8)])

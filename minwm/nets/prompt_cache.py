@@ -116,20 +116,17 @@ class PromptCache:
         It is remembered under the path of the source: once all prompts are encoded, the weights may go. `given`:
         they may never have been here.
         """
-        source, root = (
-            self.files.source,
-            Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser() / "prompts",
-        )
+        root, source = Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser(), self.files.source
         place = source if source.startswith(SCHEME) else str(Path(source).expanduser().absolute())
         name = f"{_digest(place + self.part)}-{self.length}"
-        known = note.read_text() if (note := root / f"{name}.txt").exists() else None
+        known = note.read_text() if (note := root / "prompts" / f"{name}.txt").exists() else None
         if found := self.files.find() if known or given else self.files.require():
             identity = fingerprint(found, self.length)
         else:
             identity = known or f"given-{name[:16]}-{self.length}"
         if identity != known:
             write_text(note, identity)
-        return root / identity
+        return root / "prompts" / identity
 
 
 def fingerprint(files: tuple[Path, ...], length: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from minwm.core.config import ConfigError
@@ -226,7 +227,10 @@ def load_byt5(folder: Path, weights: Path) -> Any:
 def load_siglip(folder: Path) -> Any:
     """transformers' SiglipVisionModel; CheckpointError unless the folder has all of it."""
     siglip = transformers().SiglipVisionModel
-    encoder, found = siglip.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    try:
+        encoder, found = siglip.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: its weights are damaged ({error}); download them again") from error
     if lacking := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} is no whole SigLIP image encoder: it has no {lacking[0]}")
     return encoder.eval()
