@@ -325,3 +325,19 @@ def test_an_image_needs_a_model_that_takes_one(net: Backbone, stream: dict[str, 
         generate_latents(net, FewStepSampler(steps=1), noise(1), condition(), replace(GEOMETRY, **stream))
     with pytest.raises(ConfigError, match=r"stream\.image_time=1\.5 is a time in"):
         replace(GEOMETRY, image_time=1.5)
+
+
+def test_latents_may_be_kept_in_bfloat16_between_steps() -> None:
+    seen = list[Latents]()
+
+    def velocity(x: Latents, t: float) -> Latents:
+        seen.append(x)
+        return x * t
+
+    noise = torch.randn(1, *SIZE, generator=seeded(), dtype=torch.float64)
+    sampler = AutoregressiveSampler(steps=3, solver="euler", rounded=True)
+    out = sampler.sample(velocity, noise)
+    assert all(torch.equal(x, x.bfloat16().double()) for x in (*seen, out))
+    assert not torch.equal(out, replace(sampler, rounded=False).sample(velocity, noise))
+    with pytest.raises(ConfigError, match="solver=euler, not unipc"):
+        replace(sampler, solver="unipc")

@@ -127,7 +127,8 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
             kept = f"; it grows, and this is after {decoded} latents" if codec.grows else ""
             held.append(Item("decoder state", sum(x.nbytes for x in state or ()), f"what decoding keeps{kept}"))
             with MemoryMeter() as passing:
-                stream.update_cache(stream.prepare_chunk(clip.cond), clip.latents)  # a pass like all others
+                for _ in range(1 if cfg.stream.recompute == "never" else cfg.geometry.slots + 1):
+                    stream.update_cache(stream.prepare_chunk(clip.cond), clip.latents)  # a pass like all others
         with MemoryMeter() as decoding:
             codec.decode_next(clip.latents, state)
     frames, twice = clip.latents.shape[1], ", with and without the prompt" if cfg.sampler.guidance != 1 else ""
@@ -281,7 +282,7 @@ def _half(cfg: ModelConfig) -> int:
 
 
 def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
-    overwritten = run.recipe.self_rollout and _chunks(run) > run.model.geometry.slots
+    overwritten = run.recipe.self_rollout and run.model.geometry.overwrites(_chunks(run))
     if run.checkpointing is True or overwritten or not run.recipe.trains_backbone:
         return None
     what = "--checkpointing true: everything is computed twice, attention too"

@@ -336,17 +336,16 @@ def _work(model: Model) -> dict[str, list[Work]]:
     decode, sampler = _decoder_flops(model), cfg.sampler
     index = int(geometry.image_alone)
     frames, rows = geometry.start(index + 1) - geometry.start(index), geometry.start(index + 1) * geometry.tokens
-    diffuse, cache_update = (
-        network(geometry.rows, sampler.steps),
-        network(geometry.rows, 0 if geometry.merged_refresh else 1),
-    )
+    context = [network(seen * geometry.tokens, 1, made) for made, seen in geometry.context_passes]
+    diffuse = [*context, network(geometry.rows, sampler.steps)]
+    cache_update = network(geometry.rows, 0 if geometry.merged_refresh or context else 1)
     return {
-        "diffuse": [diffuse],
+        "diffuse": diffuse,
         "decode": [Work(decode)],
         "cache_update": [cache_update],
         "first_chunk": [network(rows, sampler.at_chunk(index).steps, frames)],
-        "chunk": [diffuse, cache_update],
-        "action_to_pixel": [diffuse, Work(decode / geometry.chunk)],
+        "chunk": [*diffuse, cache_update],
+        "action_to_pixel": [*diffuse, Work(decode / geometry.chunk)],
     }
 
 

@@ -9,6 +9,7 @@ Networks whose text takes part in this attention hand its keys and values to the
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -39,11 +40,11 @@ Rule = Callable[[Frames, Frames], Any]
 
 
 def chunk_causal(stream: StreamConfig) -> Rule:
-    """A frame attends to its own chunk, the earlier ones within the window, and the sinks."""
+    """A frame attends to its own chunk, the earlier ones within the window, and the sinks; to all while they fit."""
 
     def visible(q: Frames, k: Frames) -> Any:
         q, k = stream.chunk_of(q), stream.chunk_of(k)
-        return (k <= q) & ((k < stream.sink) | (k > q - stream.window))
+        return (k <= q) & ((k < stream.sink) | (k > q - stream.window) | (q < stream.slots))
 
     return visible
 
@@ -225,6 +226,12 @@ class KVArena:
         for layer in self.kv:
             for part in layer if values else layer[:1]:
                 part[:, :, rows] = change(part[:, :, rows])
+
+    def with_geometry(self, geometry: Geometry) -> "KVArena":
+        """The same memory, divided otherwise."""
+        view = copy(self)
+        view.geometry = geometry
+        return view
 
     def save_slot(self, chunk: int) -> tuple[Tensor, ...]:
         """A copy of what `chunk` will overwrite, for undoing it; empty while the ring is not full."""

@@ -243,6 +243,7 @@ def teacher_forced(
     clean in both; the velocity there means nothing.
     """
     frames = noisy.shape[1]
+    stream.check_one_pass(frames)
     scope = Masked(teacher_forcing(stream, frames), 2 * frames, period=frames)
     clean, t_clean = keep_first_clean(context.latents, context.t, cond, stream.image_time)
     noisy, t = keep_first_clean(noisy, t, cond, stream.image_time)

@@ -1,12 +1,18 @@
 """How a stream is divided into chunks, and the arithmetic of the cache that remembers them: slots, rows, positions."""
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 from minwm.core.config import ConfigError
 
 Frames = Any
 """Integers that broadcast: arrays of numpy (on the host, whatever torch is tracing), or tensors."""
+
+Recompute = Literal["never", "causal", "full"]
+"""never: keys and values are cached when a chunk is finished, and stay. causal: once not all of the past fits into the
+cache, the chunks that are seen are read again, one after the other, as if the stream had had no others. full: from the
+third chunk on, and in one pass in which they all see each other, as HY-WorldPlay runs (and does not train)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +32,28 @@ class StreamConfig:
     """First chunks that are never forgotten."""
     window: int = 8
     """Chunks kept besides the sinks, the current one included."""
+    retrieved: int = 0
+    """Older chunks that are seen besides: those whose cameras saw most of what the current one sees
+    (stream/memory.py). They differ from chunk to chunk, so the context is recomputed."""
+    recompute: Recompute = "never"
+    """Keys and values of the context are computed anew for every chunk, from latents: at positions as if nothing lay
+    between, with cameras as they are (HY-WorldPlay's relative RoPE)."""
     rolling_sink: bool = False
     """Sinks follow the window in time as if nothing lay between: for streams much longer than training clips."""
     context_noise: float = 0.0
     """Time at which finished chunks are cached: a little noise hides their small errors from later ones."""
+    context_time: float | None = None
+    """Timestep at which the network is shown finished chunks, whatever noise they have (HY-WorldPlay: 0.014, and
+    none); None: that of their noise."""
     merged_refresh: bool = False
     """Finished chunks get no cache update of their own: the keys and values of the last denoising pass stay, and
     streams have no use for `context_noise`. A network should have been trained so."""
 
     def __post_init__(self) -> None:
-        for name in ("context_noise", "image_time"):
-            if not 0 <= (value := getattr(self, name)) < 1:
+        for name in ("context_noise", "context_time", "image_time"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise ConfigError(f"stream.{name}={value} is a time in [0, 1)")
-        least = {"chunk": 1, "first_chunk": 1, "window": 1, "sink": 0}
+        least = {"chunk": 1, "first_chunk": 1, "window": 1, "sink": 0, "retrieved": 0}
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ConfigError(f"stream.{name}={value}: must be at least {bound}")
@@ -46,6 +61,13 @@ class StreamConfig:
             raise ConfigError(
                 f"stream.first_chunk={self.first_chunk_frames} among chunks of {self.chunk} frames needs sink >= 1"
             )
+
+        if self.retrieved and self.recompute == "never":
+            raise ConfigError(f"stream.retrieved={self.retrieved} needs stream.recompute=causal (or full)")
+        if self.recompute != "never" and self.slots < 2:
+            raise ConfigError(f"stream.recompute={self.recompute} needs a chunk besides the current one; raise window")
+        if self.merged_refresh and self.recompute != "never":
+            raise ConfigError(f"stream.recompute={self.recompute} is a cache update; leave stream.merged_refresh off")
 
     @property
     def first_chunk_frames(self) -> int:
@@ -63,12 +85,12 @@ class StreamConfig:
     @property
     def slots(self) -> int:
         """Chunks that the cache holds."""
-        return self.sink + self.window
+        return self.sink + self.retrieved + self.window
 
     @property
     def distinct_graph_shapes(self) -> int:
         """Chunks after which every pair of a slot and a number of valid rows has occurred."""
-        return self.slots + self.window - 1
+        return self.slots + (self.window - 1 if self.recompute == "never" else 0)
 
     def start(self, chunk: int) -> int:
         """First latent frame of a chunk, counted from the start of the stream."""
@@ -88,7 +110,33 @@ class StreamConfig:
 
     def slot(self, chunk: int) -> int:
         """Where a chunk lives: sinks keep their place, the others overwrite the oldest."""
-        return chunk if chunk < self.sink else self.sink + (chunk - self.sink) % self.window
+        oldest = self.slots - self.window
+        return chunk if chunk < oldest else oldest + (chunk - oldest) % self.window
+
+    def recomputes(self, chunk: int) -> bool:
+        """Whether the context of a chunk is computed for it: from the second chunk on, or once not all of it fits."""
+        return chunk >= {"never": chunk + 1, "causal": self.slots, "full": 2}[self.recompute]
+
+    @property
+    def context_passes(self) -> list[tuple[int, int]]:
+        """The passes that recompute the context of a chunk for which not all of the past fits: latent frames of each,
+        and those that it sees."""
+        ends = [self.start(i) for i in range(self.slots)]
+        one_by_one = [(b - a, b) for a, b in pairwise(ends)]
+        return {"never": [], "causal": one_by_one, "full": [(ends[-1], ends[-1])]}[self.recompute]
+
+    def overwrites(self, chunks: int) -> bool:
+        """Whether the cache loses anything while so many chunks are made."""
+        return chunks > self.slots or self.recomputes(chunks - 1)
+
+    def check_one_pass(self, frames: int) -> None:
+        """Raise ConfigError if chunks of a clip see what no mask over the clip allows."""
+        most = self.start(self.slots)
+        if self.recompute != "never" and frames > most:
+            raise ConfigError(
+                f"stream.recompute={self.recompute}: a clip of {frames} latents is not trained in one pass, as its "
+                f"chunks see different {most} of them; train on parts (recipe.latents), or raise stream.window"
+            )
 
     def forgotten(self, chunk: int) -> int:
         """Latent frames that the cache has lost when a chunk is generated."""

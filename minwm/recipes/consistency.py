@@ -96,7 +96,7 @@ class Consistency(Recipe[Backbone]):
         t, t_next = self._sample_times(clip.latents, generator)
         eps = noise_like(clip.latents, generator)
         x_t = interpolate(clip.latents, eps, t.to(eps))
-        context = teacher_context(clip, self.geometry.context_noise, generator)
+        context = teacher_context(clip, self.geometry, generator)
         if bernoulli(self.cfg.self_conditioning, generator):
             context = self_conditioned_context(student, clip, context, self.cfg.shift, self.geometry, generator)
         with torch.no_grad():

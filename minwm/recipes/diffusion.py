@@ -170,10 +170,10 @@ class AutoregressiveDiffusion(Recipe[Backbone]):
         times = len(chunks) if self.cfg.time_per == "chunk" else 1
         t = per_frame(self.cfg.time.draw((len(eps), times), generator).expand(-1, len(chunks)))
         u = per_frame(torch.rand((len(eps), len(chunks)), generator=generator, device=generator.device))
-        context = teacher_context(clip, self.geometry.context_noise * u, generator)
+        context = teacher_context(clip, self.geometry, generator, u)
         student = self.networks["student"]
         if bernoulli(self.cfg.self_conditioning, generator):
-            context = self_conditioned_context(student, clip, context, self.cfg.time.shift, self.geometry, generator)
+            context = self_conditioned_context(student, clip, context, self.cfg.time.shift, self.geometry, generator, u)
         v = teacher_forced(student, context, interpolate(clip.latents, eps, t), t, clip.cond, self.geometry)
         total = frame_mse(v, velocity(clip.latents, eps), loss_mask(clip) * self.cfg.time.weigh(t))
         return Loss(total, "student", {"loss": total.detach()})

@@ -97,7 +97,7 @@ class Ode(Recipe[Backbone]):
         clips = len(clip.latents)
         k = random_indices(steps, clips, self.cfg.index, generator)
         x_t, t = states[k, range(clips)], self._frame_times(states)[k]
-        context = teacher_context(clip, self.geometry.context_noise, generator)
+        context = teacher_context(clip, self.geometry, generator)
         v = teacher_forced(self.networks["student"], context, x_t, t, clip.cond, self.geometry)
         total = frame_mse(x0_from_velocity(x_t, v, t), states[-1], loss_mask(clip))
         return Loss(total, "student", {"loss": total.detach()})

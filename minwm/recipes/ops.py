@@ -12,7 +12,7 @@ from minwm.control.action import with_action_labels
 from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context, teacher_forced
-from minwm.nets.chunks import Geometry
+from minwm.nets.chunks import StreamConfig
 
 _PROMPT = {"text", "glyphs"}
 """The parts of a condition that a prompt becomes."""
@@ -50,26 +50,34 @@ def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:
     return mask
 
 
-def teacher_context(clip: Clip, t: float | Times, generator: torch.Generator) -> Context:
-    """The clip as context for later chunks, noised to time t (context noise); a given first frame stays clean."""
-    times = loss_mask(clip) * t
-    return Context(interpolate(clip.latents, noise_like(clip.latents, generator), times), times)
+def teacher_context(clip: Clip, stream: StreamConfig, generator: torch.Generator, part: float | Times = 1.0) -> Context:
+    """The clip as context for later chunks, with a part of the stream's context noise; a given first frame is clean."""
+    mask = loss_mask(clip)
+    times = mask * (stream.context_noise * part)
+    shown = times if stream.context_time is None else mask * stream.context_time
+    return Context(interpolate(clip.latents, noise_like(clip.latents, generator), times), shown)
 
 
 @torch.no_grad()
 def self_conditioned_context(
-    net: Backbone, clip: Clip, context: Context, timestep_shift: float, geometry: Geometry, generator: torch.Generator
+    net: Backbone,
+    clip: Clip,
+    context: Context,
+    timestep_shift: float,
+    stream: StreamConfig,
+    generator: torch.Generator,
+    part: float | Times = 1.0,
 ) -> Context:
-    """Context of the network's own x_0 predictions, at the times of `context`: self-conditioning against drift.
+    """Context of the network's own x_0 predictions, noised as `teacher_context` does: self-conditioning against drift.
 
     Each chunk is predicted in one step from a random time, given the true `context`. In a stream the context is what
     the network generated; training on its own predictions beside true targets teaches it to correct their errors.
     """
     t = uniform_times(len(clip.latents), timestep_shift, clip.latents, generator)[:, None].expand_as(context.t)
     x_t = interpolate(clip.latents, noise_like(clip.latents, generator), t)
-    x0 = x0_from_velocity(x_t, teacher_forced(net, context, x_t, t, clip.cond, geometry), t)
+    x0 = x0_from_velocity(x_t, teacher_forced(net, context, x_t, t, clip.cond, stream), t)
     x0 = torch.where(per_frame(loss_mask(clip)) > 0, x0, clip.latents)
-    return Context(interpolate(x0, noise_like(x0, generator), context.t), context.t)
+    return teacher_context(replace(clip, latents=x0), stream, generator, part)
 
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:

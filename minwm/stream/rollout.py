@@ -19,6 +19,7 @@ from minwm.core.types import Condition
 from minwm.nets.attention import FULL, AttentionScope, Cached, ReadOnlyCache
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps, keep_first_clean
 from minwm.nets.chunks import Geometry
+from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other
 from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 
@@ -72,6 +73,9 @@ class Stream:
     frame, and the cache moves in time, not the chunk being made (`Geometry.time_origin`).
 
     An image given as the first latent is clean in every pass, at `image_time`, whatever a sampler does to its place.
+
+    With `recompute` the past is kept as latents, and what is in the cache before a chunk is made again from those that
+    this chunk sees: `chunk` is then its place among them.
     """
 
     def __init__(
@@ -87,6 +91,12 @@ class Stream:
 
     def _reset(self, batch: int) -> None:
         self.chunk = 0
+        self.past: list[RememberedChunk] = []
+        """All chunks, if the context is recomputed; with cameras and actions of the current one, and the image."""
+        self.frames: dict[str, Tensor] = {}
+        self.first_latent: FirstLatent | None = None
+        self.stale = False
+        """The cache holds something else than the past."""
         self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
         self.sink_shift = 0
@@ -122,17 +132,47 @@ class Stream:
 
     def prepare_chunk(self, cond: Condition) -> PreparedCondition:
         """The stream's prompt and the cameras of the current chunk; the cache is moved to where these are."""
+        if cond.w2c is not None:
+            cond = replace(cond, w2c=cond.w2c.double().cpu())
+        if self.geometry.recompute != "never":
+            self.chunk, self.frames = min(len(self.past), self.geometry.slots - 1), cond.per_frame()
+            if self.stale or self.geometry.recomputes(len(self.past)):
+                self._recompute_context(cond)
+        return self._prepare(cond)
+
+    def _prepare(self, cond: Condition) -> PreparedCondition:
+        """`prepare_chunk` of the chunk that is to be at the place `chunk`; w2c is on the CPU in float64."""
         origin = self.origin
         if cond.w2c is not None:
-            w2c = cond.w2c.double().cpu()
+            w2c, K = cond.cameras
             reach = None if self.net.needs_first_frame_coordinates else self.reach
             if reach and (w2c @ origin[:, None])[..., :3, 3].norm(dim=-1).max() > reach:
                 origin = se3_inverse(w2c[:, 0].detach())
-            cond = replace(cond, w2c=(w2c @ origin[:, None]).to(cond.w2c))
+            cond = replace(cond, w2c=(w2c @ origin[:, None]).to(K))
         self._move_cache(origin, self.geometry.sink_shift(self.chunk), self.geometry.time_origin(self.chunk))
         branches = self._guidance_branches(cond)
         camera, actions = self.net.camera_matrices(branches), branches.actions if self.net.takes_actions else None
         return PreparedCondition(self.text, camera, first_latent=self._image(cond), actions=actions)
+
+    @torch.no_grad()
+    def _recompute_context(self, cond: Condition) -> None:
+        """Write what the current chunk sees of the past into the cache."""
+        geometry, arena, place = self.geometry, self.arena, self.chunk
+        chosen = choose_context(self.past, cond.w2c, geometry, len(cond.text))
+        seen = [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)]
+        if seen and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
+            self.origin = se3_inverse(seen[0].frames["w2c"][:, 0])
+        keeps_image = geometry.sink or len(self.past) == place  # or else it has become a latent as any other
+        if geometry.recompute == "full" and seen:
+            first_chunk = replace(geometry, first_chunk=geometry.start(place), sink=max(geometry.sink, 1))
+            self.arena, seen = arena.with_geometry(first_chunk), [one_after_the_other(seen)]
+        for i, chunk in enumerate(seen):
+            self.chunk = i
+            context = self._prepare(
+                replace(cond, **chunk.frames, first_latent=self.first_latent if keeps_image else None)
+            )
+            self.cache_update_pass(context, chunk.x, self.frame_times(context, chunk.x.shape[1], chunk.t))
+        self.arena, self.chunk, self.stale = arena, place, False
 
     def _image(self, cond: Condition) -> FirstLatent | None:
         """The image of the current chunk, if one is given; ConfigError if the model takes none."""
@@ -166,9 +206,15 @@ class Stream:
 
         Undoing is exact where the cache is not moved for that chunk, and exact up to rounding where it is.
         """
+        if self.geometry.recompute != "never":
+            return (len(self.past),)
         return self.arena.save_slot(self.chunk), self.chunk, self.origin, self.sink_shift, self.time_origin
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
+        if self.geometry.recompute != "never":
+            del self.past[snapshot[0] :]
+            self.stale = True
+            return
         slot, self.chunk, *place = snapshot
         self._move_cache(*place)
         self.arena.restore_slot(self.chunk, slot)
@@ -219,11 +265,16 @@ class Stream:
         `context_noise`; with `merged_refresh` those of the last denoising pass, which are there already. A given image
         stays clean.
         """
-        first = cond.first_latent
+        first, geometry = cond.first_latent, self.geometry
         if noise is None or (first is not None and x.shape[1] == 1) or not self.geometry.merged_refresh:
-            level = 0.0 if noise is None else self.geometry.context_noise
-            x = x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level))
-            self.cache_update_pass(cond, with_first(x, first), self.frame_times(cond, x.shape[1], level))
+            level = 0.0 if noise is None else geometry.context_noise
+            x = with_first(x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level)), first)
+            t = level if geometry.context_time is None else geometry.context_time
+            if geometry.recompute != "never":
+                self.first_latent = self.first_latent if self.past else first
+                self.past.append(RememberedChunk(x, t, self.frames))
+            if geometry.recompute == "never" or not geometry.recomputes(len(self.past)):
+                self.cache_update_pass(cond, x, self.frame_times(cond, x.shape[1], t))
         self.chunk += 1
 
     def cache_update_pass(self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,)) -> None:
@@ -278,7 +329,7 @@ def self_rollout(
     later ones, without gradient: fully denoised, or with `context="exit"` as it is at the exit step, where denoising
     then ends, so that this is the clip. The first `chunks_without_grad` chunks have no gradient.
     """
-    if net.checkpointing and exit_step is not None and len(geometry.chunks(noise.shape[2])) > geometry.slots:
+    if net.checkpointing and exit_step is not None and geometry.overwrites(len(geometry.chunks(noise.shape[2]))):
         raise ConfigError(
             f"a self-rollout of {noise.shape[2]} latents overwrites its cache of {geometry.slots} chunks, which "
             "checkpointing reads again in the backward pass; raise window, or switch checkpointing off"

@@ -71,6 +71,14 @@ class _MultistepSampler(_SamplerBase):
     guidance: float = 3.0
     """uncond + guidance (cond - uncond); 1 means no guidance and half of the passes."""
     solver: Literal["unipc", "euler"] = "unipc"
+    rounded: bool = False
+    """Compatibility, with Euler: noise, and latents after every step, are rounded to bfloat16, as HY-WorldPlay and
+    minWM's HunyuanVideo keep them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounded and self.solver != "euler":
+            raise ConfigError(f"sampler.rounded=true is for sampler.solver=euler, not {self.solver}")
 
     @property
     def passes(self) -> int:
@@ -84,7 +92,9 @@ class _MultistepSampler(_SamplerBase):
 
     def sample(self, velocity: Velocity, noise: Noise) -> Latents:
         """x_0 of a clip or chunk, from the first sample of noise."""
-        return {"unipc": unipc, "euler": solve_euler}[self.solver](velocity, noise[0], self.steps, self.shift)
+        if self.solver == "unipc":
+            return unipc(velocity, noise[0], self.steps, self.shift)
+        return solve_euler(velocity, noise[0], self.steps, self.shift, self.rounded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +186,12 @@ def few_step_predictions(velocity: Velocity, noise: Noise, times: list[float]) -
             x = interpolate(x0.detach(), noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
 
 
-def solve_euler(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:
+def solve_euler(velocity: Velocity, x: Latents, steps: int, shift: float, rounded: bool = False) -> Latents:
+    """Euler's method; the latents of every step may be rounded to bfloat16."""
+    x = x.bfloat16().to(x) if rounded else x
     for t, t_next in pairwise(schedule(steps, shift)):
         x = euler(x, velocity(x, t), t, t_next)
+        x = x.bfloat16().to(x) if rounded else x
     return x
 
 

@@ -38,7 +38,10 @@ def test_collected_trajectories_are_those_of_teacher_forcing(
     states, geometry = cfg.collect_states(net, given, model, seeded()), model.geometry
     assert states.shape == (3, *given.latents.shape)
     generator = seeded()
-    context, x = teacher_context(given, level, generator), noise_like(given.latents, generator)
+    context, x = (
+        teacher_context(given, replace(GEOMETRY, context_noise=level), generator),
+        noise_like(given.latents, generator),
+    )
     torch.testing.assert_close(states[0], with_first(x, first))
     for step, (t, t_next) in enumerate(pairwise(schedule(4, model.sampler.shift))):
         v = teacher_velocity(net, context, given.cond, x, x.new_full(x.shape[:2], t), guidance, geometry)
@@ -50,7 +53,7 @@ def test_collected_trajectories_are_those_of_teacher_forcing(
 @torch.no_grad()
 def test_collecting_costs_half_of_teacher_forcing() -> None:
     net, given, cfg = network(0), clip(), OdeConfig(ode_steps=20)
-    context = teacher_context(given, 0.0, seeded())
+    context = teacher_context(given, GEOMETRY, seeded())
     with FlopCounterMode(display=False) as streamed:
         cfg.collect_states(net, given, MODEL, seeded())
     with FlopCounterMode(display=False) as forced:

@@ -35,7 +35,7 @@ from minwm.core.types import Condition
 from minwm.nets.backbone import Checkpointing, Context, keep_attention
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import TimeLaw
-from minwm.recipes.ops import random_part, self_conditioned_context
+from minwm.recipes.ops import random_part, self_conditioned_context, teacher_context
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 from minwm.train.loop import autocast
@@ -319,6 +319,13 @@ def test_context_noise_is_on_the_past_alone(name: str, image: bool) -> None:
         assert 0 <= later.min() < level / 4 < 0.75 * level < later.max() <= level
 
 
+def test_the_past_is_shown_at_a_time_of_its_own() -> None:
+    """HY-WorldPlay's past is clean and shown at 14/1000."""
+    shown = teacher_context(clip(), replace(GEOMETRY, context_time=0.014), seeded())
+    torch.testing.assert_close(shown.latents, clip().latents)
+    assert shown.t[:, 0].max() == 0 and (shown.t[:, 1:] == 0.014).all()
+
+
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
 def test_self_conditioning_is_what_the_network_predicts(image: bool) -> None:
     """A network that knows the clip predicts the clip; another one does not, but for the image that is given."""
@@ -331,7 +338,7 @@ def test_self_conditioning_is_what_the_network_predicts(image: bool) -> None:
     torch.testing.assert_close(knows.latents, given.latents)
     changed = (guesses.latents - given.latents).abs().amax((0, 2, 3, 4)) > 0.01
     assert changed.tolist() == [not image, *[True] * (FRAMES - 1)]
-    assert not guesses.latents.requires_grad and guesses.t is truth.t
+    assert not guesses.latents.requires_grad and torch.equal(guesses.t, truth.t)
     for name in ("autoregressive", "consistency"):
         with watched((recipe := make(name, self_conditioning=1.0)).networks["student"]) as passes:
             one = recipe.loss(given, 0, seeded()).total

@@ -1,0 +1,105 @@
+"""The memory of a stream whose context is recomputed: latents and cameras of all chunks, and which of them are seen.
+
+A chunk sees the sinks, the window, and the `StreamConfig.retrieved` older chunks whose field of view overlaps most with
+its own, as in HY-WorldPlay (`hyvideo/utils/retrieval_context.py`). Overlap is measured on random points around a camera
+as the share of those that it sees which the other sees too; field of view and distance are HY-WorldPlay's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from minwm.cameras.track import se3_inverse
+from minwm.core.config import ConfigError
+from minwm.core.flow import Latents
+from minwm.nets.chunks import StreamConfig
+
+POINTS = 50_000
+"""In a ball around the camera; it sees one in twenty."""
+DISTANCE = 8.0
+"""World units up to which a camera sees points: the radius of the ball."""
+FIELD_OF_VIEW = math.radians(60), math.radians(35)
+"""Full angles across and down."""
+
+
+@dataclass(frozen=True)
+class RememberedChunk:
+    """A finished chunk as the network is shown it."""
+
+    x: Latents
+    t: float
+    """Timestep at which it is shown."""
+    frames: dict[str, Tensor]
+    """What its condition has for every frame (`Condition.per_frame`); w2c on the CPU in float64."""
+
+
+def of_each_clip(past: Sequence[RememberedChunk], index: Sequence[int]) -> RememberedChunk:
+    """A batch of chunks, of clip i that of `index[i]`."""
+
+    def pick(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part[i : i + 1] for i, part in enumerate(parts)])
+
+    chunks = [past[i] for i in index]
+    frames = {name: pick([chunk.frames[name] for chunk in chunks]) for name in chunks[0].frames}
+    return RememberedChunk(pick([chunk.x for chunk in chunks]), chunks[-1].t, frames)
+
+
+def one_after_the_other(chunks: Sequence[RememberedChunk]) -> RememberedChunk:
+    frames = {name: torch.cat([chunk.frames[name] for chunk in chunks], dim=1) for name in chunks[0].frames}
+    return RememberedChunk(torch.cat([chunk.x for chunk in chunks], dim=1), chunks[-1].t, frames)
+
+
+def sees(points: Float[Tensor, "*n p 3"]) -> Bool[Tensor, "*n p"]:
+    """Whether a camera sees points, given in its coordinates."""
+    x, y, z = points.unbind(-1)
+    across, down = torch.atan2(x, z), torch.atan2(y, torch.hypot(x, z))
+    return (
+        (across.abs() < FIELD_OF_VIEW[0] / 2) & (down.abs() < FIELD_OF_VIEW[1] / 2) & (points.norm(dim=-1) < DISTANCE)
+    )
+
+
+@lru_cache(maxsize=1)
+def seen_points() -> Float[Tensor, "p 3"]:
+    """Those of `POINTS` uniform points in the ball that a camera sees, in its coordinates: always the same."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(POINTS, 3, generator=generator)
+    radius = DISTANCE * torch.rand(POINTS, 1, generator=generator) ** (1 / 3)
+    points = radius * torch.nn.functional.normalize(direction, dim=-1)
+    return points[sees(points)]
+
+
+def view_overlap(w2c: Float[Tensor, "q 4 4"], other: Float[Tensor, "k 4 4"]) -> Float[Tensor, "q k"]:
+    """The share of what each camera sees that each of the others sees too."""
+    pose = (other @ se3_inverse(w2c)[:, None]).float()  # q k 4 4: from a camera's coordinates to another's
+    return sees(seen_points() @ pose[..., :3, :3].mT + pose[..., None, :3, 3]).float().mean(-1)
+
+
+def choose_context(
+    past: Sequence[RememberedChunk], w2c: Float[Tensor, "b f 4 4"] | None, stream: StreamConfig, clips: int
+) -> list[list[int]]:
+    """Chunks of the past that the next chunk sees, in order, for every clip: all while they fit into the cache.
+
+    w2c: cameras of the next chunk, on the CPU in float64. Of an older one the first and the middle frame count.
+    """
+    index = len(past)
+    if index < stream.slots:
+        return [[*range(index)]] * clips
+    old, window = range(stream.sink, index - stream.window + 1), range(index - stream.window + 1, index)
+    retrieved = [list[int]()] * clips
+    if stream.retrieved:
+        if w2c is None:
+            raise ConfigError("stream.retrieved chooses chunks by what their cameras see; this stream has no cameras")
+        views = torch.stack([past[i].frames["w2c"][:, (0, stream.chunk // 2)] for i in old], dim=1)
+        retrieved = [_nearest(a, b, old, stream.retrieved) for a, b in zip(w2c, views, strict=True)]
+    return [[*range(stream.sink), *chunks, *window] for chunks in retrieved]
+
+
+def _nearest(w2c: Float[Tensor, "f 4 4"], views: Float[Tensor, "k 2 4 4"], old: range, count: int) -> list[int]:
+    """Those of the chunks `old` whose views overlap most with those of w2c, in order; of equals the older ones."""
+    overlap = view_overlap(w2c, views.flatten(0, 1)).mean(0).unflatten(0, (-1, 2)).mean(1)
+    return sorted(old[i] for i in overlap.argsort(descending=True, stable=True)[:count].tolist())
