@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tiny_presets import tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,7 @@ from minwm.cli import main
 from minwm.control.prope import Mode
 from minwm.core.config import UserError, dumps, loads, to_dict
 from minwm.core.types import Condition
+from minwm.experiments import presets
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
@@ -130,6 +132,14 @@ def test_fp8_and_a_merged_refresh_are_measured_beside_what_they_cost() -> None:
     assert result.passes == 2 and result.stages["cache_update"].gflop == 0
     assert result.fp8 and result.fp8.limit == 0.05 and result.engine.fp8 == "all"
     assert loads(BenchResult, dumps(result)) == result
+
+
+def test_the_second_family_is_measured_as_the_first() -> None:
+    """The preset's few-step student at reduced depth and width, its text at the head of the cache."""
+    model = tiny_model(presets.stage("hunyuan1.5-8b/dmd", Path()).model, Path())
+    result = bench_model(random_model(model), repeats=1, chunks=1, roofline=True)
+    assert (result.passes, result.visible) == (4, model.stream.chunk * model.stream.slots)
+    assert result.stages["diffuse"].gflop == pytest.approx(4 * result.pass_gflop)
 
 
 def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,11 +169,12 @@ def bench_model(
 
     geometry = cfg.geometry
     size, visible = (geometry.chunk, geometry.start(geometry.slots)) if causal else (cfg.latents, cfg.latents)
+    text = 0 if causal else net.text_flops(visible * geometry.tokens)
     return BenchResult(
         sampler=cfg.sampler.kind,
         passes=cfg.sampler.passes,
         parameters=sum(p.numel() for p in net.parameters()),
-        pass_gflop=net.flops(size, geometry.tokens, visible * geometry.tokens) / 1e9,
+        pass_gflop=(net.flops(size, geometry.tokens, visible * geometry.tokens) + text) / 1e9,
         chunk_frames=geometry.chunk * cfg.motion.stride,
         frames=found.frames,
         visible=visible,

@@ -158,6 +158,11 @@ class Backbone(nn.Module, ABC):
         modulation are taken as worked out before."""
         raise ConfigError(f"{type(self).__name__} has no closed form of its FLOPs")
 
+    def text_flops(self, video: int) -> int:
+        """FLOPs that a pass has besides if text is not worked out before: of text and its modulation, where its tokens
+        attend to each other and to `video` tokens. 0 for text in an attention of its own, which is little."""
+        return 0
+
     def use_kernels(self) -> None:
         """Use hand-written kernels in streams, in place; no fallback."""
         raise ConfigError(f"{type(self).__name__} has no kernels of its own; leave engine.kernels off")

@@ -3,7 +3,7 @@
 They are those of the forward passes that a recipe makes, each by the closed form `Backbone.flops`: three times for a
 pass under gradient, as the backward pass takes twice the forward one, and once for all others: teachers, scores,
 rollouts. Recomputation for the backward pass, by checkpointing or inside a kernel of attention, is not useful (MFU, not
-HFU). Text keys and values, modulation and the optimiser are left out: little, and on the safe side.
+HFU). Text in an attention of its own, modulation and the optimiser are left out: little, and on the safe side.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,10 +46,13 @@ def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> in
     """FLOPs of a forward pass over latents of `shape`, b f c h w."""
     batch, frames, _, height, width = shape
     tokens = net.tokens_per_frame(height, width)
+    text = 0
     match scope:
         case Full():
             visible = [(frames, frames * tokens)]
+            text = net.text_flops(frames * tokens)
         case Masked():
+            text = net.text_flops(0)
             groups = zip(scope.query_groups, scope.visible_groups, strict=True)
             visible = [(size, tokens * sum(scope.key_groups[i] for i in keys)) for size, keys in groups]
         case Cached() | ReadOnlyCache():
@@ -57,4 +60,4 @@ def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> in
             visible = [(frames, geometry.valid_rows(scope.chunk) - geometry.text_rows)]
         case _:
             raise ConfigError(f"how many tokens a pass under {type(scope).__name__} attends to is not known here")
-    return batch * sum(net.flops(size, tokens, rows) for size, rows in visible)
+    return batch * (text + sum(net.flops(size, tokens, rows) for size, rows in visible))

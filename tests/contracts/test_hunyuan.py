@@ -10,11 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.core.config import ConfigError
+from minwm.core.types import Condition
 from minwm.families.hunyuan.transformer import HunyuanConfig
-from minwm.nets.attention import Cached
+from minwm.nets.attention import FULL, AttentionScope, Cached, Masked, teacher_forcing
 from minwm.nets.backbone import Checkpointing
-from minwm.nets.chunks import Geometry
+from minwm.nets.chunks import Geometry, StreamConfig
 from minwm.stream.rollout import Stream
+from minwm.train.flops import pass_flops
 
 UNREAD = [f"double_blocks.1.txt.{name}" for name in ("attn_q", "attn_q_norm", "attn_proj", "mlp.fc1", "mlp.fc2")]
 """What the last block makes of text that nobody reads; and no clip here has image states."""
@@ -75,6 +77,19 @@ def test_flops_are_those_of_the_operators(name: str) -> None:
         net(x, modulation, bound, Cached(stream.arena, stream.chunk))
     visible = geometry.start(geometry.slots) * geometry.tokens
     assert counter.get_total_flops() == net.flops(2, geometry.tokens, visible)
+
+
+@pytest.mark.parametrize("scope", [FULL, Masked(teacher_forcing(StreamConfig(chunk=1), 2), 2)], ids=["all", "masked"])
+@pytest.mark.parametrize("meanflow", [False, True])
+@torch.no_grad()
+def test_flops_of_a_pass_with_its_text(scope: AttentionScope, meanflow: bool) -> None:
+    """The text's side too, which attends to the video only where all see all."""
+    net, x = replace(HUNYUAN, meanflow=meanflow).build(), latents(2, batch=1).float()
+    cond = Condition(text=condition(2, batch=1).text.float())
+    modulation = net.adaln_modulation(torch.zeros(1, 2))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(x, modulation, cond, scope)
+    assert counter.get_total_flops() == pass_flops(net, x.shape, scope)
 
 
 def test_errors_name_the_thing() -> None:

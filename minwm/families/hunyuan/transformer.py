@@ -424,3 +424,13 @@ class Hunyuan(Backbone):
         attention = 4 * rows * d * branches * (visible + cfg.text_rows)
         cameras = 4 * 2 * rows * d * 4 * (branches - 1)  # 4 times 4 x 4
         return self.layers * (projections + attention + cameras) + 2 * rows * d * (3 * cfg.channels + 1)
+
+    def text_flops(self, video: int) -> int:
+        cfg, d, length, rows = self.config, self.config.dim, self.config.text_length, self.config.text_rows
+        time = (cfg.freq_dim + d) * d * (2 if cfg.meanflow else 1)
+        context = (cfg.freq_dim + d) * d + (cfg.text_dim + d) * d
+        refiner = cfg.refiner_layers * (length * d * (12 * d + 2 * length) + 2 * d * d)
+        image = cfg.image_length * cfg.image_dim * (cfg.image_dim + d)
+        glyphs = cfg.glyph_length * cfg.glyph_hidden * (cfg.glyph_dim + cfg.glyph_hidden + d)
+        block = rows * d * (4 * d + 2 * cfg.ffn + 2 * (rows + video)) + 6 * d * d
+        return 2 * (time + context + length * cfg.text_dim * d + refiner + image + glyphs + self.layers * block)
