@@ -17,7 +17,7 @@ import torch
 
 from minwm.cameras.track import intrinsics, latent_cameras
 from minwm.cameras.trajectory import Motion, parse
-from minwm.core.config import ConfigError, UserError
+from minwm.core.config import UserError
 from minwm.core.files import locked
 from minwm.core.media import to_pixels
 from minwm.core.types import Clip
@@ -25,14 +25,13 @@ from minwm.data import clips as clips_module
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet
 from minwm.data.dataset import RawDataset, ShardDataset, check_shards
 from minwm.data.encode import EncodeConfig, encode_clips
-from minwm.data.rerender import RenderConfig, WorldSource, check_renders, produce, render_worlds, reproduce
+from minwm.data.rerender import produce
 from minwm.data.shards import index_path, list_shards, read_index
 from minwm.data.trajectories import collect_trajectories
 from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.text import WordText
 
 MOTION = Motion(move=0.5, turn=24.0, fps=16.0)
-SMALL = RenderConfig(latents=3, height=32, width=32, clips_per_world=2)
 CFG = EncodeConfig(batch=3, shard_size=4, val=0.4)
 TEXT = WordText(dim=8, length=12)
 
@@ -256,51 +255,6 @@ def test_report_counts_and_shows(made: Path) -> None:
     assert found["licences"] == {"CC0-1.0": 12} and found["path_length"]["median"] == pytest.approx(0.25)
     json.dumps(found)
     assert sheet(made / "raw", rows=3).shape[0] >= 3 * 16
-
-
-# ---------------------------------------------------------------------------------------------
-# Procedural worlds
-
-
-@pytest.fixture(scope="module")
-def town(tmp_path_factory: pytest.TempPathFactory) -> ClipFolder:
-    return render_worlds(tmp_path_factory.mktemp("town") / "raw", SMALL, clips=3)
-
-
-def test_rendered_worlds_pass_their_checks(town: ClipFolder) -> None:
-    assert check(town.path) == [] and check_renders(town, share=1.0) == []
-    records = [town.record(clip) for clip in town.ids()]
-    assert [r.seed for r in records] == [0, 0, 1] and all(len(r.track) == 9 for r in records)
-    assert all(parse(r.trajectory).latents == 2 for r in records)
-
-
-def test_a_wrong_pose_is_seen_by_rendering_again(town: ClipFolder, tmp_path: Path) -> None:
-    copy = ClipFolder(Path(shutil.copytree(town.path, tmp_path / "raw")))
-    record = copy.record(copy.ids()[0])
-    assert record.origin is not None
-    turned = record.origin @ np.diag([-1.0, 1.0, -1.0, 1.0])
-    edit(copy.clips / f"{record.id}.json", origin=turned.tolist())
-    assert [p.split(":")[0] for p in check_renders(copy, share=1.0)] == [record.id]
-
-
-def test_a_clip_is_reproduced_from_its_record_alone(town: ClipFolder) -> None:
-    record, frames = WorldSource(SMALL).make(2)
-    assert np.array_equal(reproduce(town.record(record.id)).frames, frames)
-
-
-def test_an_encoded_clip_can_still_be_rendered(town: ClipFolder, tmp_path: Path, codec: SmallCodec) -> None:
-    encode_clips(town.path, tmp_path, codec, replace(TEXT, length=24), cfg=replace(CFG, val=0.0))
-    example = ShardDataset(tmp_path, "train")[2]
-    _, frames = WorldSource(SMALL).make(2)
-    assert np.array_equal(reproduce(example.record).frames, frames)
-
-
-def test_prescribed_trajectories_are_followed(tmp_path: Path) -> None:
-    cfg = replace(SMALL, trajectories=("w*2", "j*2"), height=16, width=16)
-    folder = render_worlds(tmp_path, cfg, clips=2)
-    assert [folder.record(clip).trajectory for clip in folder.ids()] == ["w*2", "j*2"]
-    with pytest.raises(ConfigError, match="fills 4 latents"):
-        replace(cfg, trajectories=("w*3",))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def test_every_stage_of_a_preset_runs(name: str, tmp_path: Path, monkeypatch: py
     run_pipeline(pipeline, out, print)
     page = report(pipeline, out, evaluate_stages(pipeline, out, print)).read_text()
     assert all(run.name in page for run in pipeline.stages)
+    assert page.count(", no camera</p>") == sum(run.model.network.camera == "none" for run in pipeline.stages)
 
 
 def test_a_pipeline_runs_with_the_fields_that_are_set(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from minwm.train.config import Run, Summary
 
 WHAT = {
     "codec": "frames to latents: 4x in time, 8x in space",
-    "foundation": "text-to-video, bidirectional, no camera",
+    "foundation": "text-to-video, bidirectional",
     "camera": "phase 1: follow cameras with PRoPE",
     "ar": "stage 1: autoregressive by teacher forcing",
     "ode": "stage 2a: causal ODE regression",
@@ -94,10 +94,11 @@ def _stages(pipeline: Pipeline, out: Path) -> list[Stage]:
 def _stage(run: Run, out: Path) -> Stage:
     summary, lines, sampler = _summary(out, run), read_metrics(out / run.name), run.model.sampler
     names = [name for name in ("loss", "dmd", "critic") if any(name in line for line in lines)]
+    blind = run.recipe.trains_backbone and run.model.network.camera == "none"
     generates = run.name not in ("codec", "foundation") and sampler.causal
     return Stage(
         run.name,
-        WHAT.get(run.name, run.recipe.kind),
+        WHAT.get(run.name, run.recipe.kind) + ", no camera" * blind,
         summary.seconds,
         summary.steps,
         _origin(run.init.student, out),
