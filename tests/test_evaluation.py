@@ -15,7 +15,7 @@ from minwm.cli import main
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import read_image, to_pixels
 from minwm.eval.camera.motion import MotionErrors, MotionResult, measure_motion
-from minwm.eval.cases import BASELINES, Clips, reconstruct, whole_chunks
+from minwm.eval.cases import BASELINES, Clips, reconstruct
 from minwm.eval.diversity import measure_diversity
 from minwm.eval.drift import ROUTES, DriftCurves, LongRollouts, collapse
 from minwm.eval.image import chunk_spans, colour_distance, measure_quality
@@ -28,6 +28,7 @@ from minwm.experiments.pipeline import evaluate_stages
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.render.worlds import World
+from minwm.session.generate import whole_chunks
 from minwm.store.folder import load_codec, save_model
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import FewStepSampler

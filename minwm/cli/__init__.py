@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minwm.cli import models, plan, play, tools, weights  # noqa: F401  (their verbs register themselves)
-from minwm.cli.base import RESUMABLE, check_outputs, parse
+from minwm.cli import evaluate, models, plan, play, tools, video, weights  # noqa: F401  (their verbs register themselves)
+from minwm.cli.base import check_outputs, goes_on, parse
 from minwm.core.config import UserError
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumable = False
     try:
         verb = parse(list(sys.argv[1:] if argv is None else argv))
-        resumable = verb.func in RESUMABLE
+        resumable = goes_on(verb)
         check_outputs(verb)
         verb()
     except SystemExit:  # help was asked for, and printed

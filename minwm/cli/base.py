@@ -35,7 +35,7 @@ from minwm.core.files import check_writable
 if TYPE_CHECKING:
     from minwm.cameras.track import CameraTrack
     from minwm.cameras.trajectory import Trajectory
-    from minwm.store.model import ModelConfig
+    from minwm.store.model import Model, ModelConfig
     from minwm.stream.accelerate import EngineConfig
 
 DESCRIPTION = """Camera-controlled, streaming video world models: data, training, generation, measurement.
@@ -44,8 +44,8 @@ DESCRIPTION = """Camera-controlled, streaming video world models: data, training
   minwm train demo/camera --optim.lr 5e-4 --out runs/mine
   minwm generate --model runs/demo/dmd --world 7 --trajectory "w*4,j*4" --out walk.mp4
 
-Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, data render, data
-encode or data trajectories continues when it is run again."""
+Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, generate --list, data
+render, data encode or data trajectories continues when it is run again."""
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="write the numbers here too")]
 ModelFolder = Annotated[Path, arg(metavar="DIR|USER/NAME", help="model folder, such as runs/demo/dmd, or on the Hub")]
@@ -95,16 +95,19 @@ VERBS: dict[tuple[str, ...], Callable[..., BoundVerb]] = {}
 """By the words that call them. Called by tyro they do not run: they return themselves with their arguments bound."""
 DETAILS: dict[tuple[str, ...], Details] = {}
 """What follows the help of some verbs: functions that print it, given the other words on the command line."""
-RESUMABLE: set[Verb] = set()
-"""Verbs that go on where an interrupted call of them ended."""
+RESUMABLE: dict[Verb, str | None] = {}
+"""Verbs that go on where an interrupted call of them ended; all such calls, or those with this option."""
 GROUPS = {
     "data": "Training clips: render, encode, trajectories, check, report.",
     "camera": "Poses and trajectories: check a file, show a path.",
 }
 
 
-def command(*words: str, details: Details | None = None, resumable: bool = False) -> Callable[[Verb], Verb]:
-    """Register a function as the verb `words`. One with a parameter `fields` gets the options that it does not have."""
+def command(*words: str, details: Details | None = None, resumable: bool | str = False) -> Callable[[Verb], Verb]:
+    """Register a function as the verb `words`. One with a parameter `fields` gets the options that it does not have.
+
+    `resumable`: whether an interrupted call goes on when it is made again; or the option with which it does.
+    """
 
     def register(function: Verb) -> Verb:
         @functools.wraps(function)
@@ -115,7 +118,7 @@ def command(*words: str, details: Details | None = None, resumable: bool = False
         if details:
             DETAILS[words] = details
         if resumable:
-            RESUMABLE.add(function)
+            RESUMABLE[function] = resumable if isinstance(resumable, str) else None
         return function
 
     return register
@@ -173,6 +176,12 @@ def _one_line(box: str) -> str:
     return f"{problem.rstrip('.')}; {help_command or 'run minwm --help'}"
 
 
+def goes_on(verb: BoundVerb) -> bool:
+    """Whether this call goes on where an interrupted one ended."""
+    option = RESUMABLE.get(verb.func, "")
+    return option is None or verb.keywords.get(option) is not None
+
+
 def parse_fields(options: tuple[str, ...]) -> dict[str, str]:
     """The values of fields in `--name value`, `--name=value` or `name=value`: {"optim.lr": "1e-4"}."""
     fields, rest = {}, iter(options)
@@ -191,6 +200,13 @@ def print_fields(config: Any, verb: str) -> None:
     markers = (AvoidSubcommands, FlagConversionOff)
     with contextlib.suppress(SystemExit):
         tyro.cli(type(config), default=config, prog=f"minwm {verb}", args=["--help"], config=markers)
+
+
+def open_model(folder: Path) -> "Model":
+    """The model of a folder or of the Hub, on this machine's GPU if it has one."""
+    from minwm.store.hub import load
+
+    return load(folder).ready()
 
 
 def read_track(text: str, cfg: "ModelConfig", picture: Path | None = None) -> "tuple[CameraTrack, Trajectory | None]":

@@ -1,13 +1,10 @@
-"""Verbs that train, use and measure models."""
+"""Verbs that train models, and measure what they cost."""
 
-import time
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 from minwm.cli.base import (
     PLAIN,
@@ -18,28 +15,19 @@ from minwm.cli.base import (
     Flag,
     Json,
     ModelFolder,
-    Route,
     Show,
     Steps,
     command,
-    command_line,
     echo,
     numbers,
+    open_model,
     parse_fields,
     print_fields,
-    read_track,
-    refuse_existing,
     write_numbers,
 )
 from minwm.core.config import UserError, dumps, override, to_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
-
-    import numpy as np
-    from jaxtyping import UInt8
-
-    from minwm.core.runtime import Progress
     from minwm.store.model import Model, ModelConfig
 
 
@@ -60,12 +48,6 @@ def list_fields(words: list[str]) -> None:
         echo("--FIELD VALUE sets any field of a stage; PIPELINE/STAGE --help lists them. Pipelines:")
         return list_pipelines(words)
     return print_fields(presets.stage(stage, Path("runs") / stage.partition("/")[0]), f"train {stage}")
-
-
-def list_eval_fields(_words: list[str]) -> None:
-    from minwm.eval.run import EvalConfig
-
-    print_fields(EvalConfig(), "eval")
 
 
 def list_pipeline_fields(words: list[str]) -> None:
@@ -142,137 +124,6 @@ def train(
     return numbers(asdict(run_training(run, out)), json)
 
 
-@command("generate")
-def generate(
-    model: ModelFolder,
-    trajectory: Route,
-    out: Annotated[Path, arg(metavar="FILE.mp4")],
-    prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
-    image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
-    world: Annotated[int | None, arg(metavar="SEED", help="start in this procedural world")] = None,
-    keys: Annotated[Flag, arg(help="draw the keys on the video")] = False,
-    compare: Annotated[Flag, arg(help="with --world: the true view beside it")] = False,
-    seed: Annotated[int, arg(metavar="N", help="of the noise")] = 0,
-) -> None:
-    """Make a video along a trajectory, from a prompt, from a picture and a prompt, or from a procedural world."""
-    from minwm.core.media import write_video
-    from minwm.core.runtime import progress
-    from minwm.session.engines import SceneEngine
-    from minwm.session.generate import generate_pieces
-
-    refuse_existing(out, ".mp4")
-    loaded = _load(model)
-    track, route = read_track(trajectory, loaded.config, image)
-    if keys and route is None:
-        raise UserError(f"--keys: {trajectory} holds poses, not keys")
-    if world is not None and not image:
-        place = SceneEngine.spawn(world, track, loaded.config)
-        first, truth = place.start()[:1], place.advance(track.c2w) if compare else None
-        prompt = place.scene.caption if prompt is None else prompt
-    elif world is None and not compare and prompt is not None:
-        first, truth = first_frame(image, loaded.config) if image else None, None
-    else:
-        raise UserError("give --prompt TEXT (and --image PNG), or --world SEED (which --compare needs)")
-    if loaded.config.network.camera == "none":
-        echo("this model has no camera control: the trajectory only says how long the video is")
-    start, pressed = time.monotonic(), route.keys_per_frame() if keys and route else None
-    with progress(len(track), "frames") as bar:
-        pieces = generate_pieces(loaded, first, [prompt], [track], seed)
-        write_video(out, _side_by_side(pieces, truth, pressed, bar), loaded.config.motion.fps)
-    seconds = time.monotonic() - start
-    echo(f"{prompt!r}, {route.describe() if route else trajectory}\n{out}: {len(track)} frames in {seconds:.1f} s")
-
-
-def _side_by_side(
-    pieces: "Iterator[UInt8[np.ndarray, 'b n h w 3']]",
-    truth: "Iterator[UInt8[np.ndarray, 'n h w 3']] | None",
-    pressed: "Sequence[Collection[str]] | None",
-    bar: "Progress",
-) -> "Iterator[UInt8[np.ndarray, 'H W 3']]":
-    """Frames of a generated video, one by one, with the true view to their left and the pressed keys drawn on both."""
-    import numpy as np
-
-    from minwm.core.media import overlay_keys
-
-    true_frames, done = chain.from_iterable(truth or ()), 0
-    for (piece,) in pieces:
-        stop = done + len(piece)
-        videos = [piece] if truth is None else [np.stack([*islice(true_frames, len(piece))]), piece]
-        if pressed:
-            videos = [overlay_keys(video, pressed[done:stop]) for video in videos]
-        yield from np.concatenate(videos, axis=2)
-        bar.advance(len(piece))
-        done = stop
-
-
-def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
-    from minwm.core.media import read_image, resize_and_crop
-
-    image = read_image(path)
-    if image.shape[:2] != (cfg.height, cfg.width):
-        h, w = image.shape[:2]
-        echo(f"{path}: {w}x{h} pixels, cropped in the middle and resized to the model's {cfg.width}x{cfg.height}")
-    return resize_and_crop(image, cfg.height, cfg.width)[None]
-
-
-@command("eval", details=list_eval_fields)
-def evaluate(
-    model: Annotated[list[Path], UseAppendAction, arg(metavar="DIR|USER/NAME", help="may be given several times")],
-    json: Json = None,
-    html: Annotated[Path | None, arg(metavar="FILE.html", help="a page with clips side by side")] = None,
-    sheet: Annotated[Path | None, arg(metavar="PNG", help="draw the last model's best and worst clips here")] = None,
-    quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
-    out: Annotated[Path | None, arg(metavar="DIR", help="keep rows and videos here; finished rows stay")] = None,
-    fields: Fields = (),
-) -> None:
-    """Measure camera following, quality, memory, drift and speed in scenes that no stage has seen."""
-    from tempfile import TemporaryDirectory
-
-    from minwm.core.media import write_image
-    from minwm.core.runtime import git_commit, versions
-    from minwm.eval.cases import HELD_OUT
-    from minwm.eval.report.evaluation import write_evaluation
-    from minwm.eval.report.gallery import best_and_worst
-    from minwm.eval.run import QUICK, EvalConfig
-    from minwm.eval.run import evaluate as evaluate_models
-    from minwm.eval.targets import targets
-
-    cfg = override(QUICK if quick else EvalConfig(), parse_fields(fields))
-    names = _names(model)
-    with TemporaryDirectory() as temporary:
-        models = {name: partial(_load, path) for name, path in names.items()}
-        result = evaluate_models(models, cfg, out or Path(temporary), echo)
-        rows = {name: result.rows[name] for name in names}
-        teacher = next((row for row in rows.values() if row.bench and row.bench.sampler == "autoregressive"), None)
-        scenes = result.config.scenes
-        aims = {name: targets(row, scenes, None if row is teacher else teacher) for name, row in rows.items()}
-        for name, found in aims.items():
-            for aim in found:
-                echo(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: {aim.aim})")
-        plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
-        seconds = {name: row.eval_seconds for name, row in result.rows.items()}
-        listed = {name: [{**to_dict(aim), "met": aim.met} for aim in found] for name, found in aims.items()}
-        every = {name: to_dict(row) for name, row in result.rows.items()}
-        write_numbers({"plan": plan, "seconds": seconds, "targets": listed, "rows": every}, json)
-        if sheet:
-            write_image(sheet, best_and_worst(result, [*names][-1]))
-        if html:
-            about = versions()
-            facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
-                     "PyTorch": about["torch"], "Clips": str(cfg.clips)}  # fmt: skip
-            echo(f"page: {write_evaluation(html, result, aims, facts, command_line())}")
-
-
-def _names(models: list[Path]) -> dict[str, Path]:
-    """Short names by which the models go: as much of their paths as tells them apart."""
-    depth = 1
-    while len({Path(*path.parts[-depth:]) for path in models}) < len(models):
-        depth += 1
-        if depth > max(len(path.parts) for path in models):
-            raise UserError("--model: the same folder is given twice")
-    return {str(Path(*path.parts[-depth:])): path for path in models}
-
-
 @command("ablate", resumable=True)
 def ablate(
     name: Annotated[Positional[str], arg(metavar="NAME", help="poses, steps, batch, camera, distill or sampling")],
@@ -320,7 +171,7 @@ def bench(
     if compare:
         return echo("\n".join(report.compare(*(read_json(path) for path in compare))))
     if model and not (preset or random_weights):
-        loaded = _load(model)
+        loaded = open_model(model)
     elif preset and random_weights and not model:
         loaded = random_model(_preset(preset))
     else:
@@ -382,12 +233,6 @@ def _preset(name: str) -> "ModelConfig":
     pipeline, slash, _ = name.partition("/")
     stage = name if slash else f"{name}/{presets.pipeline(pipeline, Path()).stages[-1].name}"
     return presets.stage(stage, Path()).model
-
-
-def _load(model: Path) -> "Model":
-    from minwm.store.hub import load
-
-    return load(model).ready()
 
 
 def inspect_model(folder: Path, json: Path | None) -> None:

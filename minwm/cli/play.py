@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, command, echo
-from minwm.cli.models import first_frame, with_steps
+from minwm.cli.models import with_steps
+from minwm.cli.video import first_frame
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:

@@ -120,12 +120,6 @@ def held_out(config: ModelConfig, count: int, scenes: Scenes) -> Clips:
     return Clips.make(config, [p.format(n=n, a=a, b=n - a, c=c, d=n - c) for p in patterns], scenes)
 
 
-def whole_chunks(config: ModelConfig, latents: int) -> int:
-    """The least number of latents from `latents` on that is a first chunk and whole later ones."""
-    first, chunk = config.stream.first_chunk_frames, config.stream.chunk
-    return first - (first - latents) // chunk * chunk
-
-
 @torch.no_grad()
 def reconstruct(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
     """Videos encoded and decoded, streamed in pieces of that many latents: no model on these latents can look

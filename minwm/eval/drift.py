@@ -18,13 +18,13 @@ from jaxtyping import Float, UInt8
 
 from minwm.cameras.track import CameraTrack
 from minwm.cameras.trajectory import Action, integrate_actions, parse
-from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, Case, reconstruct, whole_chunks
+from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, Case, reconstruct
 from minwm.eval.image import colour_distance, psnr, sharpness
 from minwm.eval.ood import ReferenceStatistics
 from minwm.eval.stats import Bootstrap, Interval
 from minwm.nets.codec import VideoCodec
 from minwm.render.base import Scene, Scenes
-from minwm.session.generate import generate_by_chunk
+from minwm.session.generate import generate_by_chunk, whole_chunks
 from minwm.store.model import Model, ModelConfig
 
 Array = np.ndarray

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minwm.eval.cases import Clips, Videos, whole_chunks
+from minwm.eval.cases import Clips, Videos
 from minwm.eval.image import psnr
 from minwm.eval.stats import Bootstrap, Interval
+from minwm.session.generate import whole_chunks
 from minwm.store.model import ModelConfig
 
 THERE_AND_BACK = (("l", "j"), ("w", "s"), ("j", "l"), ("a", "d"), ("s", "w"), ("d", "a"))

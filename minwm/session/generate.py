@@ -138,6 +138,12 @@ def check_image(cfg: ModelConfig, image: UInt8[np.ndarray, "h w 3"]) -> None:
         )
 
 
+def whole_chunks(cfg: ModelConfig, latents: int) -> int:
+    """The least number of latents from `latents` on that is a first chunk and whole later ones."""
+    first, chunk = cfg.stream.first_chunk_frames, cfg.stream.chunk
+    return first - (first - latents) // chunk * chunk
+
+
 def check_length(cfg: ModelConfig, latents: int) -> None:
     """Raise UserError, naming lengths that fit, unless the model can make a clip of that many latents."""
     stride, lead, chunk = cfg.motion.stride, cfg.geometry.first_chunk_frames, cfg.stream.chunk
