@@ -38,6 +38,8 @@ MODEL = ModelConfig(
     stream=StreamConfig(chunk=2, first_chunk=1, window=3),
 )
 """Three chunks; its ring is larger."""
+REMEMBERING = replace(MODEL.stream, window=2, retrieved=1, recompute="causal")
+"""Of five chunks it sees four."""
 RECIPE = {
     "bidirectional": BidirectionalConfig(),
     "autoregressive": AutoregressiveConfig(),

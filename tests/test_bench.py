@@ -11,7 +11,7 @@ from tiny_presets import tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwm.bench.report import compare, plot
+from minwm.bench.report import check_latency, compare, plot
 from minwm.bench.stream import BenchResult, bench_model, random_model
 from minwm.cameras.trajectory import Motion
 from minwm.cli import main
@@ -62,6 +62,9 @@ def test_clocks_fit_together(sampler: Sampler) -> None:
         assert result.chunk.median_ms == pytest.approx(result.first_chunk.median_ms / 3)
         assert result.action_to_pixel is None and result.fps < 1000 * result.frames / result.first_chunk.median_ms
     assert loads(BenchResult, dumps(result)) == result
+    if not sampler.causal:
+        with pytest.raises(UserError, match="--latency is about actions"):
+            check_latency(result, 1000.0)
 
 
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
@@ -156,6 +159,9 @@ def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.
     found = json.loads(file.read_text())
     assert found["passes"] == 2 and found["fp8"]["limit"] == 0.1
     assert "no evidence" in capsys.readouterr().out
+    assert main([*command, "--latency", "1e6"]) == 0
+    assert main([*command, "--latency", "1e-6"]) == 2
+    assert "has a 90th percentile of" in capsys.readouterr().err
     assert main([*command, "--steps", "0"]) == 2
     assert main([*command, "--attention", "chess"]) == 2
     assert "'chess'" in capsys.readouterr().err

@@ -14,10 +14,11 @@ from tiny_codecs import HUNYUAN as VAE
 
 from minwm.cli import main
 from minwm.core.weights import CheckpointError
+from minwm.families.base import WORLDPLAY
 from minwm.families.hunyuan.convert import RELEASES, canonical_name, original_name, to_diffusers
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.store.card import card
-from minwm.store.folder import load_model
+from minwm.store.folder import load_model, weights_origin
 from minwm.store.layouts import describe, open_published, release_name
 
 SMALL = HunyuanConfig(
@@ -133,26 +134,35 @@ def test_full_sizes_have_the_names_of_the_release(name: str) -> None:
     assert release_name(cfg) == (name if name in RELEASES else "hunyuan1.5-8b")
 
 
+ORIGINS = {
+    "tencent": ((), RELEASES["hunyuan1.5-8b"].origin),
+    "HY-WorldPlay": ((), WORLDPLAY),
+    "HY-WorldPlay without actions": (("--drop-action",), WORLDPLAY),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
 def test_it_becomes_a_model_with_the_licence_of_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From tencent's folders: the VAE stands beside the variants."""
-    release = replace(RELEASES["hunyuan1.5-8b"], config=SMALL)
-    monkeypatch.setitem(RELEASES, "hunyuan1.5-8b", release)
-    tensors = written("tencent", tmp_path / "transformer" / "480p_i2v")
+    (options, origin), layout = ORIGINS[name], name.partition(" without")[0]
+    monkeypatch.setitem(RELEASES, "hunyuan1.5-8b", replace(RELEASES["hunyuan1.5-8b"], config=SMALL))
+    tensors = written(layout, tmp_path / "transformer" / "480p_i2v")
     (tmp_path / "vae").mkdir()
     save_file(VAE.build().state_dict(), tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     sizes = {"channels": "4", "base": "8", "mult": "1,2,4", "depth": "1", "temporal": "true,true"}
     fields = [word for key, value in sizes.items() for word in (f"--codec.{key}", value)]
     words = ["convert", str(tmp_path / "transformer" / "480p_i2v"), str(tmp_path / "model"), "--to", "minwm", *fields]
-    assert main(words) == 0
+    assert main([*words, *options]) == 0
     said = capsys.readouterr().out
-    assert "it was made for 480p, i2v" in said and "not for the European Union" in said
-    model = load_model(tmp_path / "model")
-    assert model.config.network == replace(SMALL, principal_point=False)
-    assert_equal(model.net.state_dict(), tensors)
+    assert "it was made for 480p, i2v" in said and f"weights of {origin.repo} are under {origin.license}" in said
+    model, network = load_model(tmp_path / "model"), LAYOUTS[layout].config
+    assert model.config.network == replace(network, principal_point=False, actions=network.actions and not options)
+    assert_equal(model.net.state_dict(), {key: tensors[key] for key in model.net.state_dict()})
     text = card(tmp_path / "model")
-    assert "base_model: tencent/HunyuanVideo-1.5" in text and release.license.limits in text
+    assert f"base_model: {origin.repo}" in text and origin.license.limits in text
+    assert weights_origin(tmp_path / "model") == origin
     assert main(["convert", str(tmp_path), str(tmp_path / "other"), "--to", "minwm"]) == 2
     assert "name one of its folders: 480p_i2v" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from minwm.core.media import write_image
 from minwm.families.wan.convert import RELEASES
 from minwm.families.wan.transformer import WanConfig
 from minwm.store.card import CARD, card, write_card
-from minwm.store.folder import load_model, save_model
+from minwm.store.folder import ORIGIN, load_model, save_model
 from minwm.store.hub import FILES
 
 project = pytest.fixture(trained_once, scope="module")
@@ -123,6 +123,7 @@ def test_an_adopted_model_says_where_it_comes_from_and_no_more(adopted: Path) ->
 
 def test_only_a_published_size_has_a_base(adopted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RELEASES, "wan2.1-1.3b", replace(RELEASES["wan2.1-1.3b"], config=WanConfig()))
+    (adopted / ORIGIN).unlink()
     text = card(adopted)
     assert "base_model" not in text and "no record of a training with minwm." in text
 

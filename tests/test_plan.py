@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from planning import MODEL, RECIPE, allocated, item, micro_batch, real_recipe, stage
+from planning import MODEL, RECIPE, REMEMBERING, allocated, item, micro_batch, real_recipe, stage
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from minwm.bench.memory import plan_inference, plan_training
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
+from minwm.recipes.diffusion import AutoregressiveConfig
 from minwm.store.model import ModelConfig
+from minwm.stream.memory import seen_points
 from minwm.stream.rollout import Stream
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
 from minwm.train.loop import Ema
@@ -74,6 +76,11 @@ def test_guidance_doubles_the_cache_and_bfloat16_halves_it() -> None:
         assert item(guided, name) == item(few, name) == 2 * item(half, name)
 
 
+def test_retrieved_chunks_take_what_newest_ones_take() -> None:
+    config = replace(MODEL, stream=REMEMBERING)
+    assert plan_inference(config) == plan_inference(replace(config, stream=replace(REMEMBERING, window=3, retrieved=0)))
+
+
 def test_a_bidirectional_model_has_no_cache_and_makes_the_clip_at_once() -> None:
     config = replace(MODEL, sampler=BidirectionalSampler())
     plan, longer = plan_inference(config), plan_inference(replace(config, latents=9))
@@ -91,6 +98,10 @@ VARIANTS = {
     "checkpointing": {"checkpointing": True},
     "attention": {"checkpointing": "attention"},
     "accumulate": {"accumulate": 2, "batch": 1},
+    "memory": {
+        "model": replace(MODEL, latents=9, stream=REMEMBERING),
+        "recipe": AutoregressiveConfig(memory=1.0),
+    },
 }
 CASES = [*((name, "plain") for name in RECIPE), *(("autoregressive", variant) for variant in [*VARIANTS][1:])]
 CASES += [("dmd", "checkpointing"), ("dmd", "attention")]
@@ -100,6 +111,7 @@ CASES += [("dmd", "checkpointing"), ("dmd", "attention")]
 def test_activations_are_what_the_allocator_gives_out(name: str, variant: str) -> None:
     run = stage(name, **VARIANTS[variant])
     plan, recipe = plan_training(run), real_recipe(run)
+    seen_points()  # made once
     for step, role in enumerate(run.recipe.trained):
         real = allocated(lambda step=step: [micro_batch(run, recipe, step).backward() for _ in range(run.accumulate)])
         assert item(plan, f"activations: {role}") == pytest.approx(real, rel=0.05)

@@ -70,17 +70,21 @@ def test_worldplay_samples_as_its_authors_do() -> None:
 
 @torch.no_grad()
 def test_worldplay_shows_its_network_the_times_of_its_authors() -> None:
-    """Of every pass: the image, and all that is past, at 14/1000. The first chunk has four latents with the image."""
+    """Of every pass: the image, and all that is past, at 14/1000. The first chunk has four latents with the image, and
+    from the third on the past is read again in one pass."""
     cfg, seen = PUBLISHED["hy-worldplay-5b"](), list[list[float]]()
     assert cfg.stream.chunks(cfg.latents) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)] and cfg.image_start
     net = WanConfig(dim=24, heads=1, layers=1, ffn=8, channels=4, text_dim=4, text_length=2, freq_dim=8).build()
-    net.register_forward_hook(lambda _, args, __: seen.append((1000 * args[1].t).expand(1, 4)[0].tolist()))
+    net.register_forward_hook(
+        lambda _, args, __: seen.append((1000 * args[1].t).expand(1, args[0].shape[1])[0].tolist())
+    )
     cond = Condition(text=torch.zeros(1, 2, 4), first_latent=torch.ones(1, 1, 4, 2, 2))
-    draws = torch.zeros(cfg.sampler.num_noise_samples(cfg.geometry), 1, 8, 4, 2, 2)
+    draws = torch.zeros(cfg.sampler.num_noise_samples(cfg.geometry), 1, 12, 4, 2, 2)
     made = generate_latents(net, cfg.sampler, draws, cond, cfg.stream.geometry(tokens=1))
     times = [1000, 960, 888.8889, 727.2728]
-    first, second = [[14.0, t, t, t] for t in (*times, 14)], [[t] * 4 for t in (*times, 14)]
-    assert [t for row in seen for t in row] == pytest.approx([t for row in (*first, *second) for t in row], abs=1e-3)
+    first, later = [[14.0, t, t, t] for t in (*times, 14)], [[t] * 4 for t in times]
+    want = [*first, *later, [14.0] * 8, *later]
+    assert [t for row in seen for t in row] == pytest.approx([t for row in want for t in row], abs=1e-3)
     assert torch.equal(made[:, :1], torch.ones(1, 1, 4, 2, 2))
 
 

@@ -1,5 +1,6 @@
 """Every preset in miniature: all of its stages, its layout and its switches; two steps of tiny networks."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,22 +44,30 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
     if pipeline.render is None:
         render_worlds(out / "raw", render, clips=CLIPS)
         publish(model, out / "base")
+        shutil.copytree(out / "base", out / "score")  # in one preset another release
     else:
         render = replace(pipeline.render, latents=model.latents, height=model.height, width=model.width)
+    revisits = 0 if model.image_start else pipeline.evaluation.revisits
     return replace(
         pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1,
-        evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1),
-        evaluated=("camera", "dmd"),
+        evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1, revisits=revisits),
+        evaluated=tuple(run.name for run in stages if run.name in ("camera", "finetune", "dmd")),
     )  # fmt: skip
 
 
 def tiny_run(run: Run, text_encoder: Path) -> Run:
     """Two steps, from random weights where the preset starts from shipped ones; of DMD one step for each network."""
-    small = {"ode_steps": 4, "grid": 4, "critic_updates": 1, "max_prefix_chunks": 2, "fit_clips": 2, "latents": 3}
+    small = {
+        "ode_steps": 4, "grid": 4, "critic_updates": 1, "max_prefix_chunks": 2, "fit_clips": 2, "latents": 3,
+        "memory": 0.5,
+    }  # fmt: skip
     fields = {name: value for name, value in small.items() if vars(run.recipe).get(name)}
     shipped = {role: None for role, folder in vars(run.init).items() if folder and Path(folder).is_relative_to(ASSETS)}
+    model = tiny_model(run.model, text_encoder)
+    if model.stream.retrieved:
+        model = replace(model, stream=replace(model.stream, chunk=2, window=1), latents=8)
     return replace(
-        run, model=tiny_model(run.model, text_encoder), recipe=replace(run.recipe, **fields),
+        run, model=model, recipe=replace(run.recipe, **fields),
         init=replace(run.init, **shipped), steps=2, batch=2, accumulate=min(run.accumulate, 2), precision="float32",
         save_every=2,
     )  # fmt: skip
@@ -88,7 +97,7 @@ def publish(model: ModelConfig, base: Path) -> None:
     release = base.with_name("release")
     release.mkdir()
     torch.manual_seed(0)
-    network = replace(model.network, camera="none")
+    network = model.network if model.network.actions else replace(model.network, camera="none")
     FAMILIES[network.kind].export(network.build().state_dict(), network, release / "transformer", "original")
     save_file(model.codec.build().state_dict(), release / "vae.safetensors")
     published = open_published(release)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
     `dtype` is that of network, cache and codec: `Model.ready` makes it bfloat16 on a GPU.
     """
     times = cfg.sampler.distinct_times + 1  # outside: without data all times are one
+    cfg = _newest_chunks(cfg)
     with no_data(), torch.no_grad():
         net, codec = cfg.network.build(), cfg.codec.build()
         for x in (*net.parameters(), *codec.parameters(), *codec.buffers()):
@@ -126,9 +128,11 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
             held += _held_by(stream, times)
             kept = f"; it grows, and this is after {decoded} latents" if codec.grows else ""
             held.append(Item("decoder state", sum(x.nbytes for x in state or ()), f"what decoding keeps{kept}"))
-            with MemoryMeter() as passing:
-                for _ in range(1 if cfg.stream.recompute == "never" else cfg.geometry.slots + 1):
-                    stream.update_cache(stream.prepare_chunk(clip.cond), clip.latents)  # a pass like all others
+            starts = [cfg.stream.start(i) for i in range(cfg.stream.slots + 2)]
+            chunks = [random_clip(cfg, 1, b - a) for a, b in pairwise(starts)]
+            with MemoryMeter() as passing:  # a pass like all others, if need be after all those that it recomputes
+                for chunk in chunks[0 if cfg.stream.recompute != "never" else -1 :]:
+                    stream.update_cache(stream.prepare_chunk(chunk.cond), chunk.latents)
         with MemoryMeter() as decoding:
             codec.decode_next(clip.latents, state)
     frames, twice = clip.latents.shape[1], ", with and without the prompt" if cfg.sampler.guidance != 1 else ""
@@ -138,6 +142,12 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
         Item("activations: decoder", decoding.peak, f"{frames} latents to frames of {cfg.width}x{cfg.height}"),
     )
     return Plan(tuple(held), turns)
+
+
+def _newest_chunks(cfg: ModelConfig) -> ModelConfig:
+    """The model with the newest chunks in place of retrieved ones, as many: which to retrieve depends on data."""
+    stream = cfg.stream
+    return replace(cfg, stream=replace(stream, retrieved=0, window=stream.window + stream.retrieved))
 
 
 def _held_by(stream: Stream, times: int) -> Iterator[Item]:
@@ -164,7 +174,8 @@ def plan_training(run: Run) -> Plan:
     """A stage as the loop of train/loop.py runs it on one GPU. No folder that the run names has to exist."""
     held, turns = [], []
     with no_data():
-        run = replace(run, compile=False)  # fused kernels keep less: this is an upper bound
+        # fused kernels keep less: this is an upper bound
+        run = replace(run, compile=False, model=_newest_chunks(run.model))
         if run.recipe.self_rollout:  # the pass with gradient; the others are like the one that updates the cache
             run = replace(run, model=replace(run.model, sampler=run.model.sampler.with_steps(1)))
         recipe = build_recipe(run, lambda _: run.recipe.network(run.model))

@@ -1,9 +1,10 @@
-"""Showing what `minwm bench` measured: two results side by side, and a drawing of one."""
+"""What `minwm bench` says of its results: two side by side, a drawing of one, and whether it meets a latency target."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from minwm.bench.stream import BenchResult
+from minwm.core.config import UserError
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -46,3 +47,15 @@ def plot(result: BenchResult) -> str:
         rates = f"{result.machine.tflops:.3g} TFLOP/s, {result.machine.gbytes:.3g} GB/s"
         parts.append(f'<text x="{left}" y="{height - 8}">dark: {rates}, measured in the same run</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def check_latency(result: BenchResult, target_ms: float) -> None:
+    """Raise UserError if the 90th percentile of `action_to_pixel` (M5) is above the target in milliseconds."""
+    timing = result.action_to_pixel
+    if timing is None or timing.p90_ms is None:
+        raise UserError("--latency is about actions, which a bidirectional model does not take; leave it out")
+    if timing.p90_ms > target_ms:
+        raise UserError(
+            f"action_to_pixel has a 90th percentile of {timing.p90_ms:.3g} ms, and --latency asks for {target_ms:g}: "
+            "fewer steps, smaller chunks, a smaller window, a tiny decoder or engine options are faster"
+        )

@@ -159,6 +159,9 @@ def bench(
     steps: Steps = None,
     merged_refresh: Annotated[Flag, arg(help="finished chunks get no pass of their own")] = False,
     window: Annotated[int | None, arg(metavar="N", help="chunks kept besides the sinks")] = None,
+    latency: Annotated[
+        float | None, arg(metavar="MS", help="fail if the 90th percentile of action_to_pixel is above")
+    ] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
 ) -> None:
@@ -189,7 +192,8 @@ def bench(
     result = bench_model(loaded, engine.config(), repeats, chunks, roofline=True)
     if plot:
         write_text(plot, report.plot(result))
-    return numbers(to_dict(result), json)
+    numbers(to_dict(result), json)
+    return None if latency is None else report.check_latency(result, latency)
 
 
 def with_steps(model: "Model", steps: int | None) -> "Model":

@@ -12,8 +12,7 @@ from minwm.cli.models import inspect_model
 from minwm.core.config import UserError, override, to_dict
 
 if TYPE_CHECKING:
-    from minwm.families.base import Published
-    from minwm.store.layouts import NetworkConfig
+    from minwm.families.base import Origin, Published
 
 Source = Annotated[Positional[Path], arg(metavar="SRC", help="checkpoint: a file or folder in any published layout")]
 Role = Annotated[str | None, arg(metavar="NAME", help="the network to read, if a file holds several")]
@@ -87,8 +86,8 @@ def convert_weights(
     """Write a checkpoint or a model folder in another layout; with --to minwm, any field of the model can be set."""
     import torch
 
-    from minwm.store.folder import load_model
-    from minwm.store.layouts import FAMILIES, open_published
+    from minwm.store.folder import load_model, weights_origin
+    from minwm.store.layouts import FAMILIES, open_published, published_origin
 
     if to == "minwm":
         published = open_published(source, role, heads, drop_action)
@@ -97,12 +96,13 @@ def convert_weights(
         raise UserError("--preset, --codec and fields of the model go with --to minwm")
     if (source / "model.json").exists():
         model = load_model(source)
-        tensors, cfg, notes = model.net.state_dict(), model.config.network, ()
+        tensors, cfg, notes, origin = model.net.state_dict(), model.config.network, (), weights_origin(source)
     else:
         published = open_published(source, role, heads, drop_action)
         tensors, cfg, notes = published.tensors, published.config, published.notes
+        origin = published_origin(published)
     types = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    _echo_notes((*notes, *FAMILIES[cfg.kind].export(tensors, cfg, target, to, types[dtype])), cfg)
+    _echo_notes((*notes, *FAMILIES[cfg.kind].export(tensors, cfg, target, to, types[dtype])), origin)
     return echo(f"{target}: {len(tensors)} tensors in {to} names")
 
 
@@ -112,7 +112,7 @@ def _write_model(
     """A model folder from a published transformer, its VAE, and a preset for the rest."""
     from minwm.experiments import presets
     from minwm.store.folder import save_published
-    from minwm.store.layouts import FAMILIES, release_name
+    from minwm.store.layouts import FAMILIES, published_origin, release_name
 
     file, family = published.weights.path, FAMILIES[published.config.kind]
     preset = preset or release_name(published.config)
@@ -130,16 +130,13 @@ def _write_model(
     if codec is None:
         raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")
     save_published(target, override(config, parse_fields(fields)), published, codec)
-    _echo_notes(published.notes, published.config)
+    _echo_notes(published.notes, published_origin(published))
     echo(f"{target}: a model folder, codec from {codec}")
 
 
-def _echo_notes(notes: Iterable[str], network: "NetworkConfig") -> None:
-    """Notes, and a licence with limits of the release whose sizes a network has."""
-    from minwm.store.layouts import release
-
-    base = release(network)
-    limits = [f"weights of {base.repo} are under {base.license}"] if base and base.license.limits else []
+def _echo_notes(notes: Iterable[str], origin: "Origin | None") -> None:
+    """Notes, and the licence of weights if it has limits."""
+    limits = [f"weights of {origin.repo} are under {origin.license}"] if origin and origin.license.limits else []
     for note in (*notes, *limits):
         echo(f"note: {note}")
 

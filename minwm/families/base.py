@@ -34,6 +34,29 @@ class License:
 
 
 APACHE = License("apache-2.0")
+TENCENT_LIMITS = (
+    "not for the European Union, the United Kingdom and South Korea; its outputs may improve no other model"
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights were published."""
+
+    repo: str
+    """Repository on the Hugging Face Hub."""
+    license: License
+
+
+WORLDPLAY = Origin(
+    "tencent/HY-WorldPlay",
+    License(
+        "tencent-hy-worldplay-community",
+        "https://github.com/Tencent-Hunyuan/HY-WorldPlay/blob/main/License.txt",
+        TENCENT_LIMITS,
+    ),
+)
+"""Of networks of every family: published ones with an embedding of actions are HY-WorldPlay's."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,10 @@ class Release:
     config: Any
     """Its architecture, without cameras: a `nets.backbone.BackboneConfig`, of the family's own type."""
     license: License = APACHE
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.repo, self.license)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ class Backbone(nn.Module, ABC):
     for ray maps, and where text, which has no camera, takes part in an attention that sees cameras."""
     takes_actions: bool = False
     """Whether actions are embedded beside the timesteps: modulation then depends on both."""
+    finished_kv: Callable[[Heads], Heads] | None = None
+    """Compatibility: makes of a finished chunk's cached keys, or values, what later chunks read; None: they stay."""
     checkpointing: Checkpointing = False
     arena_type: type[KVArena] = KVArena
     """The KV cache of its streams."""

@@ -50,8 +50,6 @@ class RecipeConfig(ABC):
     """Roles that never change and are not saved with the run."""
     trains_backbone: ClassVar[bool] = True
     """False for a codec: it has no blocks to checkpoint or compile, no FLOPs in closed form, and makes no videos."""
-    teacher_forced: ClassVar[bool] = False
-    """Networks see the clean clip and the noisy one in one sequence, twice as long."""
     self_rollout: ClassVar[bool] = False
     """The student generates its own training clips, through the KV cache of a stream."""
     needs_trajectories: ClassVar[bool] = False
@@ -62,6 +60,11 @@ class RecipeConfig(ABC):
     """The file in the folder of a role that holds its network."""
     data_command: ClassVar[str] = "minwm data encode"
     """What makes the data folder that it reads, for errors."""
+
+    @property
+    def teacher_forced(self) -> bool:
+        """Networks see the clean clip and the noisy one in one sequence, twice as long."""
+        return False
 
     @property
     def turn(self) -> tuple[str, ...]:

@@ -31,7 +31,6 @@ from minwm.store.model import ModelConfig
 class ConsistencyConfig(RecipeConfig):
     kind: ClassVar[str] = "consistency"
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
-    teacher_forced: ClassVar[bool] = True
     grid: int = 50
     """Steps of the discretised ODE."""
     shift: float = 5.0
@@ -55,6 +54,10 @@ class ConsistencyConfig(RecipeConfig):
         check_probabilities(self, "image_start", "self_conditioning")
         if self.grid < (least := 1 if self.reaches_zero else 2):
             raise ConfigError(f"consistency.grid={self.grid}: at least {least} is needed")
+
+    @property
+    def teacher_forced(self) -> bool:
+        return True
 
     def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "Consistency":
         return Consistency(self, model, networks)

@@ -23,7 +23,6 @@ from minwm.stream.rollout import Stream
 @dataclass(frozen=True, kw_only=True)
 class OdeConfig(RecipeConfig):
     kind: ClassVar[str] = "ode"
-    teacher_forced: ClassVar[bool] = True
     needs_trajectories: ClassVar[bool] = True
     ode_steps: int = 48
     """Euler steps of the teacher on a shifted grid; a student's time that is not on it is a step more. The times are
@@ -33,6 +32,10 @@ class OdeConfig(RecipeConfig):
     index: Per = "batch"
     """One of the student's steps for all clips of a micro-batch, as the release has it, or one for each: they differ
     only where these hold more than one clip."""
+
+    @property
+    def teacher_forced(self) -> bool:
+        return True
 
     def build(self, model: ModelConfig, networks: Mapping[str, Backbone]) -> "Ode":
         return Ode(self, model, networks)

@@ -13,6 +13,7 @@ from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_fr
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 from minwm.nets.chunks import StreamConfig
+from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other
 
 _PROMPT = {"text", "glyphs"}
 """The parts of a condition that a prompt becomes."""
@@ -35,6 +36,21 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:
     if cond.first_latent is not None:
         cond = replace(cond, first_latent=latents[:, :1])
     return Clip(latents, cond)
+
+
+def remembered_part(clip: Clip, stream: StreamConfig, chunk: int) -> Clip:
+    """A chunk of a clip after what its stream would have in the cache: one clip, without gaps in time."""
+    cond, past = clip.cond, list[RememberedChunk]()
+    for a, b in stream.chunks(clip.latents.shape[1])[: chunk + 1]:
+        frames = cond.frames(a, b).per_frame()
+        frames |= {"w2c": frames["w2c"].double().cpu()} if "w2c" in frames else {}
+        past.append(RememberedChunk(clip.latents[:, a:b], 0.0, frames))
+    chosen = choose_context(past[:chunk], past[chunk].frames.get("w2c"), stream, len(clip.latents))
+    columns = [of_each_clip(past, column) for column in zip(*chosen, strict=True)]
+    part = one_after_the_other([*columns, past[chunk]])
+    frames = {name: x.to(cond.parts()[name]) for name, x in part.frames.items()}
+    first = cond.first_latent if stream.sink or chunk < stream.slots else None
+    return Clip(part.x, replace(cond, **frames, first_latent=first))
 
 
 def sample_image_start(clip: Clip, probability: float, generator: torch.Generator) -> Clip:

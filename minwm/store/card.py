@@ -16,9 +16,7 @@ from minwm.core.config import UserError, to_dict
 from minwm.core.files import read_json, write_text
 from minwm.core.hub import HubError, render_card
 from minwm.core.weights import check, read_weights
-from minwm.families.base import Release
-from minwm.store.folder import FILES, load_config
-from minwm.store.layouts import release
+from minwm.store.folder import FILES, load_config, weights_origin
 from minwm.store.model import ModelConfig
 
 CARD = "README.md"
@@ -62,12 +60,11 @@ def card(folder: Path, repo: str | None = None, license: str | None = None) -> s
 def _card(folder: Path, repo: str | None, license: str | None) -> str:
     if license is not None and not re.fullmatch(r"[a-z0-9.-]+", license):
         raise HubError(f"license={license!r}: give an identifier of the Hub, such as apache-2.0")
-    config, history = load_config(folder), _history(folder, {})
+    config, history, base = load_config(folder), _history(folder, {}), weights_origin(folder)
     runs = [record for record in history.values() if record]
     unrecorded = [path for path, record in history.items() if not record]
     camera, causal = config.network.camera != "none", config.sampler.causal
     tags = ["world-model", "video-generation", config.network.kind, config.sampler.kind.replace("_", "-")]
-    base = _base(folder, config, history)
     metadata = {
         "license": license,
         "library_name": "minwm",
@@ -124,16 +121,6 @@ def _history(folder: Path, found: dict[Path, Record | None]) -> dict[Path, Recor
             _history(Path(before), found)
     found[folder] = found.pop(folder)  # behind those that it was made from
     return found
-
-
-def _base(folder: Path, config: ModelConfig, history: Mapping[Path, Record | None]) -> Release | None:
-    """The release from which the network was trained: a model without run.json, of a release's sizes."""
-    for _ in history:  # from student to student, not for ever if they form a circle
-        if record := history[folder]:
-            folder = Path(record["run"]["init"]["student"] or folder)
-    if history[folder] or not (folder / "model.json").exists():
-        return None
-    return release(config.network)
 
 
 def _stage(record: Record) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minwm.core.config import dumps, lookup
-from minwm.core.files import new_folder, read_config, write_text
+from minwm.core.files import new_folder, read_config, read_json, write_text
 from minwm.core.weights import (
     ROLES,
     CheckpointError,
@@ -22,14 +22,16 @@ from minwm.core.weights import (
     read_weights,
     write_safetensors,
 )
-from minwm.families.base import Published
+from minwm.families.base import Origin, Published
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.taehv import TAEHV
-from minwm.store.layouts import AnyCodec, AnyCodecConfig, describe, rename_codec
+from minwm.store.layouts import AnyCodec, AnyCodecConfig, describe, origin, published_origin, rename_codec
 from minwm.store.model import Model, ModelConfig
 
 FILES = ("model.json", "model.safetensors", "codec.safetensors")
 """What a model folder is made of; a run directory holds more, which stays at home."""
+ORIGIN = "origin.json"
+"""Beside converted weights: where they were published, and under which licence (`families.base.Origin`)."""
 
 
 def save_model(folder: Path, config: ModelConfig, net: nn.Module, codec: nn.Module) -> None:
@@ -80,7 +82,24 @@ def save_published(target: Path, config: ModelConfig, published: Published, code
     with new_folder(target) as folder:
         write_safetensors(folder / "codec.safetensors", tensors)
         write_safetensors(folder / "model.safetensors", published.tensors)
+        if source := published_origin(published):
+            write_text(folder / ORIGIN, dumps(source))
         write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
+
+
+def weights_origin(folder: Path) -> Origin | None:
+    """Where the weights were published that a model was trained from, from student to student; None if nowhere.
+
+    Of a folder without records it is what its sizes say. Whoever makes data with a model asks for its licence here.
+    """
+    seen = set[Path]()  # students may form a circle
+    while folder not in seen and (record := folder / "run.json").exists():
+        seen.add(folder)
+        folder = Path(read_json(record)["run"]["init"]["student"] or folder)
+    if folder in seen or not (folder / "model.json").exists():
+        return None
+    path = folder / ORIGIN
+    return read_config(Origin, path) if path.exists() else origin(load_config(folder).network)
 
 
 def read_codec(path: Path, model: ModelConfig) -> tuple[AnyCodecConfig, dict[str, Tensor]]:

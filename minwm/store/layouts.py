@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minwm.core.weights import CheckpointError, Weights, read_weights
-from minwm.families.base import Family, Published, PublishedCodec, Release
+from minwm.families.base import WORLDPLAY, Family, Origin, Published, PublishedCodec
 from minwm.families.hunyuan import convert as hunyuan
 from minwm.families.hunyuan import vae as hunyuan_vae
 from minwm.families.hunyuan.text import HunyuanText
@@ -91,14 +91,23 @@ def read_published(weights: Weights, heads: int | None = None, drop_action: bool
     return published
 
 
-def release(config: NetworkConfig) -> Release | None:
-    """The release with these sizes, however it is run, with or without cameras and actions."""
+def origin(config: NetworkConfig) -> Origin | None:
+    """Where networks of these sizes were published, with or without cameras; None if nowhere."""
     name = release_name(config)
-    return None if name is None else FAMILIES[config.kind].RELEASES[name]
+    if name is None:
+        return None
+    return WORLDPLAY if config.actions else FAMILIES[config.kind].RELEASES[name].origin
+
+
+def published_origin(published: Published) -> Origin | None:
+    """`origin` of a file as it was saved, also where its embedding of actions was left out in reading."""
+    names = FAMILIES[published.config.kind].ACTION_PARAMETERS
+    actions = published.config.actions or any(name in published.ignored for name in names)
+    return origin(replace(published.config, actions=actions))
 
 
 def release_name(config: NetworkConfig) -> str | None:
-    """The name of that release."""
+    """The name of the release with these sizes, however it is run, with or without cameras and actions."""
     for name, release in FAMILIES[config.kind].RELEASES.items():
         run_as = {field: vars(release.config)[field] for field in config.unpublished}
         if release.config == replace(config, camera="none", actions=False, **run_as):

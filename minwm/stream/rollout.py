@@ -172,6 +172,7 @@ class Stream:
                 replace(cond, **chunk.frames, first_latent=self.first_latent if keeps_image else None)
             )
             self.cache_update_pass(context, chunk.x, self.frame_times(context, chunk.x.shape[1], chunk.t))
+            self._finish_slot()
         self.arena, self.chunk, self.stale = arena, place, False
 
     def _image(self, cond: Condition) -> FirstLatent | None:
@@ -275,7 +276,15 @@ class Stream:
                 self.past.append(RememberedChunk(x, t, self.frames))
             if geometry.recompute == "never" or not geometry.recomputes(len(self.past)):
                 self.cache_update_pass(cond, x, self.frame_times(cond, x.shape[1], t))
+        self._finish_slot()
         self.chunk += 1
+
+    def _finish_slot(self) -> None:
+        """Apply `Backbone.finished_kv` to the current chunk's rows of the cache."""
+        if self.net.finished_kv is not None:
+            geometry = self.arena.geometry
+            rows = slice(*geometry.slot_rows(geometry.slot(self.chunk)))
+            self.arena.transform_kv(self.net.finished_kv, rows, values=True)
 
     def cache_update_pass(self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,)) -> None:
         """The forward pass of `update_cache`, whose output nobody needs."""

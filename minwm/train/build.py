@@ -96,8 +96,9 @@ def load_role(run: Run, device: torch.device, role: str) -> nn.Module:
     torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
     net = run.recipe.network(run.model)
     if source is not None:
-        camera = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS if role == "student" else ()
-        load_weights(net, Path(source) / run.recipe.weights_file, allow_missing=camera)
+        family = FAMILIES[run.model.network.kind]
+        new = (*family.CAMERA_PARAMETERS, *family.ACTION_PARAMETERS) if role == "student" else ()
+        load_weights(net, Path(source) / run.recipe.weights_file, allow_missing=new)
     return net.to(device)
 
 

@@ -64,6 +64,27 @@ def test_text_that_attends_to_video_has_its_time_or_zero() -> None:
     assert (zero(x, later, cond) - net(x, later, cond)).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_the_camera_branch_may_read_the_other_branch_of_the_cache() -> None:
+    """minWM's mistake: nothing in the first chunk; then as if the past of one branch were copied over the other's."""
+    net, mistaken = small("hunyuan-dual"), replace(HUNYUAN, camera="dual", prope_cache="rope_compat").build().double()
+    mistaken.load_state_dict(net.state_dict())
+    cond, x, geometry = condition(6), latents(6), sized(net, Geometry(tokens=1, chunk=2, window=3))
+    right, copied, wrong = (Stream(one, cond, geometry) for one in (net, net, mistaken))
+    for a, b in geometry.chunks(6):
+        bound = [stream.prepare_chunk(cond.frames(a, b)) for stream in (right, copied, wrong)]
+        v = [one.velocity(given, x[:, a:b], 0.5) for one, given in zip((right, copied, wrong), bound, strict=True)]
+        torch.testing.assert_close(v[2], v[1], atol=1e-9, rtol=1e-9)
+        assert torch.equal(v[2], v[0]) == (a == 0) and (a == 0 or (v[2] - v[0]).abs().max() > 1e-3)
+        for stream, given in zip((right, copied, wrong), bound, strict=True):
+            stream.update_cache(given, x[:, a:b])
+        start, stop = geometry.start(a // 2), geometry.start(a // 2 + 1)
+        rows = slice(net.text_rows + start * geometry.tokens, net.text_rows + stop * geometry.tokens)
+        copied.arena.kv[:, :, :, HUNYUAN.heads :, rows] = copied.arena.kv[:, :, :, : HUNYUAN.heads, rows]
+    with pytest.raises(ConfigError, match="rope_compat needs camera=dual"):
+        replace(HUNYUAN, prope_cache="rope_compat")
+
+
 @pytest.mark.parametrize("name", ["hunyuan-none", "hunyuan-dual"])
 @torch.no_grad()
 def test_flops_are_those_of_the_operators(name: str) -> None:

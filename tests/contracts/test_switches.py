@@ -13,9 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from minwm.core.config import ConfigError, dumps, loads, override
 from minwm.core.flow import Latents, Times, interpolate, shift
 from minwm.core.types import Clip
+from minwm.nets.chunks import StreamConfig
 from minwm.recipes import consistency, ode
 from minwm.recipes.base import Recipe
-from minwm.recipes.diffusion import TimeLaw
+from minwm.recipes.diffusion import AutoregressiveConfig, TimeLaw
 from minwm.recipes.dmd import Dmd, DmdConfig, dmd_gradient
 from minwm.recipes.ode import OdeConfig
 from minwm.recipes.ops import sample_image_start
@@ -286,3 +287,69 @@ def test_lists_are_kept_in_the_model_and_checked() -> None:
             FewStepSampler(steps=len(times) or 1, timesteps=times)
     with pytest.raises(ConfigError, match=r"sampler\.timesteps has 2, but sampler\.steps=4; set sampler\.steps=2"):
         FewStepSampler(timesteps=(1.0, 0.5))
+
+
+# Diffusion forcing, and learning from memory
+
+LONG = replace(
+    MODEL, latents=11, stream=StreamConfig(chunk=2, first_chunk=1, sink=1, window=2, retrieved=1, recompute="causal")
+)
+"""Of six chunks a stream sees four: the image, one that it retrieves, one more and the current one."""
+
+
+def long_clip() -> Clip:
+    x = latents(11)
+    return Clip(x, replace(condition(11), first_latent=x[:, :1]))
+
+
+def test_diffusion_forcing_sees_noisy_chunks_in_one_copy() -> None:
+    recipe = make("autoregressive", forcing="diffusion")
+    with watched(recipe.networks["student"]) as passes:
+        total = recipe.loss(clip(), 0, seeded(1)).total
+    (t, v), given = passes[0], clip()
+    assert v.shape == given.latents.shape and (t[:, 0] == 0).all() and t[:, 1:].min() > 0
+    assert torch.equal(t[:, 1:3:2], t[:, 2:4:2]) and (t[:, 2] != t[:, 3]).all()
+    total.backward()
+    assert v.grad is not None and (v.grad.abs().amax((0, 2, 3, 4)) > 0).tolist() == [False, True, True, True, True]
+    with pytest.raises(ConfigError, match="self_conditioning is for forcing=teacher"):
+        AutoregressiveConfig(forcing="diffusion", self_conditioning=0.5)
+
+
+@pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
+def test_memory_is_what_a_stream_would_have(forcing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One random chunk is learned, after the image, what it retrieves, and the chunk before it."""
+    recipe = make("autoregressive", LONG, forcing=forcing, memory=1.0, memory_grows=100, text_dropout=0.0)
+    given, seen = long_clip(), list[Clip]()
+    monkeypatch.setattr(AutoregressiveConfig, "augment", lambda _, clip, __: seen.append(clip) or clip)
+    for step in (0, 99, 100):
+        for seed in range(6):
+            with watched(recipe.networks["student"]) as passes:
+                recipe.loss(given, step, seeded(seed)).total.backward()
+            (t, v), noisy = passes[0], slice(-7, None)
+            assert (
+                v.grad is not None
+                and (v.grad[:, noisy].abs().amax((0, 2, 3, 4)) > 0).tolist() == [False] * 5 + [True] * 2
+            )
+            if forcing == "diffusion":
+                assert (t[:, 0] == 0).all() and t[:, 1:5].min() >= 0.016 and t[:, 1:5].max() <= 0.5
+    ends = [next(i for i in range(11) if torch.equal(part.latents[:, -1], given.latents[:, i])) for part in seen]
+    assert set(ends[:12]) == {8} and set(ends[12:]) == {8, 10}, "in whole clips at last"
+    for part, end in zip(seen, ends, strict=True):
+        assert torch.equal(part.latents[:, [0, 3, 4]], given.latents[:, [0, end - 3, end - 2]])
+        assert part.cond.actions is not None and given.cond.actions is not None
+        assert torch.equal(part.cond.actions[:, -2:], given.cond.actions[:, end - 1 : end + 1])
+    start = make("autoregressive", LONG, forcing=forcing, memory=1e-9)
+    with watched(start.networks["student"]) as passes:
+        start.loss(given, 0, seeded()).total.backward()
+    assert passes[0][1].shape[1] == 7 * (1 + (forcing == "teacher"))
+
+
+def test_memory_needs_a_stream_that_has_one() -> None:
+    for model in (MODEL, replace(LONG, latents=7)):
+        with pytest.raises(ConfigError, match=r"needs stream\.recompute=causal"):
+            AutoregressiveConfig(memory=0.8).check(model)
+    AutoregressiveConfig(memory=0.8).check(LONG)
+    with pytest.raises(ConfigError, match="is not trained in one pass"):
+        AutoregressiveConfig().check(LONG)
+    with pytest.raises(ConfigError, match="two times in"):
+        AutoregressiveConfig(memory_times=(0.5, 0.1))

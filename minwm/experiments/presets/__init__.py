@@ -5,7 +5,7 @@ from functools import partial, update_wrapper
 from pathlib import Path
 
 from minwm.core.config import ConfigError, lookup
-from minwm.experiments.presets import demo, hunyuan, place, wan
+from minwm.experiments.presets import demo, hunyuan, place, wan, worldplay
 from minwm.experiments.presets.base import Pipeline
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
@@ -15,7 +15,8 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {"self-forcing": wan.self_forcing
 PUBLISHED: dict[str, Callable[[], ModelConfig]] = {
     **{size: partial(wan.wan_model, size) for size in wan.RELEASES},
     **{size: partial(hunyuan.hunyuan_model, size) for size in hunyuan.RELEASES},
-    "hy-worldplay-5b": wan.worldplay_5b,
+    "hy-worldplay-5b": worldplay.worldplay_5b,
+    "hy-worldplay-8b": worldplay.worldplay_8b,
 }
 
 PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
@@ -29,6 +30,8 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "paper": wan.paper,
     **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in wan.RELEASES},
     "hunyuan1.5-8b": hunyuan.hunyuan,
+    "worldplay-finetune": worldplay.finetune,
+    "worldplay-distill": worldplay.distill,
 }
 
 

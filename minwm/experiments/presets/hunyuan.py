@@ -23,6 +23,9 @@ from minwm.train.config import AnyRecipeConfig, Init, OptimConfig, Run
 
 GUIDANCE = 5.0
 """Of the teacher in all stages of distillation (HY)."""
+TIMES = TimeLaw(law="logit_normal", shift=3.0, weight="none")
+OPTIM = OptimConfig(optimizer="muon", lr=1e-5, weight_decay=1e-4, clip=1.0, skip_above=10.0)
+"""Of all published recipes this one alone trains by Muon; a step from a gradient that is far too long is left out."""
 
 
 def hunyuan_model(size: str) -> ModelConfig:
@@ -57,21 +60,18 @@ def hunyuan(out: Path) -> Pipeline:
     camera = replace(base, network=replace(base.network, camera="dual", text_time="zero"))
     few = replace(camera, sampler=FewStepSampler(steps=4, shift=5.0))
     stepwise = replace(camera, sampler=AutoregressiveSampler(steps=50, guidance=6.0, shift=5.0, solver="euler"))
-    # of all published recipes this one alone trains by Muon; a step from a gradient that is far too long is left out
-    optim = OptimConfig(optimizer="muon", lr=1e-5, weight_decay=1e-4, clip=1.0, skip_above=10.0)
-    law = TimeLaw(law="logit_normal", shift=3.0, weight="none")
-    bidirectional = BidirectionalConfig(time=law, dropped_prompt="")
+    bidirectional = BidirectionalConfig(time=TIMES, dropped_prompt="")
 
     def run(stage: str, model: ModelConfig, recipe: AnyRecipeConfig, steps: int, **roles: str) -> Run:
         init = Init(**{role: str(out / name) for role, name in {"codec": "base", **roles}.items()})
         data = str(out / ("trajectories" if recipe.needs_trajectories else "latents"))
         return Run(
             name=stage, model=model, recipe=recipe, data=data, init=init, steps=steps, batch=1, accumulate=32,
-            optim=optim, precision="bfloat16", checkpointing=True,
+            optim=OPTIM, precision="bfloat16", checkpointing=True,
         )  # fmt: skip
 
-    faster = replace(optim, lr=2e-5)
-    causal = AutoregressiveConfig(time=law, dropped_prompt="", time_per="clip")
+    faster = replace(OPTIM, lr=2e-5)
+    causal = AutoregressiveConfig(time=TIMES, dropped_prompt="", time_per="clip")
     consistency = ConsistencyConfig(guidance=GUIDANCE, target_decay=0.999)
     dmd = run(
         "dmd", few, DmdConfig(guidance=GUIDANCE, normaliser="batch"), 500,
@@ -84,7 +84,7 @@ def hunyuan(out: Path) -> Pipeline:
         run("ode", few, OdeConfig(guidance=GUIDANCE), 1500, student="ar"),
         run("consistency", few, consistency, 1500, student="ar", teacher="ar"),
         # 100 student updates are few for an average; the critic is to follow the student, and is slower
-        replace(dmd, optim=replace(optim, beta1=0.0), critic=replace(optim, lr=8e-6, beta1=0.0), ema=0.0),
+        replace(dmd, optim=replace(OPTIM, beta1=0.0), critic=replace(OPTIM, lr=8e-6, beta1=0.0), ema=0.0),
     )
     return Pipeline(
         name="hunyuan1.5-8b", render=None, clips=0, encode=EncodeConfig(), codec=None, stages=stages, collect=4096,

@@ -62,23 +62,6 @@ def self_forcing() -> ModelConfig:
     return replace(base, stream=StreamConfig(chunk=3, sink=0, window=6))
 
 
-def worldplay_5b() -> ModelConfig:
-    """HY-WorldPlay's few-step student on Wan2.2-TI2V-5B: Euler at t = 1, .96, .889, .727.
-
-    The image is the first latent of the first chunk of 4. It is shown to the network at 14/1000, as all that is past;
-    which has that much noise here, and none in the release.
-    """
-    base = wan_model("wan2.2-ti2v-5b")
-    start = replace(base.stream, first_chunk=None, image_start=True, image_time=0.014)
-    return replace(
-        base,
-        network=replace(base.network, camera="dual"),
-        sampler=AutoregressiveSampler(steps=4, guidance=1.0, shift=8.0, solver="euler"),
-        latents=20,
-        stream=replace(start, context_noise=0.014),
-    )
-
-
 def wan(size: str, out: Path) -> Pipeline:
     """minWM's recipe for Wan on the user's own posed clips (`OUT/raw`), from the published model in `OUT/base`.
 

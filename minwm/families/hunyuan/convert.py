@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minwm.core.config import from_dict
 from minwm.core.weights import CheckpointError, Weights
-from minwm.families.base import Layout, License, Published, Release
+from minwm.families.base import TENCENT_LIMITS, Layout, License, Published, Release
 from minwm.families.hunyuan.text import has_text_encoder as has_text_encoder
 from minwm.families.hunyuan.transformer import HunyuanConfig
 from minwm.families.published import (
@@ -43,7 +43,7 @@ MARKS: dict[Layout, str] = {
 LICENSE = License(
     "tencent-hunyuan-community",
     "https://huggingface.co/tencent/HunyuanVideo-1.5/blob/main/LICENSE",
-    "not for the European Union, the United Kingdom and South Korea; its outputs may improve no other model",
+    TENCENT_LIMITS,
 )
 RELEASES: Mapping[str, Release] = {
     "hunyuan1.5-8b": Release("tencent/HunyuanVideo-1.5", HunyuanConfig(), LICENSE),

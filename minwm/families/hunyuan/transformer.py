@@ -7,7 +7,7 @@ Sources: HunyuanVideo-1.5 `hyvideo/models/transformers/hunyuanvideo_1_5_transfor
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from einops import rearrange
@@ -20,31 +20,20 @@ from minwm.control.prope import Mode, Projection, change_world_frame
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
+from minwm.families.hunyuan.transformer_block import Block, Words
 from minwm.families.hunyuan.transformer_layers import (
-    AdaLN,
     FinalLayer,
     GlyphMapper,
-    Mlp,
     States,
     TimestepEmbedder,
     TokenRefiner,
     Valid,
     image_projection,
-    visible_keys,
     zero,
 )
-from minwm.nets.attention import (
-    FULL,
-    AttentionScope,
-    Heads,
-    QKVBranches,
-    TextKV,
-    attend_branches,
-    softmax_attention,
-)
-from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, Timesteps
-from minwm.nets.fp8 import Linear
-from minwm.nets.layers import RMSNorm, Rope3D, contiguous_copy, gated_residual, modulate, rotate
+from minwm.nets.attention import FULL, AttentionScope, Heads, TextKV
+from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps
+from minwm.nets.layers import Rope3D, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +42,7 @@ class HunyuanConfig:
 
     kind: ClassVar[str] = "hunyuan"
     unpublished: ClassVar[tuple[str, ...]] = (
-        "text_length", "glyph_length", "image_length", "text_time", "principal_point", "prope_text",
+        "text_length", "glyph_length", "image_length", "text_time", "principal_point", "prope_text", "prope_cache",
     )  # fmt: skip
     dim: int = 2048
     """Token width."""
@@ -95,6 +84,11 @@ class HunyuanConfig:
     """The PRoPE branch sees text keys and values as they are, as released weights do. As text has no camera, moving the
     world frame then changes the output; without, they are zero there, and it changes nothing."""
 
+    prope_cache: Literal["prope", "rope_compat"] = "prope"
+    """Compatibility: rope_compat gives the PRoPE branch the cached keys and values of the RoPE branch, not its own,
+    as minWM's streams do by mistake, in which its few-step weights were trained. Streams alone differ, and those from
+    the second chunk on."""
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
@@ -111,6 +105,10 @@ class HunyuanConfig:
             )
         if self.camera not in ("none", "dual"):
             raise ConfigError(f"hunyuan.camera={self.camera}: this network has none and dual")
+        if self.prope_cache == "rope_compat" and not (self.camera == "dual" and self.prope_text):
+            raise ConfigError(
+                "hunyuan.prope_cache=rope_compat needs camera=dual and prope_text=true; leave it at prope"
+            )
 
     @property
     def patch(self) -> int:
@@ -125,134 +123,6 @@ class HunyuanConfig:
         return Hunyuan(self)
 
 
-class Words(NamedTuple):
-    """Text tokens on their way through the blocks."""
-
-    x: Float[Tensor, "b 1 l d"]
-    """As one frame of video would be."""
-    time: Float[Tensor, "b 1 d"]
-    """Embedding of their timestep."""
-    valid: Valid
-
-
-class Modality(nn.Module):
-    """A block's weights for one kind of tokens, video or text: modulation, projections, norms, feed-forward."""
-
-    def __init__(self, cfg: HunyuanConfig) -> None:
-        super().__init__()
-        self.heads = cfg.heads
-        self.mod = AdaLN(cfg.dim, 6)
-        self.attn_q, self.attn_k, self.attn_v, self.attn_proj = (Linear(cfg.dim, cfg.dim) for _ in range(4))
-        self.attn_q_norm, self.attn_k_norm = (RMSNorm(cfg.dim // cfg.heads) for _ in range(2))
-        self.mlp = Mlp(cfg.dim, cfg.ffn, nn.GELU("tanh"))
-
-    def project_qkv(
-        self, x: Float[Tensor, "b f p d"], modulation: ShiftScaleGate
-    ) -> tuple[Float[Tensor, "b s a e"], Float[Tensor, "b s a e"], Float[Tensor, "b s a e"]]:
-        """Queries and keys, normalised per head, and values."""
-        shift, scale, *_ = modulation
-        y = modulate(x, shift, scale).flatten(1, 2)
-        q, k, v = (linear(y).unflatten(-1, (self.heads, -1)) for linear in (self.attn_q, self.attn_k, self.attn_v))
-        return self.attn_q_norm(q), self.attn_k_norm(k), v
-
-    def after_attention(
-        self, x: Float[Tensor, "b f p d"], projected: Float[Tensor, "b s d"], modulation: ShiftScaleGate
-    ) -> Float[Tensor, "b f p d"]:
-        """Residual of attention, then the feed-forward part."""
-        _, _, attention_gate, shift, scale, gate = modulation
-        x = gated_residual(x, projected.view_as(x), attention_gate)
-        return gated_residual(x, self.mlp(modulate(x, shift, scale)), gate)
-
-
-class Block(nn.Module):
-    """One attention over video and text, each with weights of its own; the video's is the scope's.
-
-    Text attends to video too under a bidirectional scope, and to itself alone under others: then its keys and values
-    depend on the prompt alone, and may be given in its place. With camera=dual a PRoPE branch of the video is stacked
-    on heads, and text keys and values a second time with it (`HunyuanConfig.prope_text`).
-    """
-
-    def __init__(self, cfg: HunyuanConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.heads, self.prope_text = layer, cfg.heads, cfg.prope_text
-        self.img, self.txt = Modality(cfg), Modality(cfg)
-        self.dual = cfg.camera == "dual"
-        if self.dual:
-            self.img_attn_prope_proj = nn.Linear(cfg.dim, cfg.dim)
-
-    def adaln_modulation(self, time: Float[Tensor, "b f d"]) -> ShiftScaleGate:
-        """Shift, scale and gate of the video's attention, then of its feed-forward part."""
-        return self.img.mod(time)
-
-    def project_text_kv(self, words: Words) -> tuple[TextKV, Words]:
-        """Text keys and values, stacked as the video's are, and the tokens after a block in which they are alone."""
-        modulation, q, text = self._project_text(words)
-        return self._stack_text(text), self._text_after_attention(words, self._attend_alone(q, text), modulation)
-
-    def _project_text(self, words: Words) -> tuple[ShiftScaleGate, Heads, TextKV]:
-        modulation = self.txt.mod(words.time)
-        q, k, v = (x.transpose(1, 2) for x in self.txt.project_qkv(words.x, modulation))
-        return modulation, q, TextKV(k, v, words.valid)
-
-    def _attend_alone(self, q: Heads, text: TextKV) -> Heads:
-        assert text.valid is not None
-        return softmax_attention(q, text.k, text.v, visible_keys(text.valid))
-
-    def _stack_text(self, text: TextKV) -> TextKV:
-        if not self.dual:
-            return text
-        again = (x if self.prope_text else torch.zeros_like(x) for x in (text.k, text.v))
-        k, v = (torch.cat(pair, dim=1) for pair in zip((text.k, text.v), again, strict=True))
-        return TextKV(k, v, text.valid)
-
-    def _text_after_attention(self, words: Words, out: Heads, modulation: ShiftScaleGate) -> Words:
-        projected = self.txt.attn_proj(out.transpose(1, 2).flatten(2))
-        return words._replace(x=self.txt.after_attention(words.x, projected, modulation))
-
-    def project_qkv(
-        self, x: Float[Tensor, "b f p d"], modulation: ShiftScaleGate, rope: Tensor, camera: Projection | None
-    ) -> QKVBranches:
-        """Branches of the video's queries, keys and values."""
-        q, k, v = self.img.project_qkv(x, modulation)
-        qk = torch.stack([q, k])
-        q, k = rotate(qk, rope)
-        if camera is None:
-            return (q,), (k,), (v,)
-        q_prope, k_prope = camera.queries_and_keys(qk)
-        return (q, q_prope), (k, k_prope), (v, camera.keys(v))
-
-    def project_output(self, out: Float[Tensor, "b s a e"], camera: Projection | None) -> Float[Tensor, "b s d"]:
-        """attn_proj(RoPE branch) + img_attn_prope_proj(PRoPE branch)."""
-        if camera is None:
-            return self.img.attn_proj(out.flatten(2))
-        main, prope = out.split(self.heads, dim=2)
-        prope = camera.outputs(contiguous_copy(prope))
-        return self.img.attn_proj(main.flatten(2)) + self.img_attn_prope_proj(prope.flatten(2))
-
-    def forward(
-        self,
-        x: Float[Tensor, "b f p d"],
-        time: Float[Tensor, "b f d"] | ShiftScaleGate,
-        rope: Tensor,
-        text: Words | TextKV,
-        camera: Projection | None,
-        scope: AttentionScope,
-    ) -> tuple[Float[Tensor, "b f p d"], Words | TextKV]:
-        modulation = self.img.mod(time) if isinstance(time, Tensor) else time
-        q, k, v = self.project_qkv(x, modulation, rope, camera)
-        if isinstance(text, Words):
-            text_modulation, q_text, text_kv = self._project_text(text)
-            if scope.bidirectional:
-                text_out = scope(self.layer, q_text, k[0].transpose(1, 2), v[0].transpose(1, 2), text_kv)
-            else:
-                text_out = self._attend_alone(q_text, text_kv)
-            text, stacked = self._text_after_attention(text, text_out, text_modulation), self._stack_text(text_kv)
-        else:
-            stacked = text
-        out = attend_branches(scope, self.layer, q, k, v, text=stacked)
-        return self.img.after_attention(x, self.project_output(out, camera), modulation), text
-
-
 class Hunyuan(Backbone):
     """HunyuanVideo-1.5: latents, an image as the first of them, text of three kinds, one time per latent frame."""
 
@@ -261,6 +131,8 @@ class Hunyuan(Backbone):
         self.config = cfg
         self.layers, self.head_width, self.text_rows = cfg.layers, cfg.dim // cfg.heads, cfg.text_rows
         self.cache_heads = cfg.heads * (2 if cfg.camera == "dual" else 1)
+        if cfg.prope_cache == "rope_compat":
+            self.finished_kv = self.repeat_rope_branch
         self.needs_first_frame_coordinates = cfg.camera == "dual" and cfg.prope_text
         self.img_in = nn.Sequential(OrderedDict(proj=nn.Conv3d(2 * cfg.channels + 1, cfg.dim, 1)))
         self.time_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
@@ -274,7 +146,10 @@ class Hunyuan(Backbone):
         self.vision_in = image_projection(cfg.image_dim, cfg.dim)
         self.cond_type_embedding = nn.Embedding(3, cfg.dim)
         """Of text, glyphs and image."""
-        self.double_blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
+        self.double_blocks = nn.ModuleList(
+            Block(layer, cfg.dim, cfg.heads, cfg.ffn, dual=cfg.camera == "dual", prope_text=cfg.prope_text)
+            for layer in range(cfg.layers)
+        )
         self.final_layer = FinalLayer(cfg.dim, cfg.channels)
         time, row, column = (size // 2 for size in cfg.rope)
         self.rope = Rope3D((time, row, column), theta=256.0)
@@ -411,7 +286,13 @@ class Hunyuan(Backbone):
 
     def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
         table, heads = self.rope([frames], 1, 1, keys.device), self.config.heads
+        if self.finished_kv is not None:  # both branches hold rotary keys
+            return rotate(keys, table)
         return torch.cat([rotate(keys[:, :heads], table), keys[:, heads:]], dim=1)
+
+    def repeat_rope_branch(self, kv: Heads) -> Heads:
+        """Keys or values with those of the RoPE branch in place of the PRoPE branch's (`prope_cache`)."""
+        return kv[:, : self.config.heads].repeat(1, 2, 1, 1)
 
     def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
         heads = self.config.heads
