@@ -47,7 +47,7 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
         shutil.copytree(out / "base", out / "score")  # in one preset another release
     else:
         render = replace(pipeline.render, latents=model.latents, height=model.height, width=model.width)
-    revisits = 0 if model.image_start else pipeline.evaluation.revisits
+    revisits = pipeline.evaluation.revisits if pipeline.evaluation.seeds else 0
     return replace(
         pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1,
         evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1, revisits=revisits),
