@@ -81,7 +81,7 @@ BAD = [
     ("train smoke/camera --steps", "--steps needs a value"),
     ("train smoke/camera steps", "'steps' is no field; write --FIELD VALUE"),
     ("trian smoke/camera", "there is no command 'trian'; did you mean 'train'?"),
-    ("camera chek", "Expected one of {check, show}; run minwm --help"),
+    ("camera chek", "Expected one of {convert, check, show}; run minwm --help"),
     ("camera check x --jsn y", "there is no option '--jsn'; did you mean '--json'?"),
     ("play --grpahs", "there is no option '--grpahs'; did you mean '--graphs'?"),
     ("generate", "Missing from minwm generate: --model DIR"),

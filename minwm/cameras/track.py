@@ -239,10 +239,15 @@ class CameraTrack:
                 f"{len(self)} poses at {self.fps:g} per second are more than {MAX_FRAMES} at {fps:g}; correct their fps"
             )
         count = int(np.floor(last * fps / self.fps + 1e-9)) + 1
-        position = np.minimum(np.arange(count) * (self.fps / fps), last)
-        a = np.minimum(position.astype(int), max(last - 1, 0))
+        return self.at(np.arange(count) * (self.fps / fps), fps)
+
+    def at(self, positions: Float[Array, " m"], fps: float) -> CameraTrack:
+        """The cameras at positions counted in frames, between 0 and n - 1, as in `resample`."""
+        last = len(self) - 1
+        positions = np.clip(positions, 0, last)
+        a = np.minimum(positions.astype(int), max(last - 1, 0))
         b = np.minimum(a + 1, last)
-        part = (position - a)[:, None]
+        part = (positions - a)[:, None]
         R = slerp(self.c2w[a, :3, :3], self.c2w[b, :3, :3], part[:, 0])
         t = (1 - part) * self.c2w[a, :3, 3] + part * self.c2w[b, :3, 3]
         return replace(self, c2w=rigid(R, t), K=(1 - part) * self.K[a] + part * self.K[b], fps=fps)

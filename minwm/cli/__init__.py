@@ -8,7 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minwm.cli import evaluate, models, plan, play, tools, video, weights  # noqa: F401  (their verbs register themselves)
+from minwm.cli import (  # noqa: F401  (their verbs register themselves)
+    cameras,
+    evaluate,
+    models,
+    plan,
+    play,
+    tools,
+    video,
+    weights,
+)
 from minwm.cli.base import check_outputs, goes_on, parse
 from minwm.core.config import UserError
 

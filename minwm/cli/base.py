@@ -99,7 +99,7 @@ RESUMABLE: dict[Verb, str | None] = {}
 """Verbs that go on where an interrupted call of them ended; all such calls, or those with this option."""
 GROUPS = {
     "data": "Training clips: render, encode, trajectories, check, report.",
-    "camera": "Poses and trajectories: check a file, show a path.",
+    "camera": "Poses and trajectories: check or convert a file, show a path.",
 }
 
 

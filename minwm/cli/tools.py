@@ -1,4 +1,4 @@
-"""Verbs about training clips, and about cameras."""
+"""Verbs about training clips."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,6 @@ from tyro.conf import Positional, arg
 from minwm.cli.base import (
     Count,
     Fields,
-    File,
     Folder,
     Json,
     Out,
@@ -18,8 +17,6 @@ from minwm.cli.base import (
     numbers,
     parse_fields,
     print_fields,
-    read_track,
-    refuse_existing,
     write_numbers,
 )
 from minwm.core.config import UserError, dumps, override
@@ -165,67 +162,3 @@ def data_report(
     numbers(clips.report(folder), json)
     if sheet:
         write_image(sheet, clips.sheet(folder))
-
-
-@command("camera", "check")
-def camera_check(file: File, json: Json = None) -> None:
-    """Check a pose file, and say in words what its camera does."""
-    import numpy as np
-
-    from minwm.cameras.track import CameraTrack, so3_log
-    from minwm.data.clips import actions
-
-    track = CameraTrack.load(file)
-    relative = track.relative()
-    speed = np.linalg.norm(relative[:, :3, 3], axis=-1) * track.fps
-    turn = np.degrees(np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1)) * track.fps
-    ahead = float(relative[:, 2, 3].sum() * track.fps / max(speed.sum(), 1e-9))
-    values = {
-        "frames": len(track),
-        "fps": track.fps,
-        "field_of_view_deg": np.degrees(2 * np.arctan(0.5 / track.K[0, :2])).tolist(),
-        f"path_length_{track.unit}": track.path_length(),
-        f"fastest_{track.unit}_per_second": float(speed.max(initial=0)),
-        "fastest_degrees_per_second": float(turn.max(initial=0)),
-        "share_of_motion_straight_ahead": ahead,
-    }
-    if (len(track) - 1) % 4 == 0:
-        values |= {"latents": (len(track) - 1) // 4 + 1, "motion": list(dict.fromkeys(actions(track)))}
-    numbers(values, json)
-    if "latents" not in values:
-        echo("note: models take 4 * k + 1 frames")
-    if ahead < -0.5:
-        echo("note: it moves backwards; if it should not, these poses are world-to-camera: invert them")
-
-
-@command("camera", "show")
-def camera_show(
-    trajectory: Annotated[Positional[str], arg(metavar='"KEYS"|FILE.json')],
-    model: Annotated[Path | None, arg(metavar="DIR", help="take the speeds of this model's keys")] = None,
-    out: Annotated[Path | None, arg(metavar="FILE.json", help="save the poses")] = None,
-    json: Json = None,
-) -> None:
-    """Print where a trajectory leads, latent by latent."""
-    import numpy as np
-
-    from minwm.experiments.presets.demo import tiny_model
-    from minwm.store.folder import load_config
-
-    if out:
-        refuse_existing(out, ".json")
-    cfg = load_config(model) if model else tiny_model()
-    track, route = read_track(trajectory, cfg)
-    c2w = track.at_latent_rate(cfg.motion.stride).c2w
-    x, y, z = c2w[:, :3, 2].T  # where the camera looks
-    table: dict[str, list[float]] = {
-        **dict(zip(("right", "down", "forward"), c2w[:, :3, 3].T.tolist(), strict=True)),
-        "heading": np.degrees(np.arctan2(x, z)).tolist(),
-        "elevation": np.degrees(np.arcsin((0 - y).clip(-1, 1))).tolist(),
-    }
-    echo(f"{route.describe() if route else trajectory}: {len(track)} frames at {track.fps:g} per second")
-    echo("".join(f"{name:>11}" for name in ("latent", *table)))
-    for latent, row in enumerate(zip(*table.values(), strict=True)):
-        echo(f"{latent:>11}" + "".join(f"{value:>11.3f}" for value in row))
-    write_numbers(table, json)
-    if out:
-        track.save(out)

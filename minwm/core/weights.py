@@ -205,7 +205,7 @@ def _read(file: Path) -> dict[Any, Any]:
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     if file.suffix in PICKLES:
-        return _read_pickle(file)
+        return read_pickle(file)
     if file.suffix == ".gguf":
         raise CheckpointError(f"{file} is GGUF, a quantised format that is not read; take the safetensors file of it")
     raise CheckpointError(f"{file} is no checkpoint by its name (.safetensors {' '.join(PICKLES)})")
@@ -267,7 +267,8 @@ def _read_shards(index: Path) -> dict[Any, Any]:
     return tensors
 
 
-def _read_pickle(file: Path) -> dict[Any, Any]:
+def read_pickle(file: Path) -> dict[Any, Any]:
+    """The content of a torch pickle, without running code of it; CheckpointError if it is damaged or needs any."""
     try:  # files of old torch versions are no archives, and cannot be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (
