@@ -3,7 +3,8 @@
     python benchmarks/place_choice.py LATENTS --name "rays" --network '{"camera": "plucker"}' --json FILE
 
 LATENTS is a folder of latent shards (`minwm data encode`). The row (held-out loss, and PSNR of sampled latents to the
-true ones, as it is in pixels, per latent after the first) is added to FILE, at a third, two thirds and all of the time.
+true ones, as it is in pixels, per latent after the first) is added to FILE, at a third, two thirds and all of the time;
+with `--decay` the learning rate falls linearly in the last 40 % of it.
 With `--model FOLDER` (`benchmarks/snapshot.py`) that model is measured in the same way, and nothing is trained.
 """
 
@@ -28,9 +29,10 @@ from minwm.store.folder import load_codec, load_model
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import sample_bidirectional
 from minwm.stream.solvers import BidirectionalSampler as Sampler
+from minwm.train.config import OptimConfig
 from minwm.train.loop import Ema
 
-SMALL = {"dim": 128, "heads": 2, "layers": 4, "ffn": 512, "camera": "dual"}
+SMALL = {"dim": 128, "heads": 2, "layers": 4, "ffn": 512, "camera": "dual", "patch": 2}
 HELD_OUT, SAMPLER = 24, Sampler(steps=8, guidance=1.0, shift=3.0)
 
 
@@ -67,6 +69,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--decay", action="store_true")
     parser.add_argument("--seconds", type=float, default=75)
     parser.add_argument("--clips", type=int, default=280)
     parser.add_argument("--model", type=Path)
@@ -90,7 +94,8 @@ def main() -> None:
     net = config.build()
     recipe = cfg.build(model, {"student": net})
     data = ShardDataset(options.latents, "train")
-    optimizer, ema, draws = torch.optim.AdamW(net.parameters(), options.lr, (0.9, 0.99)), Ema(net, 0.99), generator(0)
+    optimizers = OptimConfig(optimizer=options.optimizer, lr=options.lr, beta2=0.99).build(net).values()
+    ema, draws = Ema(net, 0.99), generator(0)
     step, spent, curve = 0, 0.0, []
     while len(curve) < 3:
         began = time.process_time()
@@ -100,9 +105,11 @@ def main() -> None:
             loss = recipe.loss(part(clip, start, options.frames), step, draws)
         loss.total.backward()
         clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = options.lr * min(1.0, (step + 1) / 50)
-        optimizer.step()
-        optimizer.zero_grad()
+        decay = min(1.0, max(0.05, (1 - spent / options.seconds) / 0.4)) if options.decay else 1.0
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = options.lr * min(1.0, (step + 1) / 50) * decay
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update(net, step)
         step, spent = step + 1, spent + time.process_time() - began
         if spent > options.seconds * (len(curve) + 1) / 3:
@@ -114,7 +121,7 @@ def main() -> None:
                         **measure(cast(Backbone, ema.net), cfg, model, held, codec),
                     }
                 )
-    about = {name: row[name] for name in ("name", "network", "weight", "frames", "batch", "lr", "clips")}
+    about = {name: row[name] for name in ("name", "network", "weight", "frames", "batch", "lr", "optimizer", "clips")}
     found["rows"].append({**about, "parameters": sum(p.numel() for p in net.parameters()), "curve": curve})
     options.json.write_text(json.dumps({**found, "versions": versions()}, indent=1) + "\n")
 

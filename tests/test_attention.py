@@ -111,13 +111,15 @@ def test_groups_are_as_few_as_can_be() -> None:
     assert masked.visible_groups == [[0], [0, 1], [0, 1, 2], [3], [0, 4], [0, 1, 5]]
 
 
-def test_plain_products_of_bfloat16_are_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, weight = torch.randn(4, 2, 3, 10, 8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_plain_products_of_bfloat16_are_attention(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    monkeypatch.setattr(attention, "CACHED_SCORES", samples * 3 * 10 * 10)
+    q, k, v, weight = torch.randn(4, 3, 3, 10, 8, dtype=torch.bfloat16)
     found: list[torch.Tensor] = []
     for fast in (False, True):
         monkeypatch.setattr(attention, "FAST_BFLOAT16", fast)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        visible = (torch.arange(10) < 7).view(1, 1, 1, 10)
+        visible = (torch.arange(10) < torch.tensor([7, 3, 9])[:, None]).view(3, 1, 1, 10)
         out = softmax_attention(leaves[0], leaves[1], leaves[2], visible)
         found.append(torch.stack([out, *torch.autograd.grad((out * weight).sum(), leaves)]).detach())
     torch.testing.assert_close(*found, rtol=0.05, atol=0.05)

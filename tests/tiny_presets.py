@@ -86,7 +86,10 @@ def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
     )  # fmt: skip
     codec = replace(model.codec, **CODEC[model.codec.kind])
     sampler = model.sampler if model.sampler.kind == "few_step" else replace(model.sampler, steps=2)
-    latents, side = model.stream.first_chunk_frames + model.stream.chunk, 2 * network.patch * codec.scale
+    latents, side = (
+        max(3, model.stream.first_chunk_frames + model.stream.chunk),
+        max(32, 2 * network.patch * codec.scale),
+    )
     return replace(
         model, network=network, codec=codec, text=text, sampler=sampler, latents=latents, height=side, width=side
     )

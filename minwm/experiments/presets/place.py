@@ -7,6 +7,7 @@ from minwm.data.encode import EncodeConfig
 from minwm.experiments.presets.base import Pipeline
 from minwm.experiments.presets.demo import small_pipeline, world_model
 from minwm.families.wan.transformer import WanConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.diffusion import DiffusionConfig
@@ -21,19 +22,20 @@ def place(out: Path) -> Pipeline:
     """
     channels = 48
     network = WanConfig(
-        dim=128, heads=2, layers=4, ffn=512, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=2,
-        predicts="clean",
+        dim=128, heads=1, layers=4, ffn=512, channels=channels, text_dim=64, text_length=24, freq_dim=64, patch=1,
+        predicts="clean", camera="single",
     )  # fmt: skip
     base = replace(
         world_model(network, 128),
         scenes="place",
+        stream=StreamConfig(chunk=1, sink=0, window=8, context_noise=0.2),
         codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0),
     )
     steps = {
         "codec": 2000,
-        "foundation": 100000,
-        "camera": 5000,
-        "ar": 8000,
+        "foundation": 8000,
+        "camera": 3000,
+        "ar": 3000,
         "ode": 2000,
         "consistency": 2000,
         "dmd": 5000,
@@ -50,13 +52,13 @@ def place(out: Path) -> Pipeline:
 
 
 def _adapted(run: Run) -> Run:
-    """In bfloat16. The foundation has cameras already, and learns from parts of clips in quick steps; errors are those
-    of the clean latents. Both learn several times as fast."""
-    run = replace(run, precision="bfloat16", ema=0.998, save_every=250, optim=replace(run.optim, warmup=200))
+    """In bfloat16 and by Muon, with cameras in one branch from the first stage on. Diffusion learns from parts of
+    clips, in quick steps, and its errors are those of the clean latents."""
+    model = replace(run.model, network=replace(run.model.network, camera="single"))
+    optim = replace(run.optim, warmup=100)
+    run = replace(run, model=model, precision="bfloat16", ema=0.998, save_every=250, optim=optim)
     if isinstance(run.recipe, DiffusionConfig):
-        run = replace(run, recipe=replace(run.recipe, time=replace(run.recipe.time, weight="clean")))
-    if run.name == "foundation":
-        model = replace(run.model, network=replace(run.model.network, camera="dual"))
-        run = replace(run, model=model, recipe=replace(run.recipe, latents=6, image_start=0.9), batch=8)
-        run = replace(run, optim=replace(run.optim, lr=2e-3), save_every=1000)
+        latents, lr = {"foundation": (3, 6e-3), "camera": (9, 3e-3), "ar": (9, 2e-3)}[run.name]
+        recipe = replace(run.recipe, latents=latents, image_start=0.9, time=replace(run.recipe.time, weight="clean"))
+        run = replace(run, recipe=recipe, optim=replace(optim, optimizer="muon", lr=lr))
     return run
