@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from minwm.core.config import ConfigError, dumps, from_dict, loads, to_dict
 from minwm.core.types import Clip
 from minwm.data.dataset import loader
 from minwm.experiments import presets
-from minwm.nets.attention import Cached, Full, Masked, ReadOnlyCache, TextKV, teacher_forcing
+from minwm.nets.attention import Cached, Full, Masked, ReadOnlyCache, TextKV, WholeFrames, teacher_forcing
 from minwm.recipes.base import Recipe
 from minwm.recipes.dmd import DmdConfig
 from minwm.train.build import build_recipe
@@ -92,9 +92,7 @@ def test_a_pass_costs_what_its_scope_lets_it_see() -> None:
         pass_flops(net, run.model.latent_shape(1, 2), Other())
 
 
-class Other:
-    bidirectional: ClassVar[bool] = False
-
+class Other(WholeFrames):
     def positions(self, frames: int) -> list[int]:
         return []
 

@@ -7,13 +7,14 @@ import textwrap
 from pathlib import Path
 
 SCRIPT = """
+import copy
 import os
+from itertools import product
 
 import torch
 import torch.distributed as dist
-from contracts.backbones import condition, sized, small
-from minwm.core.config import ConfigError
-from minwm.nets.attention import Masked, chunk_causal
+from contracts.backbones import SMALL, condition, latents, sized, small
+from minwm.nets.attention import FULL, Masked, chunk_causal
 from minwm.nets.chunks import Geometry
 from minwm.nets.ulysses import Ulysses
 from minwm.stream.rollout import Stream
@@ -38,22 +39,25 @@ def walk(net, sampler):
     assert stream.sink_shift and not torch.equal(stream.origin[0], torch.eye(4).double())
     return torch.cat(made, 1), stream.arena.kv.numel()
 
-for name in ("hunyuan-none", "hunyuan-null", "wan-none", "wan-dual", "wan-single"):
+for name in ("hunyuan-none", "hunyuan-null", "wan-none", "wan-dual", "wan-single", "wan-actions"):
     net = small(name)
     for sampler in (FewStepSampler(steps=2), AutoregressiveSampler(steps=2, guidance=2.0)):
-        (one, whole), (both, half) = walk(net, sampler), walk(Ulysses(net), sampler)
+        (one, whole), (both, half) = walk(net, sampler), walk(Ulysses(net, dist.group.WORLD), sampler)
         torch.testing.assert_close(both, one, atol=1e-5, rtol=1e-5)  # norms are float32 whatever the network
         assert 2 * half == whole
-shared, cond = Ulysses(net), condition(2, batch=1)
-x, t = torch.randn(1, 2, 4, 4, 6, dtype=torch.float64), torch.ones(1, 2)
-dist.broadcast(x, 0)
-torch.testing.assert_close(shared(x, t, cond), net(x, t, cond), atol=1e-5, rtol=1e-5)
-try:
-    shared(x, t, cond, Masked(chunk_causal(geometry), 2))
-except ConfigError as error:
-    assert "not Masked" in str(error)
-else:
-    raise AssertionError("a masked pass went through")
+for net in map(small, SMALL):
+    for image, scope in product((False, True), (FULL, Masked(chunk_causal(geometry), 3))):
+        cond, x, t = condition(3, batch=1, image=image), latents(3, 1), torch.tensor([[0.1, 0.5, 0.9]])
+        one, both = net, Ulysses(copy.deepcopy(net), dist.group.WORLD)
+        v, v_both = one(x, t, cond, scope), both(x, t, cond, scope)
+        torch.testing.assert_close(v_both, v, atol=1e-5, rtol=1e-5)
+        for out in (v, v_both):
+            out.square().mean().backward()
+        for whole, part in zip(one.parameters(), both.parameters(), strict=True):
+            if whole.grad is not None:
+                dist.all_reduce(part.grad)
+                torch.testing.assert_close(part.grad / 2, whole.grad, atol=1e-5, rtol=1e-5)
+        net.zero_grad()
 dist.destroy_process_group()
 """
 

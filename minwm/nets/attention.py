@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from minwm.nets.chunks import Frames, Geometry, StreamConfig
 Heads = Float[Tensor, "b a s e"]
 Keys = Float[Tensor, "b a t e"]
 """Keys or values, of as many tokens as there may be, where queries may be of others."""
+FrameTokens = Float[Tensor, "b f p d"]
 
 
 class TextKV(NamedTuple):
@@ -68,6 +69,12 @@ CACHED_SCORES = 2**22
 """Scores (8 MiB) that are computed at once on a CPU: more do not stay in its cache, which takes twice as long."""
 
 
+def cast_heads(*heads: Tensor) -> list[Tensor]:
+    """Under autocast in its type, as the fused kernel is cast: norms hand on float32."""
+    kind = heads[0].device.type
+    return [x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x for x in heads]
+
+
 def softmax_attention(
     q: Heads,
     k: Keys,
@@ -79,8 +86,7 @@ def softmax_attention(
     In bfloat16 on a CPU that multiplies it fast, by plain products: with gradients in half the time of torch's fused
     kernel. Tensors without data, which stand for those of a GPU (bench/memory.py), are left to that.
     """
-    if torch.is_autocast_enabled(kind := q.device.type):  # as the fused kernel is cast: norms hand on float32
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    q, k, v = cast_heads(q, k, v)
     if not FAST_BFLOAT16 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or type(q) is not Tensor:
         return F.scaled_dot_product_attention(q, k, v, visible)
     samples = max(1, CACHED_SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
@@ -104,26 +110,52 @@ def prepend_text(text: TextKV | None, k: Heads, v: Heads) -> tuple[Keys, Keys, B
 
 @runtime_checkable
 class AttentionScope(Protocol):
-    bidirectional: ClassVar[bool]
-    """Whether text may attend to video, and so depend on it; where it may not, text depends on the prompt alone."""
+    @property
+    def bidirectional(self) -> bool:
+        """Whether text may attend to video, and so depend on it; where it may not, it depends on the prompt alone."""
+        ...
 
     def positions(self, frames: int) -> list[int]:
         """Temporal position (RoPE) of each frame of the sequence; host integers."""
         ...
 
     def __call__(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV | None = None) -> Heads:
-        """Attention of the queries of a layer to the keys and values in scope, and to the text.
+        """Attention of the video's queries of a layer to the keys and values in scope, and to the text."""
+        ...
 
-        q, k and v are those of the video; where text may attend to video, q may be those of the text instead.
-        """
+    def attend_from_text(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV) -> Heads:
+        """Attention of the text's queries, where `bidirectional`, to the video's keys and values and to the text."""
+        ...
+
+    def scatter(self, tokens: FrameTokens) -> FrameTokens:
+        """This process's tokens of every frame."""
+        ...
+
+    def gather(self, tokens: FrameTokens) -> FrameTokens:
+        """All tokens of every frame."""
         ...
 
 
+class WholeFrames:
+    """What scopes share whose process has all tokens of a frame; `nets/ulysses.py` has the other kind."""
+
+    bidirectional = False
+
+    def attend_from_text(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV) -> Heads:
+        return softmax_attention(q, *prepend_text(text, k, v))
+
+    def scatter(self, tokens: FrameTokens) -> FrameTokens:
+        return tokens
+
+    def gather(self, tokens: FrameTokens) -> FrameTokens:
+        return tokens
+
+
 @dataclass(frozen=True)
-class Full:
+class Full(WholeFrames):
     """Every token sees every token."""
 
-    bidirectional: ClassVar[bool] = True
+    bidirectional = True
 
     def positions(self, frames: int) -> list[int]:
         return list(range(frames))
@@ -135,14 +167,18 @@ class Full:
 FULL = Full()
 
 
-class Masked:
+def scatter_rope(scope: AttentionScope, rope: Float[Tensor, "s half 2"], frames: int) -> Float[Tensor, "t half 2"]:
+    """Rotary angles of this process's tokens, of those of all."""
+    rows = rope.flatten(1).unflatten(0, (frames, -1))[None]
+    return scope.scatter(rows).flatten(0, 2).unflatten(1, rope.shape[1:])
+
+
+class Masked(WholeFrames):
     """Attention that a rule about frames allows; `period` restarts positions: the halves of [clean | noisy] share them.
 
     Neighbouring frames with equal rows of the mask form a group, and each group attends, without a mask, to the keys
     that it sees: nothing is computed to be masked out, and kernels without support for masks can be used.
     """
-
-    bidirectional: ClassVar[bool] = False
 
     def __init__(self, rule: Rule, frames: int, period: int | None = None) -> None:
         self.frames, self.period = frames, period or frames
@@ -261,14 +297,13 @@ def all_visible(geometry: Geometry, batch: int, device: torch.device | str) -> B
 
 
 @dataclass(frozen=True)
-class Cached:
+class Cached(WholeFrames):
     """Write keys and values of the current chunk into its slot, then attend to all valid rows. Inference only.
 
     Every pass overwrites the slot: the noisy ones while denoising, at last the clean one at t = 0 (the cache update).
     The order of slots does not matter, for positions are encoded in the keys. Text was written before any pass.
     """
 
-    bidirectional: ClassVar[bool] = False
     arena: KVArena
     chunk: int
 
@@ -293,14 +328,13 @@ class Cached:
 
 
 @dataclass(frozen=True)
-class ReadOnlyCache:
+class ReadOnlyCache(WholeFrames):
     """The same attention with the arena read only: the current chunk is concatenated to a copy of the past.
 
     Used where gradients flow: keys with gradient, written in place, would tie later chunks to this graph. Text is the
     one that is handed over, with its gradient, and not the copy in the arena.
     """
 
-    bidirectional: ClassVar[bool] = False
     arena: KVArena
     chunk: int
 

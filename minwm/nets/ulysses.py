@@ -1,13 +1,16 @@
-"""One stream on several GPUs: every rank has some rows of the picture, and in attention some heads of all of it.
+"""One sequence on several processes: every rank has some tokens of each frame, and in attention some heads of all.
 
 Both camera branches are stacked on heads, so twice as many ranks can share them. Between the two splits lies one
-exchange of equal parts before attention and one after it (DeepSpeed-Ulysses, Jacobs et al. 2023). The arena is
-sharded by heads. All ranks are given the same noise, and all return the whole chunk.
+exchange of equal parts before attention and one after it (DeepSpeed-Ulysses, Jacobs et al. 2023). All ranks are given
+the same clip, noise and times, and all return the whole clip. The arena of a stream is sharded by heads.
+
+In training all ranks have the same loss. Gradients of an exchange are exchanged back, and those of a gathered tensor
+summed over ranks; so the mean over ranks of a parameter's gradients, which FSDP takes, is that of one process.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,51 +22,107 @@ from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
 from minwm.core.types import Condition
-from minwm.nets.attention import FULL, AttentionScope, Cached, Full, Heads, TextKV
+from minwm.nets.attention import FULL, AttentionScope, FrameTokens, Heads, Keys, TextKV, cast_heads
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps
+
+
+class _Exchange(torch.autograd.Function):
+    """Part i goes to rank i; part i of the result came from rank i. Gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Float[Tensor, "r ..."], group: dist.ProcessGroup) -> Float[Tensor, "r ..."]:
+        ctx.group = group
+        sent = parts.contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "r ..."]) -> tuple[Tensor, None]:
+        return _exchange(gradient, ctx.group), None
+
+
+def _exchange(parts: Float[Tensor, "r ..."], group: dist.ProcessGroup) -> Float[Tensor, "r ..."]:
+    exchanged = _Exchange.apply(parts, group)
+    assert isinstance(exchanged, Tensor)
+    return exchanged
 
 
 @dataclass(frozen=True)
 class Exchanged:
-    """A scope whose attention runs on whole frames and this rank's heads; outside, on all heads and its rows."""
+    """A scope whose attention runs on whole frames and this rank's heads; outside, on all heads and its tokens.
 
-    bidirectional: ClassVar[bool] = False
+    Text is on every rank. Where it is handed over with all heads, those of this rank are taken.
+    """
+
     scope: AttentionScope
-    ranks: int
+    frames: int
+    group: dist.ProcessGroup
+
+    @property
+    def bidirectional(self) -> bool:
+        return self.scope.bidirectional
+
+    @property
+    def ranks(self) -> int:
+        return self.group.size()
 
     def positions(self, frames: int) -> list[int]:
         return self.scope.positions(frames)
 
-    def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
-        parts = torch.cat([q, k, v]).unflatten(1, (self.ranks, -1)).transpose(0, 1)  # ranks 3b a/ranks s e
-        q, k, v = _exchange(parts).permute(1, 2, 0, 3, 4).flatten(2, 3).chunk(3)
-        out = self.scope(layer, q, k, v, text).unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3, 4)
-        return _exchange(out).transpose(0, 1).flatten(1, 2)
+    def scatter(self, tokens: FrameTokens) -> FrameTokens:
+        return tokens.chunk(self.ranks, dim=2)[self.group.rank()]
 
+    def gather(self, tokens: FrameTokens) -> FrameTokens:
+        parts = _exchange(tokens.expand(self.ranks, *tokens.shape), self.group)
+        return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-def _exchange(parts: Float[Tensor, "r ..."]) -> Float[Tensor, "r ..."]:
-    """Part i goes to rank i; part i of the result came from rank i."""
-    sent = parts.contiguous()
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
-    return received
+    def __call__(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV | None = None) -> Heads:
+        q, k, v = self._to_heads(torch.cat(cast_heads(q, k, v))).chunk(3)
+        return self._to_tokens(self.scope(layer, q, k, v, text and self._own_text(text, q)))
+
+    def attend_from_text(self, layer: int, q: Heads, k: Keys, v: Keys, text: TextKV) -> Heads:
+        if q.shape[1] % self.ranks:
+            raise ConfigError(f"{q.shape[1]} heads of text cannot be shared by {self.ranks} ranks evenly")
+        k, v = self._to_heads(torch.cat(cast_heads(k, v))).chunk(2)
+        out = self.scope.attend_from_text(layer, self._own(q), k, v, self._own_text(text, k))
+        return _exchange(out.expand(self.ranks, *out.shape), self.group).transpose(0, 1).flatten(1, 2)
+
+    def _own(self, heads: Heads) -> Heads:
+        return heads.chunk(self.ranks, dim=1)[self.group.rank()]
+
+    def _own_text(self, text: TextKV, video: Heads) -> TextKV:
+        """A stream's text has been cut to this rank's heads (`Ulysses.project_text_kv`)."""
+        if text.k.shape[1] == video.shape[1]:
+            return text
+        return TextKV(self._own(text.k), self._own(text.v), text.valid)
+
+    def _to_heads(self, x: Float[Tensor, "n a t e"]) -> Float[Tensor, "n b s e"]:
+        """From this rank's tokens to its heads."""
+        parts = x.unflatten(1, (self.ranks, -1)).unflatten(3, (self.frames, -1))  # n r a f p e
+        return _exchange(parts.transpose(0, 1), self.group).permute(1, 2, 3, 0, 4, 5).flatten(2, 4)
+
+    def _to_tokens(self, x: Float[Tensor, "n a s e"]) -> Float[Tensor, "n b t e"]:
+        """And back."""
+        parts = x.unflatten(2, (self.frames, self.ranks, -1)).permute(3, 0, 1, 2, 4, 5)  # r n a f p e
+        return _exchange(parts, self.group).transpose(0, 1).flatten(1, 2).flatten(2, 3)
 
 
 class Ulysses(Backbone):
-    """A backbone shared by all ranks of the default process group; for streams, without gradients."""
+    """A backbone whose passes are shared by the ranks of a process group."""
 
-    def __init__(self, net: Backbone) -> None:
+    def __init__(self, net: Backbone, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.net, self.rank, self.ranks = net, dist.get_rank(), dist.get_world_size()
+        self.net, self.group, self.ranks = net, group, group.size()
         if net.cache_heads % self.ranks:
             raise ConfigError(f"{net.cache_heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
         self.layers, self.cache_heads, self.head_width = net.layers, net.cache_heads // self.ranks, net.head_width
         self.text_rows, self.needs_first_frame_coordinates = net.text_rows, net.needs_first_frame_coordinates
+        self.takes_actions, self.checkpointing, self.arena_type = net.takes_actions, net.checkpointing, net.arena_type
 
     def project_text_kv(self, cond: Condition) -> list[TextKV]:
         """Of this rank's heads where text takes part in the exchanged attention; elsewhere of all."""
-        text, first = self.net.project_text_kv(cond), self.rank * self.cache_heads
-        heads = slice(first, first + self.cache_heads)
+        text, heads = self.net.project_text_kv(cond), self._heads
         return [TextKV(k[:, heads], v[:, heads], valid) for k, v, valid in text] if self.text_rows else text
 
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
@@ -75,43 +134,39 @@ class Ulysses(Backbone):
     def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
         return self.net.adaln_modulation(t)
 
+    def prepare(self, cond: Condition) -> Condition | PreparedCondition:
+        return self.net.prepare(cond)
+
     def rope_table(self, x: Latents, scope: AttentionScope) -> Tensor | None:
-        """Of this rank's rows."""
-        whole = self.net.rope_table(x, scope)
-        if whole is None:
-            return None
-        rows = whole.unflatten(0, (x.shape[1], self.ranks, -1))[:, self.rank]
-        return rows.flatten(0, 1)
+        return self.net.rope_table(x, scope)
+
+    def flops(self, frames: int, tokens: int, visible: int) -> int:
+        """This rank's part."""
+        return self.net.flops(frames, tokens, visible) // self.ranks
+
+    def text_flops(self, video: int) -> int:
+        return self.net.text_flops(video)
 
     def rotate_keys_in_time(self, keys: Heads, frames: int) -> Heads:
-        return self._mine(keys, lambda whole: self.net.rotate_keys_in_time(whole, frames))
+        return self._own_heads(keys, lambda whole: self.net.rotate_keys_in_time(whole, frames))
 
     def change_world_frame(self, kv: Heads, frame: Float[Tensor, "b 4 4"]) -> Heads:
-        return self._mine(kv, lambda whole: self.net.change_world_frame(whole, frame))
+        return self._own_heads(kv, lambda whole: self.net.change_world_frame(whole, frame))
 
-    def _mine(self, kv: Heads, change: Callable[[Heads], Heads]) -> Heads:
+    @property
+    def _heads(self) -> slice:
+        first = self.group.rank() * self.cache_heads
+        return slice(first, first + self.cache_heads)
+
+    def _own_heads(self, kv: Heads, change: Callable[[Heads], Heads]) -> Heads:
         """A change that depends on which head it is, of this rank's heads."""
-        first = self.rank * self.cache_heads
         whole = kv.new_zeros(len(kv), self.net.cache_heads, *kv.shape[2:])
-        whole[:, first : first + self.cache_heads] = kv
-        return change(whole)[:, first : first + self.cache_heads]
+        whole[:, self._heads] = kv
+        return change(whole)[:, self._heads]
 
     def forward(
         self, x: Latents, t: Timesteps | Modulation, cond: Condition | PreparedCondition, scope: AttentionScope = FULL
     ) -> Latents:
-        if not isinstance(scope, Cached | Full):  # others know where in the sequence a frame is
-            raise ConfigError(f"ranks share streams and bidirectional passes, not {type(scope).__name__}")
-        if x.shape[-2] % self.ranks or self.net.tokens_per_frame(*x.shape[-2:]) % self.ranks:
-            raise ConfigError(f"{x.shape[-2]} rows of latents cannot be shared by {self.ranks} ranks evenly")
-        if self.text_rows and scope.bidirectional:
-            raise ConfigError("ranks share bidirectional passes only of networks with cross-attention to text")
-        if isinstance(cond, Condition):
-            cond = PreparedCondition(self.project_text_kv(cond), self.camera_matrices(cond))
-        rope = self.rope_table(x, scope) if cond.rope is None else cond.rope
-        rows = x.chunk(self.ranks, dim=-2)[self.rank]
-        image = cond.first_latent if cond.first_latent is None else cond.first_latent.chunk(self.ranks, -2)[self.rank]
-        cond = replace(cond, rope=rope, first_latent=image)
-        mine = self.net(rows, t, cond, Exchanged(scope, self.ranks)).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        dist.all_gather(parts, mine)
-        return torch.cat(parts, dim=-2)
+        if (tokens := self.net.tokens_per_frame(*x.shape[-2:])) % self.ranks:
+            raise ConfigError(f"{tokens} tokens of a frame cannot be shared by {self.ranks} ranks evenly")
+        return self.net(x, t, cond, Exchanged(scope, x.shape[1], self.group))

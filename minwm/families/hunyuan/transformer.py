@@ -31,7 +31,7 @@ from minwm.families.hunyuan.transformer_layers import (
     image_projection,
     zero,
 )
-from minwm.nets.attention import FULL, AttentionScope, Heads, TextKV
+from minwm.nets.attention import FULL, AttentionScope, Heads, TextKV, scatter_rope
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps
 from minwm.nets.layers import Rope3D, rotate
 
@@ -187,10 +187,12 @@ class Hunyuan(Backbone):
         else:
             text, kv, camera, rope = None, cond.text, cond.camera, cond.rope
         rope = self.rope_table(x, scope) if rope is None else rope
+        tokens, rope = scope.scatter(tokens), scatter_rope(scope, rope, x.shape[1])
         for block, block_time, block_kv in zip(self.double_blocks, times, kv, strict=True):
             given = text if block_kv is None else block_kv
             tokens, text = self.maybe_checkpoint(block, tokens, block_time, rope, given, camera, scope)
-        return rearrange(self.final_layer(tokens, head), "b f (h w) c -> b f c h w", h=h, w=w).to(x.dtype)
+        tokens = scope.gather(self.final_layer(tokens, head))
+        return rearrange(tokens, "b f (h w) c -> b f c h w", h=h, w=w).to(x.dtype)
 
     def embed_latents(
         self, x: Latents, first: Float[Tensor, "clips 1 c h w"] | None, scope: AttentionScope

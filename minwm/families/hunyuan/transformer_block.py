@@ -131,7 +131,9 @@ class Block(nn.Module):
         if isinstance(text, Words):
             text_modulation, q_text, text_kv = self._project_text(text)
             if scope.bidirectional:
-                text_out = scope(self.layer, q_text, k[0].transpose(1, 2), v[0].transpose(1, 2), text_kv)
+                text_out = scope.attend_from_text(
+                    self.layer, q_text, k[0].transpose(1, 2), v[0].transpose(1, 2), text_kv
+                )
             else:
                 text_out = self._attend_alone(q_text, text_kv)
             text, stacked = self._text_after_attention(text, text_out, text_modulation), self._stack_text(text_kv)

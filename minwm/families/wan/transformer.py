@@ -20,7 +20,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, per_frame
 from minwm.core.types import Condition
 from minwm.families.wan.transformer_layers import CrossAttention, Head, adaln, rotate_halves
-from minwm.nets.attention import FULL, AttentionScope, Cached, Heads, QKVBranches, attend_branches
+from minwm.nets.attention import FULL, AttentionScope, Cached, Heads, QKVBranches, attend_branches, scatter_rope
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftScaleGate, TextKV, Timesteps
 from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
@@ -301,6 +301,7 @@ class Wan(Backbone):
         if isinstance(camera, Rays):
             tokens, camera = tokens + self.plucker(camera.patches(h, w, patch).to(tokens.dtype)), None
         rope = self.rope_table(x, scope) if rope is None else rope
+        tokens, rope = scope.scatter(tokens), scatter_rope(scope, rope, x.shape[1])
         if isinstance(t, Modulation):
             times, time = t.layers, t.head
         else:
@@ -308,7 +309,7 @@ class Wan(Backbone):
             times = [projected] * self.layers
         for block, block_time, block_text in zip(self.blocks, times, text, strict=True):
             tokens = self.maybe_checkpoint(block, tokens, block_time, rope, block_text, camera, scope)
-        out = unpatchify(self.head(tokens, time), h, w, patch).to(x.dtype)
+        out = unpatchify(scope.gather(self.head(tokens, time)), h, w, patch).to(x.dtype)
         if self.config.predicts == "velocity":
             return out
         level = per_frame((t.t if isinstance(t, Modulation) else t).to(x)).clamp_min(MIN_TIME)
