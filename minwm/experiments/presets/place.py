@@ -10,7 +10,11 @@ from minwm.families.wan.transformer import WanConfig
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.recipes.codec import CodecTraining
+from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import DiffusionConfig
+from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
+from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import OptimConfig, Run
 
 
@@ -53,12 +57,16 @@ def place(out: Path) -> Pipeline:
 
 def _adapted(run: Run) -> Run:
     """In bfloat16 and by Muon, with cameras in one branch from the first stage on. Diffusion learns from parts of
-    clips, in quick steps, and its errors are those of the clean latents."""
-    model = replace(run.model, network=replace(run.model.network, camera="single"))
-    optim = replace(run.optim, warmup=100)
-    run = replace(run, model=model, precision="bfloat16", ema=0.998, save_every=250, optim=optim)
-    if isinstance(run.recipe, DiffusionConfig):
+    clips, in quick steps, and its errors are those of the clean latents. Nothing is guided: the first frame says more
+    of what is seen than the caption."""
+    model, recipe, optim = run.model, run.recipe, replace(run.optim, warmup=100)
+    model = replace(model, network=replace(model.network, camera="single"))
+    if not isinstance(model.sampler, FewStepSampler):
+        model = replace(model, sampler=replace(model.sampler, steps=8, guidance=1.0))
+    if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
+        recipe = replace(recipe, guidance=1.0)
+    if isinstance(recipe, DiffusionConfig):
         latents, lr = {"foundation": (3, 6e-3), "camera": (9, 3e-3), "ar": (9, 2e-3)}[run.name]
-        recipe = replace(run.recipe, latents=latents, image_start=0.9, time=replace(run.recipe.time, weight="clean"))
-        run = replace(run, recipe=recipe, optim=replace(optim, optimizer="muon", lr=lr))
-    return run
+        recipe = replace(recipe, latents=latents, image_start=0.9, time=replace(recipe.time, weight="clean"))
+        optim = replace(optim, optimizer="muon", lr=lr)
+    return replace(run, model=model, recipe=recipe, optim=optim, precision="bfloat16", ema=0.998, save_every=250)
