@@ -1,19 +1,133 @@
-"""How the cameras of a track differ from those that a model was trained on."""
+"""What is wrong with a camera track: by itself, against its video, and against what a model was trained on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
+from minwm.cameras.epipolar import Fit, best, fit, follow
 from minwm.cameras.track import CameraTrack, Intrinsics, so3_log
 from minwm.cameras.trajectory import Motion
+
+JUMP = 5.0
+"""A step this many times the median one is a jump."""
+JUMP_DEG = 5.0
+"""A turn between two frames below this is no jump."""
+JITTER_DEG = 0.3
+"""A median turn away from the middle between the neighbours above this is jitter."""
+FOCAL, CENTRE = (0.2, 3.0), (0.2, 0.8)
+"""Focal lengths and principal points of usual lenses, in widths and heights."""
+SQUARE = 0.05
+"""Largest relative difference of the two focal lengths in pixels."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a track."""
+
+    what: str
+    """Evidence included."""
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.cure}"
 
 
 def speeds(track: CameraTrack) -> tuple[float, float]:
     """95th percentiles of the speed in units per second, and of the turn in degrees per second; 0 for one pose."""
-    relative = track.relative()
-    if not len(relative):
+    move, turn = steps(track)
+    if not len(move):
         return 0.0, 0.0
-    move = np.linalg.norm(relative[:, :3, 3], axis=-1)
-    turn = np.degrees(np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1))
     return float(np.percentile(move, 95)) * track.fps, float(np.percentile(turn, 95)) * track.fps
+
+
+def steps(track: CameraTrack) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Units moved and degrees turned from each frame to the next."""
+    relative = track.relative()
+    return np.linalg.norm(relative[:, :3, 3], axis=-1), _degrees(relative[:, :3, :3])
+
+
+def jitter(track: CameraTrack) -> float:
+    """Median over frames of the angle in degrees between a camera and the middle of its neighbours."""
+    R = track.c2w[:, :3, :3]
+    if len(R) < 3:
+        return 0.0
+    half = so3_log(R[:-2].swapaxes(1, 2) @ R[2:]) / 2
+    own = so3_log(R[:-2].swapaxes(1, 2) @ R[1:-1])
+    return float(np.degrees(np.median(np.linalg.norm(own - half, axis=-1))))
+
+
+def faults(track: CameraTrack, size: tuple[int, int] | None = None) -> list[Fault]:
+    """What a track shows by itself; `size` is (h, w) of its pictures."""
+    return [*_jumps(track), *_jitter(track), *_lens(track, size)]
+
+
+def _jumps(track: CameraTrack) -> Iterator[Fault]:
+    cure = "cut the clip there: the video has another shot, or the poses were lost"
+    move, turn = steps(track)
+    for values, least, words in (
+        (move, 0.0, f"moves {{:.3g}} {track.unit} units"),
+        (turn, JUMP_DEG, "turns {:.3g} degrees"),
+    ):
+        typical = np.median(values[values > 1e-9]) if (values > 1e-9).any() else 0.0
+        for frame in np.flatnonzero(values > max(JUMP * typical, least))[:3] if typical else ():
+            usual = f"the median step is {typical:.3g}"
+            yield Fault(f"from frame {frame} to {frame + 1} it {words.format(values[frame])}, {usual}", cure)
+
+
+def _jitter(track: CameraTrack) -> Iterator[Fault]:
+    if (found := jitter(track)) > JITTER_DEG:
+        what = f"the poses jitter by {found:.2g} degrees from frame to frame (limit {JITTER_DEG})"
+        yield Fault(what, "estimate them anew from larger pictures, smooth them, or leave the clip out")
+
+
+def _lens(track: CameraTrack, size: tuple[int, int] | None) -> Iterator[Fault]:
+    for name, values, (low, high) in (
+        ("focal lengths", track.K[:, :2], FOCAL),
+        ("principal point", track.K[:, 2:], CENTRE),
+    ):
+        if bad := [row for row in values if not (low < row.min() and row.max() < high)]:
+            what = f"the {name} {np.round(bad[0], 3).tolist()} of width and height are outside {low} to {high}"
+            yield Fault(what, "K belongs to a picture of another size: give the size that it was made for")
+    if size:
+        ratio = float(np.median(track.K[:, 0] * size[1] / (track.K[:, 1] * size[0])))
+        if abs(ratio - 1) > SQUARE:
+            what = f"pixels of {size[1]}x{size[0]} pictures are {ratio:.3f} times as high as wide"
+            yield Fault(what, "K belongs to a picture of another shape: crop K with the picture, do not stretch it")
+
+
+@dataclass(frozen=True)
+class VideoCheck:
+    """A track against its video."""
+
+    fit: Fit | None
+    """None if nothing could be followed."""
+    faults: list[Fault]
+    notes: list[str]
+
+
+def check_video(track: CameraTrack, frames: Sequence[UInt8[np.ndarray, "h w"]], fps: float) -> VideoCheck:
+    """Compare a track with the grey frames of its video; `fps` is that of the video."""
+    notes = []
+    if len(track) != len(frames):
+        seconds, poses_seconds = (len(frames) - 1) / fps, (len(track) - 1) / track.fps
+        if abs(seconds - poses_seconds) > 1 / track.fps or len(track) < 2:
+            what = f"there are {len(track)} poses in {poses_seconds:.3g} s and {len(frames)} frames in {seconds:.3g} s"
+            return VideoCheck(None, [Fault(what, "give each frame a pose; is --fps that of the poses?")], notes)
+        notes.append(f"{track.fps:g} poses per second are compared with {fps:g} frames, by interpolation")
+        track = track.at(np.arange(len(frames)) * (track.fps / fps), fps)
+    size = frames[0].shape
+    pairs = follow(frames)
+    if not pairs:
+        return VideoCheck(None, [], [*notes, "nothing can be followed in the video: it is too short or without detail"])
+    found = fit(pairs, track.c2w, track.K, size)
+    other = best(pairs, track, size)
+    listed = [Fault(" or ".join(e.fault for e in other), " or ".join(e.cure for e in other))] if other else []
+    if not (found.good or other):
+        what = f"the poses do not fit the video, as they are or in any other convention ({found})"
+        listed = [Fault(what, "they are another clip's, or too noisy: estimate them anew")]
+    return VideoCheck(found, listed, notes)
 
 
 def differences(track: CameraTrack, motion: Motion, K: Intrinsics) -> list[str]:
@@ -31,3 +145,7 @@ def differences(track: CameraTrack, motion: Motion, K: Intrinsics) -> list[str]:
         given, trained = (np.round(x, 3).tolist() for x in (track.K[0], K))
         found.append(f"its K is {given}, the model's {trained}; crop the picture and its K to the model's view")
     return found
+
+
+def _degrees(R: Float[np.ndarray, "*n 3 3"]) -> Float[np.ndarray, "*n"]:
+    return np.degrees(np.linalg.norm(so3_log(R), axis=-1))

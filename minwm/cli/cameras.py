@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -10,7 +10,9 @@ from minwm.cli.base import Json, command, echo, numbers, read_track, refuse_exis
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
+    from minwm.cameras.check import Fault
     from minwm.cameras.formats.base import CameraFile
+    from minwm.cameras.track import CameraTrack
 
 Cameras = Annotated[Positional[Path], arg(metavar="FILE|DIR")]
 From = Annotated[str, arg(name="from", metavar="FORMAT", help="how the file is written; --help lists the formats")]
@@ -62,35 +64,85 @@ def camera_convert(
         echo(f"lost: {line}")
 
 
-@command("camera", "check")
-def camera_check(file: Cameras, json: Json = None) -> None:
-    """Check a pose file, and say in words what its camera does."""
+@command("camera", "check", details=list_formats)
+def camera_check(
+    file: Cameras,
+    from_: From = "track",
+    video: Annotated[Path | None, arg(metavar="FILE.mp4", help="the video that they belong to")] = None,
+    model: Annotated[Path | None, arg(metavar="DIR", help="compare them with what this model is trained on")] = None,
+    plot: Annotated[Path | None, arg(metavar="PNG", help="draw the path and what the cameras see")] = None,
+    fps: Rate = None,
+    size: Size = None,
+    unit: Unit = None,
+    clip: ClipNumber = 0,
+    json: Json = None,
+) -> None:
+    """Say in words what a camera does, and what is wrong with its poses."""
+    from minwm.cameras.check import differences, faults
+    from minwm.cameras.frusta import picture
+    from minwm.core.media import write_image
+    from minwm.store.folder import load_config
+
+    cameras = read_camera_file(file, from_, fps, size, unit, clip)
+    track, values, found, notes = cameras.even(), describe(cameras.even()), [], []
+    if video:
+        fit, found, notes = check_against(video, track)
+        values |= fit
+    found += faults(track, cameras.size)
+    if "latents" not in values:
+        notes.append("models take 4 * k + 1 frames")
+    if model:
+        cfg = load_config(model)
+        notes += differences(track, cfg.motion, cfg.intrinsics)
+    if values["share_of_motion_straight_ahead"] < -0.5 and not video:
+        notes.append("it moves backwards; if it should not, --video tells whether the poses are in another convention")
+    numbers(values, None)
+    write_numbers({**values, "faults": list(map(str, found)), "notes": notes}, json)
+    if plot:
+        write_image(plot, picture(track))
+    for note in notes:
+        echo(f"note: {note}")
+    for fault in found:
+        echo(f"fault: {fault}")
+    if found:
+        raise UserError(f"{file}: faults found, {len(found)} in all (listed above)")
+
+
+def describe(track: "CameraTrack") -> dict[str, Any]:
+    """What the camera of a track does, in numbers."""
     import numpy as np
 
-    from minwm.cameras.track import CameraTrack, so3_log
-    from minwm.data.clips import actions
+    from minwm.cameras.check import jitter, steps
 
-    track = CameraTrack.load(file)
-    relative = track.relative()
-    speed = np.linalg.norm(relative[:, :3, 3], axis=-1) * track.fps
-    turn = np.degrees(np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1)) * track.fps
-    ahead = float(relative[:, 2, 3].sum() * track.fps / max(speed.sum(), 1e-9))
+    move, turn = (values * track.fps for values in steps(track))
+    ahead = float(track.relative()[:, 2, 3].sum() * track.fps / max(move.sum(), 1e-9))
     values = {
         "frames": len(track),
         "fps": track.fps,
         "field_of_view_deg": np.degrees(2 * np.arctan(0.5 / track.K[0, :2])).tolist(),
         f"path_length_{track.unit}": track.path_length(),
-        f"fastest_{track.unit}_per_second": float(speed.max(initial=0)),
+        f"fastest_{track.unit}_per_second": float(move.max(initial=0)),
         "fastest_degrees_per_second": float(turn.max(initial=0)),
+        "jitter_degrees": jitter(track),
         "share_of_motion_straight_ahead": ahead,
     }
     if (len(track) - 1) % 4 == 0:
+        from minwm.data.clips import actions
+
         values |= {"latents": (len(track) - 1) // 4 + 1, "motion": list(dict.fromkeys(actions(track)))}
-    numbers(values, json)
-    if "latents" not in values:
-        echo("note: models take 4 * k + 1 frames")
-    if ahead < -0.5:
-        echo("note: it moves backwards; if it should not, these poses are world-to-camera: invert them")
+    return values
+
+
+def check_against(video: Path, track: "CameraTrack") -> "tuple[dict[str, Any], list[Fault], list[str]]":
+    """What a video says of its cameras: numbers, faults and notes."""
+    from minwm.cameras.check import check_video
+    from minwm.core.media import read_grey
+
+    frames, rate = read_grey(video)
+    result = check_video(track, frames, rate)
+    if result.fit is None:
+        return {}, result.faults, result.notes
+    return {"residual_pixels": result.fit.residual, "in_front": result.fit.in_front}, result.faults, result.notes
 
 
 @command("camera", "show")

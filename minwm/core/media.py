@@ -4,6 +4,7 @@ import io
 import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ from minwm.core.config import UserError
 from minwm.core.files import atomic
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import VideoFrame, VideoStream
 
 Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
@@ -116,25 +117,59 @@ class H264Encoder:
         return bytes(packet), packet.is_keyframe
 
 
-def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """All frames of a video and its frames per second, as a player shows them.
-
-    Frames are rotated by the display matrix (videos of phones) and widened to square pixels. Raises UserError if the
-    file is missing or cannot be decoded.
-    """
+@contextmanager
+def open_video(path: str | Path) -> Iterator["VideoStream"]:
+    """The first video stream of a file. UserError if it cannot be opened or, while it is open, decoded."""
     import av
     from av.error import FFmpegError
 
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            images = [_displayed(frame, stream.sample_aspect_ratio) for frame in container.decode(stream)]
-            fps = stream.average_rate
-    except (FFmpegError, OSError, IndexError, UnicodeDecodeError) as error:
+            if not container.streams.video:
+                raise UserError(f"{path} cannot be read as a video: it holds no pictures")
+            yield container.streams.video[0]
+    except (FFmpegError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a video: {error}") from error
+
+
+def decode(stream: "VideoStream") -> Iterator[tuple[float | None, UInt8[np.ndarray, "h w 3"]]]:
+    """Each frame, with its time in seconds if it has one, as a player shows it.
+
+    Frames are rotated by the display matrix (videos of phones) and widened to square pixels.
+    """
+    for frame in stream.container.decode(stream):  # type: ignore[union-attr]
+        yield frame.time, _displayed(frame, stream.sample_aspect_ratio)
+
+
+def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
+    """All frames of a video, as `decode` gives them, and its frames per second.
+
+    Raises UserError if the file is missing or cannot be decoded.
+    """
+    with open_video(path) as stream:
+        images = [image for _, image in decode(stream)]
+        fps = stream.average_rate
     if not images or not fps:
         raise UserError(f"{path} holds no frames")
     return np.stack(images), float(fps)
+
+
+def read_grey(path: str | Path, rows: int = 360) -> tuple[list[UInt8[np.ndarray, "h w"]], float]:
+    """All frames in grey, reduced to at most so many rows (of the shorter side), and frames per second."""
+    with open_video(path) as stream:
+        frames = [_grey(image, rows) for _, image in decode(stream)]
+        fps = stream.average_rate
+    if not frames or not fps:
+        raise UserError(f"{path} holds no frames")
+    return frames, float(fps)
+
+
+def _grey(image: UInt8[np.ndarray, "h w 3"], rows: int) -> UInt8[np.ndarray, "h w"]:
+    grey = Image.fromarray(image).convert("L")
+    part = rows / min(grey.size)
+    if part < 1:
+        grey = grey.resize((round(grey.width * part), round(grey.height * part)), Image.Resampling.BOX)
+    return np.asarray(grey)
 
 
 def _displayed(frame: "VideoFrame", pixel_aspect: Fraction | None) -> UInt8[np.ndarray, "h w 3"]:

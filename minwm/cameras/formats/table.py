@@ -93,8 +93,8 @@ def read_cameras(path: Path, name: str = "track", given: Given = NOTHING_GIVEN) 
     try:
         return known.read(path, given)
     except (UserError, OSError) as error:
-        text = str(error).removeprefix(f"{path}: ")
-        raise CameraError(f"{path} as {name}: {text}") from error
+        what = path if name == "track" else f"{path} as {name}"
+        raise CameraError(f"{what}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def write_cameras(path: Path, name: str, cameras: CameraFile) -> list[str]:
