@@ -107,6 +107,7 @@ COMMANDS = {
     ("data", "check"): "{project}/raw --model {project}/dmd",
     ("data", "report"): "{project}/raw --sheet {out}.png",
     ("camera", "check"): "{project}/files/poses.json --json {out}.json",
+    ("camera", "convert"): "{project}/files/poses.json {out} --to re10k",
     ("camera", "show"): "w*2,l*2 --model {project}/dmd --out {out}.json",
     ("inspect",): "{project}/dmd",
     ("convert",): "{project}/files/wan.safetensors {out} --heads 2",
