@@ -1,0 +1,90 @@
+"""What is scored: videos, with all that is known of each, from a model, any function, or a folder."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from minwm.cameras.track import CameraTrack
+from minwm.core.config import UserError
+from minwm.core.media import read_video
+from minwm.eval.camera.recover import RecoveredCamera, recover
+
+Array = np.ndarray
+Frames = UInt8[Array, "n h w 3"]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video to be scored. What is not known is None, and metrics that need it are skipped."""
+
+    name: str
+    frames: Frames
+    fps: float
+    camera: CameraTrack | None = None
+    """The commanded one of every frame."""
+    reference: Frames | None = None
+    """What the video should show: a recording, or a true render."""
+    first_depth: Float[Array, "h w"] | None = None
+    """z-depth of the first frame in units of the camera, inf or NaN where it is unknown."""
+
+    def __post_init__(self) -> None:
+        if self.camera is not None and len(self.camera) != len(self.frames):
+            raise UserError(f"{self.name}: {len(self.frames)} frames and {len(self.camera)} poses; give one per frame")
+        if self.reference is not None and self.reference.shape != self.frames.shape:
+            raise UserError(
+                f"{self.name}: frames of shape {self.frames.shape}, its reference {self.reference.shape}; both must be "
+                "alike"
+            )
+
+    @cached_property
+    def recovered(self) -> RecoveredCamera:
+        """The camera that its pixels show."""
+        if self.camera is None:
+            raise UserError(f"{self.name}: without a pose file the lens is not known, and no camera can be recovered")
+        return recover(self.frames, self.camera.K[0], self.fps, self.first_depth)
+
+
+class VideoSource(Sequence[Video]):
+    """Videos in order, made or read when they are asked for."""
+
+    def __init__(self, names: Sequence[str], video: Callable[[str], Video]) -> None:
+        self.names, self._video = names, video
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Video: ...
+    @overload
+    def __getitem__(self, index: slice) -> "VideoSource": ...
+    def __getitem__(self, index: int | slice) -> "Video | VideoSource":
+        if isinstance(index, slice):
+            return VideoSource(self.names[index], self._video)
+        return self._video(self.names[index])
+
+    def __iter__(self) -> Iterator[Video]:
+        return map(self._video, self.names)
+
+
+def folder_source(folder: Path) -> VideoSource:
+    """The mp4 files of a folder, each with the cameras of NAME.json (`CameraTrack.save`) if that is there."""
+    names = sorted(path.stem for path in folder.glob("*.mp4"))
+    if not names:
+        raise UserError(f"{folder} holds no mp4 files; make some with minwm generate --list")
+
+    def read(name: str) -> Video:
+        frames, fps = read_video(folder / f"{name}.mp4")
+        poses = folder / f"{name}.json"
+        return Video(name, frames, fps, CameraTrack.load(poses) if poses.exists() else None)
+
+    return VideoSource(names, read)
+
+
+def function_source(make: Callable[[CameraTrack], Frames], tracks: dict[str, CameraTrack]) -> VideoSource:
+    """What any function makes along tracks, by name."""
+    return VideoSource([*tracks], lambda name: Video(name, make(tracks[name]), tracks[name].fps, tracks[name]))
