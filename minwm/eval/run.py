@@ -159,7 +159,10 @@ def evaluate(
     held = HeldOut(reference.config, reference.codec, cfg, scenes or reference.config.scene)
     image_start = held.config.image_start
     if not image_start:
-        log("text starts: camera following, quality and counterfactual control need a first image, and are skipped")
+        log(
+            "text starts: camera following, quality and counterfactual control need a first image, and are skipped; "
+            "minwm eval --suite recovers the cameras from pixels"
+        )
 
     def model_row(name: str) -> tuple[Videos, EvalResult]:
         model = reference if name == last else models[name]()

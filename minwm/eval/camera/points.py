@@ -20,11 +20,15 @@ SHORTER_SIDE = 256
 MOST_POINTS = 500
 SPACING = 6
 """Pixels between new points, in frames of that size."""
-WINDOW = (21, 21)
-RETURN = 0.5
-"""Pixels by which a point may miss its origin when it is followed back."""
+WINDOW = 15
+"""Side of the windows that are compared, in pixels of the enlarged frame; of frames enlarged by more than about 3,"""
+WINDOW_BEFORE = 5.25
+"""in pixels of the video."""
+RETURN, RETURN_BEFORE = 0.2, 0.1
+"""Pixels of either kind by which a point may miss its origin when it is followed back; the greater counts."""
 CONFIDENCE = 0.9999
-REFINEMENTS = 10
+ROUGH, FINE = 6, 30
+"""Gauss-Newton iterations from every start, and from the best of what they find."""
 DIRECTIONS = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0], [1, 0, 1], [1, 0, -1]], np.float64)
 
 
@@ -51,7 +55,7 @@ def follow_points(frames: UInt8[Array, "n h w 3"], K: Intrinsics, every: int) ->
     for i, frame in enumerate(frames):
         image = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_CUBIC)
         if len(points):
-            kept, points = _follow(cv2, before, image, points)
+            kept, points = _follow(cv2, before, image, points, scale)
             ids = ids[kept]
         if i % every == 0:
             new = _new_points(cv2, image, points)
@@ -62,13 +66,15 @@ def follow_points(frames: UInt8[Array, "n h w 3"], K: Intrinsics, every: int) ->
     return views
 
 
-def _follow(cv2: Any, before: Array, image: Array, points: Array) -> tuple[Array, Array]:
-    """Indices of the points that are found in the next image and back, and where they are."""
-    settings: dict[str, Any] = {"winSize": WINDOW, "maxLevel": 3}
+def _follow(cv2: Any, before: Array, image: Array, points: Array, scale: float) -> tuple[Array, Array]:
+    """Indices of the points that are found in the next image and back, and where they are. `scale`: pixels of these
+    images per pixel of the video."""
+    side = round(max(WINDOW, WINDOW_BEFORE * scale))
+    settings: dict[str, Any] = {"winSize": (side, side), "maxLevel": 3}
     moved, found, _ = cv2.calcOpticalFlowPyrLK(before, image, points, None, **settings)
     back, returned, _ = cv2.calcOpticalFlowPyrLK(image, before, moved, None, **settings)
     inside = ((moved >= 0) & (moved < image.shape[::-1])).all(1)
-    near = np.linalg.norm(back - points, axis=1) < RETURN
+    near = np.linalg.norm(back - points, axis=1) < max(RETURN, RETURN_BEFORE * scale)
     kept = np.flatnonzero(inside & near & (found[:, 0] > 0) & (returned[:, 0] > 0))
     return kept, moved[kept]
 
@@ -99,9 +105,9 @@ def moved_camera(
     if essential is not None and essential.shape == (3, 3):
         _, R, t, _ = cv2.recoverPose(essential, a, b, np.eye(3))
         starts.append((R, t[:, 0]))
-    found = [refined(R, t, a, b, tolerance) for R, t in starts]
+    found = [refined(R, t, a, b, tolerance, ROUGH) for R, t in starts]
     costs = [np.log1p((4 * epipolar_errors(R, t, a, b) / tolerance) ** 2).sum() for R, t in found]
-    R, t = found[int(np.argmin(costs))]
+    R, t = refined(*found[int(np.argmin(costs))], a, b, tolerance, FINE)
     errors = epipolar_errors(R, t, a, b)
     good = np.abs(errors) < tolerance
     ahead, behind = ((distances(a[good], b[good], R, sign * t) > 0).all(1).sum() for sign in (1, -1))
@@ -134,12 +140,17 @@ def epipolar_errors(
 
 
 def refined(
-    R: Float[Array, "3 3"], t: Float[Array, "3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"], tolerance: float
+    R: Float[Array, "3 3"],
+    t: Float[Array, "3"],
+    a: Float[Array, "p 2"],
+    b: Float[Array, "p 2"],
+    tolerance: float,
+    iterations: int,
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
     """The nearest minimum of the epipolar errors, robust (Cauchy) from a quarter of the tolerance on, by Gauss-Newton
     over rotation and direction."""
     step = 1e-6
-    for _ in range(REFINEMENTS):
+    for _ in range(iterations):
         tangent = np.linalg.svd(t[None])[2][1:]  # two directions across t
 
         def moved(change: Array, R: Array = R, t: Array = t, tangent: Array = tangent) -> tuple[Array, Array]:
@@ -152,4 +163,6 @@ def refined(
         normal = (slopes * weight[:, None]).T @ slopes
         change = -np.linalg.solve(normal + 1e-9 * np.trace(normal) * np.eye(5), (slopes * weight[:, None]).T @ errors)
         R, t = moved(change)
+        if np.abs(change).max() < 1e-9:
+            break
     return R, t

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from minwm.cameras.track import Intrinsics, rigid, se3_inverse
+from minwm.cameras.track import Intrinsics, rigid, se3_inverse, so3_log
 from minwm.eval.camera.points import View, distances, follow_points, moved_camera
 
 Array = np.ndarray
@@ -37,6 +37,8 @@ FAR = 200.0
 """Depth in units of the way beyond which a point says nothing of the way."""
 LEAST_SHARED = 5
 """Points that two spans must share to be compared."""
+AGREEMENT = 3.0
+"""Degrees by which the rotation over a second may differ from those over its halves; with more it is lost."""
 Kind = Literal["still", "turn", "move", "lost"]
 
 
@@ -96,6 +98,7 @@ def recover(
     spans = [
         camera_between(views, first, first + length, pixel) for length in SPANS for first in range(len(views) - length)
     ]
+    spans = _agreeing(spans)
     known = {} if first_depth is None else _known_distances(views[0], K, first_depth)
     lengths, anchored = _lengths(views, spans, known)
     seconds = [i for i, span in enumerate(spans) if span.last - span.first == SPANS[0] and span.first % SPANS[0] == 0]
@@ -122,6 +125,23 @@ def camera_between(views: Sequence[View], first: int, last: int, pixel: float) -
     elif error >= TURN_ERROR:
         return Span(first, last, "lost", np.eye(4))
     return Span(first, last, "turn", rigid(R, np.zeros(3)))
+
+
+def _agreeing(spans: Sequence[Span]) -> list[Span]:
+    """Spans of a second are lost where their halves show another rotation: either has been misled."""
+    found = {(span.first, span.last): span for span in spans}
+    checked = list[Span]()
+    for span in spans:
+        middle = (span.first + span.last) // 2
+        one, two = found.get((span.first, middle)), found.get((middle, span.last))
+        if one and two and "lost" not in (span.kind, one.kind, two.kind):
+            R = one.pose[:3, :3] @ two.pose[:3, :3]
+            angle = np.degrees(np.linalg.norm(so3_log(R.T @ span.pose[:3, :3])))
+            if angle > AGREEMENT:
+                checked.append(Span(span.first, span.last, "lost", np.eye(4)))
+                continue
+        checked.append(span)
+    return checked
 
 
 def _shared(one: View, two: View) -> tuple[Float[Array, "p 2"], Float[Array, "p 2"], Array]:
