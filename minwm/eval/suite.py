@@ -26,7 +26,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def suite(config: ModelConfig) -> list[str]:
-    """Trajectories: `PATHS` of `SECONDS`, then longer ones; of models that make whole clips, `PATHS` of their length."""
+    """Trajectories: `PATHS` of `SECONDS`, then longer ones; for models that make whole clips, `PATHS` of that size."""
     motion = config.motion
     if not config.sampler.causal:
         return [_split(path, config.latents - 1) for path in PATHS]
