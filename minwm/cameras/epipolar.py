@@ -8,6 +8,7 @@ scale of the translations, and both see the focal length only while the camera t
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -66,8 +67,13 @@ def follow(frames: Sequence[UInt8[Array, "h w"]], gap: int = GAP, pairs: int = P
     return [pair for pair in found if len(pair.a) >= 16]
 
 
+def load_opencv() -> ModuleType:
+    """OpenCV; MissingExtraError without it."""
+    return require("cv2", "sfm")
+
+
 def _follow(frames: Sequence[UInt8[Array, "h w"]], start: int) -> Pair:
-    cv2 = require("cv2", "sfm")
+    cv2 = load_opencv()
     corners = cv2.goodFeaturesToTrack(frames[0], POINTS, 0.01, 5)
     if corners is None:
         return Pair(start, start + len(frames) - 1, np.zeros((0, 2)), np.zeros((0, 2)))

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from minwm.cameras.epipolar import load_opencv
 from minwm.cameras.track import Intrinsics, rigid, se3_inverse, so3_exp
-from minwm.core.runtime import require
 
 Array = np.ndarray
 SHORTER_SIDE = 256
@@ -44,7 +44,7 @@ class View:
 
 def follow_points(frames: UInt8[Array, "n h w 3"], K: Intrinsics, every: int) -> list[View]:
     """Points in every `every`-th frame. New ones are added there, wherever there is room."""
-    cv2: Any = require("cv2", "eval")
+    cv2: Any = load_opencv()
     height, width = frames.shape[1:3]
     scale = max(1.0, SHORTER_SIDE / min(height, width))
     size = round(width * scale), round(height * scale)
@@ -98,7 +98,7 @@ def moved_camera(
     The best is taken of what the five-point method finds, and of a way along each of `DIRECTIONS` after the rotation
     `turn` (x_b = turn x_a) alone, all `refined`. `tolerance`: error of a ray, in units of x/z.
     """
-    cv2: Any = require("cv2", "eval")
+    cv2: Any = load_opencv()
     cv2.setRNGSeed(0)
     essential, _ = cv2.findEssentialMat(a, b, np.eye(3), cv2.USAC_MAGSAC, CONFIDENCE, tolerance)
     starts = [(turn, direction / np.linalg.norm(direction)) for direction in DIRECTIONS]
