@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minwm.core.config import from_dict
-from minwm.store.folder import load_codec, load_weights, save_model
+from minwm.store.folder import load_codec, save_model
 from minwm.train.config import Run
 from minwm.train.state import States
 
@@ -21,7 +21,7 @@ def main() -> None:
     source, codec_folder, out = (Path(name) for name in sys.argv[1:4])
     run = from_dict(Run, json.loads((source / "run.json").read_text())["run"])
     net, codec, states = run.model.network.build(), load_codec(codec_folder), States(source)
-    load_weights(net, states.folder / f"{states.latest():06d}" / "ema.safetensors")
+    states.load(states.latest() or 0, {"ema": net}, [])
     config = replace(run.model, codec=codec.cfg, latents=run.recipe.clip_latents(run.model))
     save_model(out, config, net.half(), codec.half())
     sys.stdout.write(f"{out}: after {states.latest()} steps\n")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minwm.cameras.trajectory import Motion
-from minwm.core.config import ConfigError
+from minwm.core.config import ConfigError, UserError
 from minwm.core.types import Condition
 from minwm.core.weights import CheckpointError
 from minwm.families.wan.convert import CAMERA_PARAMETERS
@@ -183,24 +183,35 @@ def test_a_misspelt_config_is_refused(saved: Path) -> None:
 
 
 def test_training_states_restore_everything(tmp_path: Path) -> None:
-    def fresh(seed: int) -> tuple[nn.Linear, torch.optim.Optimizer, torch.Generator]:
+    def fresh(seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(seed)
         net = nn.Linear(3, 2)
-        return net, torch.optim.AdamW(net.parameters(), 0.1), torch.Generator().manual_seed(seed)
+        return net, torch.optim.AdamW(net.parameters(), 0.1)
 
-    def step(net: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        net(torch.randn(4, 3, generator=generator)).square().mean().backward()
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        net(torch.ones(4, 3)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     one, states = fresh(1), States(tmp_path)
     assert states.latest() is None
     step(*one)
-    states.save(1, {"student": one[0]}, {"student": one[1]}, one[2], {"seconds": 1.5, "data": {"position": 3}})
+    states.save(1, {"student": one[0]}, [one[1]], {"seconds": 1.5, "data": {"position": 3}})
     two = fresh(2)
-    assert states.load(1, {"student": two[0]}, {"student": two[1]}, two[2])["data"] == {"position": 3}
+    assert states.load(1, {"student": two[0]}, [two[1]])["data"] == {"position": 3}
     for part in (one, two):
         step(*part)
     assert torch.equal(one[0].weight, two[0].weight)
-    states.save(2, {"student": one[0]}, {"student": one[1]}, one[2], {})
+    states.save(2, {"student": one[0]}, [one[1]], {"seconds": 2.0, "data": {}})
     assert states.latest() == 2 and [path.name for path in states.folder.iterdir()] == ["000002"]
+    States(tmp_path, keep=2).save(3, {"student": one[0]}, [one[1]], {"seconds": 3.0, "data": {}})
+    assert states.steps() == [2, 3]
+    part = states.folder / "000003" / "__0_0.distcp"
+    damaged = bytearray(part.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    part.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"000003 is damaged; delete it.* \(__0_0.distcp: another\)"):
+        states.load(3, {"student": two[0]}, [two[1]])
+    part.unlink()
+    with pytest.raises(UserError, match=r"__0_0.distcp: gone"):
+        states.load(3, {"student": two[0]}, [two[1]])

@@ -98,7 +98,7 @@ def test_learns_and_is_deterministic() -> None:
         optimiser = torch.optim.Adam(codec.parameters(), lr=3e-3)
         losses = []
         for _ in range(40):
-            total, logs = codec.loss(smooth, generator)
+            total, logs = codec(smooth, generator)
             optimiser.zero_grad()
             total.backward()
             optimiser.step()
@@ -117,15 +117,15 @@ def test_texture_as_strong_as_the_truth_is_better_than_none() -> None:
     assert (smooth - truth).abs().mean() < (other - truth).abs().mean()
     assert (gradient_size(other) - size).abs().mean() < 0.2 * (gradient_size(smooth) - size).abs().mean()
     codec = small()
-    plain, _ = codec.loss(clip(), torch.Generator().manual_seed(0))
+    plain, _ = codec(clip(), torch.Generator().manual_seed(0))
     codec.cfg = replace(codec.cfg, energy=2.0)
-    total, logs = codec.loss(clip(), torch.Generator().manual_seed(0))
+    total, logs = codec(clip(), torch.Generator().manual_seed(0))
     torch.testing.assert_close(total, plain + 2 * logs["energy"])
 
 
 def test_training_never_moves_the_encoder() -> None:
     codec = small().train()
-    total, _ = codec.loss(clip(), torch.Generator().manual_seed(0))
+    total, _ = codec(clip(), torch.Generator().manual_seed(0))
     total.backward()
     assert all(p.grad is None for p in codec.analysis.parameters())
     assert all(p.grad is not None for p in (*codec.decoder.parameters(), *codec.synthesis.parameters()))

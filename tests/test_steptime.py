@@ -29,6 +29,7 @@ from minwm.train.build import build_recipe
 from minwm.train.config import Run
 from minwm.train.flops import count_flops, pass_flops
 from minwm.train.loop import Trainer, loop
+from minwm.train.parallel import Parallel
 
 NAMES = ("camera", "ar", "ode", "consistency", "dmd")
 
@@ -48,7 +49,7 @@ def batch_of(run: Run) -> Any:
 def made(run: Run) -> tuple[Trainer, Recipe]:
     torch.manual_seed(0)
     recipe = build_recipe(run, lambda _: random_network(run))
-    return Trainer(run, recipe, torch.device("cpu")), recipe
+    return Trainer(run, recipe, Parallel(run.parallel, torch.device("cpu"))), recipe
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +136,7 @@ def test_the_benchmark_makes_the_steps_of_the_loop(tmp_path: Path, monkeypatch: 
     measure_steps(run, steps=3, warmup=1)
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run))
-    averaged = loop(run, tmp_path, recipe, loader(Same(batch), 2, run.seed), torch.device("cpu"))
+    averaged = loop(run, tmp_path, recipe, loader(Same(batch), 2, run.seed), trainers[0].parallel)
     for mine, theirs in (
         (trainers[0].networks["student"], recipe.networks["student"]),
         (trainers[0].ema.net, averaged),

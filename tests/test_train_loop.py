@@ -18,6 +18,7 @@ from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import BidirectionalConfig
 from minwm.train.config import OptimConfig, Run
 from minwm.train.loop import DivergedError, loop
+from minwm.train.parallel import Parallel
 from minwm.train.state import States
 
 
@@ -52,7 +53,14 @@ def run_loop(recipe: Dot, out: Path, held_out: Sequence[Tensor] = (), **changes:
     run = Run(name="dot", model=tiny_model(), recipe=BidirectionalConfig(), data="", tensorboard=False)
     run = replace(run, **{"steps": 6, "batch": 2, "optim": OptimConfig(lr=0.1, clip=1e9), **changes})
     table = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-    return loop(run, out, recipe, loader(Numbers(table), run.batch, run.seed), torch.device("cpu"), held_out)
+    return loop(
+        run,
+        out,
+        recipe,
+        loader(Numbers(table), run.batch, run.seed),
+        Parallel(run.parallel, torch.device("cpu")),
+        held_out,
+    )
 
 
 def test_accumulation_averages_gradients(tmp_path: Path) -> None:

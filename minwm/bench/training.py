@@ -23,6 +23,7 @@ from minwm.train.build import build_recipe
 from minwm.train.config import Init, Run
 from minwm.train.flops import count_flops
 from minwm.train.loop import DivergedError, Trainer
+from minwm.train.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def measure_steps(run: Run, steps: int = 10, warmup: int = 3, peak: float | None
     torch.cuda.empty_cache()
     torch.manual_seed(run.seed)
     recipe = build_recipe(run, lambda _: random_network(run).to(device))
-    trainer = Trainer(run, recipe, device)
+    trainer = Trainer(run, recipe, Parallel(run.parallel, device))
     with count_flops(recipe.networks.values()) as passes:
         _steps(trainer, range(warmup), passes)
         reset_peak_memory(device)
@@ -134,8 +135,8 @@ def random_network(run: Run) -> Backbone:
 
 def _steps(trainer: Trainer, numbers: range, passes: list[int]) -> list[_Step]:
     """Train on one random batch; `passes` is what `count_flops` yields."""
-    run, timer, made = trainer.run, StageTimer(trainer.device), list[_Step]()
-    clips = repeat(run.recipe.example_batch(run.model, run.batch).to(trainer.device))
+    run, timer, made = trainer.run, StageTimer(trainer.parallel.device), list[_Step]()
+    clips = repeat(run.recipe.example_batch(run.model, run.batch).to(trainer.parallel.device))
     for step in numbers:
         passes.clear()
         timer.restart()

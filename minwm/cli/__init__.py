@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return error.exit_code if isinstance(error, UserError) else 2
     except KeyboardInterrupt:
         again = "continues" if resumable else "starts over"
         way_out = f"nothing half-written is left; the same command again {again}"

@@ -20,7 +20,9 @@ V = TypeVar("V")
 
 
 class UserError(Exception):
-    """A mistake that the user can correct; the command line prints only the message and exits with 2."""
+    """A mistake that the user can correct; the command line prints only the message and exits with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(UserError):

@@ -8,12 +8,18 @@ from typing import Any
 
 from minwm.core.config import UserError, parse_json
 from minwm.core.files import check_shape, read_text, write_text
-from minwm.core.runtime import require
+from minwm.core.runtime import rank, require
 
 
 @contextmanager
 def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
-    """Yield `write(step, trains, values)`; lines from `start` on, which a resumed run repeats, are removed first."""
+    """Yield `write(step, trains, values)`; lines from `start` on, which a resumed run repeats, are removed first.
+
+    Of several processes the first one writes.
+    """
+    if rank() != 0:
+        yield lambda *_: None
+        return
     path = out / "metrics.jsonl"
     kept = [line for line in read_metrics(out) if line["step"] < start]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -229,8 +229,9 @@ class SmallCodec(nn.Module):
         pixels = x.unflatten(1, (self.stride, 3)).unflatten(0, (batch, f)).flatten(1, 2)
         return pixels if state is not None else pixels[:, self.stride - 1 :], pasts
 
-    def loss(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction from slightly noisy latents: L1 + MSE + L1 of image gradients and their local size."""
+    def forward(self, pixels: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss in training, and its parts: reconstruction from slightly noisy latents, L1 + MSE + L1 of image
+        gradients and their local size."""
         latents = self.encode(pixels)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
         output, _ = self._reconstruct(latents + self.cfg.noise * noise, None)

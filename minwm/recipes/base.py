@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
+from minwm.core.runtime import generator as make_generator
 from minwm.core.types import Clip, Condition
 from minwm.data.dataset import BatchSource, ShardDataset, Split
 from minwm.data.noise import PoseNoise
@@ -124,6 +125,9 @@ class RecipeConfig(ABC):
 class Recipe(ABC, Generic[Network]):
     """Networks by role, and the loss that trains them. It owns no optimiser, so the loop stays visible."""
 
+    seed = 0
+    """Of the run."""
+
     def __init__(self, cfg: Any, model: ModelConfig, networks: Mapping[str, Network]) -> None:
         roles = {*cfg.trained, *cfg.frozen}
         if set(networks) != roles:
@@ -142,7 +146,11 @@ class Recipe(ABC, Generic[Network]):
 
     @abstractmethod
     def loss(self, clip: Any, step: int, generator: torch.Generator) -> Loss:
-        """The loss of one batch; every random draw comes from `generator`."""
+        """The loss of one micro-batch. Random draws come from `generator`, but those that all micro-batches of a step
+        share from `step_generator`: other processes may have the others."""
+
+    def step_generator(self, step: int) -> torch.Generator:
+        return make_generator(self.seed, "step", step)
 
 
 def random_clip(model: ModelConfig, batch: int, latents: int) -> Clip:

@@ -71,5 +71,5 @@ class CodecRecipe(Recipe[SmallCodec]):
             frames = codec.stride * (self.cfg.latents - 1) + 1
             start = random_index(clip.shape[1] - frames + 1, generator)
             clip = clip[:, start : start + frames]
-        total, logs = codec.loss(clip, generator)
+        total, logs = codec(clip, generator)
         return Loss(total, "student", {"loss": total.detach(), **logs})

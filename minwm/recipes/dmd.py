@@ -137,11 +137,6 @@ class Dmd(Recipe[Backbone]):
 
     cfg: DmdConfig
 
-    def __init__(self, cfg: DmdConfig, model: ModelConfig, networks: Mapping[str, Backbone]) -> None:
-        super().__init__(cfg, model, networks)
-        self.step_exit = (-1, 0)
-        """A training step, and the exit step of all of its micro-batches."""
-
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
         clip = sample_image_start(clip, self.cfg.image_start, generator)
@@ -179,9 +174,7 @@ class Dmd(Recipe[Backbone]):
             case "last":
                 return [count - 1] * clips
             case "step":
-                if step != self.step_exit[0]:  # once per step, however many micro-batches it has
-                    self.step_exit = step, random_index(count, generator)
-                return [self.step_exit[1]] * clips
+                return [random_index(count, self.step_generator(step))] * clips
             case per:
                 return random_indices(count, clips, per, generator)
 

@@ -1,7 +1,7 @@
 """Models on disk. Everything is JSON and safetensors, and appears whole or not at all.
 
 DIR/model.json, model.safetensors      what sampling needs (DIR may be a run directory)
-DIR/state/000400/                      what resuming needs: networks, optimisers, EMA, RNG, place in the data
+DIR/state/000400/                      what resuming needs: networks, optimisers, EMA, place in the data
 """
 
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from minwm.core.config import ConfigError, UserError, dumps, from_dict, to_dict
 from minwm.core.files import locked, read_config, read_json, write_json, write_text
 from minwm.core.metrics import read_metrics
-from minwm.core.runtime import git_commit, pick_device, require_one_process, versions
+from minwm.core.runtime import git_commit, pick_device, rank, versions
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import loader
 from minwm.data.encode import identity
@@ -21,6 +22,7 @@ from minwm.store.folder import load_codec, load_weights
 from minwm.store.layouts import FAMILIES, AnyCodec
 from minwm.train.config import Run, Summary
 from minwm.train.loop import loop
+from minwm.train.parallel import Parallel, process_group, whole
 from minwm.train.state import States
 
 VALIDATION_CLIPS = 24
@@ -28,6 +30,8 @@ VALIDATION_CLIPS = 24
 COMPILED_FORMS = 32
 """Most compiled forms of a block. Passes of a recipe differ in frames, in clips and in who gets gradients: up to a
 dozen forms, where torch gives up after 8."""
+NO_RESULT = ("parallel", "keep")
+"""Fields of a run that its result does not depend on: they may change while it goes on."""
 MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
 """What `run.json` keeps of the data's manifest, for the model card."""
 
@@ -36,10 +40,9 @@ def train(run: Run, out: Path) -> Summary:
     """Run a stage to its end in `out`, resuming whatever is there; a finished run returns at once.
 
     Raises ConfigError if `out` holds a run with another config, DataError if the data are not those of the model, and
-    UserError under torchrun or while another process trains in `out`.
+    UserError while another process trains in `out`. All processes of torchrun call it.
     """
-    require_one_process("training")
-    with locked(out):
+    with locked(out) if rank() == 0 else nullcontext(), process_group(run.parallel.timeout):
         return _train(run, out)
 
 
@@ -56,17 +59,34 @@ def _train(run: Run, out: Path) -> Summary:
     data = run.recipe.dataset(Path(run.data), "train", run.model, run.pose_noise)
     if codec:
         _check_codec(run, codec)
-    _write_record(run, out)
-    device = pick_device()
-    recipe = build_recipe(run, partial(load_role, run, device))
+    parallel = Parallel(run.parallel, pick_device())
+    parallel.barrier()  # or some would find what others have written meanwhile
+    if rank() == 0:
+        _write_record(run, out)
+    recipe = build_recipe(run, partial(load_role, run, parallel.build_device))
     if not run.init.student and not states.latest():
         recipe.fit(data)
-    clips = loader(data, run.batch, run.seed)
-    student = loop(run, out, recipe, clips, device, validation_batches(run)).cpu()
-    run.recipe.save(out, run.model, student, codec)
-    summary = _summary(run, out, sum(p.numel() for p in student.parameters()))
-    write_text(done, dumps(summary))
-    return summary
+    clips = loader(data, run.batch, run.seed, parallel.data_rank, parallel.data_ranks)
+    student = whole_network(run, loop(run, out, recipe, clips, parallel, validation_batches(run)))
+    if rank() == 0:
+        run.recipe.save(out, run.model, student, codec)
+        write_text(done, dumps(_summary(run, out, sum(p.numel() for p in student.parameters()))))
+    parallel.barrier()
+    return read_config(Summary, done)
+
+
+def whole_network(run: Run, net: nn.Module) -> nn.Module:
+    """The network on the CPU of the first process, of which all processes may have a part."""
+    tensors = {}
+    for name, x in net.state_dict().items():
+        part = whole(x)
+        if rank() == 0:
+            tensors[name] = part.cpu()
+    with torch.device("meta"):
+        found = run.recipe.network(run.model)
+    if rank() == 0:
+        found.load_state_dict(tensors, assign=True)
+    return found
 
 
 def build_recipe(run: Run, load: Callable[[str], nn.Module]) -> Recipe[Any]:
@@ -76,6 +96,7 @@ def build_recipe(run: Run, load: Callable[[str], nn.Module]) -> Recipe[Any]:
         for role in run.recipe.trained:
             networks[role].checkpointing = run.checkpointing
     recipe = run.recipe.build(run.model, networks)
+    recipe.seed = run.seed
     if run.compile:
         compile_networks(recipe)
     return recipe
@@ -133,8 +154,8 @@ def _check_same(run: Run, out: Path) -> None:
         old = from_dict(Run, read_json(path, {"run": dict})["run"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; give another --out, or delete {out}") from error
-    changed = {key: (vars(old)[key], value) for key, value in vars(run).items() if vars(old)[key] != value}
-    if changed.keys() == {"steps"}:
+    changed = [key for key, value in vars(run).items() if vars(old)[key] != value and key not in NO_RESULT]
+    if changed == ["steps"]:
         if run.steps > old.steps:
             return
         raise ConfigError(f"{out} holds a run of {old.steps} steps, not {run.steps}: it can only be made longer")

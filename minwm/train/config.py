@@ -16,6 +16,7 @@ from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
+from minwm.train.parallel import ParallelConfig
 
 AnyRecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
 """The recipes that a config can name by their `kind`; a new one is added here."""
@@ -100,9 +101,9 @@ class Run:
     init: Init = Init()
     steps: int = 1000
     batch: int = 16
-    """Clips per step and rank, before accumulation."""
+    """Clips of a micro-batch: what passes through the networks at once."""
     accumulate: int = 1
-    """Micro-batches whose gradients are averaged into one step."""
+    """Micro-batches whose gradients are averaged into one step, whatever the number of processes that share them."""
     optim: OptimConfig = OptimConfig()
     critic: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of the critic (DMD)."""
@@ -110,6 +111,8 @@ class Run:
     """Decay of the averaged weights that are saved as the model; 0 saves the raw weights."""
     seed: int = 0
     save_every: int = 100
+    keep: int = 1
+    """States that stay; older ones are removed."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
     checkpointing: Checkpointing = False
@@ -117,12 +120,14 @@ class Run:
     but `attention`, which in long clips is most of the work and little of the memory."""
     compile: bool = False
     """Compile the blocks of all networks, but for attention (`Backbone.compile_blocks`)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several processes share the work."""
     tensorboard: bool = True
     pose_noise: PoseNoise | None = None
     """Errors on the cameras of the training clips (ablations)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "save_every"):
+        for name in ("steps", "batch", "accumulate", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.ema < 1:

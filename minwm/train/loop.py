@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,22 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minwm.core.config import UserError
 from minwm.core.metrics import metrics_log
 from minwm.core.runtime import generator as make_generator
-from minwm.core.runtime import peak_memory_gb, progress, rank
+from minwm.core.runtime import peak_memory_gb, progress
 from minwm.data.dataset import Loader
 from minwm.recipes.base import Recipe
 from minwm.train.config import Run
 from minwm.train.flops import count_flops
+from minwm.train.parallel import Parallel, termination, whole
 from minwm.train.state import States
 
 
 class DivergedError(UserError):
     """Loss or gradient stopped being finite."""
+
+
+class StoppedError(UserError):
+    """The run was told to end before its time, and can go on."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 class Ema:
@@ -55,34 +63,38 @@ class Gradients:
 
 
 class Trainer:
-    """What a step changes: networks, optimisers, EMA, random state. A step is `gradients`, then `update`."""
+    """What a step changes: networks, optimisers, EMA. A step is `gradients`, then `update`.
 
-    def __init__(self, run: Run, recipe: Recipe[Any], device: torch.device) -> None:
-        self.run, self.recipe, self.device = run, recipe, device
-        self.networks = {role: net.to(device) for role, net in recipe.stateful.items()}
+    Random draws depend on the step and on the number of the micro-batch in it, not on the process that has it.
+    """
+
+    def __init__(self, run: Run, recipe: Recipe[Any], parallel: Parallel) -> None:
+        self.run, self.recipe, self.parallel = run, recipe, parallel
+        self.micro_batches = parallel.micro_batches(run.batch, run.accumulate)
+        self.networks = recipe.stateful
+        self.ema = Ema(self.networks["student"], run.ema)
+        parallel.place(recipe, [self.ema.net])
         self.settings = {"student": run.optim, "critic": run.critic}
         self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in run.recipe.trained}
         """By role, then by name."""
-        self.ema = Ema(self.networks["student"], run.ema)
-        self.generator = make_generator(run.seed, "train", rank(), device=device)
 
     def gradients(self, step: int, clips: Iterator[Any]) -> Gradients:
-        """Accumulate and clip the gradients of a step."""
-        losses, data_wait = [], 0.0
-        for _ in range(self.run.accumulate):
+        """Accumulate and clip the gradients of a step; losses are means over all micro-batches of all processes."""
+        device, losses, data_wait = self.parallel.device, [], 0.0
+        for number in self.micro_batches:
             start = time.perf_counter()
             clip = next(clips)
             data_wait += time.perf_counter() - start
-            with autocast(self.run, self.device):
-                loss = self.recipe.loss(clip.to(self.device), step, self.generator)
-            (loss.total / self.run.accumulate).backward()
+            generator = make_generator(self.run.seed, "train", step, number, device=device)
+            with autocast(self.run, device):
+                loss = self.recipe.loss(clip.to(device), step, generator)
+            (loss.total / len(self.micro_batches)).backward()
             losses.append(loss)
         role, names = losses[-1].trains, [*losses[-1].logs]
-        norm = clip_grad_norm_(self.networks[role].parameters(), self.settings[role].clip)
-        *values, norm = read_scalars([*(loss.logs[name] for name in names for loss in losses), norm])
-        n = len(losses)
-        means = {name: sum(values[i * n : (i + 1) * n]) / n for i, name in enumerate(names)}
-        return Gradients(role, means, norm, data_wait)
+        norm = whole(clip_grad_norm_(self.networks[role].parameters(), self.settings[role].clip))
+        logs = [torch.stack([loss.logs[name].double() for loss in losses]).mean() for name in names]
+        *means, norm = self.parallel.mean(torch.stack([*logs, norm.to(device).double()])).tolist()
+        return Gradients(role, dict(zip(names, means, strict=True)), norm, data_wait)
 
     def update(self, step: int, gradients: Gradients) -> float:
         """Optimiser step of a role, and of the EMA after the student's. Returns the learning rate; 0 if the gradient is
@@ -101,27 +113,23 @@ class Trainer:
         return rate
 
     @property
-    def saved_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """All optimisers by the names that states have for them; `student` is AdamW's."""
-        return {
-            role if name == "adamw" else f"{role}-{name}": optimizer
-            for role, optimizers in self.optimizers.items()
-            for name, optimizer in optimizers.items()
-        }
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers.values()]
 
 
 def loop(
-    run: Run, out: Path, recipe: Recipe[Any], clips: Loader[Any], device: torch.device, held_out: Sequence[Any] = ()
+    run: Run, out: Path, recipe: Recipe[Any], clips: Loader[Any], parallel: Parallel, held_out: Sequence[Any] = ()
 ) -> nn.Module:
     """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student.
 
-    The loss on the batches `held_out`, if there are any, is logged whenever a state is saved.
+    The loss on the batches `held_out`, if there are any, is logged whenever a state is saved at its time. After SIGTERM
+    a state is saved at the end of the step, and StoppedError raised.
     """
-    trainer, states = Trainer(run, recipe, device), States(out)
+    trainer, states = Trainer(run, recipe, parallel), States(out, run.keep)
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
     first_step, seconds_before = states.latest() or 0, 0.0
     if first_step:
-        extra = states.load(first_step, saved, trainer.saved_optimizers, trainer.generator)
+        extra = states.load(first_step, saved, trainer.all_optimizers)
         clips.load(extra["data"])
         seconds_before = extra["seconds"]
     start = time.monotonic() - seconds_before
@@ -129,6 +137,7 @@ def loop(
         metrics_log(out, first_step, run.tensorboard) as log,
         progress(run.steps - first_step, run.name) as bar,
         count_flops(recipe.networks.values()) as flops,
+        termination() as told,
     ):
         for step in range(first_step, run.steps):
             step_start = time.perf_counter()
@@ -143,26 +152,24 @@ def loop(
             rate = trainer.update(step, gradients)
             speed = throughput(run, time.perf_counter() - step_start, flops)
             save = (step + 1) % run.save_every == 0 or step + 1 == run.steps
-            val = {"val": validate(run, recipe, held_out, step, device)} if save and held_out else {}
+            val = {"val": validate(run, recipe, held_out, step, parallel.device)} if save and held_out else {}
             losses, optimisation = gradients.losses | val, {"grad_norm": gradients.norm, "lr": rate}
-            peak = peak_memory_gb(device)
+            peak = peak_memory_gb(parallel.device)
             cost = speed | {"data_wait_s": gradients.data_wait} | ({"peak_memory_gb": peak} if peak else {})
             log(step, gradients.trains, losses | optimisation | cost)
             bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in losses.items()))
-            if save:
+            stop = parallel.any(told.is_set()) and step + 1 < run.steps
+            if save or stop:
                 extra = {"data": clips.state(), "seconds": time.monotonic() - start}
-                states.save(step + 1, saved, trainer.saved_optimizers, trainer.generator, extra)
+                states.save(step + 1, saved, trainer.all_optimizers, extra)
+            if stop:
+                raise StoppedError(f"{run.name}: told to end (SIGTERM); the same command goes on after step {step + 1}")
     return trainer.ema.net if run.ema else trainer.networks["student"]
 
 
-def read_scalars(values: Sequence[Tensor]) -> list[float]:
-    """Scalars from the device, in one transfer; float64 holds all of them exactly."""
-    return torch.stack([value.double() for value in values]).tolist()
-
-
 def throughput(run: Run, seconds: float, flops: Sequence[int]) -> dict[str, float]:
-    """Rates of this process in a step of that time: clips, their tokens, and useful FLOPs in 1e12 (MFU is these over
-    the machine's rate, which `minwm bench-train` measures). Validation and saving are not in the time."""
+    """Rates in a step of that time: clips of all processes, their tokens, and useful FLOPs of this process in 1e12 (MFU
+    is these over its machine's rate, which `minwm bench-train` measures). Validation and saving are not in the time."""
     rates = {"clips_per_s": run.batch * run.accumulate / seconds}
     if run.recipe.trains_backbone:
         rates["tokens_per_s"] = rates["clips_per_s"] * run.recipe.clip_latents(run.model) * run.model.geometry.tokens
@@ -188,4 +195,4 @@ def validate(run: Run, recipe: Recipe[Any], batches: Sequence[Any], step: int, d
         generator = make_generator(run.seed, "validate", i, device=device)
         with autocast(run, device):
             losses.append(recipe.loss(batch.to(device), step, generator).total)
-    return sum(read_scalars(losses)) / len(losses)
+    return float(torch.stack(losses).double().mean())

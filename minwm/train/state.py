@@ -1,93 +1,182 @@
-"""Training states on disk: networks, optimisers, averaged weights, random generator, position in the data."""
+"""Training states on disk (torch.distributed.checkpoint): networks, optimisers, averaged weights, place in the data.
 
+Every process writes its part of the tensors, and any other number of processes reads them.
+"""
+
+import functools
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from minwm.core.config import UserError
 from minwm.core.files import read_json, write_json
-from minwm.core.weights import load_safetensors, write_safetensors
-from minwm.store.folder import load_weights
+from minwm.core.runtime import rank
 
-EXTRA = {"step": int, "seconds": float, "data": dict}
-"""What `state.json` holds: steps done, seconds of training, and the position in the data."""
+T = TypeVar("T")
+EXTRA = {"step": int, "seconds": float, "data": dict, "files": dict}
+"""What `state.json` holds: steps done, seconds of training, the position in the data, and checksums of the files."""
 
 
 class States:
     """The training states of a run: complete folders `state/{step}`, of which the newest counts."""
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "state"
+    def __init__(self, run: Path, keep: int = 1) -> None:
+        """`keep`: how many of them stay."""
+        self.folder, self.keep = run / "state", keep
+
+    def steps(self) -> list[int]:
+        """Steps done in each state."""
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
     def latest(self) -> int | None:
         """Steps done in the newest state."""
-        steps = [int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit()]
-        return max(steps, default=None)
+        return max(self.steps(), default=None)
 
     def save(
         self,
         step: int,
         networks: Mapping[str, nn.Module],
-        optimizers: Mapping[str, torch.optim.Optimizer],
-        generator: torch.Generator,
+        optimizers: Iterable[torch.optim.Optimizer],
         extra: Mapping[str, Any],
     ) -> None:
-        """Write the state after `step` steps beside the others, rename it into place, then remove the older ones."""
+        """Write the state after `step` steps beside the others, rename it into place, then remove the oldest ones.
+
+        All processes call it. UserError if one of them cannot write; then none has a new state.
+        """
         target, partial = self.folder / f"{step:06d}", self.folder / f".{step:06d}.tmp"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            for role, net in networks.items():
-                write_safetensors(partial / f"{role}.safetensors", net.state_dict())
-            for role, optimizer in optimizers.items():
-                write_safetensors(partial / f"optimizer-{role}.safetensors", dict(_flat_optimizer(optimizer)))
-            write_safetensors(partial / "random.safetensors", {"generator": generator.get_state()})
-            write_json(partial / "state.json", {"step": step, **extra})
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        except BaseException:
+        if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with _named_errors(f"{target} is not written; the state after {self.latest() or 0} steps is untouched"):
+                save(
+                    state_tensors(networks, optimizers),
+                    storage_writer=FileSystemWriter(partial),
+                    no_dist=not dist.is_initialized(),
+                )
+            mine = [path.name for path in partial.glob(f"__{rank()}_*")] + [".metadata"] * (rank() == 0)
+            files = _from_all(_checksums(partial, mine))
+            problems = dict[str, str]()
+            if rank() == 0:
+                try:
+                    write_json(partial / "state.json", {"step": step, "files": files, **extra})
+                    shutil.rmtree(target, ignore_errors=True)
+                    partial.rename(target)
+                except (OSError, UserError) as error:
+                    problems[str(target)] = str(error)
+            for path, problem in _from_all(problems).items():
+                raise UserError(f"{path} is not written: {problem}")
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-        for old in self.folder.glob("[0-9]*"):
-            if old != target:
-                shutil.rmtree(old)
+        if rank() == 0:
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.folder / f"{old:06d}")
 
     def load(
-        self,
-        step: int,
-        networks: Mapping[str, nn.Module],
-        optimizers: Mapping[str, torch.optim.Optimizer],
-        generator: torch.Generator,
+        self, step: int, networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]
     ) -> dict[str, Any]:
-        """Load everything in place; returns `extra`. Raises UserError for a damaged state."""
+        """Load everything in place; returns `extra`. All processes call it. UserError for a damaged state."""
         folder = self.folder / f"{step:06d}"
-        try:
-            for role, net in networks.items():
-                load_weights(net, folder / f"{role}.safetensors")
-            for role, optimizer in optimizers.items():
-                _restore_optimizer(optimizer, load_safetensors(folder / f"optimizer-{role}.safetensors"))
-            generator.set_state(load_safetensors(folder / "random.safetensors")["generator"])
-        except (LookupError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{folder} is damaged ({error}); delete it to start this run again") from error
-        return self.extra(step)
+        extra, problem = (
+            self.extra(step),
+            f"{folder} is damaged; delete it, and the run goes on from what was before it",
+        )
+        self._check_files(folder, extra["files"], problem)
+        reader = FileSystemReader(folder)
+        with _named_errors(problem):
+            _prepare_optimizers(networks, optimizers, reader.read_metadata().state_dict_metadata)
+            tensors = state_tensors(networks, optimizers)
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        return extra
+
+    def _check_files(self, folder: Path, sums: Mapping[str, int], problem: str) -> None:
+        """UserError on every process if a file is not what was written; each looks at some."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        mine = sorted(sums)[rank() :: world]
+        there = _checksums(folder, (name for name in mine if (folder / name).exists()))
+        wrong = _from_all(
+            {name: "another" if name in there else "gone" for name in mine if there.get(name) != sums[name]}
+        )
+        if wrong:
+            raise UserError(f"{problem} ({', '.join(f'{name}: {what}' for name, what in sorted(wrong.items()))})")
 
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside: position in the data, seconds of training."""
         return read_json(self.folder / f"{step:06d}" / "state.json", EXTRA)
 
 
-def _flat_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            yield f"{index}.{name}", value
+def state_tensors(networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All tensors of a state by name, as they are: `student.{name}`, `optimizer.student.{name}.exp_avg`."""
+    tensors = {f"{role}.{name}": x for role, net in networks.items() for name, x in net.state_dict().items()}
+    names = _names(networks)
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{name}": x for name, x in values.items()}
+    return tensors
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def _names(networks: Mapping[str, nn.Module]) -> dict[Tensor, str]:
+    return {p: f"{role}.{name}" for role, net in networks.items() for name, p in net.named_parameters()}
+
+
+def _prepare_optimizers(
+    networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer], saved: Mapping[str, Any]
+) -> None:
+    """Give each optimiser tensors for what is saved of its parameters, to be read into."""
+    found: dict[str, dict[str, torch.Size]] = {}
+    for key, about in saved.items():
+        parameter, _, name = key.removeprefix("optimizer.").rpartition(".")
+        if key.startswith("optimizer.") and isinstance(about, TensorStorageMetadata):
+            found.setdefault(parameter, {})[name] = about.size
+    names = _names(networks)
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter] = {
+                name: torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size)
+                for name, size in found.get(names[parameter], {}).items()
+            }
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    sums = dict[str, int]()
+    for name in names:
+        with (folder / name).open("rb") as file:
+            sums[name] = functools.reduce(
+                lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(2**24), b""), 0
+            )
+    return sums
+
+
+def _from_all(mine: dict[str, T]) -> dict[str, T]:
+    """What all processes have."""
+    if not dist.is_initialized():
+        return mine
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+@contextmanager
+def _named_errors(problem: str) -> Iterator[None]:
+    """UserError, on every process, with what went wrong on the first of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there may be one process only
+        try:
+            yield
+        except CheckpointException as error:
+            process, (reason, _) = next(iter(error.failures.items()))
+            raise UserError(f"{problem} (process {process}: {str(reason).partition(chr(10))[0]})") from error

@@ -1,0 +1,184 @@
+"""Training on several processes, which torchrun starts: who shares weights, a clip, a batch.
+
+The weights of all networks are sharded (FSDP2), block by block, over all ranks or over groups of them that hold copies
+(HSDP). `sequence` ranks in a row share every clip (nets/ulysses.py), and such groups share the micro-batches of a step.
+What a step computes does not depend on any of this, up to rounding.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from minwm.core.config import ConfigError
+from minwm.core.runtime import pick_device
+from minwm.nets.backbone import Backbone
+from minwm.nets.ulysses import Ulysses
+from minwm.recipes.base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes of torchrun share the work; the result does not depend on it."""
+
+    sequence: int = 1
+    """Ranks that share every clip; they divide heads of attention and tokens of a frame."""
+    shard: int | None = None
+    """Ranks among which the weights are divided, such as those of a node: every such group has a copy. None: all."""
+    gather: Literal["float32", "bfloat16"] = "float32"
+    """Type in which weights are gathered for a pass. bfloat16 halves what is sent, and rounds norms and modulation."""
+    cpu_offload: bool = False
+    """Weights, gradients and optimisers are in the memory of the CPU between passes."""
+    timeout: float = 600.0
+    """Seconds after which ranks stop waiting for one that hangs."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "shard", "timeout"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"parallel.{name}={value}: must be more than 0")
+
+
+@contextmanager
+def process_group(timeout: float) -> Iterator[None]:
+    """The group of the processes that torchrun started; without torchrun, or inside of another one, nothing.
+
+    After an error it is left as it is: other ranks may hang, and the process ends.
+    """
+    if dist.is_initialized() or "RANK" not in os.environ:
+        yield
+        return
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield
+    dist.destroy_process_group()
+
+
+class Parallel:
+    """The place of this process in a training: alone, or one rank of torchrun's."""
+
+    def __init__(self, cfg: ParallelConfig, device: torch.device) -> None:
+        self.cfg, self.device, self.sharded = cfg, device, dist.is_initialized()
+        self.world = dist.get_world_size() if self.sharded else 1
+        shard = cfg.shard or self.world
+        for name, size in {"sequence": cfg.sequence, "shard": shard}.items():
+            if self.world % size:
+                fits = ", ".join(str(n) for n in range(1, self.world + 1) if self.world % n == 0)
+                raise ConfigError(f"parallel.{name}={size}: {self.world} processes are no multiple; give one of {fits}")
+        self.data_ranks = self.world // cfg.sequence
+        self.data_rank = dist.get_rank() // cfg.sequence if self.sharded else 0
+        """Groups of ranks that share a clip, and this one's number."""
+        if self.sharded:
+            copies = self.world // shard
+            sizes, names = ((copies, shard), ("copy", "shard")) if copies > 1 else ((shard,), ("shard",))
+            self.weights = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+            grid = (self.data_ranks, cfg.sequence)
+            self.sequence = init_device_mesh(device.type, grid, mesh_dim_names=("data", "sequence"))["sequence"]
+
+    @property
+    def build_device(self) -> torch.device:
+        """Where networks are built: those of which each process keeps a part are not whole on a GPU."""
+        return torch.device("cpu") if self.sharded else self.device
+
+    def micro_batches(self, batch: int, accumulate: int) -> range:
+        """Numbers of this process's micro-batches among those of a step; ConfigError if they cannot be shared."""
+        if accumulate % self.data_ranks:
+            raise ConfigError(
+                f"{accumulate} micro-batches of {batch} clips cannot be shared by {self.data_ranks} groups of "
+                f"processes; {_ways_out(batch * accumulate, self.data_ranks, batch)}"
+            )
+        return range(self.data_rank, accumulate, self.data_ranks)
+
+    def place(self, recipe: Recipe[Any], others: Sequence[nn.Module]) -> None:
+        """Put the networks of a recipe, and others like its student, on the device, sharded if there is a group."""
+        for net in (*recipe.networks.values(), *others):
+            self._shard(net) if self.sharded else net.to(self.device)
+        if self.cfg.sequence > 1:
+            group = self.sequence.get_group()
+            for role, net in recipe.networks.items():
+                if not isinstance(net, Backbone):
+                    raise ConfigError(f"parallel.sequence={self.cfg.sequence}: a codec has no tokens to share; give 1")
+                recipe.networks[role] = Ulysses(net, group)
+
+    def _shard(self, net: nn.Module) -> None:
+        """Blocks are gathered one after the other, what is left with the whole; after every pass it is parts again."""
+        for parameter in net.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last ones
+        dtype = torch.bfloat16 if self.cfg.gather == "bfloat16" else None
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy() if self.cfg.cpu_offload else OffloadPolicy()
+        methods = [*net.forward_methods()] if isinstance(net, Backbone) else []
+        parts = net.children() if isinstance(net, Backbone) else ()
+        for module in (*(block for part in parts if isinstance(part, nn.ModuleList) for block in part), net):
+            fully_shard(
+                module, mesh=self.weights, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
+            )
+        for module, name in methods:
+            register_fsdp_forward_method(module, name)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over all processes."""
+        if self.sharded:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.mean(torch.tensor(float(here), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.sharded:
+            dist.barrier()
+
+
+def _ways_out(clips: int, groups: int, batch: int) -> str:
+    """What a user may give instead, for a step of so many clips."""
+    if clips % groups:
+        fits = ", ".join(str(n) for n in range(1, clips + 1) if clips % n == 0)
+        return f"of {clips} clips in a step, {fits} groups can have equal parts"
+    fits = max(n for n in range(1, batch + 1) if clips // groups % n == 0)
+    return f"give --batch {fits} --accumulate {clips // fits}, of as many clips in a step"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which every process may have a part; all must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, which schedulers send some time before they kill; only in the main thread."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def tell(_number: int, _frame: FrameType | None) -> None:
+        told.set()
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

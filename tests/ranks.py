@@ -1,0 +1,212 @@
+"""Tests on several processes: `python ranks.py FOLDER` forks worlds of 1, 2 and 4 that train the same.
+
+One process imports everything, so that a world starts at once. What each world finds is compared with what one process
+finds without torch.distributed.
+"""
+
+import copy
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from backbones import SMALL
+from recipes import CASES, MODEL, clip
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from minwm.core.metrics import read_metrics
+from minwm.core.types import Clip
+from minwm.data.dataset import Loader
+from minwm.recipes.base import Recipe
+from minwm.recipes.codec import CodecTraining
+from minwm.train.config import OptimConfig, Run
+from minwm.train.loop import StoppedError, Trainer, loop
+from minwm.train.parallel import Parallel, ParallelConfig, process_group, whole
+from minwm.train.state import States, state_tensors
+
+torch.set_num_threads(1)
+MODELS = {"wan": MODEL, "hunyuan": replace(MODEL, network=SMALL["hunyuan-dual"])}
+RUNS = {f"{family}-{name}": (model, cfg) for family, model in MODELS.items() for name, cfg in CASES.items()}
+RUNS["codec"] = (MODEL, CodecTraining())
+LOSS = {"student": "dmd", "critic": "critic"}
+
+
+def world(size: int, work: Callable[[], None]) -> None:
+    """Run `work` in so many new processes, which find each other as torchrun's do; all must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for number in range(size):
+        if child := os.fork():
+            children.append(child)
+            continue
+        os.environ.update(place, RANK=str(number))
+        try:
+            with process_group(60):
+                work()
+        except BaseException:  # noqa: BLE001 - reported, and the parent notices
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+
+
+class Clips:
+    """Four clips. Told to, one process gets SIGTERM while it loads them."""
+
+    fingerprint = 0
+
+    def __init__(self, codec: bool = False, terminated: bool = False) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.pixels = torch.rand(4, 17, 3, 32, 48, generator=generator) if codec else None
+        self.clip, self.terminated = clip(batch=4), terminated
+
+    def __len__(self) -> int:
+        return 4
+
+    def batch(self, indices: Sequence[int]) -> Clip | Tensor:
+        if self.terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.pixels is not None:
+            return self.pixels[list(indices)]
+        assert self.clip.trajectory is not None
+        return Clip(self.clip.latents[indices], self.clip.cond.clips([*indices]), self.clip.trajectory[:, indices])
+
+
+def configured(name: str, parallel: ParallelConfig, **changes: Any) -> tuple[Run, Recipe]:
+    """A run with two micro-batches in a step, and its recipe with random networks."""
+    model, cfg = RUNS[name]
+    run = Run(name=name, model=model, recipe=cfg, data="", batch=1, accumulate=2, parallel=parallel, ema=0.5)
+    networks = {}
+    for seed, role in enumerate((*cfg.trained, *cfg.frozen)):
+        torch.manual_seed(seed)
+        networks[role] = cfg.network(model)
+        for parameter in networks[role].parameters():
+            nn.init.normal_(parameter, std=0.2)
+        networks[role] = networks[role].double() if cfg.trains_backbone else networks[role]
+    return replace(run, **{"tensorboard": False, **changes}), cfg.build(model, networks)
+
+
+def clips_of(run: Run, here: Parallel, data: Clips) -> Loader[Any]:
+    return Loader(data, run.batch, rank=here.data_rank, world=here.data_ranks)
+
+
+def steps(name: str, parallel: ParallelConfig) -> Iterator[dict[str, Any]]:
+    """Losses, norm, gradients and averaged weights of a step for each trained network."""
+    run, recipe = configured(name, parallel)
+    here = Parallel(parallel, torch.device("cpu"))
+    trainer = Trainer(run, recipe, here)
+    clips = clips_of(run, here, Clips(codec=name == "codec"))
+    for step in range(len(run.recipe.trained)):
+        made = trainer.gradients(step, clips)
+        net = trainer.networks[made.trains]
+        found = {f"gradient {key}": whole(p.grad) for key, p in net.named_parameters() if p.grad is not None}
+        trainer.update(step, made)
+        found |= {f"average {key}": whole(p.detach()) for key, p in trainer.ema.net.named_parameters()}
+        numbers = {"norm": made.norm, **made.losses}
+        yield copy.deepcopy(found) | {key: torch.tensor(value) for key, value in numbers.items()}
+
+
+def same_steps(folder: Path, names: list[str], parallel: ParallelConfig) -> None:
+    """What several processes find is what one found, to rounding: gradients are summed over processes in float32."""
+    for name in names:
+        for one, many in zip(torch.load(folder / f"{name}.pt"), steps(name, parallel), strict=True):
+            assert one.keys() == many.keys(), name
+            for key, value in one.items():
+                torch.testing.assert_close(many[key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+
+
+MUON = OptimConfig(optimizer="muon", lr=1e-3)
+
+
+def train_to(
+    step: int, out: Path, parallel: ParallelConfig, name: str = "wan-dmd", terminated: bool = False, **changes: Any
+) -> None:
+    """DMD, its student by Muon, to a step, or until it is told to end."""
+    run, recipe = configured(name, parallel, **{"steps": step, "optim": MUON, "save_every": 2, **changes})
+    here = Parallel(parallel, torch.device("cpu"))
+    told = terminated and here.data_rank == here.data_ranks - 1
+    loop(run, out, recipe, clips_of(run, here, Clips(terminated=told)), here)
+
+
+def stopped(out: Path, parallel: ParallelConfig) -> None:
+    """SIGTERM to one process ends all of them after the step, with a state."""
+    try:
+        train_to(4, out, parallel, "wan-bidirectional", terminated=True, optim=OptimConfig())
+    except StoppedError as error:
+        assert "goes on after step 1" in str(error) and error.exit_code == 143
+    else:
+        raise AssertionError("not stopped")
+    assert States(out).latest() == 1
+
+
+def resumed(out: Path, parallel: ParallelConfig) -> None:
+    """A state of another number of processes is read bit for bit, and training goes on as in one process."""
+    run, recipe = configured("wan-dmd", parallel, optim=MUON)
+    trainer = Trainer(run, recipe, Parallel(parallel, torch.device("cpu")))
+    networks = {**trainer.networks, "ema": trainer.ema.net}
+    States(out).load(2, networks, trainer.all_optimizers)
+    found = {name: whole(x) for name, x in state_tensors(networks, trainer.all_optimizers).items()}
+    saved = read_state(out / "state" / "000002")
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+    train_to(3, out, parallel)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """All tensors of a state, in one process."""
+    reader = FileSystemReader(folder)
+    about = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(x.size, dtype=x.properties.dtype)
+        for name, x in about.items()
+        if isinstance(x, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def two(out: Path) -> None:
+    same_steps(out, [name for name in RUNS if not name.startswith("hunyuan")], ParallelConfig())
+    train_to(2, out / "parts", ParallelConfig())
+    stopped(out / "stopped", ParallelConfig())
+
+
+def four(out: Path) -> None:
+    """Copies of the weights in pairs of ranks, which share the clips."""
+    parallel = ParallelConfig(sequence=2, shard=2)
+    same_steps(out, [name for name in RUNS if name.startswith("hunyuan")], parallel)
+    resumed(out / "parts4", parallel)
+
+
+def main(out: Path) -> None:
+    for name in RUNS:
+        torch.save(list(steps(name, ParallelConfig())), out / f"{name}.pt")
+    train_to(3, out / "whole", ParallelConfig())
+    world(2, partial(two, out))
+    for parts in ("parts1", "parts4"):
+        shutil.copytree(out / "parts", out / parts)
+    world(1, partial(resumed, out / "parts1", ParallelConfig()))
+    world(4, partial(four, out))
+    for parts in ("parts1", "parts4"):
+        for one, many in zip(read_metrics(out / "whole"), read_metrics(out / parts), strict=True):
+            assert all(math.isclose(one[name], many[name], rel_tol=1e-4) for name in ("grad_norm", LOSS[one["trains"]]))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))
