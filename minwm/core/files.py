@@ -60,6 +60,10 @@ def _sync(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise UserError unless a file or folder can be made, or replaced, at `path`; nothing is left there."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{str(path)!r} is no file name ({error.reason}); give another place") from error
     path = path.absolute()
     place = next(p for p in (path, *path.parents) if p.is_dir() or (p != path and p.exists()))
     try:
