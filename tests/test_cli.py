@@ -87,6 +87,7 @@ BAD = [
     ("generate", "Missing from minwm generate: --model DIR"),
     ("camera show w*2,q*3", "'q' is not a key; use w s a d"),
     ("camera show none.json", "none.json: cannot read a camera track"),
+    ("camera show w*2 --json \ud800", "is no file name"),
     ("camera check none.json", "none.json: cannot read a camera track"),
     ("inspect nowhere", "nowhere does not exist"),
     ("data check nowhere", "nowhere/manifest.json: missing"),
