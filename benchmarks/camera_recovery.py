@@ -1,0 +1,104 @@
+"""How far cameras recovered from pixels alone are off, on rendered videos whose cameras are known, for `results/`.
+
+    python benchmarks/camera_recovery.py results/camera-recovery.json --sizes 64 128 256 --clips 6
+
+Clean renders; blurred ones; drifting ones (blur, noise, and a smooth change of colour that grows with time). Then, at
+`--wrong` pixels, true videos of another motion than is commanded: slower, still, backwards, with a drift of yaw.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minwm.cameras.track import CameraTrack, rigid, se3_inverse, so3_exp
+from minwm.core.runtime import git_commit, versions
+from minwm.eval.camera.align import blurred
+from minwm.eval.cases import Case, Clips
+from minwm.eval.metrics import measure
+from minwm.eval.source import Frames, Video, VideoSource
+from minwm.experiments import presets
+from minwm.render.worlds import World
+
+PATTERNS = ("w*16", "l*16", "a*16", "w+j*16", "w*8,l*8", "s*16", "j*8,w*8", "d+j*16")
+YAW_DRIFT = 1.5
+"""Degrees per second."""
+
+
+def degraded(frames: Frames, blur: float, noise: float, colour: float) -> Frames:
+    """Blurred by so many pixels, with noise and a smooth change of colour that grows to so many levels."""
+    x = blurred(torch.from_numpy(frames).movedim(-1, 1).float(), blur).movedim(1, -1).numpy()
+    rng, (n, h, w, _) = np.random.default_rng(0), x.shape
+    waves = np.sin(2 * np.pi * (np.arange(w)[None] / w + np.arange(h)[:, None] / h + rng.random()))[..., None]
+    x = x + colour * np.linspace(0, 1, n)[:, None, None, None] * waves * rng.uniform(-1, 1, 3)
+    return (x + noise * rng.standard_normal(x.shape)).round().clip(0, 255).astype(np.uint8)
+
+
+CONDITIONS = {"clean": (0.0, 0.0, 0.0), "blurred": (1.5, 0.0, 0.0), "drifting": (0.8, 3.0, 25.0)}
+
+
+def slower(track: CameraTrack, speed: float) -> CameraTrack:
+    """The path as far as `speed` times its time."""
+    whole = track.resample(track.fps / speed)
+    return CameraTrack(whole.c2w[: len(track)], track.K, track.fps)
+
+
+def drifting(track: CameraTrack) -> CameraTrack:
+    """The path, turned to the right more and more."""
+    yaw = np.radians(YAW_DRIFT / track.fps) * np.arange(len(track))
+    turn = rigid(so3_exp(yaw[:, None] * [0, 1, 0]), np.zeros((len(track), 3)))
+    return CameraTrack(track.c2w @ turn, track.K, track.fps)
+
+
+WRONG = {
+    "exact": lambda track: track,
+    "0.8x speed": lambda track: slower(track, 0.8),
+    "0.5x speed": lambda track: slower(track, 0.5),
+    "static": lambda track: CameraTrack(track.c2w[:1].repeat(len(track), 0), track.K, track.fps),
+    "opposite": lambda track: CameraTrack(se3_inverse(track.c2w), track.K, track.fps),
+    "yaw drift": drifting,
+}
+
+
+def scored(videos: Mapping[str, Video]) -> dict[str, dict[str, float]]:
+    """Mean and 95% interval of what holds for all seconds."""
+    found = measure(VideoSource([*videos], videos.__getitem__), ["camera"]).scores["camera"]
+    return {name: vars(score.mean) for name, score in found.items() if not set(name) & set("[@")}
+
+
+def rendered(case: Case, size: int, shown: CameraTrack, name: str, condition: str = "clean") -> Video:
+    view = case.scene.render(shown.transformed(case.origin), size, size)
+    frames = view.frames if condition == "clean" else degraded(view.frames, *CONDITIONS[condition])
+    return Video(name, frames, shown.fps, case.track, first_depth=view.depth[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--wrong", type=int, default=128)
+    given = parser.parse_args()
+    config = replace(presets.demo.tiny_model(), latents=17)
+    cases = Clips.make(config, [PATTERNS[i % len(PATTERNS)] for i in range(given.clips)], World).cases
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for size in given.sizes:
+        for condition in CONDITIONS:
+            videos = {f"{i}": rendered(case, size, case.track, f"{i}", condition) for i, case in enumerate(cases)}
+            rows[f"{size} {condition}"] = scored(videos)
+    for name, wrong in WRONG.items():
+        videos = {f"{i}": rendered(case, given.wrong, wrong(case.track), f"{i}") for i, case in enumerate(cases)}
+        rows[f"{given.wrong} {name}"] = scored(videos)
+    about = {"command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    about |= {"commit": git_commit(), "versions": versions(), "clips": given.clips, "seconds": 4}
+    given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
