@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minwm.core.config import lookup
+from minwm.eval.camera.published import score_published
 from minwm.eval.camera.score import Samples, score_camera
 from minwm.eval.image import flicker, psnr, sharpness, ssim
 from minwm.eval.source import Video, VideoSource
@@ -92,6 +93,11 @@ def _camera(video: Video) -> Samples:
     return score_camera(video.recovered, video.camera)
 
 
+def _published(video: Video) -> Samples:
+    assert video.camera is not None
+    return score_published(video.recovered, video.camera) if video.recovered.kinds else {}
+
+
 def _likeness(video: Video) -> Samples:
     assert video.reference is not None
     values = {"psnr": psnr(video.frames, video.reference)[1:], "ssim": ssim(video.frames, video.reference)[1:]}
@@ -110,6 +116,7 @@ def _texture(video: Video) -> Samples:
 
 METRICS: dict[str, Metric] = {
     "camera": Metric(("camera",), _camera),
+    "published": Metric(("camera",), _published),
     "likeness": Metric(("reference",), _likeness),
     "texture": Metric((), _texture),
 }
