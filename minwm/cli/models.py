@@ -124,6 +124,23 @@ def train(
     return numbers(asdict(run_training(run, out)), json)
 
 
+@command("doctor")
+def doctor(
+    run: Annotated[Positional[Path], arg(metavar="RUN", help="folder of a stage, trained or training")],
+    json: Json = None,
+) -> None:
+    """Say what ails a training run, and the cure; an error if it will not become what it should."""
+    from minwm.train.doctor import examine
+
+    verdicts = examine(run)
+    write_numbers({"verdicts": [asdict(verdict) for verdict in verdicts]}, json)
+    for verdict in verdicts:
+        echo(f"{verdict.level}: {verdict.name}: {verdict.evidence}; {verdict.cure}")
+    if any(verdict.level == "red" for verdict in verdicts):
+        raise UserError(f"{run} will not become what it should (red verdicts above)")
+    echo(f"{run}: {'nothing that must stop it' if verdicts else 'nothing wrong'}")
+
+
 @command("ablate", resumable=True)
 def ablate(
     name: Annotated[Positional[str], arg(metavar="NAME", help="poses, steps, batch, camera, distill or sampling")],

@@ -1,0 +1,159 @@
+"""What ails a training run: verdicts with evidence and cure, from its log, its config, and the newest weights.
+
+A healthy run is far from every threshold. `tests/test_doctor.py` has, for each verdict, a run that is made ill, and a
+healthy one beside it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from minwm.control.action import with_action_labels
+from minwm.core.config import UserError, from_dict
+from minwm.core.files import read_json
+from minwm.core.flow import interpolate
+from minwm.core.metrics import read_metrics
+from minwm.core.runtime import generator
+from minwm.recipes.diffusion import DiffusionConfig
+from minwm.recipes.ops import noise_like
+from minwm.store.folder import load_config, load_weights
+from minwm.store.layouts import FAMILIES
+from minwm.train.config import Run
+from minwm.train.state import States
+
+SPIKE = 4.0
+"""Times the median of the 20 steps before it."""
+STARVED = 0.3
+"""Part of the time of a step that is spent waiting for clips."""
+UNMOVED = 0.9
+"""Part of the weights that are bit for bit what they were."""
+STALE = 0.7
+"""Distance of the average from the student, in distances that the student has moved."""
+BLIND = 1e-3
+"""Relative change of the velocity when all cameras are put where the first one is."""
+SHIFTS = 2.0
+"""Times that the shift of sampling may be that of training; HunyuanVideo's are 5 and 3."""
+CAMERA_ONSET = {"small": 2000, "large": 5000}
+"""Steps until cameras are followed, at most: 1.3B and 8B parameters (1-2K, and about 5K steps, are reported)."""
+LARGE = 4e9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One illness of a run. Red: it will not become what it should. Yellow: look."""
+
+    name: str
+    level: Literal["red", "yellow"]
+    evidence: str
+    cure: str
+
+
+def examine(folder: Path) -> list[Verdict]:
+    """The verdicts on a run, going on or finished; none for a healthy one. UserError if `folder` holds no run."""
+    if not (folder / "run.json").exists():
+        raise UserError(f"{folder} holds no training run (no run.json); name the folder of a stage")
+    run = from_dict(Run, read_json(folder / "run.json", {"run": dict})["run"])
+    found = [*from_log(run, read_metrics(folder)), *from_config(run)]
+    states = States(folder)
+    if (step := states.latest()) and run.recipe.trains_backbone:
+        student, ema = (run.recipe.network(run.model) for _ in range(2))
+        states.load(step, {"student": student, "ema": ema}, [])
+        found += from_weights(run, step, student, ema)
+        found += from_cameras(run, step, student)
+    return found
+
+
+def from_log(run: Run, lines: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
+    """Loss spikes of each role, and waiting for clips."""
+    for role in run.recipe.trained:
+        steps = [line for line in lines if line["trains"] == role]
+        losses = [next(value for name, value in line.items() if name not in ("step", "trains")) for line in steps]
+        for i in range(20, len(steps)):
+            usual = median(losses[i - 20 : i])
+            if losses[i] > SPIKE * usual > 0:
+                evidence = f"{role}: loss {losses[i]:.3g} at step {steps[i]['step']}, {usual:.3g} before"
+                cure = "look at the clips of that step; set optim.skip_above, lower optim.lr, or raise warmup"
+                yield Verdict("loss spike", "yellow", evidence, cure)
+                break
+    late = lines[len(lines) // 2 :]  # the first ones read what then stays in memory
+    if len(late) >= 10:
+        clips = run.batch * run.accumulate
+        waits = median(line["data_wait_s"] * line["clips_per_s"] / clips for line in late)
+        if waits > STARVED:
+            evidence = f"{100 * waits:.0f} % of the time of a step is waiting for clips"
+            yield Verdict("starved of data", "yellow", evidence, "put the shards on a local disk, or make them smaller")
+
+
+def from_config(run: Run) -> Iterator[Verdict]:
+    """Starting points of another stage, and times of training that sampling does not have."""
+    if not run.recipe.trains_backbone:
+        return
+    causal = {"teacher": True, "critic": False, "real": False}
+    if run.recipe.needs_trajectories or run.recipe.self_rollout or "teacher" in run.recipe.frozen:
+        causal["student"] = True
+    for role, wanted in causal.items():
+        folder = vars(run.init)[role] if role in (*run.recipe.trained, *run.recipe.frozen) else None
+        if folder and load_config(Path(folder)).sampler.causal != wanted:
+            kinds = {True: "an autoregressive", False: "a bidirectional"}
+            evidence = f"init.{role}={folder} is {kinds[not wanted]} model; this stage needs {kinds[wanted]} one"
+            yield Verdict("checkpoint of another stage", "red", evidence, f"name the right folder in init.{role}")
+    if not isinstance(run.recipe, DiffusionConfig):
+        return
+    trained, sampled = run.recipe.time.shift, run.model.sampler.shift
+    if max(trained / sampled, sampled / trained) > SHIFTS:
+        evidence = f"trained with timestep shift {trained}, sampled with {sampled}"
+        cure = "set recipe.time.shift or model.sampler.shift, unless it is meant"
+        yield Verdict("shift of training and sampling differ", "yellow", evidence, cure)
+
+
+def from_weights(run: Run, step: int, student: nn.Module, ema: nn.Module) -> Iterator[Verdict]:
+    """Weights that do not move, and an average that does not follow; of runs that start from a model."""
+    if not run.init.student:
+        return
+    start = run.recipe.network(run.model)
+    new = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS
+    load_weights(start, Path(run.init.student) / run.recipe.weights_file, allow_missing=new)
+    names = [name for name, _ in start.named_parameters() if not name.endswith(new)]
+    before, now, mean = (_flat(net, names) for net in (start, student, ema))
+    same = float((before == now).float().mean())
+    if same > UNMOVED:
+        evidence = f"after {step} steps {100 * same:.1f} % of the student's weights are bit for bit the first ones"
+        cure = "raise optim.lr; look whether gradients reach the network (grad_norm in metrics.jsonl)"
+        yield Verdict("weights not moving", "red", evidence, cure)
+    elif run.ema and (lag := float((mean - now).norm() / (now - before).norm())) > STALE:
+        evidence = f"the average is {lag:.2f} of the way that the student has moved behind it, and it is what is saved"
+        yield Verdict("average is stale", "red", evidence, "lower ema, or train longer; ema=0 saves the student itself")
+
+
+def _flat(net: nn.Module, names: Sequence[str]) -> Tensor:
+    return torch.cat([net.get_parameter(name).detach().flatten() for name in names])
+
+
+def from_cameras(run: Run, step: int, student: nn.Module) -> Iterator[Verdict]:
+    """A network whose velocity does not depend on cameras."""
+    if run.model.network.camera == "none" or (change := _camera_change(run, student.eval())) >= BLIND:
+        return
+    onset = CAMERA_ONSET["large" if sum(p.numel() for p in student.parameters()) > LARGE else "small"]
+    evidence = f"with cameras that stand still the velocity changes by {100 * change:.2g} % after {step} steps"
+    if step < onset:
+        yield Verdict("camera ignored", "yellow", f"{evidence}: normal so far, up to {onset}", "train on")
+    else:
+        cure = "look at poses and K with `minwm camera check`; clips must move; raise optim.lr"
+        yield Verdict("camera ignored", "red", evidence, cure)
+
+
+@torch.no_grad()
+def _camera_change(run: Run, student: nn.Module) -> float:
+    """Relative change of the velocity on the first training clip when all cameras are put where the first one is."""
+    clip: Any = run.recipe.dataset(Path(run.data), "train", run.model).batch([0])
+    w2c, _ = clip.cond.cameras
+    t = torch.full(w2c.shape[:2], 0.7)
+    x = interpolate(clip.latents, noise_like(clip.latents, generator(0, "doctor")), t)
+    still = with_action_labels(replace(clip.cond, w2c=w2c[:, :1].expand_as(w2c)))
+    v, v_still = (student(x, t, cond) for cond in (clip.cond, still))
+    return float((v - v_still).norm() / v.norm().clamp_min(1e-9))

@@ -1,0 +1,123 @@
+"""Each verdict on a run that was made to have the illness, and none on the healthy run beside it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from projects import trained_once
+
+from minwm.cli import main
+from minwm.core.config import UserError, from_dict
+from minwm.core.files import read_json
+from minwm.core.types import Clip
+from minwm.data.dataset import ShardDataset
+from minwm.experiments.presets import PIPELINES
+from minwm.recipes.base import Loss
+from minwm.recipes.diffusion import BidirectionalConfig, BidirectionalDiffusion, TimeLaw
+from minwm.store.folder import load_config
+from minwm.train import doctor
+from minwm.train.build import train
+from minwm.train.config import Init, OptimConfig, Run
+from minwm.train.doctor import examine, from_config
+from minwm.train.loop import Ema
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Goes on from a model, and moves."""
+    project = trained_once(tmp_path_factory)
+    run = from_dict(Run, read_json(project / "camera" / "run.json")["run"])
+    time_law = TimeLaw(shift=run.model.sampler.shift, weight="none")
+    return replace(
+        run, recipe=BidirectionalConfig(time=time_law), init=replace(run.init, student=str(project / "camera")),
+        optim=OptimConfig(lr=1e-2), steps=30, batch=1, accumulate=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def batches_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is so small that putting a batch together takes as long as a step."""
+    made, batch = dict[tuple[int, ...], Clip](), ShardDataset.batch
+
+    def remembered(self: ShardDataset, indices: Sequence[int]) -> Clip:
+        return made[key] if (key := tuple(indices)) in made else made.setdefault(key, batch(self, indices))
+
+    monkeypatch.setattr(ShardDataset, "batch", remembered)
+
+
+def found(run: Run, out: Path) -> dict[str, str]:
+    train(run, out)
+    return {verdict.name: verdict.level for verdict in examine(out)}
+
+
+def test_a_healthy_run_has_no_verdict(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found(run, tmp_path) == {}
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert "nothing wrong" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_move(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found(replace(run, optim=OptimConfig(lr=1e-12), steps=3), tmp_path)["weights not moving"] == "red"
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "bit for bit the first ones; raise optim.lr" in capsys.readouterr().out
+
+
+def test_an_average_that_does_not_follow(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ema, "update", lambda *_: None)
+    assert found(replace(run, steps=10), tmp_path) == {"average is stale": "red"}
+
+
+def test_a_camera_that_is_ignored(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera branch starts at zero; whoever has seen few steps only may go on."""
+    fresh = replace(run, init=replace(run.init, student=None), optim=OptimConfig(lr=1e-12), steps=2)
+    assert found(fresh, tmp_path) == {"camera ignored": "yellow"}
+    monkeypatch.setitem(doctor.CAMERA_ONSET, "small", 2)
+    assert {verdict.name: verdict.level for verdict in examine(tmp_path)} == {"camera ignored": "red"}
+
+
+def test_a_loss_that_jumps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = BidirectionalDiffusion.loss
+
+    def jump(self: BidirectionalDiffusion, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        return plain(self, replace(clip, latents=clip.latents * (100 if step == 25 else 1)), step, generator)
+
+    monkeypatch.setattr(BidirectionalDiffusion, "loss", jump)
+    assert found(run, tmp_path)["loss spike"] == "yellow"
+
+
+def test_clips_that_come_too_late(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ShardDataset.batch
+
+    def slow(self: ShardDataset, indices: Sequence[int]) -> Clip:
+        time.sleep(0.1)
+        return batch(self, indices)
+
+    monkeypatch.setattr(ShardDataset, "batch", slow)
+    assert found(replace(run, steps=20), tmp_path) == {"starved of data": "yellow"}
+
+
+def test_what_the_config_says(run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
+    project = trained_once(tmp_path_factory)
+    dmd = from_dict(Run, read_json(project / "dmd" / "run.json")["run"])
+    few_step, bidirectional = str(project / "dmd"), str(project / "camera")
+    assert load_config(Path(few_step)).sampler.causal and not load_config(Path(bidirectional)).sampler.causal
+    right = replace(dmd.init, student=few_step)
+    assert not [*from_config(replace(dmd, init=right))]
+    (verdict,) = from_config(replace(dmd, init=replace(right, real=few_step)))
+    assert verdict.level == "red" and "init.real" in verdict.evidence and "needs a bidirectional" in verdict.evidence
+    (verdict,) = from_config(replace(run, recipe=BidirectionalConfig(time=TimeLaw(shift=99.0))))
+    assert verdict.name == "shift of training and sampling differ"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_preset_is_ill(name: str, tmp_path: Path) -> None:
+    for run in PIPELINES[name](tmp_path).stages:
+        assert not [*from_config(replace(run, init=Init()))], run.name
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no training run"):
+        examine(tmp_path)
