@@ -88,6 +88,7 @@ def adopting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = Umt5Text(source="weights/Wan", dim=8)
     config = replace(
         MODEL,
+        network=plain,
         codec=VAE,
         text=text,
         sampler=BidirectionalSampler(steps=5, guidance=8.0),

@@ -20,6 +20,7 @@ from minwm.data.clips import ClipFolder, ClipRecord, DataError
 from minwm.data.dataset import ShardDataset
 from minwm.data.encode import encode_clips
 from minwm.families.hunyuan.transformer import HunyuanConfig
+from minwm.families.wan.transformer import WanConfig
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import TextEncoder, WordText
@@ -177,3 +178,20 @@ def test_ragged_prompts_are_each_as_alone(model: Model) -> None:
     for i in range(3):
         alone = velocity(cond.clips([i]), noise[0, [i]])
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_is_of_parts_that_fit() -> None:
+    for wrong, problem in (
+        ({"codec": SmallCodecConfig(channels=5)}, r"codec\.channels=5 of small, network\.channels=4 of hunyuan"),
+        (
+            {"text": WordText(dim=6, length=12)},
+            "WordText gives 12 states of width 6 as text, network=hunyuan takes 12 of",
+        ),
+        (
+            {"network": WanConfig(text_dim=8, text_length=12, channels=4)},
+            "QuotedWords gives 4 states of width 6 as glyphs, network=wan takes none",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            replace(CONFIG, **wrong)
+    assert replace(CONFIG, text=WordText(dim=8, length=12)).text.shapes.keys() == {"text"}, "the rest is padding"

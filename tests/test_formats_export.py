@@ -35,6 +35,7 @@ from minwm.families.wan.convert import RELEASES, diffusers_names, export
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
+from minwm.nets.text import WordText
 from minwm.store.folder import save_model
 from minwm.store.layouts import describe, open_published, release_name
 from minwm.store.model import ModelConfig
@@ -189,6 +190,7 @@ def test_a_trained_model_is_converted(seeing: State, tmp_path: Path, capsys: pyt
         sampler=FewStepSampler(),
         codec=codec,
         motion=Motion(move=1, turn=9, fps=16),
+        text=WordText(dim=SEEING.text_dim, length=SEEING.text_length),
         stream=StreamConfig(chunk=2, first_chunk=1),
     )
     net = SEEING.build()

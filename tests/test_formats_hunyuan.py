@@ -14,6 +14,7 @@ from tiny_codecs import HUNYUAN as VAE
 
 from minwm.cli import main
 from minwm.core.weights import CheckpointError
+from minwm.experiments import presets
 from minwm.families.base import WORLDPLAY
 from minwm.families.hunyuan.convert import RELEASES, canonical_name, original_name, to_diffusers
 from minwm.families.hunyuan.transformer import HunyuanConfig
@@ -147,12 +148,15 @@ def test_it_becomes_a_model_with_the_licence_of_its_base(
 ) -> None:
     """From tencent's folders: the VAE stands beside the variants."""
     (options, origin), layout = ORIGINS[name], name.partition(" without")[0]
+    preset = presets.published("hunyuan1.5-8b")
+    monkeypatch.setitem(presets.PUBLISHED, "hunyuan1.5-8b", lambda: preset)
     monkeypatch.setitem(RELEASES, "hunyuan1.5-8b", replace(RELEASES["hunyuan1.5-8b"], config=SMALL))
     tensors = written(layout, tmp_path / "transformer" / "480p_i2v")
     (tmp_path / "vae").mkdir()
     save_file(VAE.build().state_dict(), tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     sizes = {"channels": "4", "base": "8", "mult": "1,2,4", "depth": "1", "temporal": "true,true"}
     fields = [word for key, value in sizes.items() for word in (f"--codec.{key}", value)]
+    fields += ["--text.dim", "6", "--text.glyph_dim", "4", "--text.image_dim", "4"]
     words = ["convert", str(tmp_path / "transformer" / "480p_i2v"), str(tmp_path / "model"), "--to", "minwm", *fields]
     assert main([*words, *options]) == 0
     said = capsys.readouterr().out

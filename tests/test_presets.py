@@ -58,7 +58,7 @@ def test_worldplay_samples_as_its_authors_do() -> None:
     """Their list [1000, 960, 888.8889, 727.2728, 0] with Euler steps and without guidance."""
     cfg, times = PUBLISHED["hy-worldplay-5b"](), list[float]()
 
-    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    def velocity(x: torch.Tensor, t: float, _: float) -> torch.Tensor:
         times.append(1000 * t)
         return torch.ones_like(x)
 

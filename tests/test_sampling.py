@@ -74,7 +74,7 @@ Solver = Callable[[Velocity, Latents, int, float], Latents]
 MATRIX = 0.4 * torch.randn(4, 4, generator=seeded(8), dtype=torch.float64)
 
 
-def field(x: Tensor, t: float) -> Tensor:
+def field(x: Tensor, t: float, _: float = 0.0) -> Tensor:
     """A velocity that is linear in nothing."""
     return torch.tanh(x @ MATRIX) + t * x + math.sin(3 * t)
 
@@ -253,7 +253,7 @@ def test_autoregressive_rollout_is_the_teachers_ode(
     sampler = AutoregressiveSampler(steps=3, guidance=1.0, solver=solver)
     for a, b in geometry.chunks(FRAMES):
 
-        def velocity(x: Latents, t: float) -> Latents:
+        def velocity(x: Latents, t: float, _: float) -> Latents:
             t_past = x.new_zeros(x.shape[:2])
             return teacher_forced(net, Context(clip, t_past), x, t_past + t, cond, geometry)
 
@@ -330,7 +330,7 @@ def test_an_image_needs_a_model_that_takes_one(net: Backbone, stream: dict[str, 
 def test_latents_may_be_kept_in_bfloat16_between_steps() -> None:
     seen = list[Latents]()
 
-    def velocity(x: Latents, t: float) -> Latents:
+    def velocity(x: Latents, t: float, _: float) -> Latents:
         seen.append(x)
         return x * t
 

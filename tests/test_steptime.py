@@ -37,8 +37,8 @@ NAMES = ("camera", "ar", "ode", "consistency", "dmd")
 def stage(name: str, **changes: Any) -> Run:
     """A stage of the demo, with a small network and two clips of three chunks."""
     run = presets.stage(f"demo/{name}", Path())
-    model = replace(run.model, network=replace(run.model.network, layers=2, text_length=8), latents=5)
-    model = replace(model, text=replace(model.text, length=8))
+    network, text = replace(run.model.network, layers=2, text_length=8), replace(run.model.text, length=8)
+    model = replace(run.model, network=network, text=text, latents=5)
     return replace(run, model=model, batch=2, **changes)
 
 

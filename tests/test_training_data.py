@@ -47,9 +47,18 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "turn": ({"motion": replace(MODEL.motion, turn=12.0)}, r"its motion\.turn is 24\.0, the model's 12\.0"),
     "focal": ({"focal": (1.0, 1.0)}, r"its focal is \(0\.714.*, the model's \(1\.0, 1\.0\)"),
     "scenes": ({"scenes": "place"}, "its scenes is worlds, the model's place"),
-    "channels": ({"network": replace(MODEL.network, channels=8)}, r"its network\.channels is 4, the model's 8"),
-    "scale": ({"codec": WAN22}, r"its codec\.scale is 8, the model's 16"),
-    "text": ({"text": WordText(dim=16)}, r"its text\.dim is 8, the model's 16"),
+    "channels": (
+        {"network": replace(MODEL.network, channels=8), "codec": replace(MODEL.codec, channels=8)},
+        r"its network\.channels is 4, the model's 8",
+    ),
+    "scale": (
+        {"codec": replace(WAN22, channels=4, mean=WAN22.mean[:4], std=WAN22.std[:4])},
+        r"its codec\.scale is 8, the model's 16",
+    ),
+    "text": (
+        {"text": WordText(dim=16), "network": replace(MODEL.network, text_dim=16)},
+        r"its text\.dim is 8, the model's 16",
+    ),
 }
 
 

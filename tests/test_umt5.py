@@ -139,7 +139,9 @@ def test_states_from_elsewhere_need_no_encoder(tmp_path: Path, source: str, caps
     expected = elsewhere.encode([caption])["text"]
     file = next(path for path in tmp_path.rglob("prompts/*/*.safetensors"))
     assert read_states(file)[0] == "a red tower"
-    (tmp_path / "model.json").write_text(dumps(replace(tiny_model(), text=text)))
+    network = replace(tiny_model().network, text_dim=32, text_length=LENGTH)
+    model = replace(tiny_model(), text=text, network=network)
+    (tmp_path / "model.json").write_text(dumps(model))
     with pytest.raises(UserError, match="no text encoder in nowhere"):
         text.encode([caption])
     assert main(["data", "prompts", str(file), "--model", str(tmp_path)]) == 0
@@ -154,7 +156,7 @@ def test_states_from_elsewhere_need_no_encoder(tmp_path: Path, source: str, caps
     for given, told in (("bare.safetensors", "a `caption` in the metadata"), ("prompts.txt", "to encode 'a dome'")):
         assert main(["data", "prompts", str(tmp_path / given), "--model", str(tmp_path)]) == 2
         assert told in capsys.readouterr().err
-    (tmp_path / "model.json").write_text(dumps(replace(tiny_model(), text=elsewhere)))
+    (tmp_path / "model.json").write_text(dumps(replace(model, text=elsewhere)))
     assert main(["data", "prompts", str(tmp_path / "prompts.txt"), "--model", str(tmp_path)]) == 0
     assert "2 prompts encoded, 0 taken" in capsys.readouterr().out
 

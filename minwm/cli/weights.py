@@ -111,7 +111,7 @@ def _write_model(
 ) -> None:
     """A model folder from a published transformer, its VAE, and a preset for the rest."""
     from minwm.experiments import presets
-    from minwm.store.folder import save_published
+    from minwm.store.folder import run_as, save_published
     from minwm.store.layouts import FAMILIES, published_origin, release_name
 
     file, family = published.weights.path, FAMILIES[published.config.kind]
@@ -120,16 +120,17 @@ def _write_model(
         raise UserError(f"{file} is of no published size: give --preset, such as wan2.1-1.3b/dmd")
     config = presets.stage(preset, Path("runs")).model if "/" in preset else presets.published(preset)
     folders = [*file.parents][:3]  # tencent's VAE stands beside a folder of variants
-    for folder in folders:
-        if family.has_text_encoder(folder):
-            config = override(config, {"text.source": str(folder)})
+    encoder = next((folder for folder in reversed(folders) if family.has_text_encoder(folder)), None)
     vaes = (folder / name for folder in folders for name in family.VAE_FILES)
     if codec is None and "vae" in published.weights.roles:
         codec = file
     codec = codec or next((path for path in vaes if path.exists()), None)
     if codec is None:
         raise UserError(f"no VAE ({', '.join(family.VAE_FILES)}) beside {file}: give --codec FILE")
-    save_published(target, override(config, parse_fields(fields)), published, codec)
+    # at once, as they must fit: the file's network, the encoder beside it, and what is set
+    own = {"network": run_as(published, config.network)} | ({"text.source": str(encoder)} if encoder else {})
+    config = override(config, {**own, **parse_fields(fields)})
+    save_published(target, config, published, codec)
     _echo_notes(published.notes, published_origin(published))
     echo(f"{target}: a model folder, codec from {codec}")
 

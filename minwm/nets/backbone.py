@@ -1,7 +1,7 @@
 """The contract of a backbone: embed -> blocks -> unembed under an attention scope; the teacher-forced pass on it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -100,6 +100,8 @@ class Backbone(nn.Module, ABC):
     """Whether actions are embedded beside the timesteps: modulation then depends on both."""
     finished_kv: Callable[[Heads], Heads] | None = None
     """Compatibility: makes of a finished chunk's cached keys, or values, what later chunks read; None: they stay."""
+    takes_step_end: bool = False
+    """Whether the velocity is the mean one until `Modulation.t_end` (MeanFlow): `adaln_modulation` takes that."""
     checkpointing: Checkpointing = False
     arena_type: type[KVArena] = KVArena
     """The KV cache of its streams."""
@@ -122,8 +124,9 @@ class Backbone(nn.Module, ABC):
     def camera_matrices(self, cond: Condition) -> Projection | Rays | None:
         """Cameras of the condition's frames as attention takes them; None for a network without camera control."""
 
-    def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
-        """What `forward` may be given in place of timesteps; by default these themselves."""
+    def adaln_modulation(self, t: Timesteps, t_end: Timesteps | None = None) -> Timesteps | Modulation:
+        """What `forward` may be given in place of timesteps; by default these themselves. `t_end`: where the sampler's
+        step ends, for networks that take it."""
         return t
 
     def prepare(self, cond: Condition) -> Condition | PreparedCondition:
@@ -223,6 +226,11 @@ class BackboneConfig(Protocol):
     @property
     def patch(self) -> int:
         """Latent rows and columns per token."""
+        ...
+
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and width of the parts of a prompt that it reads, by name (`nets.text.TextEncoder.shapes`)."""
         ...
 
     @property

@@ -116,8 +116,11 @@ class Ulysses(Backbone):
         self.net, self.group, self.ranks = net, group, group.size()
         if net.cache_heads % self.ranks:
             raise ConfigError(f"{net.cache_heads} heads of attention cannot be shared by {self.ranks} ranks evenly")
+        if net.finished_kv is not None:
+            raise ConfigError("a network that mixes heads of its cache (prope_cache) cannot be shared by ranks")
         self.layers, self.cache_heads, self.head_width = net.layers, net.cache_heads // self.ranks, net.head_width
         self.text_rows, self.needs_first_frame_coordinates = net.text_rows, net.needs_first_frame_coordinates
+        self.takes_step_end = net.takes_step_end
         self.takes_actions, self.checkpointing, self.arena_type = net.takes_actions, net.checkpointing, net.arena_type
 
     def project_text_kv(self, cond: Condition) -> list[TextKV]:
@@ -131,8 +134,8 @@ class Ulysses(Backbone):
     def tokens_per_frame(self, height: int, width: int) -> int:
         return self.net.tokens_per_frame(height, width)
 
-    def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
-        return self.net.adaln_modulation(t)
+    def adaln_modulation(self, t: Timesteps, t_end: Timesteps | None = None) -> Timesteps | Modulation:
+        return self.net.adaln_modulation(t, t_end)
 
     def prepare(self, cond: Condition) -> Condition | PreparedCondition:
         return self.net.prepare(cond)

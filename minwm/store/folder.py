@@ -25,7 +25,15 @@ from minwm.core.weights import (
 from minwm.families.base import Origin, Published
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.taehv import TAEHV
-from minwm.store.layouts import AnyCodec, AnyCodecConfig, describe, origin, published_origin, rename_codec
+from minwm.store.layouts import (
+    AnyCodec,
+    AnyCodecConfig,
+    NetworkConfig,
+    describe,
+    origin,
+    published_origin,
+    rename_codec,
+)
 from minwm.store.model import Model, ModelConfig
 
 FILES = ("model.json", "model.safetensors", "codec.safetensors")
@@ -67,12 +75,7 @@ def save_published(target: Path, config: ModelConfig, published: Published, code
     file = published.weights.path
     if problems := published.mismatches():
         raise CheckpointError(f"{file} is no whole network: {describe_mismatches(problems)}")
-    if config.network.kind != published.config.kind:
-        raise CheckpointError(
-            f"{file} is of the family {published.config.kind}, the preset of {config.network.kind}; give another preset"
-        )
-    run_as = {name: vars(config.network)[name] for name in config.network.unpublished}
-    network = replace(published.config, **run_as)
+    network = run_as(published, config.network)
     codec_config, tensors = read_codec(codec, config)
     if codec_config.channels != network.channels:
         raise CheckpointError(
@@ -85,6 +88,16 @@ def save_published(target: Path, config: ModelConfig, published: Published, code
         if source := published_origin(published):
             write_text(folder / ORIGIN, dumps(source))
         write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
+
+
+def run_as(published: Published, network: NetworkConfig) -> NetworkConfig:
+    """The config of a published network with what files do not say of it, as in `network`."""
+    if network.kind != published.config.kind:
+        raise CheckpointError(
+            f"{published.weights.path} is of the family {published.config.kind}, the preset of {network.kind}; give "
+            "another preset"
+        )
+    return replace(published.config, **{name: vars(network)[name] for name in network.unpublished})
 
 
 def weights_origin(folder: Path) -> Origin | None:

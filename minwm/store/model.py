@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.cameras.trajectory import Motion
+from minwm.core.config import ConfigError
 from minwm.core.runtime import pick_device
 from minwm.data.spec import ClipSpec
 from minwm.nets.backbone import Backbone
@@ -48,6 +49,21 @@ class ModelConfig:
     """What is rendered where the model starts in a scene, or is compared with one."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """Chunks, and what a stream remembers of them."""
+
+    def __post_init__(self) -> None:
+        network, codec = self.network, self.codec
+        if codec.channels != network.channels:
+            raise ConfigError(
+                f"codec.channels={codec.channels} of {codec.kind}, network.channels={network.channels} of "
+                f"{network.kind}: latents of one do not fit the other; give another codec, or set both alike"
+            )
+        for part, shape in self.text.shapes.items():
+            if (read := network.text_shapes.get(part)) != shape:
+                takes = "takes none" if read is None else f"takes {read[0]} of width {read[1]}"
+                raise ConfigError(
+                    f"{type(self.text).__name__} gives {shape[0]} states of width {shape[1]} as {part}, network="
+                    f"{network.kind} {takes}; set lengths and widths in text and network alike"
+                )
 
     @property
     def geometry(self) -> Geometry:

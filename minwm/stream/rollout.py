@@ -29,10 +29,11 @@ def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: 
     prepared = net.prepare(Condition.stack(cond, cond.unconditional()) if guided else cond)
     given = 0 if cond.first_latent is None else 1
 
-    def velocity(x: Latents, t: float) -> Latents:
-        times = x.new_full(x.shape[:2], t)
-        times[:, :given] = 0
-        v = guided_velocity(net, x, times, prepared, FULL, sampler.guidance)
+    def velocity(x: Latents, t: float, t_end: float) -> Latents:
+        times, ends = (x.new_full(x.shape[:2], time) for time in (t, t_end))
+        times[:, :given] = ends[:, :given] = 0
+        at = net.adaln_modulation(times[:1], ends[:1]) if net.takes_step_end else times
+        v = guided_velocity(net, x, at, prepared, FULL, sampler.guidance)
         v[:, :given] = 0
         return v
 
@@ -73,6 +74,8 @@ class Stream:
     frame, and the cache moves in time, not the chunk being made (`Geometry.time_origin`).
 
     An image given as the first latent is clean in every pass, at `image_time`, whatever a sampler does to its place.
+
+    Networks of mean velocities are asked for those of no duration, which is what they are trained for here.
 
     With `recompute` the past is kept as latents, and what is in the cache before a chunk is made again from those that
     this chunk sees: `chunk` is then its place among them.
@@ -229,7 +232,7 @@ class Stream:
 
     def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
         """The passes of `next_chunk`."""
-        return sampler.at_chunk(self.chunk).sample(partial(self.velocity, cond), noise)
+        return sampler.at_chunk(self.chunk).sample(lambda x, t, _: self.velocity(cond, x, t), noise)
 
     def velocity(self, cond: PreparedCondition, x: Latents, t: float) -> Latents:
         """v of the current chunk at x_t, under guidance."""
@@ -244,7 +247,7 @@ class Stream:
         if first is not None and noise.shape[2] == 1:
             return first, None
 
-        def velocity(x: Latents, t: float) -> Latents:
+        def velocity(x: Latents, t: float, _: float) -> Latents:
             if exit_step is None or t != times[exit_step]:
                 with torch.no_grad():
                     return self.velocity(cond, x, t)

@@ -13,8 +13,9 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, interpolate, schedule
 from minwm.nets.chunks import Geometry
 
-Velocity = Callable[[Latents, float], Latents]
-"""v(x_t, t) of all frames at one time t, guidance included."""
+Velocity = Callable[[Latents, float, float], Latents]
+"""v(x_t, t, t_end) of all frames at one time t, guidance included. Networks of mean velocities give that until t_end:
+where a step of Euler's method ends, and t itself in other solvers."""
 Noise = Float[Tensor, "k b f c h w"]
 """Standard normal samples: the start, one for each re-noising, and one for the cache update's context noise."""
 
@@ -180,7 +181,7 @@ def few_step_predictions(velocity: Velocity, noise: Noise, times: list[float]) -
     """The x_0 that each step predicts; no gradient flows from one step into the next."""
     x = noise[0]
     for step, t in enumerate(times):
-        x0 = x - t * velocity(x, t)
+        x0 = x - t * velocity(x, t, t)
         yield x0
         if step + 1 < len(times):
             x = interpolate(x0.detach(), noise[step + 1], x.new_full(x.shape[:2], times[step + 1]))
@@ -190,7 +191,7 @@ def solve_euler(velocity: Velocity, x: Latents, steps: int, shift: float, rounde
     """Euler's method; the latents of every step may be rounded to bfloat16."""
     x = x.bfloat16().to(x) if rounded else x
     for t, t_next in pairwise(schedule(steps, shift)):
-        x = euler(x, velocity(x, t), t, t_next)
+        x = euler(x, velocity(x, t, t_next), t, t_next)
         x = x.bfloat16().to(x) if rounded else x
     return x
 
@@ -222,7 +223,8 @@ def unipc(velocity: Velocity, x: Latents, steps: int, shift: float) -> Latents:
 
     before, order = x, 1
     for step in range(steps):
-        x0 = x - float(times[step]) * velocity(x, float(times[step]))
+        t = float(times[step])
+        x0 = x - t * velocity(x, t, t)
         if step:
             x = advance(before, step - 1, x0, order)
         history = [*history[-1:], (step, x0)]

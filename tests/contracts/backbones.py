@@ -13,6 +13,7 @@ from minwm.families.wan.transformer import WanConfig
 from minwm.nets.attention import KVArena, TextKV
 from minwm.nets.backbone import Backbone, PreparedCondition
 from minwm.nets.chunks import Geometry
+from minwm.store.layouts import NetworkConfig
 
 WAN = {
     f"wan-{camera}": WanConfig(
@@ -34,14 +35,23 @@ HUNYUAN = HunyuanConfig(
     dim=32, heads=2, layers=2, ffn=48, channels=4, text_dim=6, text_length=5, glyph_dim=4, glyph_length=2,
     glyph_hidden=8, image_dim=4, image_length=2, freq_dim=16, rope=(4, 6, 6),
 )  # fmt: skip
-SMALL: dict[str, WanConfig | HunyuanConfig] = {
+SMALL: dict[str, NetworkConfig] = {
     **WAN,
     "hunyuan-none": HUNYUAN,
     "hunyuan-dual": replace(HUNYUAN, camera="dual"),
     "hunyuan-actions": replace(HUNYUAN, camera="dual", actions=True),
     "hunyuan-null": replace(HUNYUAN, camera="dual", prope_text=False),
 }
+"""FAMILY-none, FAMILY-dual and other variants of every family."""
 CAMERA = [name for name, cfg in SMALL.items() if cfg.camera != "none"]
+FAMILY_NAMES = {name.partition("-")[0] for name in SMALL}
+DUAL = sorted(f"{family}-dual" for family in FAMILY_NAMES)
+"""One variant of each family, with cameras."""
+UNREAD = {
+    "hunyuan": ("vision_in", *(f"double_blocks.1.txt.{part}" for part in ("attn_q", "attn_proj", "mlp"))),
+}
+"""Parameters, by how their names begin, that no loss over the clips of `recipes.clip` has a gradient for: of image
+states, which these have none of, and of what the last block makes of text."""
 HEIGHT, WIDTH, CHANNELS = 4, 6, 4
 
 

@@ -5,10 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backbones import CAMERA, CHANNELS, HEIGHT, SMALL, WIDTH, condition, latents, open_cache, prepared, sized, small
+from backbones import (
+    CAMERA,
+    CHANNELS,
+    DUAL,
+    HEIGHT,
+    SMALL,
+    WIDTH,
+    condition,
+    latents,
+    open_cache,
+    prepared,
+    sized,
+    small,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.cameras.track import se3_exp
 from minwm.control.prope import Projection
@@ -18,6 +33,7 @@ from minwm.core.types import Condition
 from minwm.nets.attention import Cached, Masked, ReadOnlyCache, chunk_causal
 from minwm.nets.backbone import Backbone, BackboneConfig, Context, teacher_forced
 from minwm.nets.chunks import Geometry
+from minwm.store.layouts import FAMILIES
 from minwm.stream.rollout import Stream, generate_latents, sample_noise
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler, Sampler
 
@@ -144,7 +160,7 @@ def test_streaming_holds_an_image_as_the_masked_pass_does(
         stream.update_cache(bound, past[:, a:b], noise[:, a:b])
 
 
-@pytest.mark.parametrize("name", ["wan-dual", "hunyuan-dual"])
+@pytest.mark.parametrize("name", DUAL)
 @torch.no_grad()
 def test_streams_see_an_image_as_teacher_forcing_does(name: str) -> None:
     """As the clean first latent, and where a network has channels or text tokens for it, there too."""
@@ -200,26 +216,19 @@ def test_rounded_networks_are_those_given_rounded_numbers() -> None:
     torch.testing.assert_close(rounded(x, t, exact), net(x, t, exact), atol=1e-9, rtol=1e-9)
 
 
-BRANCHES = {
-    "wan-dual": [f"blocks.{i}.self_attn.prope_o" for i in range(2)],
-    "wan-plucker": ["plucker"],
-    "hunyuan-dual": [f"double_blocks.{i}.img_attn_prope_proj" for i in range(2)],
-}
-
-
-@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("name", [*DUAL, "wan-plucker"])
 def test_zero_initialised_camera_branch_is_the_base_model_and_learns(name: str) -> None:
     base, camera = small(name.partition("-")[0] + "-none").float(), SMALL[name].build()
     missing = camera.load_state_dict(base.state_dict(), strict=False).missing_keys
-    assert set(missing) == {f"{branch}.{p}" for branch in BRANCHES[name] for p in ("weight", "bias")}
+    assert missing and all(key.endswith(FAMILIES[SMALL[name].kind].CAMERA_PARAMETERS) for key in missing)
     x, cond, t = latents(3).float(), condition(3), torch.full((2, 3), 0.4)
     assert cond.glyphs is not None
     cond = replace(cond, text=cond.text.float(), glyphs=cond.glyphs.float())
     out = camera(x, t, cond)
     torch.testing.assert_close(out, base(x, t, cond), atol=0, rtol=0)
     out.square().mean().backward()
-    for branch in BRANCHES[name]:
-        grad = camera.get_parameter(f"{branch}.weight").grad
+    for key in missing:
+        grad = camera.get_parameter(key).grad
         assert grad is not None and grad.abs().max() > 0
 
 
@@ -255,7 +264,7 @@ def test_one_time_for_all_equals_that_time_per_frame_only_if_equal(name: str) ->
     assert (net(x, t, cond) - net(x, mixed, cond)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["wan-dual", "hunyuan-dual"])
+@pytest.mark.parametrize("name", DUAL)
 def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient(name: str) -> None:
     net, geometry, cond = small(name), GEOMETRIES["image"], condition(3)
     cond.text.requires_grad_()
@@ -272,7 +281,7 @@ def test_graded_pass_leaves_the_arena_alone_and_its_past_without_gradient(name: 
         assert x.grad is not None and x.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["wan-dual", "hunyuan-dual"])
+@pytest.mark.parametrize("name", DUAL)
 @torch.no_grad()
 def test_arena_never_moves_nor_allocates_over_fifty_chunks(name: str) -> None:
     net, geometry, cond = small(name), GEOMETRIES["ring"], condition(2)
@@ -346,7 +355,7 @@ def test_rolling_sinks_stand_right_before_the_window(name: str, sink: int) -> No
     "sampler", [BidirectionalSampler(steps=3), AutoregressiveSampler(steps=3), FewStepSampler()], ids=lambda s: s.kind
 )
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
-@pytest.mark.parametrize("name", ["wan-dual", "hunyuan-dual"])
+@pytest.mark.parametrize("name", DUAL)
 def test_generation_is_deterministic_and_keeps_the_image(name: str, sampler: Sampler, image: bool) -> None:
     net = small(name)
     geometry, cond = GEOMETRIES["image"], condition(5, image=image)
@@ -358,6 +367,23 @@ def test_generation_is_deterministic_and_keeps_the_image(name: str, sampler: Sam
     assert a.shape == (2, 5, 4, 4, 6) and a.isfinite().all()
     if cond.first_latent is not None:
         assert torch.equal(a[:, :1], cond.first_latent)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.endswith(("-none", "-dual"))])
+@torch.no_grad()
+def test_flops_are_those_of_the_operators(name: str) -> None:
+    net, cond = small(name).float(), condition(2, batch=1)
+    geometry = sized(net, Geometry(tokens=1, chunk=2, window=2))
+    stream = Stream(net, replace(cond, text=cond.text.float(), glyphs=None), geometry)
+    stream.chunk = geometry.slots
+    bound, x = stream.prepare_chunk(cond), latents(2, batch=1).float()
+    modulation = net.adaln_modulation(torch.zeros(1, 1))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(x, modulation, bound, Cached(stream.arena, stream.chunk))
+    if type(net).flops is Backbone.flops:
+        pytest.skip("no closed form")
+    visible = geometry.start(geometry.slots) * geometry.tokens
+    assert counter.get_total_flops() == net.flops(2, geometry.tokens, visible)
 
 
 def test_errors_name_the_thing() -> None:

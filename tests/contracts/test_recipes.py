@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import DUAL, SMALL, UNREAD, small
 from recipes import (
     CASES,
     FRAMES,
@@ -344,3 +345,36 @@ def test_self_conditioning_is_what_the_network_predicts(image: bool) -> None:
             one = recipe.loss(given, 0, seeded()).total
         assert len(passes) == 1, "no gradient reaches the past"
         assert one != make(name).loss(given, 0, seeded()).total
+
+
+@pytest.mark.parametrize("family", [name for name in DUAL if name != "wan-dual"])
+@every_turn
+def test_every_recipe_trains_every_family_and_checkpointing_changes_nothing(name: str, step: int, family: str) -> None:
+    """The loss of one batch falls, and every parameter that is read has a gradient. Wan is what other tests train."""
+    model, found = replace(MODEL, network=SMALL[family]), []
+    how: Checkpointing
+    for how in (False, True, "attention"):
+        cfg = CASES[name]
+        networks = {role: small(family, seed) for seed, role in enumerate((*cfg.trained, *cfg.frozen))}
+        for net in networks.values():
+            net.checkpointing = how
+            for parameter in net.parameters():
+                parameter.data.mul_(0.4)
+        recipe, losses, gradients = cfg.build(model, networks), [], dict[str, torch.Tensor]()
+        for i in range(8 if how is False else 1):
+            loss = recipe.loss(clip(), step, seeded())
+            net = networks[loss.trains]
+            if not i:
+                optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+            optimizer.zero_grad()
+            loss.total.backward()
+            if not i:
+                gradients = {key: p.grad.clone() for key, p in net.named_parameters() if p.grad is not None}
+            optimizer.step()
+            losses.append(float(loss.total.detach()))
+        idle = {key for key, _ in net.named_parameters() if key not in gradients or not gradients[key].any()}
+        assert all(key.startswith(UNREAD.get(SMALL[family].kind, ())) for key in idle), idle
+        assert how is not False or losses[-1] < losses[0], losses
+        found.append((losses[0], gradients))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

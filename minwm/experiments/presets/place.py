@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minwm.data.encode import EncodeConfig
 from minwm.experiments.presets.base import Pipeline
-from minwm.experiments.presets.demo import small_pipeline, world_model
+from minwm.experiments.presets.demo import small_pipeline, tiny_model, world_model
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
@@ -30,7 +30,8 @@ def place(out: Path) -> Pipeline:
         predicts="clean", camera="single",
     )  # fmt: skip
     base = replace(
-        world_model(network, 128),
+        world_model(tiny_model().network, 128),
+        network=network,
         scenes="place",
         stream=StreamConfig(chunk=1, sink=0, window=8, context_noise=0.2),
         codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0),

@@ -37,7 +37,7 @@ def wan_model(size: str) -> ModelConfig:
     base = ModelConfig(
         network=network,
         sampler=BidirectionalSampler(steps=50, guidance=8.0, shift=5.0),
-        codec=WanVaeConfig(),
+        codec=WAN22 if network.channels == WAN22.channels else WanVaeConfig(),
         motion=Motion(move=0.32, turn=12.0, fps=16.0),  # 0.08 units and 3 degrees per latent
         text=Umt5Text(source="weights/Wan2.1-T2V-1.3B"),
         negative=WAN_NEGATIVE,
@@ -49,7 +49,7 @@ def wan_model(size: str) -> ModelConfig:
     )
     if network.channels == WAN22.channels:  # larger pixels, and made for image starts
         stream = replace(base.stream, first_chunk=1)
-        return replace(base, codec=WAN22, height=704, width=1280, latents=21, stream=stream)
+        return replace(base, height=704, width=1280, latents=21, stream=stream)
     return base
 
 

@@ -105,6 +105,8 @@ class HunyuanConfig:
             )
         if self.camera not in ("none", "dual"):
             raise ConfigError(f"hunyuan.camera={self.camera}: this network has none and dual")
+        if self.meanflow and self.actions:
+            raise ConfigError("hunyuan.meanflow=true with actions=true: no published network has both; leave one off")
         if self.prope_cache == "rope_compat" and not (self.camera == "dual" and self.prope_text):
             raise ConfigError(
                 "hunyuan.prope_cache=rope_compat needs camera=dual and prope_text=true; leave it at prope"
@@ -115,9 +117,17 @@ class HunyuanConfig:
         return 1
 
     @property
+    def text_shapes(self) -> dict[str, tuple[int, int]]:
+        return {
+            "text": (self.text_length, self.text_dim),
+            "glyphs": (self.glyph_length, self.glyph_dim),
+            "image_states": (self.image_length, self.image_dim),
+        }
+
+    @property
     def text_rows(self) -> int:
         """Text tokens of all kinds."""
-        return self.image_length + self.glyph_length + self.text_length
+        return sum(rows for rows, _ in self.text_shapes.values())
 
     def build(self) -> "Hunyuan":
         return Hunyuan(self)
@@ -138,7 +148,7 @@ class Hunyuan(Backbone):
         self.time_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
         if cfg.meanflow:
             self.time_r_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
-        self.takes_actions = cfg.actions
+        self.takes_actions, self.takes_step_end = cfg.actions, cfg.meanflow
         if cfg.actions:
             self.action_in = TimestepEmbedder(cfg.dim, cfg.freq_dim)
         self.txt_in = TokenRefiner(cfg.text_dim, cfg.dim, cfg.heads, cfg.refiner_layers, cfg.freq_dim)

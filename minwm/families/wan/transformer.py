@@ -88,6 +88,10 @@ class WanConfig:
                 f"wan.dim={self.dim}: {self.heads} heads and camera={self.camera} need a multiple of {unit}; try {near}"
             )
 
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, int]]:
+        return {"text": (self.text_length, self.text_dim)}
+
     def build(self) -> "Wan":
         return Wan(self)
 
@@ -337,7 +341,7 @@ class Wan(Backbone):
         states = self.embed_text(cond.text)
         return [block.project_text_kv(states) for block in cast(list[Block], self.blocks)]
 
-    def adaln_modulation(self, t: Timesteps) -> Timesteps | Modulation:
+    def adaln_modulation(self, t: Timesteps, t_end: Timesteps | None = None) -> Timesteps | Modulation:
         if self.takes_actions:
             return t
         time, projected = self.embed_time(t)
