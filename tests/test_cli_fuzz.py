@@ -101,6 +101,7 @@ COMMANDS = {
     ("plan",): "--preset wan2.1-1.3b/dmd --gpu-memory 24",
     ("play",): "--model {project}/dmd --world 3 --port 0",
     ("data", "render"): "--out {out} --clips 2 --latents 3",
+    ("data", "ingest"): "{project}/files --out {out} --source-license CC0-1.0",
     ("data", "encode"): "{project}/raw --codec {project}/codec --out {out}",
     ("data", "trajectories"): "{project}/latents --teacher {project}/camera --out {out} --clips 1 --ode-steps 4",
     ("data", "prompts"): "{project}/files/prompts.txt --model {project}/dmd",

@@ -10,16 +10,25 @@ from minwm.cameras.epipolar import Fit, best, fit, follow
 from minwm.cameras.track import CameraTrack, Intrinsics, so3_log
 from minwm.cameras.trajectory import Motion
 
-JUMP = 5.0
-"""A step this many times the median one is a jump."""
-JUMP_DEG = 5.0
-"""A turn between two frames below this is no jump."""
-JITTER_DEG = 0.3
-"""A median turn away from the middle between the neighbours above this is jitter."""
 FOCAL, CENTRE = (0.2, 3.0), (0.2, 0.8)
 """Focal lengths and principal points of usual lenses, in widths and heights."""
 SQUARE = 0.05
 """Largest relative difference of the two focal lengths in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How rough the path of a camera may be."""
+
+    jump: float = 5.0
+    """A step this many times the median one is a jump."""
+    jump_deg: float = 5.0
+    """A turn between two frames below this is no jump."""
+    jitter_deg: float = 0.3
+    """A median turn away from the middle between the neighbours above this is jitter."""
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -58,27 +67,27 @@ def jitter(track: CameraTrack) -> float:
     return float(np.degrees(np.median(np.linalg.norm(own - half, axis=-1))))
 
 
-def faults(track: CameraTrack, size: tuple[int, int] | None = None) -> list[Fault]:
+def faults(track: CameraTrack, size: tuple[int, int] | None = None, limits: Limits = LIMITS) -> list[Fault]:
     """What a track shows by itself; `size` is (h, w) of its pictures."""
-    return [*_jumps(track), *_jitter(track), *_lens(track, size)]
+    return [*_jumps(track, limits), *_jitter(track, limits), *_lens(track, size)]
 
 
-def _jumps(track: CameraTrack) -> Iterator[Fault]:
+def _jumps(track: CameraTrack, limits: Limits) -> Iterator[Fault]:
     cure = "cut the clip there: the video has another shot, or the poses were lost"
     move, turn = steps(track)
     for values, least, words in (
         (move, 0.0, f"moves {{:.3g}} {track.unit} units"),
-        (turn, JUMP_DEG, "turns {:.3g} degrees"),
+        (turn, limits.jump_deg, "turns {:.3g} degrees"),
     ):
         typical = np.median(values[values > 1e-9]) if (values > 1e-9).any() else 0.0
-        for frame in np.flatnonzero(values > max(JUMP * typical, least))[:3] if typical else ():
+        for frame in np.flatnonzero(values > max(limits.jump * typical, least))[:3] if typical else ():
             usual = f"the median step is {typical:.3g}"
             yield Fault(f"from frame {frame} to {frame + 1} it {words.format(values[frame])}, {usual}", cure)
 
 
-def _jitter(track: CameraTrack) -> Iterator[Fault]:
-    if (found := jitter(track)) > JITTER_DEG:
-        what = f"the poses jitter by {found:.2g} degrees from frame to frame (limit {JITTER_DEG})"
+def _jitter(track: CameraTrack, limits: Limits) -> Iterator[Fault]:
+    if (found := jitter(track)) > limits.jitter_deg:
+        what = f"the poses jitter by {found:.2g} degrees from frame to frame (limit {limits.jitter_deg:g})"
         yield Fault(what, "estimate them anew from larger pictures, smooth them, or leave the clip out")
 
 

@@ -28,6 +28,37 @@ def list_render_fields(_words: list[str]) -> None:
     print_fields(RenderConfig(), "data render")
 
 
+def list_ingest_fields(_words: list[str]) -> None:
+    from minwm.data.ingest import IngestConfig
+
+    print_fields(IngestConfig(source_license="unknown"), "data ingest")
+
+
+@command("data", "ingest", details=list_ingest_fields, resumable=True)
+def data_ingest(
+    videos: Folder,
+    out: Out,
+    source_license: Annotated[str, arg(metavar="NAME", help="licence of the videos, such as CC-BY-4.0")],
+    json: Json = None,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Turn videos with camera files into clips; whatever is dropped is named, with its reason."""
+    from minwm.data.ingest import IngestConfig, ingest
+
+    cfg = override(IngestConfig(source_license=source_license), parse_fields(fields))
+    if show:
+        return echo(dumps(cfg))
+    made = ingest(videos, out, cfg)
+    numbers({name: made[name] for name in ("videos", "clips", "dropped", "examples")}, None)
+    write_numbers(made, json)
+    for reason in made["refused"]:
+        echo(f"refused: {reason}")
+    if made["refused"]:
+        raise UserError(f"{out}: {len(made['refused'])} of {made['videos']} videos were refused (listed above)")
+    return None
+
+
 def list_encode_fields(_words: list[str]) -> None:
     from minwm.data.encode import EncodeConfig
 

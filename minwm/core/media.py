@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -132,13 +132,19 @@ def open_video(path: str | Path) -> Iterator["VideoStream"]:
         raise UserError(f"{path} cannot be read as a video: {error}") from error
 
 
-def decode(stream: "VideoStream") -> Iterator[tuple[float | None, UInt8[np.ndarray, "h w 3"]]]:
-    """Each frame, with its time in seconds if it has one, as a player shows it.
+class Decoded(NamedTuple):
+    """One frame of a video, as a player shows it."""
 
-    Frames are rotated by the display matrix (videos of phones) and widened to square pixels.
-    """
+    image: UInt8[np.ndarray, "h w 3"]
+    time: float | None
+    """Seconds, if the file says so."""
+    interlaced: bool
+
+
+def decode(stream: "VideoStream") -> Iterator[Decoded]:
+    """The frames of a video, rotated by the display matrix (videos of phones) and widened to square pixels."""
     for frame in stream.container.decode(stream):  # type: ignore[union-attr]
-        yield frame.time, _displayed(frame, stream.sample_aspect_ratio)
+        yield Decoded(_displayed(frame, stream.sample_aspect_ratio), frame.time, frame.interlaced_frame)
 
 
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
@@ -147,7 +153,7 @@ def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
     Raises UserError if the file is missing or cannot be decoded.
     """
     with open_video(path) as stream:
-        images = [image for _, image in decode(stream)]
+        images = [frame.image for frame in decode(stream)]
         fps = stream.average_rate
     if not images or not fps:
         raise UserError(f"{path} holds no frames")
@@ -157,19 +163,20 @@ def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
 def read_grey(path: str | Path, rows: int = 360) -> tuple[list[UInt8[np.ndarray, "h w"]], float]:
     """All frames in grey, reduced to at most so many rows (of the shorter side), and frames per second."""
     with open_video(path) as stream:
-        frames = [_grey(image, rows) for _, image in decode(stream)]
+        frames = [np.asarray(Image.fromarray(reduced(frame.image, rows)).convert("L")) for frame in decode(stream)]
         fps = stream.average_rate
     if not frames or not fps:
         raise UserError(f"{path} holds no frames")
     return frames, float(fps)
 
 
-def _grey(image: UInt8[np.ndarray, "h w 3"], rows: int) -> UInt8[np.ndarray, "h w"]:
-    grey = Image.fromarray(image).convert("L")
-    part = rows / min(grey.size)
-    if part < 1:
-        grey = grey.resize((round(grey.width * part), round(grey.height * part)), Image.Resampling.BOX)
-    return np.asarray(grey)
+def reduced(image: UInt8[np.ndarray, "h w 3"], rows: int) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture with at most so many pixels on its shorter side."""
+    part = rows / min(image.shape[:2])
+    if part >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * part)), max(1, round(image.shape[0] * part)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
 def _displayed(frame: "VideoFrame", pixel_aspect: Fraction | None) -> UInt8[np.ndarray, "h w 3"]:

@@ -1,0 +1,119 @@
+"""Why a clip of footage is not fit for training: rules with names and thresholds."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import UInt8
+
+from minwm.cameras.check import Limits, check_video, faults, steps
+from minwm.cameras.track import CameraTrack
+from minwm.data.clips import MOTION_WORDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """Thresholds; brightness is 0 to 255."""
+
+    captions: bool = True
+    """Whether a clip needs one."""
+    dark: float = 15.0
+    """Least mean brightness of a clip."""
+    bright: float = 240.0
+    """Largest."""
+    bars: float = 0.02
+    """Largest share of the rows, or columns, that are black throughout at an edge."""
+    black: int = 24
+    """Brightness up to which a pixel is black."""
+    still: float = 0.3
+    """Least mean change of a pixel from frame to frame, in a clip whose camera moves."""
+    repeated: float = 0.2
+    """Largest share of frames that repeat the one before, in a clip that moves."""
+    cameras: Limits = field(default_factory=Limits)
+    epipolar: bool = True
+    """Whether poses are compared with the pictures (minwm camera check --video)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rule that a clip does not meet."""
+
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A clip before it is judged."""
+
+    frames: UInt8[np.ndarray, "n h w 3"]
+    track: CameraTrack
+    caption: str
+
+
+def failures(clip: Candidate, cfg: QualityConfig) -> list[Failure]:
+    """Every rule that a clip does not meet, with what was measured."""
+    return [Failure(name, reason) for name, rule in RULES.items() for reason in rule(clip, cfg)]
+
+
+def _caption(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    if cfg.captions and not clip.caption.strip():
+        yield "it has none"
+    elif match := MOTION_WORDS.search(clip.caption):
+        yield f"it speaks of motion: {match[0]!r}"
+
+
+def _exposure(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    mean = float(clip.frames.mean())
+    if not cfg.dark <= mean <= cfg.bright:
+        yield f"its mean brightness is {mean:.1f}, not {cfg.dark:g} to {cfg.bright:g}"
+
+
+def _letterbox(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    peak = clip.frames.max((0, 3))  # of every pixel over time
+    for name, lines in (("rows", peak.max(1)), ("columns", peak.max(0))):
+        lit = np.flatnonzero(lines > cfg.black)
+        dark = len(lines) - (lit[-1] - lit[0] + 1) if len(lit) else len(lines)
+        if dark > cfg.bars * len(lines):
+            yield f"{dark} of {len(lines)} {name} at its edges are black"
+
+
+def _static(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    change = _changes(clip.frames)
+    moves = max(float(values.max(initial=0)) for values in steps(clip.track)) > 1e-6
+    if moves and change.mean() < cfg.still:
+        yield f"its camera moves, but pixels change by {change.mean():.2f} from frame to frame"
+
+
+def _repeats(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    change = _changes(clip.frames)
+    share = float((change < 0.1 * change.mean()).mean()) if change.mean() >= cfg.still else 0.0
+    if share > cfg.repeated:
+        yield f"{share:.0%} of its frames repeat the one before"
+
+
+def _cameras(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    yield from map(str, faults(clip.track, clip.frames.shape[1:3], cfg.cameras))
+
+
+def _poses(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    if cfg.epipolar:
+        grey = [np.ascontiguousarray(frame) for frame in clip.frames.mean(-1).astype(np.uint8)]
+        yield from map(str, check_video(clip.track, grey, clip.track.fps).faults)
+
+
+def _changes(frames: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:
+    """Mean change of a pixel from each frame to the next."""
+    return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)])
+
+
+RULES: dict[str, Callable[[Candidate, QualityConfig], Iterator[str]]] = {
+    "caption": _caption,
+    "exposure": _exposure,
+    "letterbox": _letterbox,
+    "static": _static,
+    "repeated frames": _repeats,
+    "cameras": _cameras,
+    "poses": _poses,
+}
