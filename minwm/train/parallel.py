@@ -8,6 +8,7 @@ What a step computes does not depend on any of this, up to rounding.
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from minwm.core.config import ConfigError
+from minwm.core.config import ConfigError, UserError
 from minwm.core.runtime import pick_device
 from minwm.nets.backbone import Backbone
 from minwm.nets.ulysses import Ulysses
@@ -60,7 +61,7 @@ class ParallelConfig:
 def process_group(timeout: float) -> Iterator[None]:
     """The group of the processes that torchrun started; without torchrun, or inside of another one, nothing.
 
-    After an error it is left as it is: other ranks may hang, and the process ends.
+    UserError if another process is lost. After an error it is left as it is: others may hang, and this process ends.
     """
     if dist.is_initialized() or "RANK" not in os.environ:
         yield
@@ -70,7 +71,16 @@ def process_group(timeout: float) -> Iterator[None]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"process {dist.get_rank()}: another process has ended, or hung for {timeout:g} s ({reason}); what that "
+            "one has written says why, and the same command goes on from the last state"
+        ) from error
     dist.destroy_process_group()
 
 
@@ -122,6 +132,7 @@ class Parallel:
 
     def _shard(self, net: nn.Module) -> None:
         """Blocks are gathered one after the other, what is left with the whole; after every pass it is parts again."""
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # outputs are views: nothing writes into them
         for parameter in net.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last ones
         dtype = torch.bfloat16 if self.cfg.gather == "bfloat16" else None

@@ -58,7 +58,8 @@ class States:
         """
         target, partial = self.folder / f"{step:06d}", self.folder / f".{step:06d}.tmp"
         if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(".*.tmp"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         try:
             with _named_errors(f"{target} is not written; the state after {self.latest() or 0} steps is untouched"):
                 save(
@@ -84,7 +85,8 @@ class States:
             raise
         if rank() == 0:
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"{old:06d}")
+                half = self.folder / f".{old:06d}.tmp"  # never seen half removed
+                shutil.rmtree((self.folder / f"{old:06d}").rename(half))
 
     def load(
         self, step: int, networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]
