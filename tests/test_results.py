@@ -271,3 +271,15 @@ def test_what_the_pages_say_of_the_tracker_is_as_committed() -> None:
     ):
         row = rows[name][kind]
         assert f"{row['direction_deg']:.0f} degrees and {100 * row['turn_error']:.0f} %" in page
+
+
+def test_the_page_shows_how_far_recovered_cameras_are_off() -> None:
+    rows = json.loads((ROOT / "results" / "camera-recovery.json").read_text())["rows"]
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    names = ("lost", "rot_err_deg", "direction_err_deg", "speed_ratio", "turn_ratio", "strays")
+    for video, found in rows.items():
+        cells = " | ".join(f"{found[name]['value']:.2f}" for name in names)
+        assert f"| {video} | {cells} |" in page
+    speeds = {name.removeprefix("128 "): row["speed_ratio"]["value"] for name, row in rows.items()}
+    truth = {"0.8x speed": 0.8, "0.5x speed": 0.5, "static": 0.0, "opposite": -1.0}
+    assert all(abs(speeds[name] - speed) < 0.05 for name, speed in truth.items())
