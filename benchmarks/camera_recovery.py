@@ -101,7 +101,8 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    about |= {"commit": git_commit(), "versions": versions(), "clips": given.clips, "seconds": 4}
+    about |= {"commit": git_commit(), "versions": versions()}
+    about |= {"clips": given.clips, "seconds": 4}
     given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
