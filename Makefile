@@ -1,6 +1,7 @@
 # From a fresh clone, with only python3 (3.11 or newer), git and make:
 #   make demo    install, run the whole pipeline small, write runs/demo/report.html
 #   make test    install, run the tests
+#   make gpu     install, then measure a CUDA GPU against the targets, in at most 8 minutes
 #
 # TORCH names the torch to install first, with any pip options that select a build (a CPU build is enough);
 # nothing installed later may replace it.
@@ -12,7 +13,7 @@ TESTS ?= tests
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-all docs lint format clean
+.PHONY: demo test test-all gpu docs lint format clean
 
 demo: .venv/installed
 	$(BIN)/minwm pipeline demo
@@ -22,6 +23,9 @@ test: .venv/installed
 
 test-all: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+gpu: .venv/installed  # what a CUDA GPU does, against the targets: runs/gpu/page.md
+	$(BIN)/minwm selftest --gpu --out runs/gpu
 
 docs: .venv/installed  # into runs/site; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -14,6 +14,7 @@ from minwm.cli import (  # noqa: F401  (their verbs register themselves)
     models,
     plan,
     play,
+    selftest,
     tools,
     video,
     weights,

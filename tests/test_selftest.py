@@ -1,0 +1,65 @@
+"""The self-test: parts that crash or hang leave the others and are named; what is done is not done again."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from commands import run
+
+from minwm.bench.selftest import GPU, Part, Target, page, selftest
+from minwm.experiments import presets
+
+
+def script(folder: Path, name: str, body: str) -> tuple[str, ...]:
+    """A module that can be run as `python -m`, from that folder."""
+    (folder / f"{name}.py").write_text(body)
+    return (name,)
+
+
+def test_a_bad_part_leaves_the_others_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    writes = 'import sys; open(sys.argv[-1], \'w\').write(\'{"fps": 20, "chunk": {"median_ms": 900}}\')'
+    hangs = (
+        "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    )
+    targets = Target("speed", "fps", 18, at_least=True), Target("M2", "chunk.median_ms", 850), Target("M5", "none", 1)
+    parts = (
+        Part("crashes", script(tmp_path, "crashes", "import os; print('deep trouble', flush=True); os.abort()"), 30),
+        Part("hangs", script(tmp_path, "hangs", hangs), 0.5),
+        Part("large", script(tmp_path, "large", writes), 30, gib=80),
+        Part("works", script(tmp_path, "works", writes), 30, targets=targets),
+    )
+    began, log = time.monotonic(), list[str]()
+    outcomes = selftest(parts, tmp_path / "out", 24.0, log.append)
+    assert [outcome.state for outcome in outcomes] == ["failed", "timed out", "left out", "done"]
+    assert time.monotonic() - began < 20 and len(log) == 4
+    text = (tmp_path / "out" / "page.md").read_text()
+    assert "## crashes: failed" in text and "deep trouble" in text and "## hangs: timed out" in text
+    assert "it needs 80 GiB of GPU memory, there are 24.0" in text
+    assert "| speed | at least 18 | 20 | met |" in text and "| M2 | at most 850 | 900 | missed |" in text
+    assert "| M5 | at most 1 | not measured |  |" in text
+    assert json.loads((tmp_path / "out" / "works.json").read_text())["found"]["fps"] == 20
+
+    (tmp_path / "works.py").unlink()
+    (tmp_path / "crashes.py").write_text(writes)
+    again = selftest(parts, tmp_path / "out", 24.0, log.append, budget=20.0)
+    assert [outcome.state for outcome in again] == ["done", "timed out", "left out", "done"], "works is not run again"
+    late = selftest(parts[1:2], tmp_path / "late", 24.0, log.append, budget=0.0)
+    assert late[0].state == "left out" and "no time is left" in page(late)
+
+
+def test_the_parts_of_a_gpu_name_what_exists() -> None:
+    for part in GPU:
+        if "--preset" in part.words or part.words[1] == "bench-train":
+            name = part.words[part.words.index("--preset") + 1] if "--preset" in part.words else part.words[2]
+            assert name in presets.PIPELINES or name in presets.MODELS
+        for word in part.words:
+            assert not word.startswith("tests/") or Path(__file__).parents[1].joinpath(word).exists()
+
+
+def test_the_whole_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
+    assert run("selftest", "--out", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "page.md").read_text()
+    assert "| small | done |" in text and "| small-training | done |" in text and "| small-plan | done |" in text
+    assert "| frames per second | at least 1 |" in text
