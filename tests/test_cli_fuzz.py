@@ -85,6 +85,9 @@ LONG = [
     ("minwm.experiments.pipeline", "run_pipeline"),
     ("minwm.experiments.ablate", "run_ablation"),
     ("minwm.eval.run", "evaluate"),
+    ("minwm.eval.suite", "generate_all"),
+    ("minwm.session.batch", "generate_all"),
+    ("minwm.bench.selftest", "selftest"),
     ("minwm.bench.training", "measure_steps"),
     ("minwm.bench.stream", "bench_model"),
     ("minwm.data.rerender", "render_worlds"),
@@ -112,6 +115,7 @@ COMMANDS = {
     ("camera", "show"): "w*2,l*2 --model {project}/dmd --out {out}.json",
     ("inspect",): "{project}/dmd",
     ("convert",): "{project}/files/wan.safetensors {out} --heads 2",
+    ("selftest",): "--out {out}",
     ("push",): "somebody/something --model {project}/dmd",
 }
 

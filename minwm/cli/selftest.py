@@ -11,12 +11,10 @@ from minwm.core.config import UserError
 
 @command("selftest", resumable=True)
 def selftest(
-    gpu: Annotated[
-        Flag, arg(help="device tests, speed, memory and training of the large models on a CUDA GPU")
-    ] = False,
+    gpu: Annotated[Flag, arg(help="on a CUDA GPU: device tests, speed, memory, training of large models")] = False,
     out: Out = Path("runs/selftest"),
 ) -> None:
-    """Run every test and measurement that a machine is judged by, each in its own process; OUT/page.md says what is met.
+    """Run all that a machine is judged by, each part in its own process; OUT/page.md says which targets are met.
 
     At most 8 minutes. Without --gpu all of it runs with a small model. What did not succeed is repeated when it is run
     again.
