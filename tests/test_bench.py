@@ -162,6 +162,11 @@ def test_the_command_measures_draws_and_compares(tmp_path: Path, capsys: pytest.
     assert main([*command, "--latency", "1e6"]) == 0
     assert main([*command, "--latency", "1e-6"]) == 2
     assert "has a 90th percentile of" in capsys.readouterr().err
+    assert (
+        main([*command, "--stream.chunk", "4", "--latents", "9"]) == 0
+        and json.loads(file.read_text())["chunk_frames"] == 16
+    )
+    assert main([*command, "--stream.chunks", "4"]) == 2
     assert main([*command, "--steps", "0"]) == 2
     assert main([*command, "--attention", "chess"]) == 2
     assert "'chess'" in capsys.readouterr().err

@@ -181,8 +181,12 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
+    fields: Fields = (),
 ) -> None:
-    """Measure latency and frames per second, and how near they are to what the machine can do."""
+    """Measure latency and frames per second, and how near they are to what the machine can do.
+
+    With --preset any field of the model can be set: --network.layers 2 --stream.chunk 2.
+    """
     from minwm.bench import report
     from minwm.bench.stream import bench_model, random_model
     from minwm.core.files import read_json, write_text
@@ -190,10 +194,10 @@ def bench(
 
     if compare:
         return echo("\n".join(report.compare(*(read_json(path) for path in compare))))
-    if model and not (preset or random_weights):
+    if model and not (preset or random_weights or fields):
         loaded = open_model(model)
     elif preset and random_weights and not model:
-        loaded = random_model(_preset(preset))
+        loaded = random_model(override(_preset(preset), parse_fields(fields)))
     else:
         raise UserError("give --model DIR, or --preset NAME with --random-weights, or --compare A.json B.json")
     cfg = loaded.config

@@ -101,7 +101,7 @@ def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) 
     console.print(f"  with all of that {size(advice.plan.total)}: {_verdict(advice.plan, budget)}")
     shards = advice.plan.shards(budget)
     if kind == "training" and shards and shards > 1:
-        console.print(f"  {shards} GPUs could hold it if they shared what is there all the time; the loop cannot yet")
+        console.print(f"  {shards} GPUs could hold it if they shared what is there all the time (docs/train.md)")
     changes = {"changes": [to_dict(change) for change in advice.changes], "changed": _values(advice.plan, budget)}
     return _values(made, budget) | changes
 
