@@ -256,6 +256,10 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "scaled": ("lingbot", lambda p: saved(p, [np.diag([2.0, 2, 2, 1])] * 2), "R is no rotation"),
     "not a quaternion": ("spatialvid", lambda p: saved(p, np.zeros((2, 7))), "no unit quaternion"),
     "no folder": ("colmap", lambda p: p / "missing", "lacks cameras.bin"),
+    "images cut off": ("colmap", lambda p: cut(p, "images.bin", -3), "images.bin is damaged"),
+    "one byte of images": ("colmap", lambda p: cut(p, "images.bin", 1), "images.bin is damaged"),
+    "no frames in the rig": ("colmap", lambda p: cut(p, "frames.bin", 0), "pycolmap cannot read it"),
+    "half of the lenses": ("colmap", lambda p: cut(p, "cameras.bin", 256), "pycolmap cannot read it"),
     "19 numbers": ("re10k", lambda p: written(p, "url\n1 2 3\n"), "line 2 has 3 numbers, not 19"),
     "no lines": ("re10k", lambda p: written(p, ""), "no line of 19 numbers"),
     "letters": ("re10k", lambda p: written(p, "url\n" + "a " * 19), "no array of numbers"),
@@ -271,6 +275,14 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], str]] = {
 def written(path: Path, text: str) -> Path:
     (path / "x").write_text(text)
     return path / "x"
+
+
+def cut(path: Path, name: str, end: int) -> Path:
+    """A COLMAP model with one file cut off."""
+    write_cameras(path / "model", "colmap", cameras())
+    file = path / "model" / name
+    file.write_bytes(file.read_bytes()[:end])
+    return path / "model"
 
 
 def archive(path: Path, **arrays: np.ndarray) -> Path:

@@ -3,6 +3,7 @@
 World-to-camera, OpenCV axes; K in pixels. Images are in the order of their file names. pycolmap reads and writes them.
 """
 
+import struct
 from pathlib import Path
 from types import ModuleType
 
@@ -36,10 +37,28 @@ def read(path: Path, given: Given) -> CameraFile:
         raise CameraError(
             "it is no COLMAP model (it lacks cameras.bin and cameras.txt); give a folder such as sparse/0"
         )
+    if (path / "images.bin").is_file():
+        _check_images(path / "images.bin")
     try:
         return from_reconstruction(pycolmap.Reconstruction(str(path)), given)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         raise CameraError(f"pycolmap cannot read it: {str(error).splitlines()[0]}") from error
+
+
+def _check_images(file: Path) -> None:
+    """CameraError unless images.bin ends where its last image does; pycolmap would read on for ever."""
+    data = file.read_bytes()
+    try:
+        (count,) = struct.unpack_from("<Q", data)
+        at = 8
+        for _ in range(count):
+            at = data.index(b"\0", at + 64) + 1  # id, quaternion, translation, camera; then the name
+            (points,) = struct.unpack_from("<Q", data, at)
+            at += 8 + 24 * points
+    except (struct.error, ValueError):
+        at = len(data) + 1
+    if at != len(data):
+        raise CameraError(f"its images.bin is damaged ({len(data)} bytes, not those of its images); copy it again")
 
 
 def from_reconstruction(model: "pycolmap.Reconstruction", given: Given) -> CameraFile:  # noqa: F821
