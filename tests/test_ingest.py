@@ -251,6 +251,8 @@ def test_hostile_files_are_refused_each_for_its_reason_and_the_rest_goes_on(
     for (fault, (_, reason)), line in zip(HOSTILE.items(), refused, strict=True):
         assert reason in line, fault
     assert len(ClipFolder(tmp_path / "out").ids()) == 2
+    assert run("data", "report", tmp_path / "out", "--json", tmp_path / "report.json") == 0
+    assert json.loads((tmp_path / "report.json").read_text())["ingested"]["dropped"] == {"short": 2}
     assert check(tmp_path / "out") == []
     assert not list((tmp_path / "out").rglob("*.tmp"))
 

@@ -188,8 +188,11 @@ def data_report(
 ) -> None:
     """Count what a folder of raw clips holds."""
     from minwm.core.media import write_image
-    from minwm.data import clips
+    from minwm.data import clips, ingest
 
-    numbers(clips.report(folder), json)
+    values = clips.report(folder)
+    if (folder / "ingested").is_dir():
+        values["ingested"] = ingest.summary(folder)
+    numbers(values, json)
     if sheet:
         write_image(sheet, clips.sheet(folder))
