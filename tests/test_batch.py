@@ -78,6 +78,11 @@ def test_benchmarks_of_minwm_and_wbench_are_read(tmp_path: Path) -> None:
         ([{"id": 1, "prompt": "x", "trajectory": "w*2"}] * 2, "the id '1' is given twice"),
         ([], "holds no request"),
         ([3], "an entry is an object"),
+        ([{"prompt": "x", "trajectory": "w*2", "image": 5}], "5 is no path of a file"),
+        ([{**WBENCH, "interactions": 5}], "has 5 for 'interactions', where list is expected"),
+        ([{**WBENCH, "interactions": ["W"]}], "an interaction is an object"),
+        ([{**WBENCH, "settings": None}], "has None for 'settings', where dict is expected"),
+        ([{**WBENCH, "environment_prompt": 3}], "has 3 for 'environment_prompt', where str is expected"),
     ],
 )
 def test_a_bad_list_names_its_entry(entries: Any, problem: str, tmp_path: Path) -> None:

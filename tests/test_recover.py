@@ -20,7 +20,7 @@ from minwm.eval.camera.points import distances, moved_camera
 from minwm.eval.camera.recover import RecoveredCamera, recover
 from minwm.eval.camera.score import keys_of, score_camera
 from minwm.eval.metrics import measure
-from minwm.eval.source import Video, function_source
+from minwm.eval.source import Video, VideoSource, function_source
 from minwm.eval.suite import requests, suite
 from minwm.nets.chunks import StreamConfig
 from minwm.render.worlds import World
@@ -128,12 +128,24 @@ def test_any_function_is_scored_and_what_is_missing_is_said() -> None:
     result = measure(source, None, log.append)
     assert result.scores["camera"]["turn_ratio"].videos.keys() == {"turn"}
     assert result.scores["camera"]["rot_err_deg"].mean.high < 1 and result.scores["texture"]["flicker"]
-    assert result.skipped == {"likeness": "skipped: 2 of 2 videos have no reference"}
-    assert log == ["likeness: skipped: 2 of 2 videos have no reference"]
+    reason = "skipped: 2 of 2 videos have no reference"
+    assert result.skipped == {"likeness": reason, "flip": reason}
+    assert log == [f"likeness: {reason}", f"flip: {reason}"]
     with pytest.raises(ConfigError, match="did you mean 'camera'"):
         measure(source, ["camra"])
     with pytest.raises(UserError, match="x: 3 frames and 17 poses"):
         Video("x", np.zeros((3, 8, 8, 3), np.uint8), FPS, path("w*4"))
+
+
+def test_likeness_needs_a_reference_and_reads_the_difference(rng: np.random.Generator) -> None:
+    frames = rng.integers(0, 200, (9, 24, 24, 3), dtype=np.uint8)
+    off = Video("off", frames + np.uint8(40), FPS, reference=frames)
+    same = Video("same", frames, FPS, reference=frames)
+    found = measure(VideoSource(["off", "same"], {"off": off, "same": same}.__getitem__), ["likeness", "flip"])
+    flip, psnr = found.scores["flip"]["flip"].videos, found.scores["likeness"]["psnr"].videos
+    assert flip["same"] == 0 and 0.05 < flip["off"] < 0.6
+    assert psnr["off"] == pytest.approx(20 * np.log10(255 / 40), abs=1e-3) and psnr["same"] > 50
+    assert found.scores["likeness"]["psnr@1"].videos.keys() == {"off", "same"}
 
 
 def test_a_suite_fits_its_model(tmp_path: Path) -> None:
@@ -159,7 +171,7 @@ def test_models_of_any_start_and_folders_are_scored(
     assert run(*words, "--json", tmp_path / "a.json") == 0
     first = parse_json((tmp_path / "a.json").read_text())["videos"]["model"]
     assert first["scores"]["camera"]["lost"]["videos"].keys() == {"000", "001"}
-    assert first["skipped"].keys() == {"likeness"}
+    assert first["skipped"].keys() == {"likeness", "flip"}
 
     write_video(tmp_path / "out" / "model" / "alone.mp4", np.zeros((9, 32, 32, 3), np.uint8), 16.0)
     assert run("eval", "--videos", tmp_path / "out" / "model", "--json", tmp_path / "b.json") == 0

@@ -18,7 +18,7 @@ from minwm.cli.base import (
     print_fields,
     write_numbers,
 )
-from minwm.core.config import UserError, override, to_dict
+from minwm.core.config import UserError, lookup, override, to_dict
 
 
 def list_eval_fields(_words: list[str]) -> None:
@@ -70,10 +70,12 @@ def _in_any_scene(
     """Score a folder of videos, or those of models along the suite."""
     from tempfile import TemporaryDirectory
 
-    from minwm.eval.metrics import measure
+    from minwm.eval.metrics import METRICS, measure
     from minwm.eval.source import folder_source
     from minwm.eval.suite import model_source, read_lines, requests
 
+    for metric in metrics or ():
+        lookup(METRICS, metric, "metric")  # before any work
     results = {}
     with TemporaryDirectory() as temporary:
         for name, path in {str(videos): videos}.items() if videos else _names(models).items():

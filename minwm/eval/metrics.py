@@ -6,10 +6,12 @@ needs. Videos that lack one are left out and counted; a metric that is left with
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from minwm.core.config import lookup
+from minwm.core.runtime import require
 from minwm.eval.camera.published import score_published
 from minwm.eval.camera.score import Samples, score_camera
 from minwm.eval.image import flicker, psnr, sharpness, ssim
@@ -109,6 +111,16 @@ def _likeness(video: Video) -> Samples:
     return found
 
 
+def _flip(video: Video) -> Samples:
+    """Perceptual difference of frames that follow one another on a screen (Andersson et al. 2020), 0 is none: four a
+    second."""
+    flip: Any = require("flip_evaluator", "eval")
+    assert video.reference is not None
+    indices = range(1, len(video.frames), max(1, round(video.fps / 4)))
+    pairs = ((video.reference[i], video.frames[i]) for i in indices)
+    return {"flip": [float(flip.evaluate(*(x.astype(np.float32) / 255 for x in pair), "LDR")[1]) for pair in pairs]}
+
+
 def _texture(video: Video) -> Samples:
     found = {"sharpness": list(map(float, sharpness(video.frames)))}
     return found if len(video.frames) < 3 else {**found, "flicker": [flicker(video.frames[None])]}
@@ -118,5 +130,6 @@ METRICS: dict[str, Metric] = {
     "camera": Metric(("camera",), _camera),
     "published": Metric(("camera",), _published),
     "likeness": Metric(("reference",), _likeness),
+    "flip": Metric(("reference",), _flip),
     "texture": Metric((), _texture),
 }

@@ -17,7 +17,7 @@ import numpy as np
 from minwm.cameras.track import CameraTrack
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import UserError, parse_json, to_dict
-from minwm.core.files import locked, read_json, read_text, write_json
+from minwm.core.files import check_shape, locked, read_json, read_text, write_json
 from minwm.core.media import read_image, resize_and_crop, write_video
 from minwm.core.runtime import git_commit, rank, versions
 from minwm.session.generate import check_start, generate_pieces, whole_chunks
@@ -105,16 +105,22 @@ def _plain(entry: Mapping[str, Any], folder: Path, seed: int, where: str) -> Req
 
 def _wbench(entry: Mapping[str, Any], folder: Path, motion: Motion, seed: int, where: str) -> Request | None:
     """A case of WBench: a key, or a chord, per turn. Turns that are no navigation stand still."""
+    check_shape(entry, {"interactions": list}, where)
+    if not all(isinstance(turn, dict) and isinstance(turn.get("action", ""), str) for turn in entry["interactions"]):
+        raise UserError(f"{where}: an interaction is an object whose action is a text")
+    check_shape({"settings": {}, **entry}, {"settings": dict}, where)
+    texts = {name: entry.get(name, "") for name in ("environment_prompt", "character_prompt", "description")}
+    check_shape(texts, dict.fromkeys(texts, str), where)
     latents = round(TURN_SECONDS * motion.fps / motion.stride)
     turns = [_turn_keys(turn.get("action", "stop"), motion.stride) for turn in entry["interactions"]]
     if not any(keys and keys != "static" for keys in turns):
         return None
     settings = entry.get("settings", {})
-    prompts = [entry.get(f"{part}_prompt", "").strip() for part in ("environment", "character")]
+    prompts = [texts[f"{part}_prompt"].strip() for part in ("environment", "character")]
     starts = [0, *(1 + motion.stride * latents * (i + 1) for i in range(len(turns)))]
     return Request(
         name=f"case_{_file_name(entry.get('id'), where)}_combined",
-        prompt=" ".join(filter(None, prompts)) or entry.get("description", ""),
+        prompt=" ".join(filter(None, prompts)) or texts["description"],
         image=_beside(settings["initial_image"], folder, where) if settings.get("initial_image") else None,
         trajectory=",".join(f"{keys or 'static'}*{latents}" for keys in turns),
         seed=seed,
@@ -138,8 +144,10 @@ def _file_name(name: Any, where: str) -> str:
     return text
 
 
-def _beside(name: str, folder: Path, where: str) -> Path:
+def _beside(name: Any, folder: Path, where: str) -> Path:
     """An existing file, looked for in the folder of the list and in the one above."""
+    if not isinstance(name, str):
+        raise UserError(f"{where}: {name!r} is no path of a file")
     places = [folder / name, folder.parent / name]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
