@@ -27,7 +27,8 @@ def backend(module: nn.Module, _inputs: list[Tensor]) -> Callable:
 def walk(net: Backbone, chunks: int, steps: int, window: int = 2) -> Tensor:
     """The last chunk of a stream whose ring was filled."""
     cond, dtype = condition(2, batch=1), next(net.parameters()).dtype
-    stream, x = Stream(net, cond, Geometry(tokens=6, chunk=2, window=window)), torch.empty(0)
+    geometry = Geometry(tokens=net.tokens_per_frame(4, 6), chunk=2, window=window, text_rows=net.text_rows)
+    stream, x = Stream(net, cond, geometry), torch.empty(0)
     for i in range(chunks):
         chunk = stream.prepare_chunk(cond)
         noise = torch.randn(steps, 1, 2, 4, 4, 6, generator=torch.Generator().manual_seed(i), dtype=dtype)

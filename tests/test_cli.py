@@ -20,9 +20,9 @@ from commands import error_line, run
 from safetensors.torch import load_file, save_file
 
 import minwm.core.files
-import minwm.core.weights
 import minwm.data.trajectories
 import minwm.session.generate as generate_module
+import minwm.train.state
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core import media
 from minwm.core.config import dumps
@@ -315,15 +315,15 @@ def test_an_interrupted_save_keeps_the_one_before(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(project, tmp_path / "whole") == 0
-    out, save = tmp_path / "cut", minwm.core.weights.save_file
+    out, save = tmp_path / "cut", minwm.train.state.save
 
-    def interrupt(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save(tensors, path, metadata)
-        if "000004" in str(path) and "optimizer" in str(path):
+    def interrupt(tensors: dict[str, torch.Tensor], **how: Any) -> None:
+        save(tensors, **how)
+        if (out / "state" / "000002").exists():
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(minwm.core.weights, "save_file", interrupt)
+        patch.setattr(minwm.train.state, "save", interrupt)
         assert train(project, out) == 130
     shown = capsys.readouterr().err.splitlines()[-1]
     assert shown.startswith("interrupted: ") and "the same command again continues" in shown

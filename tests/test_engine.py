@@ -187,7 +187,7 @@ def test_blocks_compile_to_one_graph_for_all_layers_and_chunks() -> None:
     from compiling import backend, graphs, walk
     from contracts.backbones import small
 
-    for name in ("wan-none", "wan-dual", "wan-single"):
+    for name in ("wan-none", "wan-dual", "wan-single", "hunyuan-none", "hunyuan-dual"):
         net = small(name)
         plain = walk(net, chunks=12, steps=2, window=3)
         graphs.clear()

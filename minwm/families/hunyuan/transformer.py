@@ -5,8 +5,9 @@ Sources: HunyuanVideo-1.5 `hyvideo/models/transformers/hunyuanvideo_1_5_transfor
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -278,6 +279,13 @@ class Hunyuan(Backbone):
         time = self.embed_time(t, t_end)
         layers = [block.adaln_modulation(time) for block in cast(list[Block], self.double_blocks)]
         return Modulation(layers, self.final_layer.adaln_modulation(time), t, t_end)
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compile what the video has before and after attention, once for all blocks; text comes once per prompt."""
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        before, after = compiled(Block.project_qkv), compiled(Block.after_attention)
+        for block in cast(list[Block], self.double_blocks):
+            block.project_qkv, block.after_attention = partial(before, block), partial(after, block)
 
     def forward_methods(self) -> Iterator[tuple[nn.Module, str]]:
         yield from super().forward_methods()

@@ -109,6 +109,16 @@ class Block(nn.Module):
         q_prope, k_prope = camera.queries_and_keys(qk)
         return (q, q_prope), (k, k_prope), (v, camera.keys(v))
 
+    def after_attention(
+        self,
+        x: Float[Tensor, "b f p d"],
+        out: Float[Tensor, "b s a e"],
+        modulation: ShiftScaleGate,
+        camera: Projection | None,
+    ) -> Float[Tensor, "b f p d"]:
+        """Output projection and residual of the video, then its feed-forward part."""
+        return self.img.after_attention(x, self.project_output(out, camera), modulation)
+
     def project_output(self, out: Float[Tensor, "b s a e"], camera: Projection | None) -> Float[Tensor, "b s d"]:
         """attn_proj(RoPE branch) + img_attn_prope_proj(PRoPE branch)."""
         if camera is None:
@@ -140,4 +150,4 @@ class Block(nn.Module):
         else:
             stacked = text
         out = attend_branches(scope, self.layer, q, k, v, text=stacked)
-        return self.img.after_attention(x, self.project_output(out, camera), modulation), text
+        return self.after_attention(x, out, modulation, camera), text
