@@ -283,3 +283,20 @@ def test_the_page_shows_how_far_recovered_cameras_are_off() -> None:
     speeds = {name.removeprefix("128 "): row["speed_ratio"]["value"] for name, row in rows.items()}
     truth = {"0.8x speed": 0.8, "0.5x speed": 0.5, "static": 0.0, "opposite": -1.0}
     assert all(abs(speeds[name] - speed) < 0.05 for name, speed in truth.items())
+
+
+def test_no_fault_of_a_training_loses_anything() -> None:
+    """What docs/train.md says of the committed run of benchmarks/faults.py."""
+    faults = json.loads((ROOT / "results" / "faults.json").read_text())["faults"]
+    assert faults["kill -9"]["kills"] >= 50 and faults["kill -9"]["no_saved_step_lost"]
+    assert faults["SIGTERM"]["exit_codes"] == [143]
+    assert faults["file size limit"]["half_written"] == 0
+    pairs = {name for name in faults if name.startswith("one of two")}
+    for name in pairs:
+        found = faults[name]
+        assert found["exit_code_of_the_other"] == [2] and found["seconds"] < 60 and found["finishes_again"] == [0, 0]
+        assert "another process has ended, or hung" in found["message"]
+    for name in faults.keys() - pairs:
+        assert faults[name]["same_weights"], name
+    for name in faults.keys() - pairs - {"kill -9", "SIGTERM"}:
+        assert faults[name]["exit_codes"] == [2] and "error: " in faults[name]["message"], name

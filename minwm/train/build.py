@@ -1,5 +1,6 @@
 """A training run from its config to a model folder: data, networks, the loop, and what is saved."""
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,7 +44,15 @@ def train(run: Run, out: Path) -> Summary:
     UserError while another process trains in `out`. All processes of torchrun call it.
     """
     with locked(out) if rank() == 0 else nullcontext(), process_group(run.parallel.timeout):
+        if rank() == 0:
+            _remove_leftovers(out)
         return _train(run, out)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what a killed process was writing, or removing."""
+    for left in (*out.glob(".*.tmp"), *States(out).folder.glob(".*.tmp")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _train(run: Run, out: Path) -> Summary:

@@ -58,8 +58,7 @@ class States:
         """
         target, partial = self.folder / f"{step:06d}", self.folder / f".{step:06d}.tmp"
         if rank() == 0:
-            for left in self.folder.glob(".*.tmp"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         try:
             with _named_errors(f"{target} is not written; the state after {self.latest() or 0} steps is untouched"):
                 save(
