@@ -423,7 +423,7 @@ def test_help_lists_pipelines_and_fields(capsys: pytest.CaptureFixture[str]) -> 
     assert "minwm train smoke/consistency --help" in shown
     assert run("train", "smoke/dmd", "--help") == 0
     shown = capsys.readouterr().out
-    assert "--optim.lr FLOAT" in shown and "Clips per step and rank" in shown and "--recipe.guidance FLOAT" in shown
+    assert "--optim.lr FLOAT" in shown and "Clips of a micro-batch" in shown and "--recipe.guidance FLOAT" in shown
     for words in (("eval",), ("data", "render"), ("data", "encode"), ("data", "trajectories")):
         assert run(*words, "--help") == 0
     shown = capsys.readouterr().out
