@@ -101,6 +101,7 @@ COMMANDS = {
     ("ablate",): "pose-noise --out {out}",
     ("bench",): "--model {project}/dmd --repeats 1 --chunks 1",
     ("bench-train",): "smoke/camera --steps 1 --warmup 1",
+    ("doctor",): "{project}/dmd --json {out}.json",
     ("plan",): "--preset wan2.1-1.3b/dmd --gpu-memory 24",
     ("play",): "--model {project}/dmd --world 3 --port 0",
     ("data", "render"): "--out {out} --clips 2 --latents 3",

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from minwm.core.config import UserError
-from minwm.core.files import read_json, write_json
+from minwm.core.files import check_shape, read_json, write_json
 from minwm.core.runtime import rank
 
 T = TypeVar("T")
@@ -117,7 +117,10 @@ class States:
 
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside: position in the data, seconds of training."""
-        return read_json(self.folder / f"{step:06d}" / "state.json", EXTRA)
+        path = self.folder / f"{step:06d}" / "state.json"
+        extra = read_json(path, EXTRA)
+        check_shape(extra["files"], dict.fromkeys(extra["files"], int), f"{path}: files")
+        return extra
 
 
 def state_tensors(networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
