@@ -1,6 +1,6 @@
 """How like the truth a model's clips are on held-out walks through the place, and what its codec alone would give.
 
-    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--json FILE]
+    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--few-steps 4] [--json FILE]
 
 MODEL is a model or codec folder, RAW a folder of clips (`minwm data render`) whose held-out part is used: the first
 frame is given, with the true cameras; all later ones are the model's, of a bidirectional one as many as it was trained
@@ -9,18 +9,22 @@ on.
 
 import argparse
 import json
+import shlex
 import sys
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minwm.core.media import to_frames, to_pixels
-from minwm.core.runtime import versions
+from minwm.core.runtime import git_commit, versions
 from minwm.data.dataset import RawDataset
 from minwm.eval.image import at_seconds, psnr, sharpness
 from minwm.session.generate import generate
 from minwm.store.folder import load_codec, load_model
+from minwm.stream.solvers import FewStepSampler
 
 
 def measured(made: np.ndarray, truth: np.ndarray, fps: float) -> dict[str, object]:
@@ -39,6 +43,7 @@ def main() -> None:
     parser.add_argument("raw", type=Path)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--few-steps", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     codec, data = load_codec(options.model), RawDataset(options.raw, "val")
@@ -51,14 +56,20 @@ def main() -> None:
     found = {"clips": count, "seed": options.seed, "codec": measured(through, truth, fps)}
     if (options.model / "model.json").exists():
         model = load_model(options.model)
+        samplers = {"model": model.config.sampler}
+        if options.few_steps:
+            samplers["few_steps"] = FewStepSampler(steps=options.few_steps, shift=model.config.sampler.shift)
         records = [data.folder.record(data.ids[i]) for i in range(count)]
         frames = truth.shape[1] if model.config.sampler.causal else model.config.frames
-        made = [
-            generate(model, clip[:1], [r.caption], [r.track.slice(0, frames)], options.seed)[0]
-            for r, clip in zip(records, truth, strict=True)
-        ]
-        found["model"] = {"frames": frames, **measured(np.stack(made), truth[:, :frames], fps)}
-    text = json.dumps({**found, "versions": versions()}, indent=1)
+        for name, sampler in samplers.items():
+            sampled = replace(model, config=replace(model.config, sampler=sampler))
+            made = [
+                generate(sampled, clip[:1], [r.caption], [r.track.slice(0, frames)], options.seed)[0]
+                for r, clip in zip(records, truth, strict=True)
+            ]
+            found[name] = {"frames": frames, "steps": sampler.steps, **measured(np.stack(made), truth[:, :frames], fps)}
+    about = {"command": shlex.join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat()}
+    text = json.dumps({**about, "commit": git_commit(), **found, "versions": versions()}, indent=1)
     if options.json:
         options.json.write_text(text + "\n")
     sys.stdout.write(text + "\n")

@@ -262,7 +262,6 @@ def test_settings_and_folders_are_judged(tmp_path: Path) -> None:
         ({"source_license": " "}, "name the licence"),
         ({"latents": 1}, "latents from 2"),
         ({"scale": 0.0}, "a positive number"),
-        ({"pose_kind": "true"}, "ground_truth, commanded or estimated"),
     ]
     for changes, reason in faults:
         with pytest.raises(ConfigError, match=reason):

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from minwm.cameras.epipolar import Fit, best, fit, follow
-from minwm.cameras.track import CameraTrack, Intrinsics, so3_log
+from minwm.cameras.track import CameraTrack, Intrinsics, rotation_degrees, so3_log
 from minwm.cameras.trajectory import Motion
 
 FOCAL, CENTRE = (0.2, 3.0), (0.2, 0.8)
@@ -54,7 +54,7 @@ def speeds(track: CameraTrack) -> tuple[float, float]:
 def steps(track: CameraTrack) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     """Units moved and degrees turned from each frame to the next."""
     relative = track.relative()
-    return np.linalg.norm(relative[:, :3, 3], axis=-1), _degrees(relative[:, :3, :3])
+    return np.linalg.norm(relative[:, :3, 3], axis=-1), rotation_degrees(relative[:, :3, :3])
 
 
 def jitter(track: CameraTrack) -> float:
@@ -154,7 +154,3 @@ def differences(track: CameraTrack, motion: Motion, K: Intrinsics) -> list[str]:
         given, trained = (np.round(x, 3).tolist() for x in (track.K[0], K))
         found.append(f"its K is {given}, the model's {trained}; crop the picture and its K to the model's view")
     return found
-
-
-def _degrees(R: Float[np.ndarray, "*n 3 3"]) -> Float[np.ndarray, "*n"]:
-    return np.degrees(np.linalg.norm(so3_log(R), axis=-1))

@@ -34,7 +34,7 @@ PARALLAX = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Points seen in two frames, in pixels."""
+    """Points seen in two frames, in pixels from the upper left corner of the picture."""
 
     first: int
     second: int
@@ -88,7 +88,8 @@ def _follow(frames: Sequence[UInt8[Array, "h w"]], start: int) -> Pair:
     ends, good = through(frames, corners)
     back, returned = through(frames[::-1], ends)
     good &= returned & (np.abs(back - corners).max((1, 2)) < 1)
-    return Pair(start, start + len(frames) - 1, corners[good, 0].astype(float), ends[good, 0].astype(float))
+    # OpenCV counts from the middle of the first pixel, K from its corner
+    return Pair(start, start + len(frames) - 1, corners[good, 0] + 0.5, ends[good, 0] + 0.5)
 
 
 def fit(pairs: Sequence[Pair], c2w: Float[Array, "n 4 4"], K: Float[Array, "n 4"], size: tuple[int, int]) -> Fit:
@@ -110,24 +111,39 @@ def _residuals(
     scale = np.array([width, height, width, height])
     T = se3_inverse(c2w[pair.second]) @ c2w[pair.first]
     R, t = T[:3, :3], T[:3, 3]
-    k1, k2 = _matrix(K[pair.first] * scale), _matrix(K[pair.second] * scale)
-    a, b = (np.concatenate([x, np.ones((len(x), 1))], 1) for x in (pair.a, pair.b))
-    ray_a, ray_b = a @ np.linalg.inv(k1).T @ R.T, b @ np.linalg.inv(k2).T
-    turned = ray_a @ k2.T
+    inverse_1, inverse_2 = (np.linalg.inv(_matrix(K[i] * scale)) for i in (pair.first, pair.second))
+    ray_a, ray_b = ((_homogeneous(x) @ inverse.T)[:, :2] for x, inverse in ((pair.a, inverse_1), (pair.b, inverse_2)))
+    turned = _homogeneous(ray_a) @ R.T @ _matrix(K[pair.second] * scale).T
     depth = np.where(np.abs(turned[:, 2]) < 1e-9, 1e-9, turned[:, 2])
     moved = np.where(depth > 0, np.linalg.norm(turned[:, :2] / depth[:, None] - pair.b, axis=1), np.inf)
     centres = c2w[:, :3, 3]
     if np.linalg.norm(t) <= 1e-4 * np.ptp(centres, axis=0).max() + 1e-6 * np.abs(centres).max():  # it only turned
-        return moved, np.full(len(a), np.nan)
-    essential = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]])
-    line_b, line_a = ray_a @ essential.T @ np.linalg.inv(k2), ray_b @ essential @ R @ np.linalg.inv(k1)
-    slope = np.sqrt((line_b[:, :2] ** 2).sum(1) + (line_a[:, :2] ** 2).sum(1))
-    distance = np.abs((b * line_b).sum(1)) / np.maximum(slope, 1e-12)
-    # depths d of ray_a and e of ray_b with d ray_a + t = e ray_b, by least squares
-    aa, bb, ab = (ray_a**2).sum(1), (ray_b**2).sum(1), (ray_a * ray_b).sum(1)
-    at, bt = ray_a @ t, ray_b @ t
-    d, e = ab * bt - bb * at, aa * bt - ab * at
-    return distance, np.where(moved > PARALLAX, np.where((d > 0) & (e > 0), 1.0, -1.0), np.nan)
+        return moved, np.full(len(moved), np.nan)
+    fundamental = inverse_2.T @ np.cross(t, R, axisb=0, axisc=0) @ inverse_1
+    front = (distances(ray_a, ray_b, R, t) > 0).all(1)
+    return np.abs(sampson(fundamental, pair.a, pair.b)), np.where(moved > PARALLAX, np.where(front, 1.0, -1.0), np.nan)
+
+
+def sampson(F: Float[Array, "3 3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]) -> Float[Array, " p"]:
+    """Signed first-order distance (Sampson) of pairs of points from b^T F a = 0, in the units of the points."""
+    one, two = _homogeneous(a), _homogeneous(b)
+    line_b, line_a = one @ F.T, two @ F
+    slopes = np.sqrt((line_a[:, :2] ** 2).sum(1) + (line_b[:, :2] ** 2).sum(1))
+    return (two * line_b).sum(1) / np.maximum(slopes, 1e-12)
+
+
+def distances(
+    a: Float[Array, "p 2"], b: Float[Array, "p 2"], R: Float[Array, "3 3"], t: Float[Array, "3"]
+) -> Float[Array, "p 2"]:
+    """Of points from both cameras (x_b = R x_a + t), where their rays come nearest; negative behind a camera."""
+    one, two = _homogeneous(a) @ R.T, _homogeneous(b)
+    aa, bb, ab = (one * one).sum(1), (two * two).sum(1), (one * two).sum(1)
+    along = np.stack([ab * (two @ t) - bb * (one @ t), aa * (two @ t) - ab * (one @ t)], 1)
+    return along * np.sqrt(np.stack([aa, bb], 1)) / np.maximum(aa * bb - ab * ab, 1e-12)[:, None]
+
+
+def _homogeneous(x: Float[Array, "p 2"]) -> Float[Array, "p 3"]:
+    return np.concatenate([x, np.ones_like(x[:, :1])], 1)
 
 
 def _matrix(k: Float[Array, "4"]) -> Float[Array, "3 3"]:

@@ -76,6 +76,11 @@ def so3_log(R: Float[Array, "*n 3 3"]) -> Float[Array, "*n 3"]:
     return v * np.where(size > 0, 2 * np.arctan2(size, w) / np.where(size > 0, size, 1), 2.0)
 
 
+def rotation_degrees(R: Float[Array, "*n 3 3"]) -> Float[Array, "*n"]:
+    """Angle of each rotation, 0 to 180."""
+    return np.asarray(np.degrees(np.linalg.norm(so3_log(R), axis=-1)))
+
+
 def _left_jacobian(v: Array) -> Array:
     angle2 = (v * v).sum(-1)[..., None, None]
     angle = np.sqrt(angle2)

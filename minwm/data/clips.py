@@ -65,6 +65,9 @@ class DataError(UserError):
     """Data on disk is missing, damaged or inconsistent; the message names the file, the record and a remedy."""
 
 
+PoseKind = Literal["ground_truth", "commanded", "estimated"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipRecord:
     """Everything known about one clip except its pixels."""
@@ -87,7 +90,7 @@ class ClipRecord:
     """Who or what wrote the caption."""
     hw: tuple[int, int]
     """Height and width in pixels."""
-    pose_kind: Literal["ground_truth", "commanded", "estimated"]
+    pose_kind: PoseKind
     """Where the poses come from: a renderer, the input of a generative model, or an estimator."""
     origin: np.ndarray | None = None
     """4 4 float64: world pose of frame 0, where the world is known (procedural, splat)."""

@@ -24,7 +24,7 @@ from minwm.cameras.track import CameraTrack
 from minwm.core.config import ConfigError, UserError, to_dict
 from minwm.core.files import locked, read_json, read_text, write_json
 from minwm.core.runtime import progress, rank, world_size
-from minwm.data.clips import ClipFolder, ClipRecord
+from minwm.data.clips import ClipFolder, ClipRecord, PoseKind
 from minwm.data.footage import Window, WindowConfig, windows
 from minwm.data.quality import Candidate, Failure, QualityConfig, failures
 
@@ -61,8 +61,8 @@ class IngestConfig:
     """Height and width that K is for, for formats that need it."""
     scale: float = 1.0
     """Units of the clips per unit of the camera files."""
-    pose_kind: str = "estimated"
-    """Where the poses come from: ground_truth, commanded or estimated."""
+    pose_kind: PoseKind = "estimated"
+    """Where the poses come from."""
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
@@ -70,8 +70,6 @@ class IngestConfig:
             raise ConfigError("ingest.source_license is empty: name the licence of the videos, such as CC-BY-4.0")
         if min(self.latents - 1, self.height, self.width, self.stride) < 1 or not (0 < self.fps < 1000):
             raise ConfigError("ingest: latents from 2, height, width and stride from 1, fps above 0")
-        if self.pose_kind not in ("ground_truth", "commanded", "estimated"):
-            raise ConfigError(f"ingest.pose_kind={self.pose_kind!r}: ground_truth, commanded or estimated")
         if not (np.isfinite(self.scale) and self.scale > 0):
             raise ConfigError(f"ingest.scale={self.scale}: a positive number")
 
@@ -145,7 +143,7 @@ def _ingest_video(videos: Path, path: Path, folder: ClipFolder, cfg: IngestConfi
                 caption=caption,
                 caption_source="sidecar",
                 hw=(cfg.height, cfg.width),
-                pose_kind=cfg.pose_kind,  # type: ignore[arg-type]
+                pose_kind=cfg.pose_kind,
             )
             folder.write(record, window.frames)
             clips.append(record.id)

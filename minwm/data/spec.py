@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minwm.cameras.track import so3_log
+from minwm.cameras.track import rotation_degrees
 from minwm.cameras.trajectory import Motion
 from minwm.core.config import to_dict
 from minwm.data.clips import RENDERED, ClipRecord, DataError
@@ -67,7 +67,7 @@ class ClipSpec:
                 _compare("focal", self.focal, tuple(track.K[0, :2].tolist()), where)
         relative = track.relative()
         steps = np.linalg.norm(relative[:, :3, 3], axis=-1)
-        turns = np.degrees(np.linalg.norm(so3_log(relative[:, :3, :3]), axis=-1))
+        turns = rotation_degrees(relative[:, :3, :3])
         for name, ours, values in (("move", self.motion.move, steps), ("turn", self.motion.turn, turns)):
             theirs = float(values.mean()) * track.fps if len(values) else 0.0
             if ours and theirs > SPEED_LIMIT * ours:

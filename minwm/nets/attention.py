@@ -66,7 +66,7 @@ def teacher_forcing(stream: StreamConfig, frames: int) -> Rule:
 FAST_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
 """Elsewhere bfloat16 products take many times as long as float32's."""
 CACHED_SCORES = 2**22
-"""Scores (8 MiB) that are computed at once on a CPU: more do not stay in its cache, which takes twice as long."""
+"""Scores (8 MiB) that are computed at once on a CPU: more do not stay in its cache."""
 
 
 def cast_heads(*heads: Tensor) -> list[Tensor]:

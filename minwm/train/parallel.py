@@ -154,8 +154,8 @@ class Parallel:
         return values / self.world
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process."""
-        return bool(self.mean(torch.tensor(float(here), device=self.device)) > 0)
+        """Whether it is so in any process; on the CPU, so that no step waits for a GPU."""
+        return bool(self.mean(torch.tensor(float(here))) > 0)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from minwm.cameras.track import rigid, se3_inverse, slerp, so3_exp, so3_log
+from minwm.cameras.track import rigid, rotation_degrees, se3_inverse, slerp, so3_exp
 from minwm.cameras.trajectory import Action
 
 Array = np.ndarray
@@ -120,14 +120,10 @@ def _along(path: Path) -> Float[Array, "20 4 4"]:
     return rigid(R, (1 - part[:, None]) * one[:, :3, 3] + part[:, None] * two[:, :3, 3])
 
 
-def _angles(R: Float[Array, "n 3 3"]) -> Float[Array, " n"]:
-    return np.degrees(np.linalg.norm(so3_log(R), axis=-1))
-
-
 def _errors(one: Path, two: Path) -> tuple[float, float]:
     """Mean distance and angle."""
     away = np.linalg.norm(one[:, :3, 3] - two[:, :3, 3], axis=1)
-    return float(away.mean()), float(_angles(one[:, :3, :3].swapaxes(1, 2) @ two[:, :3, :3]).mean())
+    return float(away.mean()), float(rotation_degrees(one[:, :3, :3].swapaxes(1, 2) @ two[:, :3, :3]).mean())
 
 
 def _normalised(away: float, angle: float, length: float, turned: float) -> tuple[float, float]:
@@ -139,7 +135,7 @@ def _length(path: Path) -> float:
 
 
 def _turned(path: Path) -> float:
-    return float(_angles(path[:-1, :3, :3].swapaxes(1, 2) @ path[1:, :3, :3]).sum())
+    return float(rotation_degrees(path[:-1, :3, :3].swapaxes(1, 2) @ path[1:, :3, :3]).sum())
 
 
 def _groups(turn: Turn) -> frozenset[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from minwm.cameras.epipolar import load_opencv
+from minwm.cameras.epipolar import distances, load_opencv, sampson
 from minwm.cameras.track import Intrinsics, rigid, se3_inverse, so3_exp
 
 Array = np.ndarray
@@ -116,27 +116,12 @@ def moved_camera(
     return se3_inverse(rigid(R, t if ahead >= behind else -t)), errors
 
 
-def distances(
-    a: Float[Array, "p 2"], b: Float[Array, "p 2"], R: Float[Array, "3 3"], t: Float[Array, "3"]
-) -> Float[Array, "p 2"]:
-    """Of points from both cameras (x_b = R x_a + t), where their rays come nearest; negative behind a camera."""
-    one = np.concatenate([a, np.ones_like(a[:, :1])], 1) @ R.T
-    two = np.concatenate([b, np.ones_like(b[:, :1])], 1)
-    aa, bb, ab = (one * one).sum(1), (two * two).sum(1), (one * two).sum(1)
-    along = np.stack([ab * (two @ t) - bb * (one @ t), aa * (two @ t) - ab * (one @ t)], 1)
-    return along * np.sqrt(np.stack([aa, bb], 1)) / np.maximum(aa * bb - ab * ab, 1e-12)[:, None]
-
-
 def epipolar_errors(
     R: Float[Array, "3 3"], t: Float[Array, "3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]
 ) -> Float[Array, " p"]:
     """Signed first-order distance (Sampson) of pairs of rays from the epipolar constraint of x_b = R x_a + t, in units
     of x/z."""
-    one, two = (np.concatenate([x, np.ones_like(x[:, :1])], 1) for x in (a, b))
-    essential = np.cross(t, R, axisb=0, axisc=0)
-    line_b, line_a = one @ essential.T, two @ essential
-    slopes = np.sqrt((line_a[:, :2] ** 2).sum(1) + (line_b[:, :2] ** 2).sum(1))
-    return (two * line_b).sum(1) / np.maximum(slopes, 1e-12)
+    return sampson(np.cross(t, R, axisb=0, axisc=0), a, b)
 
 
 def refined(

@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 from jaxtyping import Float
 
-from minwm.cameras.track import CameraTrack, rigid, se3_inverse, slerp, so3_log
+from minwm.cameras.track import CameraTrack, rigid, rotation_degrees, se3_inverse, slerp, so3_log
 from minwm.eval.camera.navigation import Navigation, Path, Turn, navigation
 from minwm.eval.camera.recover import RecoveredCamera
 from minwm.eval.camera.score import Samples, keys_of
@@ -57,7 +57,7 @@ def relative_pose_errors(shown: Path, commanded: Path) -> tuple[Float[Array, " m
     aligned = _aligned(shown, commanded)
     steps = [se3_inverse(path[:-1]) @ path[1:] for path in (commanded, aligned)]
     error = se3_inverse(steps[0]) @ steps[1]
-    return np.linalg.norm(error[:, :3, 3], axis=1), np.degrees(np.linalg.norm(so3_log(error[:, :3, :3]), axis=-1))
+    return np.linalg.norm(error[:, :3, 3], axis=1), rotation_degrees(error[:, :3, :3])
 
 
 def _aligned(shown: Path, commanded: Path) -> Path:

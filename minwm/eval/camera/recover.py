@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from minwm.cameras.track import Intrinsics, rigid, se3_inverse, so3_log
+from minwm.cameras.track import Intrinsics, rigid, rotation_degrees, se3_inverse
 from minwm.eval.camera.points import View, distances, follow_points, moved_camera
 
 Array = np.ndarray
@@ -136,7 +136,7 @@ def _agreeing(spans: Sequence[Span]) -> list[Span]:
         one, two = found.get((span.first, middle)), found.get((middle, span.last))
         if one and two and "lost" not in (span.kind, one.kind, two.kind):
             R = one.pose[:3, :3] @ two.pose[:3, :3]
-            angle = np.degrees(np.linalg.norm(so3_log(R.T @ span.pose[:3, :3])))
+            angle = rotation_degrees(R.T @ span.pose[:3, :3])
             if angle > AGREEMENT:
                 checked.append(Span(span.first, span.last, "lost", np.eye(4)))
                 continue

@@ -9,7 +9,7 @@ from collections import defaultdict
 import numpy as np
 from jaxtyping import Float
 
-from minwm.cameras.track import CameraTrack, se3_inverse, so3_log
+from minwm.cameras.track import CameraTrack, rotation_degrees, se3_inverse, so3_log
 from minwm.eval.camera.motion import MIN_DEGREES, MIN_UNITS
 from minwm.eval.camera.recover import RecoveredCamera
 
@@ -58,7 +58,7 @@ def _second(recovered: RecoveredCamera, second: int, step: Float[Array, "4 4"]) 
     turn, turned, way = so3_log(step[:3, :3]), so3_log(pose[:3, :3]), step[:3, 3]
     angle, length = float(np.linalg.norm(turn)), float(np.linalg.norm(way))
     values = {"lost": float(kind == "lost")}
-    values["rot_err_deg"] = float(np.degrees(np.linalg.norm(so3_log(step[:3, :3].T @ pose[:3, :3]))))
+    values["rot_err_deg"] = float(rotation_degrees(step[:3, :3].T @ pose[:3, :3]))
     if np.degrees(angle) >= MIN_DEGREES:
         values["turn_ratio"] = float(turned @ turn) / angle**2
     if length >= MIN_UNITS:
