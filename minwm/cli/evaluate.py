@@ -1,8 +1,10 @@
 """The verb that measures models."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
@@ -20,11 +22,50 @@ from minwm.cli.base import (
 )
 from minwm.core.config import UserError, lookup, override, to_dict
 
+if TYPE_CHECKING:
+    from minwm.eval.metrics import Scores
+    from minwm.eval.source import VideoSource
+    from minwm.store.model import Model
+
 
 def list_eval_fields(_words: list[str]) -> None:
     from minwm.eval.run import EvalConfig
 
     print_fields(EvalConfig(), "eval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyScene:
+    """What is scored where scenes need not be known."""
+
+    suite: Annotated[Flag, arg(help="along the fixed suite, in scenes that need not be known")] = False
+    prompts: Annotated[Path | None, arg(metavar="FILE.txt", help="of the suite: one prompt per line")] = None
+    images: Annotated[Path | None, arg(metavar="DIR", help="of the suite: first frames, with NAME.txt")] = None
+    trajectories: Annotated[Path | None, arg(metavar="FILE.txt", help="in place of the suite's paths")] = None
+    videos: Annotated[Path | None, arg(metavar="DIR", help="score mp4 files with pose files NAME.json")] = None
+    data: Annotated[Path | None, arg(metavar="DIR", help="against recorded clips: raw ones, or latent shards")] = None
+    split: Annotated[Literal["val", "train"], arg(help="of --data")] = "val"
+    limit: Annotated[int | None, arg(metavar="N", help="of --data: so many clips, spread over the split")] = None
+    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME", help="in any scene; all if not given")] = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything was given that asks for this in place of rendered scenes."""
+        return self != AnyScene(split=self.split, limit=self.limit, metrics=self.metrics)
+
+    def check(self, models: Sequence[Path]) -> None:
+        """UserError for what cannot be asked for at once, before any work."""
+        from minwm.eval.metrics import METRICS
+
+        along = self.suite or self.prompts or self.images or self.trajectories
+        if self.videos and (models or along or self.data):
+            raise UserError("--videos DIR is scored as it is; leave out the models and what is made with them")
+        if self.data and along:
+            raise UserError("--data DIR has prompts, first frames and cameras; leave out those of the suite")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: give at least 1")
+        for metric in self.metrics or ():
+            lookup(METRICS, metric, "metric")
 
 
 @command("eval", details=list_eval_fields, resumable="out")
@@ -35,64 +76,86 @@ def evaluate(
     sheet: Annotated[Path | None, arg(metavar="PNG", help="draw the last model's best and worst clips here")] = None,
     quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
     out: Annotated[Path | None, arg(metavar="DIR", help="keep rows and videos here; finished ones stay")] = None,
-    suite: Annotated[Flag, arg(help="along the fixed suite, in scenes that need not be known")] = False,
-    prompts: Annotated[Path | None, arg(metavar="FILE.txt", help="of the suite: one prompt per line")] = None,
-    images: Annotated[Path | None, arg(metavar="DIR", help="of the suite: first frames, with NAME.txt")] = None,
-    trajectories: Annotated[Path | None, arg(metavar="FILE.txt", help="in place of the suite's paths")] = None,
-    videos: Annotated[Path | None, arg(metavar="DIR", help="score mp4 files with pose files NAME.json")] = None,
-    metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME", help="of the suite and of videos; all")] = None,
+    scene: Annotated[AnyScene, arg(name="")] = AnyScene(),
     fields: Fields = (),
 ) -> None:
     """Measure camera following, quality, memory, drift and speed in rendered scenes that no stage has seen; or, with
-    --suite (or --prompts, --images, --trajectories) or --videos, in any scene, from pixels alone."""
-    anywhere = suite or prompts or images or trajectories
-    if videos and (model or anywhere):
-        raise UserError("--videos DIR is scored as it is; leave out the models and what is made with them")
-    if not videos and not model:
+    --suite (or --prompts, --images, --trajectories), --data or --videos, in any scene, from pixels alone."""
+    if not (scene.videos or model):
         raise UserError("give --model DIR, or --videos DIR")
-    if not (videos or anywhere):
+    if not scene.asked:
         return _in_rendered_scenes(model, json, html, sheet, quick, out, fields)
     if html or sheet or quick or fields:
         raise UserError("--html, --sheet, --quick and sizes are for rendered scenes; leave them out")
-    return _in_any_scene(model, json, out, prompts, images, trajectories, videos, metrics)
+    scene.check(model)
+    return _in_any_scene(model, scene, json, out)
 
 
-def _in_any_scene(
-    models: list[Path],
-    json: Path | None,
-    out: Path | None,
-    prompts: Path | None,
-    images: Path | None,
-    trajectories: Path | None,
-    videos: Path | None,
-    metrics: tuple[str, ...] | None,
-) -> None:
-    """Score a folder of videos, or those of models along the suite."""
+def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, out: Path | None) -> None:
+    """Score a folder of videos, or those of models along the suite or in place of recorded clips."""
     from tempfile import TemporaryDirectory
 
     from minwm.eval.metrics import METRICS, measure
+    from minwm.eval.recorded import RECORDING
+
+    results, baselines = {}, {}
+    with TemporaryDirectory() as temporary:
+        for name, source in _sources(_names(models), scene, out or Path(temporary)):
+            results[name] = measure(source, scene.metrics, partial(_say, name))
+            _say_scores(name, results[name])
+        for name, source in _baselines(models, scene):
+            fit = (metric for metric in scene.metrics or METRICS if METRICS[metric].compares == (name != RECORDING))
+            baselines[name] = measure(source, [*fit])
+            _say_scores(name, baselines[name])
+    rows = {"videos": results, "baselines": baselines}
+    write_numbers({kind: {name: to_dict(x) for name, x in found.items()} for kind, found in rows.items()}, json)
+
+
+def _sources(models: Mapping[str, Path], scene: AnyScene, out: Path) -> "Iterator[tuple[str, VideoSource]]":
+    from minwm.eval.recorded import recorded_source
     from minwm.eval.source import folder_source
     from minwm.eval.suite import model_source, read_lines, requests
 
-    for metric in metrics or ():
-        lookup(METRICS, metric, "metric")  # before any work
-    results = {}
-    with TemporaryDirectory() as temporary:
-        for name, path in {str(videos): videos}.items() if videos else _names(models).items():
-            if videos:
-                source = folder_source(videos)
-            else:
-                loaded, folder = open_model(path), (out or Path(temporary)) / name.strip("/")
-                routes, texts = (read_lines(file) if file else None for file in (trajectories, prompts))
-                wanted = requests(loaded.config, folder, routes, texts, images)
-                source = model_source(loaded, wanted, folder, str(path))
-            results[name] = measure(source, metrics, partial(_say, name))
-            for metric, scores in results[name].scores.items():
-                for quantity, score in scores.items():
-                    if not set(quantity) & set("[@"):
-                        mean = score.mean
-                        _say(name, f"{metric}: {quantity} {mean.value:.3g} ({mean.low:.3g} to {mean.high:.3g})")
-    write_numbers({"videos": {name: to_dict(result) for name, result in results.items()}}, json)
+    if scene.videos:
+        yield str(scene.videos), folder_source(scene.videos)
+    for name, path in models.items():
+        folder = out / name.strip("/")
+        if scene.data:
+            loaded, recorded = _open_with_data(path, scene)
+            yield name, recorded_source(loaded, recorded, folder, {"model": str(path), "data": str(scene.data)})
+        else:
+            loaded = open_model(path)
+            routes, texts = (read_lines(file) if file else None for file in (scene.trajectories, scene.prompts))
+            wanted = requests(loaded.config, folder, routes, texts, scene.images)
+            yield name, model_source(loaded, wanted, folder, str(path))
+
+
+def _baselines(models: list[Path], scene: AnyScene) -> "Iterator[tuple[str, VideoSource]]":
+    """Those of recorded clips, as the last model sees them."""
+    from minwm.eval.recorded import baselines
+
+    if scene.data:
+        loaded, recorded = _open_with_data(models[-1], scene)
+        yield from baselines(scene.data, recorded, loaded).items()
+
+
+def _open_with_data(path: Path, scene: AnyScene) -> "tuple[Model, VideoSource]":
+    """A model, ready, and the recorded clips as it sees them."""
+    from minwm.eval.recorded import recordings
+    from minwm.store.hub import load
+
+    assert scene.data is not None
+    loaded = load(path)
+    recorded = recordings(scene.data, loaded, scene.split, scene.limit)
+    return loaded.ready(), recorded
+
+
+def _say_scores(name: str, result: "Scores") -> None:
+    for metric, scores in result.scores.items():
+        for quantity, score in scores.items():
+            if not set(quantity) & set("[@"):
+                mean = score.mean
+                _say(name, f"{metric}: {quantity} {mean.value:.3g} ({mean.low:.3g} to {mean.high:.3g})")
 
 
 def _say(name: str, line: str) -> None:

@@ -27,6 +27,11 @@ class Metric:
     """Fields of a `Video` that must be known."""
     measure: Callable[[Video], Samples]
 
+    @property
+    def compares(self) -> bool:
+        """Whether videos are compared with a reference."""
+        return "reference" in self.needs
+
     def lacks(self, video: Video) -> list[str]:
         return [name for name in self.needs if vars(video)[name] is None]
 
@@ -49,6 +54,8 @@ class Scores:
     """By metric and quantity."""
     skipped: dict[str, str]
     """Reason by metric; also of those that could not judge every video."""
+    tasks: dict[str, dict[str, str]]
+    """`Video.described` by name."""
 
 
 def measure(source: VideoSource, names: Collection[str] | None = None, log: Log = lambda _line: None) -> Scores:
@@ -56,7 +63,9 @@ def measure(source: VideoSource, names: Collection[str] | None = None, log: Log 
     chosen = {name: lookup(METRICS, name, "metric") for name in (METRICS if names is None else names)}
     samples: dict[str, dict[str, Samples]] = {name: {} for name in chosen}
     missing: dict[str, dict[str, int]] = {name: {} for name in chosen}
+    tasks = dict[str, dict[str, str]]()
     for video in source:
+        tasks[video.name] = video.described()
         for name, metric in chosen.items():
             if lacking := metric.lacks(video):
                 missing[name][lacking[0]] = missing[name].get(lacking[0], 0) + 1
@@ -65,7 +74,7 @@ def measure(source: VideoSource, names: Collection[str] | None = None, log: Log 
     skipped = {name: _reason(counts, len(source)) for name, counts in missing.items() if counts}
     for name, reason in skipped.items():
         log(f"{name}: {reason}")
-    return Scores({name: _summary(found) for name, found in samples.items() if found}, skipped)
+    return Scores({name: _summary(found) for name, found in samples.items() if found}, skipped, tasks)
 
 
 def _reason(counts: Mapping[str, int], videos: int) -> str:

@@ -1,10 +1,10 @@
 """What is scored: videos, with all that is known of each, from a model, any function, or a folder."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -31,6 +31,8 @@ class Video:
     """What the video should show: a recording, or a true render."""
     first_depth: Float[Array, "h w"] | None = None
     """z-depth of the first frame in units of the camera, inf or NaN where it is unknown."""
+    task: Mapping[str, str] = field(default_factory=dict)
+    """What else was asked for, such as its prompt; videos of other tasks are not compared."""
 
     def __post_init__(self) -> None:
         if self.camera is not None and len(self.camera) != len(self.frames):
@@ -41,6 +43,16 @@ class Video:
                 "alike"
             )
 
+    def described(self) -> dict[str, str]:
+        """The task, with digests of camera and reference."""
+        found = dict(self.task)
+        if self.camera is not None:
+            poses = np.concatenate([self.camera.c2w.reshape(-1, 16), self.camera.K], 1)
+            found["camera"] = digest(poses.round(4) + 0.0)  # no negative zeros
+        if self.reference is not None:
+            found["reference"] = digest(self.reference)
+        return found
+
     @cached_property
     def recovered(self) -> RecoveredCamera:
         """The camera that its pixels show."""
@@ -49,26 +61,22 @@ class Video:
         return recover(self.frames, self.camera.K[0], self.fps, self.first_depth)
 
 
-class VideoSource(Sequence[Video]):
+def digest(values: Array) -> str:
+    """Equal for equal arrays."""
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:12]
+
+
+class VideoSource:
     """Videos in order, made or read when they are asked for."""
 
     def __init__(self, names: Sequence[str], video: Callable[[str], Video]) -> None:
-        self.names, self._video = names, video
+        self.names, self.video = names, video
 
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> Video: ...
-    @overload
-    def __getitem__(self, index: slice) -> "VideoSource": ...
-    def __getitem__(self, index: int | slice) -> "Video | VideoSource":
-        if isinstance(index, slice):
-            return VideoSource(self.names[index], self._video)
-        return self._video(self.names[index])
-
     def __iter__(self) -> Iterator[Video]:
-        return map(self._video, self.names)
+        return map(self.video, self.names)
 
 
 def folder_source(folder: Path) -> VideoSource:

@@ -1,6 +1,7 @@
 """The fixed suite of paths along which any model is scored, and the videos that it makes along them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ import numpy as np
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import UserError
 from minwm.core.files import read_text
-from minwm.core.media import write_image
+from minwm.core.media import read_image, write_image
 from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, TRIES
-from minwm.eval.source import VideoSource, folder_source
+from minwm.eval.source import VideoSource, digest, folder_source
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
 
@@ -127,4 +128,10 @@ def model_source(model: Model, wanted: Sequence[Request], folder: Path, name: st
         folder,
         {"model": name},
     )
-    return folder_source(folder)
+    made, tasks = folder_source(folder), {request.name: _task(request) for request in wanted}
+    return VideoSource([*tasks], lambda name: replace(made.video(name), task=tasks[name]))
+
+
+def _task(request: Request) -> dict[str, str]:
+    image = {"image": digest(read_image(request.image))} if request.image else {}
+    return {"prompt": request.prompt, **image}

@@ -1,0 +1,127 @@
+"""Recorded clips as the truth: what a model makes from their starts, along their cameras.
+
+Of raw clips the pixels are the truth; of latent shards what the model's codec decodes from them, which is as near as a
+model on these latents can come.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minwm.core.media import to_frames, write_image
+from minwm.data.clips import LATENT_SHARDS, ClipRecord, DataError, read_manifest
+from minwm.data.dataset import RawDataset, ShardDataset, Split
+from minwm.data.encode import identity
+from minwm.eval.cases import reconstruct
+from minwm.eval.source import Frames, Video, VideoSource, folder_source
+from minwm.session.batch import Request, generate_all
+from minwm.store.model import Model, ModelConfig
+
+RECORDING, STATIC, CODEC = "recording", "static camera", "codec"
+"""Baselines: the clips themselves, their first frames held, and the clips encoded and decoded."""
+
+
+def recordings(data: Path, model: Model, split: Split, limit: int | None = None) -> VideoSource:
+    """The clips of one split with their cameras and captions; `limit`: so many, spread over it.
+
+    The model is as loaded: another type of numbers (`Model.ready`) changes its codec's identity. DataError if the codec
+    is another than that of the latents, and when a clip is read that is not of the model's size, rate or lens; clips
+    that are longer than those of training are for models that stream.
+    """
+    encoded = _encoded(data)
+    read = _of_shards(ShardDataset(data, split, cache_bytes=0), model) if encoded else _of_raw(RawDataset(data, split))
+    names = [*read]
+    if limit is not None:
+        names = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, limit).round().astype(int))]
+
+    def video(name: str) -> Video:
+        record, frames = read[name]()
+        _check(record, model.config, f"{data}: clip {name}")
+        return Video(name, frames, record.track.fps, record.track, task={"prompt": record.caption, "clip": name})
+
+    return VideoSource(names, video)
+
+
+Read = Callable[[], tuple[ClipRecord, Frames]]
+
+
+def _of_raw(dataset: RawDataset) -> dict[str, Read]:
+    folder = dataset.folder
+    return {name: lambda name=name: (folder.record(name), folder.frames(name)) for name in dataset.ids}
+
+
+def _of_shards(dataset: ShardDataset, model: Model) -> dict[str, Read]:
+    made, has = dataset.manifest["codec"], identity(model.codec)
+    if made["hash"] != has["hash"]:
+        raise DataError(
+            f"{dataset.path} was encoded by the codec {made['id']} {made['hash']}, the model has {has['id']} "
+            f"{has['hash']}; give the raw clips instead"
+        )
+
+    @torch.inference_mode()
+    def read(index: int) -> tuple[ClipRecord, Frames]:
+        sample, place = dataset[index], next(model.codec.parameters())
+        return sample.record, to_frames(model.codec.decode(sample.latents[None].to(place)))[0]
+
+    return {name: lambda index=index: read(index) for index, name in enumerate(dataset.ids)}
+
+
+def _encoded(data: Path) -> bool:
+    return read_manifest(data, "minwm data ingest")["kind"] == LATENT_SHARDS
+
+
+def _check(record: ClipRecord, config: ModelConfig, where: str) -> None:
+    spec = config.clip_spec
+    if config.sampler.causal:
+        spec = replace(spec, latents=1 + (len(record.track) - 1) // config.motion.stride)
+    spec.check_clip(record, where)
+
+
+def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Mapping[str, str]) -> VideoSource:
+    """The videos of a model along the cameras of recordings, made in `folder` unless they are there.
+
+    They start from the first frames, with the recordings as reference; those of a model that starts from text show
+    other scenes, and have none. `about` is what the manifest of the folder says.
+    """
+    tracks, wanted = {}, list[Request]()
+    for seed, video in enumerate(recorded):
+        assert video.camera is not None
+        tracks[video.name] = video.camera.relative_to_first()
+        image = folder / "starts" / f"{video.name}.png" if model.config.image_start else None
+        if image and not image.exists():
+            write_image(image, video.frames[0])
+        poses = folder / "starts" / f"{video.name}.json"
+        tracks[video.name].save(poses)
+        prompt = video.task["prompt"]
+        wanted.append(Request(name=video.name, prompt=prompt, image=image, trajectory=str(poses), seed=seed))
+    generate_all(model, wanted, lambda request: tracks[request.name], folder, about)
+    made = folder_source(folder)
+
+    def scored(name: str) -> Video:
+        truth = recorded.video(name)
+        reference = truth.frames if model.config.image_start else None
+        return replace(truth, frames=made.video(name).frames, reference=reference)
+
+    return VideoSource(recorded.names, scored)
+
+
+def baselines(data: Path, recorded: VideoSource, model: Model) -> dict[str, VideoSource]:
+    """Sources by name; those of `STATIC` and, of raw clips, `CODEC` have the recordings as reference. A model that
+    starts from text, whose videos have none, is given neither."""
+    remade = dict[str, Callable[[Frames], Frames]]()
+    if model.config.image_start:
+        remade[STATIC] = lambda frames: np.repeat(frames[:1], len(frames), 0)
+    if model.config.image_start and not _encoded(data):
+        remade[CODEC] = lambda frames: reconstruct(model.codec, frames[None])[0]
+
+    def source(change: Callable[[Frames], Frames]) -> VideoSource:
+        def video(name: str) -> Video:
+            truth = recorded.video(name)
+            return replace(truth, frames=change(truth.frames), reference=truth.frames)
+
+        return VideoSource(recorded.names, video)
+
+    return {RECORDING: recorded, **{name: source(change) for name, change in remade.items()}}

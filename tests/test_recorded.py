@@ -1,0 +1,81 @@
+"""Recorded clips as the truth: raw ones and latent shards, for models that start from images and from text."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import error_line, run
+from test_batch import CONFIG
+
+from minwm.bench.stream import random_model
+from minwm.core.config import parse_json
+from minwm.data.clips import ClipFolder
+from minwm.data.encode import EncodeConfig, encode_clips
+from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.nets.chunks import StreamConfig
+from minwm.store.folder import save_model
+from minwm.stream.solvers import BidirectionalSampler
+
+line = pytest.fixture(error_line)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw clips, shards of half of their scenes for validation, and models of either start with one codec."""
+    out = tmp_path_factory.mktemp("recorded")
+    render = RenderConfig(seed=5, motion=CONFIG.motion, latents=5, height=32, width=32)
+    render_worlds(out / "raw", render, clips=6, workers=1)
+    model = random_model(CONFIG)
+    encode_clips(out / "raw", out / "latents", model.codec, CONFIG.text, cfg=EncodeConfig(val=0.5))
+    whole = replace(CONFIG, stream=StreamConfig(chunk=4), sampler=BidirectionalSampler(steps=1))
+    for name, config in {"image": CONFIG, "text": whole}.items():
+        save_model(out / name, config, random_model(config).net, model.codec)
+    return out
+
+
+def scored(project: Path, data: str, model: str, *words: object) -> dict[str, Any]:
+    file = project / f"{data}-{model}.json"
+    folder = project / f"{data}-{model}"
+    command = ("eval", "--model", project / model, "--data", project / data, "--json", file, "--out", folder)
+    assert run(*command, *words) == 0
+    return parse_json(file.read_text())
+
+
+def test_raw_clips_are_the_truth_of_models_that_start_from_their_frames(project: Path) -> None:
+    found = scored(project, "raw", "image", "--split", "train", "--limit", "2")
+    ids = ClipFolder(project / "raw").ids()
+    model, rows = found["videos"]["image"], found["baselines"]
+    assert [*model["tasks"]] == [ids[0], ids[-1]] and rows.keys() == {"recording", "static camera", "codec"}
+    assert model["scores"].keys() >= {"camera", "likeness", "flip"} and model["skipped"] == {}
+    assert model["tasks"] == rows["codec"]["tasks"]
+    assert rows["recording"]["scores"].keys() == {"camera", "published", "texture"}
+    still = rows["static camera"]["scores"]["likeness"]["psnr@1"]["videos"]
+    frames = ClipFolder(project / "raw").frames(ids[0]).astype(float)
+    error = ((frames[13:17] - frames[0]) ** 2).mean((1, 2, 3))
+    assert still[ids[0]] == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=1e-3)
+
+
+def test_latent_shards_are_decoded_and_text_starts_have_no_reference(project: Path) -> None:
+    image = scored(project, "latents", "image")
+    assert image["baselines"].keys() == {"recording", "static camera"}, "the truth has gone through the codec"
+    text = scored(project, "latents", "text", "--metrics", "camera", "likeness")
+    model = text["videos"]["text"]
+    count = len(model["tasks"])
+    assert model["tasks"].keys() == image["videos"]["image"]["tasks"].keys() and 0 < count < 6
+    assert model["skipped"] == {"likeness": f"skipped: {count} of {count} videos have no reference"}
+    assert model["scores"].keys() == text["baselines"]["recording"]["scores"].keys() == {"camera"}
+
+
+def test_clips_that_do_not_fit_are_refused(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:
+    save_model(tmp_path / "other", CONFIG, random_model(CONFIG).net, random_model(CONFIG, seed=1).codec)
+    small = replace(CONFIG, height=16, width=16)
+    save_model(tmp_path / "small", small, random_model(small).net, random_model(small).codec)
+    words = ("eval", "--data", project / "latents", "--model")
+    assert run(*words, tmp_path / "other") == 2 and "was encoded by the codec" in line()
+    words = ("eval", "--data", project / "raw", "--split", "train", "--model")
+    assert run(*words, tmp_path / "small") == 2 and "its height is 32, the model's 16" in line()
+    assert run(*words, project / "image", "--suite") == 2 and "leave out those of the suite" in line()
+    assert run(*words, project / "image", "--limit", "0") == 2 and "--limit 0" in line()
