@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,24 +82,36 @@ def convert_weights(
     heads: Heads = None,
     dtype: Annotated[Literal["keep", "bfloat16", "float32"], arg(help="type of the numbers")] = "keep",
     drop_action: Annotated[Flag, arg(help="leave out HY-WorldPlay's embedding of actions")] = False,
+    adapter: Annotated[
+        Path | None, arg(metavar="DIR", help="a LoRA in PEFT's layout, merged into the weights: adapter/ of a run")
+    ] = None,
     fields: Fields = (),
 ) -> None:
     """Write a checkpoint or a model folder in another layout; with --to minwm, any field of the model can be set."""
     import torch
 
-    from minwm.store.folder import load_model, weights_origin
+    from minwm.store.adapter import load_adapter
+    from minwm.store.folder import load_model, save_merged, weights_origin
     from minwm.store.layouts import FAMILIES, open_published, published_origin
 
+    ours, lora = (source / "model.json").exists(), adapter and load_adapter(adapter)
+    if ours and lora and to == "minwm" and not (preset or codec or fields):
+        save_merged(target, source, lora)
+        return echo(f"{target}: {source} with {adapter}")
+    published = None if ours else open_published(source, role, heads, drop_action)
+    if published and lora:
+        published = replace(published, tensors=lora.merge_into(published.tensors))
     if to == "minwm":
-        published = open_published(source, role, heads, drop_action)
+        if published is None:
+            raise UserError(f"{source} is a model folder already; --adapter DIR alone merges a LoRA into it")
         return _write_model(published, preset, codec, target, fields)
     if preset or codec or fields:
         raise UserError("--preset, --codec and fields of the model go with --to minwm")
-    if (source / "model.json").exists():
+    if published is None:
         model = load_model(source)
         tensors, cfg, notes, origin = model.net.state_dict(), model.config.network, (), weights_origin(source)
+        tensors = lora.merge_into(tensors) if lora else tensors
     else:
-        published = open_published(source, role, heads, drop_action)
         tensors, cfg, notes = published.tensors, published.config, published.notes
         origin = published_origin(published)
     types = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}

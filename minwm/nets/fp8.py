@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from minwm.core.config import ConfigError
 from minwm.nets.attention import ArenaSize, Heads, KVArena, all_visible
 from minwm.nets.chunks import Geometry
+from minwm.nets.layers import ProductLinear
 
 FP8 = torch.float8_e4m3fn
 
@@ -24,10 +25,10 @@ def quantize(x: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n d"], Float[Ten
     return (wide / scale).to(FP8), scale
 
 
-class Linear(nn.Linear):
+class Linear(ProductLinear):
     """x W^T + b, one of the large products of a block, optionally in FP8 (W8A8, one scale per row of either).
 
-    What is small or sensitive (embeddings, time, text, head, camera output) is a plain `nn.Linear`, never in FP8.
+    What is small or sensitive (embeddings, time, text, head, camera output) is another linear, never in FP8.
     """
 
     quantized: Tensor | None
@@ -47,10 +48,9 @@ class Linear(nn.Linear):
             )
         self.quantized, self.scales = quantize(self.weight.detach()) if on else (None, None)
 
-    def product(self, x: Float[Tensor, "n i"], bias: Float[Tensor, " o"], out: Tensor | None = None) -> Tensor:
-        """x W^T + bias, written into `out` if given."""
+    def product(self, x: Float[Tensor, "n i"], bias: Tensor, out: Tensor | None = None) -> Float[Tensor, "n o"]:
         if self.quantized is None or self.scales is None:
-            return torch.addmm(bias, x, self.weight.t(), out=out)
+            return super().product(x, bias, out)
         quantized, scales = quantize(x)
         return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage] - the public one knows no `out`
             quantized,

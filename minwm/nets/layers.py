@@ -31,6 +31,14 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
+class ProductLinear(nn.Linear):
+    """x W^T + b, also of rows with a bias that is given."""
+
+    def product(self, x: Float[Tensor, "n i"], bias: Tensor, out: Tensor | None = None) -> Float[Tensor, "n o"]:
+        """x W^T + bias, of one row or of all, written into `out` if given."""
+        return torch.addmm(bias, x, self.weight.t(), out=out)
+
+
 def modulate(
     x: Float[Tensor, "b f p d"], shift: Float[Tensor, "#b #f 1 d"], scale: Float[Tensor, "#b #f 1 d"], eps: float = 1e-6
 ) -> Float[Tensor, "b f p d"]:

@@ -25,6 +25,7 @@ from minwm.core.weights import (
 from minwm.families.base import Origin, Published
 from minwm.nets.codec import TinyDecoder
 from minwm.nets.taehv import TAEHV
+from minwm.store.adapter import Adapter
 from minwm.store.layouts import (
     AnyCodec,
     AnyCodecConfig,
@@ -88,6 +89,16 @@ def save_published(target: Path, config: ModelConfig, published: Published, code
         if source := published_origin(published):
             write_text(folder / ORIGIN, dumps(source))
         write_text(folder / "model.json", dumps(replace(config, network=network, codec=codec_config)))
+
+
+def save_merged(target: Path, source: Path, adapter: Adapter) -> None:
+    """Write a model folder with the weights of another one and a LoRA added; ConfigError if that is of another base."""
+    model, known = load_model(source), weights_origin(source)
+    model.net.load_state_dict(adapter.merge_into(model.net.state_dict()))
+    with new_folder(target) as folder:
+        if known:
+            write_text(folder / ORIGIN, dumps(known))
+        save_model(folder, model.config, model.net, model.codec)
 
 
 def run_as(published: Published, network: NetworkConfig) -> NetworkConfig:

@@ -25,6 +25,7 @@ from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, ShiftSc
 from minwm.nets.fp8 import Linear
 from minwm.nets.layers import (
     LayerNorm,
+    ProductLinear,
     RMSNorm,
     Rope3D,
     can_write_in_place,
@@ -113,9 +114,7 @@ class SelfAttention(nn.Module):
         self.stack_dim = -1 if cfg.camera == "single" else 2
         """The axis on which branches are stacked."""
         if cfg.camera == "dual":
-            self.prope_o = nn.Linear(cfg.dim, cfg.dim)
-            nn.init.zeros_(self.prope_o.weight)
-            nn.init.zeros_(self.prope_o.bias)
+            self.prope_o = ProductLinear(cfg.dim, cfg.dim)
 
     def project_qkv(self, x: Float[Tensor, "b f p d"], rope: Tensor, camera: Projection | None) -> QKVBranches:
         """Branches of queries, keys and values."""
@@ -177,7 +176,7 @@ class SelfAttention(nn.Module):
         main, prope = out.split(self.heads, dim=2)
         prope = camera.outputs(contiguous_copy(prope))
         rows = self.o.product(main.flatten(2).flatten(0, 1), self.o.bias + self.prope_o.bias)
-        return torch.addmm(rows, prope.flatten(2).flatten(0, 1), self.prope_o.weight.t())
+        return self.prope_o.product(prope.flatten(2).flatten(0, 1), rows)
 
 
 class Block(nn.Module):
@@ -269,8 +268,6 @@ class Wan(Backbone):
         self.needs_first_frame_coordinates = cfg.camera == "plucker"
         if self.needs_first_frame_coordinates:
             self.plucker = nn.Linear(NUMBERS * cfg.patch**2, cfg.dim)
-            nn.init.zeros_(self.plucker.weight)
-            nn.init.zeros_(self.plucker.bias)
         inner = replace(cfg, camera="none") if self.needs_first_frame_coordinates else cfg
         self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(cfg.layers))
         self.head = Head(cfg.dim, cfg.channels * cfg.patch**2, cfg.rounded)
@@ -281,8 +278,9 @@ class Wan(Backbone):
     def init_weights(self) -> None:
         """The release's initialisation: Xavier linears, small embeddings; head, cameras and actions start at zero."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith(("prope_o", "plucker")):
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear):
+                camera = name.endswith(("prope_o", "plucker"))
+                nn.init.zeros_(module.weight) if camera else nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for module in (*self.text_embedding, *self.time_embedding):
             if isinstance(module, nn.Linear):
