@@ -132,6 +132,8 @@ def test_processes_share_a_list_and_nothing_is_made_of_a_bad_one(tmp_path: Path)
     assert {path.name for path in (tmp_path / "out").glob("*.mp4")} == {"0.mp4", "2.mp4"}
     assert generate_all(model, requests, track_of, tmp_path / "out", {}, (1, 2)) == 1
     spoilt = [*requests, replace(requests[0], name="bad", image=tmp_path / "none.png")]
-    with pytest.raises(UserError, match=r"bad: .*none.png"):
+    with pytest.raises(UserError, match=r"bad: this model starts from its prompt alone"):
         generate_all(model, spoilt, track_of, tmp_path / "other", {})
+    with pytest.raises(UserError, match=r"bad: .*none.png"):
+        generate_all(random_model(CONFIG), spoilt[-1:], track_of, tmp_path / "other", {})
     assert not (tmp_path / "other").exists()

@@ -45,7 +45,7 @@ DESCRIPTION = """Camera-controlled, streaming video world models: data, training
   minwm generate --model runs/demo/dmd --world 7 --trajectory "w*4,j*4" --out walk.mp4
 
 Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, generate --list, data
-render, data ingest, data encode or data trajectories continues when it is run again."""
+render, data ingest, data generate, data encode or data trajectories continues when it is run again."""
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="write the numbers here too")]
 ModelFolder = Annotated[Path, arg(metavar="DIR|USER/NAME", help="model folder, such as runs/demo/dmd, or on the Hub")]
@@ -98,7 +98,7 @@ DETAILS: dict[tuple[str, ...], Details] = {}
 RESUMABLE: dict[Verb, str | None] = {}
 """Verbs that go on where an interrupted call of them ended; all such calls, or those with this option."""
 GROUPS = {
-    "data": "Training clips: render, ingest, encode, trajectories, check, report.",
+    "data": "Training clips: render, ingest, generate, encode, trajectories, check, report.",
     "camera": "Poses and trajectories: check or convert a file, show a path.",
 }
 
@@ -220,7 +220,7 @@ def read_track(text: str, cfg: "ModelConfig", picture: Path | None = None) -> "t
     from minwm.cameras.check import differences
     from minwm.cameras.track import CameraTrack
     from minwm.cameras.trajectory import parse
-    from minwm.core.media import read_image
+    from minwm.core.media import read_first_frame
 
     if not (suffix := re.search(r"\.([a-z]\w*)$", text, re.IGNORECASE)):
         route = parse(text, stride=cfg.motion.stride)
@@ -231,7 +231,7 @@ def read_track(text: str, cfg: "ModelConfig", picture: Path | None = None) -> "t
     if track.fps < 1:
         raise UserError(f"{text}: {track.fps:g} poses per second say nothing of the path between them; give 1 or more")
     if picture and not np.allclose(track.K, cfg.intrinsics, rtol=0.02):
-        height, width = read_image(picture).shape[:2]
+        height, width = read_first_frame(picture).shape[:2]
         track = track.cropped((height, width), (cfg.height, cfg.width))
         echo(f"{text}: its K is taken for that of {picture}, {width}x{height} pixels, and cropped with it")
     for difference in differences(track, cfg.motion, cfg.intrinsics):

@@ -1,5 +1,6 @@
 """Verbs about training clips."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -8,8 +9,10 @@ from tyro.conf import Positional, arg
 from minwm.cli.base import (
     Count,
     Fields,
+    Flag,
     Folder,
     Json,
+    ModelFolder,
     Out,
     Show,
     command,
@@ -17,6 +20,7 @@ from minwm.cli.base import (
     numbers,
     parse_fields,
     print_fields,
+    read_track,
     write_numbers,
 )
 from minwm.core.config import UserError, dumps, override
@@ -52,11 +56,66 @@ def data_ingest(
     made = ingest(videos, out, cfg)
     numbers({name: made[name] for name in ("videos", "clips", "dropped", "examples")}, None)
     write_numbers(made, json)
-    for reason in made["refused"]:
+    return report_refused(out, made["refused"], f"{made['videos']} videos")
+
+
+def report_refused(out: Path, reasons: list[str], every: str) -> None:
+    """Print what could not be used, and raise UserError if there is any."""
+    for reason in reasons:
         echo(f"refused: {reason}")
-    if made["refused"]:
-        raise UserError(f"{out}: {len(made['refused'])} of {made['videos']} videos were refused (listed above)")
-    return None
+    if reasons:
+        raise UserError(f"{out}: {len(reasons)} of {every} were refused (listed above)")
+
+
+def list_generate_fields(_words: list[str]) -> None:
+    from minwm.session.clips import GenerateConfig
+
+    print_fields(GenerateConfig(), "data generate")
+
+
+@command("data", "generate", details=list_generate_fields, resumable=True)
+def data_generate(
+    starts: Annotated[
+        Positional[Path],
+        arg(
+            metavar="DIR|FILE.txt|FILE.json",
+            help="pictures and videos with captions beside them; a prompt a line; or a list as of generate --list",
+        ),
+    ],
+    model: ModelFolder,
+    out: Out,
+    source_license: Annotated[str, arg(metavar="NAME", help="licence of the starts, such as CC-BY-4.0")],
+    batch: Annotated[int, arg(metavar="N", help="clips at once")] = 8,
+    accept_limits: Annotated[Flag, arg(help="make clips that the weights' licence binds; each says so")] = False,
+    json: Json = None,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Make clips with a model, along prescribed cameras, from pictures, videos or prompts."""
+    from minwm.session.clips import GenerateConfig, Terms, generate_clips, plan_requests
+    from minwm.store.folder import FILES, load_model
+    from minwm.store.hub import resolve
+
+    cfg = override(GenerateConfig(), parse_fields(fields))
+    if show:
+        return echo(dumps(cfg))
+    if batch < 1:
+        raise UserError(f"--batch {batch}: give at least 1")
+    folder = resolve(model)
+    terms = Terms.of(folder, source_license, accept_limits)
+    loaded = load_model(folder).ready()
+    made = generate_clips(
+        loaded,
+        folder / FILES[1],
+        plan_requests(starts, loaded.config, cfg),
+        lambda request: read_track(request.trajectory, loaded.config, request.image)[0],
+        terms,
+        out,
+        batch,
+    )
+    echo(f"{out}: {made.wanted} clips, of which {made.made} are new; licence: {terms.license}")
+    write_numbers(asdict(made), json)
+    return report_refused(out, made.refused, f"{made.wanted} clips")
 
 
 def list_encode_fields(_words: list[str]) -> None:

@@ -133,6 +133,17 @@ def check_shape(values: Mapping[str, Any], shape: Mapping[str, Any], where: str)
             check_shape(values[key], kind, f"{where}: {key}")
 
 
+def find_files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+    """All files of these kinds below a folder, sorted; links to folders are not followed. UserError if there is none,
+    which says `what` they are."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of {what}")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    if not found:
+        raise UserError(f"{folder} holds no {what} ({', '.join(suffixes)})")
+    return found
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the only lock on an output folder, made if missing, until the process ends at the latest.

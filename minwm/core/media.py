@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".ts")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_CRF_444 = 12
 """Up to this x264 crf, colour is stored at full resolution (yuv444p)."""
 KEY_CAPS = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1)}
@@ -158,6 +160,16 @@ def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
     if not images or not fps:
         raise UserError(f"{path} holds no frames")
     return np.stack(images), float(fps)
+
+
+def read_first_frame(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture, or the first frame of a video; UserError if it cannot be read."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        return read_image(path)
+    with open_video(path) as stream:
+        for frame in decode(stream):
+            return frame.image
+    raise UserError(f"{path} holds no frames")
 
 
 def read_grey(path: str | Path, rows: int = 360) -> tuple[list[UInt8[np.ndarray, "h w"]], float]:

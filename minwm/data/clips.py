@@ -95,7 +95,7 @@ class ClipRecord:
     origin: np.ndarray | None = None
     """4 4 float64: world pose of frame 0, where the world is known (procedural, splat)."""
     seed: int | None = None
-    """Seed of a procedural world."""
+    """Seed of a procedural world, or of a generated clip's noise."""
     generator: str = ""
     """Name and version of the code that made the pixels of a procedural or generated clip."""
     parent_model: str = ""
@@ -149,6 +149,13 @@ class ClipRecord:
         except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise DataError(f"{where}: {error}; make the dataset again") from error
         return cls(track=track, **known)
+
+
+def readable_id(name: str, key: str) -> str:
+    """Letters and digits of a name, and a hash of `key`, which keeps names in other scripts apart: at most 49."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40]
+    return f"{plain}-{digest}".lstrip("-")
 
 
 def split_of(split_key: str, val: float) -> Literal["train", "val"]:
@@ -400,6 +407,7 @@ def report(path: Path, stride: int = 4, val: float = 0.1) -> dict[str, Any]:
         "caption_words": _spread([float(len(r.caption.split())) for r in records]),
         "sources": dict(Counter(r.source for r in records)),
         "licences": dict(Counter(r.source_license for r in records)),
+        "parent_models": dict(Counter(r.parent_model for r in records if r.parent_model)),
         "pose_kinds": dict(Counter(r.pose_kind for r in records)),
     }
 

@@ -8,8 +8,6 @@ Every video leaves a file in `ingested/`, written last: its clips, and what was 
 that has one is done.
 """
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,13 +20,13 @@ from minwm.cameras.formats.base import CameraFile, Given
 from minwm.cameras.formats.table import read_cameras
 from minwm.cameras.track import CameraTrack
 from minwm.core.config import ConfigError, UserError, to_dict
-from minwm.core.files import locked, read_json, read_text, write_json
+from minwm.core.files import find_files, locked, read_json, read_text, write_json
+from minwm.core.media import VIDEO_SUFFIXES
 from minwm.core.runtime import progress, rank, world_size
-from minwm.data.clips import ClipFolder, ClipRecord, PoseKind
+from minwm.data.clips import ClipFolder, ClipRecord, PoseKind, readable_id
 from minwm.data.footage import Window, WindowConfig, windows
 from minwm.data.quality import Candidate, Failure, QualityConfig, failures
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".ts")
 POSITION = 1.0
 """Frames of the camera file by which the last picture may lie behind the last pose."""
 
@@ -84,7 +82,7 @@ def ingest(videos: Path, out: Path, cfg: IngestConfig) -> dict[str, Any]:
 
     Under torchrun every rank takes its part of the videos.
     """
-    found = list_videos(videos)
+    found = find_files(videos, VIDEO_SUFFIXES, "videos")
     folder = ClipFolder.create(out, "ingested", to_dict(cfg))
     mine = found[rank() :: world_size()]
     with locked(out / "ingested" / str(rank())), progress(len(mine), "videos") as bar:
@@ -97,22 +95,10 @@ def ingest(videos: Path, out: Path, cfg: IngestConfig) -> dict[str, Any]:
     return summary(out)
 
 
-def list_videos(videos: Path) -> list[Path]:
-    """All videos below a folder, sorted; links to folders are not followed. UserError if there is none."""
-    if not videos.is_dir():
-        raise UserError(f"{videos} is no folder of videos")
-    found = sorted(p for p in videos.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise UserError(f"{videos} holds no videos ({', '.join(SUFFIXES)})")
-    return found
-
-
 def video_id(videos: Path, path: Path) -> str:
-    """Letters and digits of a video's path, and a hash that keeps names in other scripts apart."""
+    """Id of a video: the first part of those of its clips."""
     name = path.relative_to(videos).as_posix()
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", name.rpartition(".")[0]).strip("-")[:40]
-    return f"{plain}-{digest}".lstrip("-")
+    return readable_id(name.rpartition(".")[0], name)
 
 
 def _ingest_video(videos: Path, path: Path, folder: ClipFolder, cfg: IngestConfig) -> dict[str, Any]:

@@ -7,18 +7,20 @@ one manifest.json that says what made them. A video without a pose file is unfin
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from minwm.cameras.track import CameraTrack
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import UserError, parse_json, to_dict
 from minwm.core.files import check_shape, locked, read_json, read_text, write_json
-from minwm.core.media import read_image, resize_and_crop, write_video
+from minwm.core.media import read_first_frame, resize_and_crop, write_video
 from minwm.core.runtime import git_commit, rank, versions
 from minwm.session.generate import check_start, generate_pieces, whole_chunks
 from minwm.store.model import Model
@@ -41,7 +43,7 @@ class Request:
     """Of its files, without suffix."""
     prompt: str
     image: Path | None = None
-    """The first frame; None: from the prompt alone."""
+    """A picture, or a video whose first frame is meant; None: from the prompt alone."""
     trajectory: str
     """Keys, or the path of a pose file."""
     seed: int
@@ -155,6 +157,29 @@ def _beside(name: Any, folder: Path, where: str) -> Path:
     return found
 
 
+@contextmanager
+def naming(request: Request) -> Iterator[None]:
+    """Name the request in errors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{request.name}: {error}") from error
+
+
+def plan_tracks(
+    model: Model, requests: Sequence[Request], track_of: Callable[[Request], CameraTrack]
+) -> list[CameraTrack]:
+    """The pixel-rate tracks of requests; UserError, naming it, for one that the model cannot fulfil, whatever its
+    image holds."""
+    tracks = list[CameraTrack]()
+    for request in requests:
+        with naming(request):
+            tracks.append(track_of(request))
+            _padded(model, tracks[-1])
+            check_start(model.config, request.image is not None)
+    return tracks
+
+
 def generate_all(
     model: Model,
     requests: Sequence[Request],
@@ -172,13 +197,10 @@ def generate_all(
     Raises UserError before any work for a request that the model cannot fulfil, and if the folder holds videos of
     others.
     """
-    tracks = [track_of(request) for request in requests]
-    for request, track in zip(requests, tracks, strict=True):
-        try:
-            _padded(model, track)
-            check_start(model.config, _first_frame(model, request))
-        except UserError as error:
-            raise UserError(f"{request.name}: {error}") from error
+    tracks = plan_tracks(model, requests, track_of)
+    for request in requests:
+        with naming(request):
+            start_image(model, request)
     _claim(folder, {**about, "fps": model.config.motion.fps, "requests": [to_dict(r) for r in requests]})
     model.config.encode_prompts([request.prompt for request in requests])  # at once: a large encoder is loaded once
     index, count = part
@@ -186,11 +208,8 @@ def generate_all(
     for request, track in [*zip(requests, tracks, strict=True)][index::count]:
         poses = folder / f"{request.name}.json"
         if not poses.exists():
-            image = _first_frame(model, request)
-            first = None if image is None else image[None]
-            pieces = generate_pieces(model, first, [request.prompt], [_padded(model, track)], request.seed)
-            frames = (frame for (piece,) in pieces for frame in piece)
-            video = (frame for frame, _ in zip(frames, range(len(track)), strict=False))
+            pieces = generate_batch(model, [request], [track], [start_image(model, request)])
+            video = (frame for (piece,) in pieces for frame in piece)
             write_video(folder / f"{request.name}.mp4", video, model.config.motion.fps)
             track.save(poses)
             made += 1
@@ -219,9 +238,26 @@ def _wbench_turns(fps: float, turns: Mapping[str, Sequence[int]]) -> dict[str, A
     return {"fps": fps, "cases": {names[name]: {"turn_frames": list(frames)} for name, frames in turns.items()}}
 
 
-def _first_frame(model: Model, request: Request) -> np.ndarray | None:
+def generate_batch(
+    model: Model, requests: Sequence[Request], tracks: Sequence[CameraTrack], images: Sequence[np.ndarray | None]
+) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
+    """Frames of requests whose tracks are equally long, all at once, as they are finished.
+
+    A video is the same in any batch. `images` are those of `start_image`: given for all requests, or for none.
+    """
+    first = np.stack([image for image in images if image is not None]) if images[0] is not None else None
+    prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+    left = len(tracks[0])
+    for piece in generate_pieces(model, first, prompts, [_padded(model, track) for track in tracks], seeds):
+        yield piece[:, :left]
+        if (left := left - piece.shape[1]) <= 0:
+            return
+
+
+def start_image(model: Model, request: Request) -> UInt8[np.ndarray, "h w 3"] | None:
+    """The image that a request starts from, as large as the model's; UserError if it cannot be read."""
     size = model.config.height, model.config.width
-    return None if request.image is None else resize_and_crop(read_image(request.image), *size)
+    return None if request.image is None else resize_and_crop(read_first_frame(request.image), *size)
 
 
 def _padded(model: Model, track: CameraTrack) -> CameraTrack:

@@ -22,7 +22,7 @@ from minwm.core.media import to_pixels, to_uint8
 from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
 from minwm.render.base import Scene, Scenes
-from minwm.session.generate import check_finite, check_start
+from minwm.session.generate import check_finite, check_image, check_start
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import (
     PLAIN,
@@ -178,7 +178,9 @@ class ModelEngine:
         text encoder does not take.
         """
         cfg = self.model.config
-        check_start(cfg, image)
+        check_start(cfg, image is not None)
+        if image is not None:
+            check_image(cfg, image)
         states = {} if image is None else cfg.text.encode_images([image])
         return StartInputs({**states, **cfg.encode_prompts([prompt])}, image, seed)
 

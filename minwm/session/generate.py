@@ -23,6 +23,8 @@ from minwm.stream.solvers import Noise
 Images = UInt8[np.ndarray, "b H W 3"]
 Trajectories = Sequence[str | CameraTrack]
 """Keys such as "w*8", or tracks at pixel rate; all of one length."""
+Seed = int | Sequence[int]
+"""Of the noise: of all videos at once, or one for each, which is then the same in any batch."""
 
 
 @torch.no_grad()
@@ -31,7 +33,7 @@ def generate(
     images: Images | Sequence[str | Path] | None,
     prompts: Prompts,
     trajectories: Trajectories,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> UInt8[np.ndarray, "b n H W 3"]:
     """Whole videos along trajectories, with whatever sampler the model has, on its device.
 
@@ -51,7 +53,7 @@ def generate(
 
 @torch.no_grad()
 def generate_by_chunk(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int = 0
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """The same of a causal model, as frames of one chunk after another, so that long videos need not fit in memory."""
     sampler, state = model.config.sampler, None
@@ -65,7 +67,7 @@ def generate_by_chunk(
 
 
 def generate_pieces(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int = 0
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """The frames of `generate` as they are finished: chunk by chunk of a causal model, else all at once."""
     if model.config.sampler.causal:
@@ -79,7 +81,7 @@ def _frames(pixels: Float[Tensor, "b n 3 h w"]) -> UInt8[np.ndarray, "b n H W 3"
 
 
 def sampling_inputs(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: int
+    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: Seed
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device
@@ -90,24 +92,25 @@ def sampling_inputs(
     w2c, K = latent_cameras(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
     first, states = None, cfg.encode_prompts(prompts)
-    check_start(cfg, None if images is None else images[0])
+    check_start(cfg, images is not None)
     if images is not None:
+        check_image(cfg, images[0])
         states = {**states, **cfg.text.encode_images([*images])}
         first = model.codec.encode(to_pixels(images)[:, None].to(device))
     cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latent=first)).to(device)
     shape = cfg.latent_shape(len(cond.text), w2c.shape[1])
-    samples = cfg.sampler.num_noise_samples(cfg.geometry)
-    noise = sample_noise(shape, samples, torch.empty(0, device=device), generator(seed, "generate"))
-    return noise, cond
+    samples, like = cfg.sampler.num_noise_samples(cfg.geometry), torch.empty(0, device=device)
+    if isinstance(seed, int):
+        return sample_noise(shape, samples, like, generator(seed, "generate")), cond
+    each = [sample_noise((1, *shape[1:]), samples, like, generator(one, "generate")) for one in seed]
+    return torch.cat(each, dim=1), cond
 
 
-def check_start(cfg: ModelConfig, image: np.ndarray | None) -> None:
-    """Raise UserError unless the model was trained to start so: from this image, or from its prompt alone."""
-    if image is not None:
-        check_image(cfg, image)
-    if image is None and cfg.image_start:
+def check_start(cfg: ModelConfig, image: bool) -> None:
+    """Raise UserError unless the model was trained to start so: from an image, or from its prompt alone."""
+    if cfg.image_start and not image:
         raise UserError("this model starts from an image: give one (--image PNG, or --world SEED)")
-    if image is not None and not cfg.image_start:
+    if image and not cfg.image_start:
         raise UserError(
             f"this model starts from its prompt alone, with {cfg.stream.first_chunk_frames} latents: leave out the "
             "image, or train or convert a model with stream.image_start=true"
