@@ -221,6 +221,10 @@ class CameraTrack:
         part = np.array([min(1, 1 / aspect), min(1, aspect)])  # of width and height that is left
         return replace(self, K=np.concatenate([self.K[:, :2] / part, (self.K[:, 2:] - 0.5) / part + 0.5], axis=1))
 
+    def scaled(self, factor: float) -> CameraTrack:
+        """The path in other units: translations times `factor`."""
+        return replace(self, c2w=rigid(self.c2w[:, :3, :3], factor * self.c2w[:, :3, 3]))
+
     def at_latent_rate(self, stride: int) -> CameraTrack:
         """One camera per latent: latent i has the pose of pixel frame `stride * i`.
 

@@ -47,14 +47,14 @@ def data_ingest(
     show: Show = False,
     fields: Fields = (),
 ) -> None:
-    """Turn videos with camera files into clips; whatever is dropped is named, with its reason."""
+    """Turn videos into clips, with cameras from files or estimated; whatever is dropped is named, with its reason."""
     from minwm.data.ingest import IngestConfig, ingest
 
     cfg = override(IngestConfig(source_license=source_license), parse_fields(fields))
     if show:
         return echo(dumps(cfg))
     made = ingest(videos, out, cfg)
-    numbers({name: made[name] for name in ("videos", "clips", "dropped", "examples")}, None)
+    numbers({name: made[name] for name in ("videos", "clips", "estimated", "dropped", "examples")}, None)
     write_numbers(made, json)
     return report_refused(out, made["refused"], f"{made['videos']} videos")
 

@@ -29,6 +29,8 @@ class WindowConfig:
     width: int
     cut: float
     """Threshold of PySceneDetect's ContentDetector (27 is its default); lower finds more cuts."""
+    whole_rows: int = 0
+    """Pixels on the shorter side of the whole pictures that are kept besides, at most; 0 keeps none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,15 @@ class Window:
     """When each of these frames was taken: seconds from the first frame of the video."""
     picture: tuple[int, int]
     """Height and width before the crop."""
+    whole: UInt8[np.ndarray, "n H W 3"] | None = None
+    """The same frames before the crop, reduced to `WindowConfig.whole_rows`."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    time: float
+    frame: UInt8[np.ndarray, "h w 3"]
+    whole: UInt8[np.ndarray, "H W 3"] | None
 
 
 def windows(path: Path, cfg: WindowConfig) -> Iterator[Window]:
@@ -55,7 +66,7 @@ def windows(path: Path, cfg: WindowConfig) -> Iterator[Window]:
     smaller than wanted.
     """
     shot, start, last, size = 0, 0.0, None, (0, 0)
-    held = list[tuple[float, np.ndarray]]()
+    held = list[_Picture]()
     for now, image, cut in _pictures(path, cfg):
         while last and start + len(held) / cfg.fps < now - EARLY:
             held.append(last)
@@ -66,15 +77,18 @@ def windows(path: Path, cfg: WindowConfig) -> Iterator[Window]:
             if held:
                 yield _window(shot, start, held, size)
             shot, start, held = shot + 1, now, []
-        last, size = (now, resize_and_crop(image, cfg.height, cfg.width)), image.shape[:2]
-    if last and start + len(held) / cfg.fps <= last[0] + EARLY:
+        whole = reduced(image, cfg.whole_rows) if cfg.whole_rows else None
+        last, size = _Picture(now, resize_and_crop(image, cfg.height, cfg.width), whole), image.shape[:2]
+    if last and start + len(held) / cfg.fps <= last.time + EARLY:
         held.append(last)
     if held:
         yield _window(shot, start, held, size)
 
 
-def _window(shot: int, start: float, held: list[tuple[float, np.ndarray]], size: tuple[int, int]) -> Window:
-    return Window(shot, start, np.stack([image for _, image in held]), np.array([time for time, _ in held]), size)
+def _window(shot: int, start: float, held: list[_Picture], size: tuple[int, int]) -> Window:
+    whole = [picture.whole for picture in held if picture.whole is not None]
+    frames, times = np.stack([picture.frame for picture in held]), np.array([picture.time for picture in held])
+    return Window(shot, start, frames, times, size, np.stack(whole) if whole else None)
 
 
 def _pictures(path: Path, cfg: WindowConfig) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"], bool]]:

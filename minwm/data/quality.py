@@ -49,19 +49,20 @@ class Candidate:
 
     frames: UInt8[np.ndarray, "n h w 3"]
     track: CameraTrack
-    caption: str
 
 
 def failures(clip: Candidate, cfg: QualityConfig) -> list[Failure]:
-    """Every rule that a clip does not meet, with what was measured."""
+    """Every rule that pictures and cameras do not meet, with what was measured."""
     return [Failure(name, reason) for name, rule in RULES.items() for reason in rule(clip, cfg)]
 
 
-def _caption(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
-    if cfg.captions and not clip.caption.strip():
-        yield "it has none"
-    elif match := MOTION_WORDS.search(clip.caption):
-        yield f"it speaks of motion: {match[0]!r}"
+def caption_failures(caption: str, cfg: QualityConfig) -> list[Failure]:
+    """What is wrong with the caption of a clip."""
+    if cfg.captions and not caption.strip():
+        return [Failure("caption", "it has none")]
+    if match := MOTION_WORDS.search(caption):
+        return [Failure("caption", f"it speaks of motion: {match[0]!r}")]
+    return []
 
 
 def _exposure(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
@@ -109,7 +110,6 @@ def _changes(frames: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:
 
 
 RULES: dict[str, Callable[[Candidate, QualityConfig], Iterator[str]]] = {
-    "caption": _caption,
     "exposure": _exposure,
     "letterbox": _letterbox,
     "static": _static,
