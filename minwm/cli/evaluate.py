@@ -77,10 +77,20 @@ def evaluate(
     quick: Annotated[Flag, arg(help="every measurement, on so few clips that they mean little")] = False,
     out: Annotated[Path | None, arg(metavar="DIR", help="keep rows and videos here; finished ones stay")] = None,
     scene: Annotated[AnyScene, arg(name="")] = AnyScene(),
+    compare: Annotated[
+        tuple[Path, Path] | None, arg(metavar="A.json B.json", help="what B does better or worse")
+    ] = None,
     fields: Fields = (),
 ) -> None:
     """Measure camera following, quality, memory, drift and speed in rendered scenes that no stage has seen; or, with
-    --suite (or --prompts, --images, --trajectories), --data or --videos, in any scene, from pixels alone."""
+    --suite (or --prompts, --images, --trajectories), --data or --videos, in any scene, from pixels alone.
+
+    --compare sets two results in any scene side by side. The exit code is 1 if anything is significantly worse.
+    """
+    if compare:
+        if model or html or sheet or quick or out or fields or scene != AnyScene():
+            raise UserError("--compare A.json B.json measures nothing; give besides only --json")
+        return _compare(*compare, json)
     if not (scene.videos or model):
         raise UserError("give --model DIR, or --videos DIR")
     if not scene.asked:
@@ -156,6 +166,27 @@ def _say_scores(name: str, result: "Scores") -> None:
             if not set(quantity) & set("[@"):
                 mean = score.mean
                 _say(name, f"{metric}: {quantity} {mean.value:.3g} ({mean.low:.3g} to {mean.high:.3g})")
+
+
+class WorseError(UserError):
+    """A result is significantly worse than another."""
+
+    exit_code = 1
+
+
+def _compare(before: Path, after: Path, json: Path | None) -> None:
+    from minwm.eval.compare import compare
+
+    found, worse = compare(before, after), list[str]()
+    for name, differences in found.items():
+        for difference in differences:
+            gain, change = difference.gain, f"{difference.before:.3g} -> {difference.after:.3g}"
+            interval = f"gain {gain.value:+.3g} ({gain.low:+.3g} to {gain.high:+.3g}), {difference.videos} videos"
+            _say(name, f"{difference.name} {change}: {difference.verdict}, {interval}")
+        worse += [difference.name for difference in differences if difference.verdict == "worse"]
+    write_numbers({name: [to_dict(x) for x in differences] for name, differences in found.items()}, json)
+    if worse:
+        raise WorseError(f"{after} is significantly worse than {before} in {', '.join(worse)}")
 
 
 def _say(name: str, line: str) -> None:

@@ -6,7 +6,7 @@ needs. Videos that lack one are left out and counted; a metric that is left with
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from minwm.eval.source import Video, VideoSource
 from minwm.eval.stats import Bootstrap, Interval
 
 Log = Callable[[str], None]
+Better = Literal["more", "less", "one"]
+"""What is best: the most, the least, or the nearest to 1."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Metric:
     needs: tuple[str, ...]
     """Fields of a `Video` that must be known."""
     measure: Callable[[Video], Samples]
+    better: Mapping[str, Better]
+    """What is best of each quantity that says how good a video is, over all keys and seconds."""
 
     @property
     def compares(self) -> bool:
@@ -136,9 +140,23 @@ def _texture(video: Video) -> Samples:
 
 
 METRICS: dict[str, Metric] = {
-    "camera": Metric(("camera",), _camera),
-    "published": Metric(("camera",), _published),
-    "likeness": Metric(("reference",), _likeness),
-    "flip": Metric(("reference",), _flip),
-    "texture": Metric((), _texture),
+    "camera": Metric(
+        ("camera",),
+        _camera,
+        {
+            **dict.fromkeys(("lost", "rot_err_deg", "direction_err_deg", "strays"), "less"),
+            **dict.fromkeys(("turn_ratio", "speed_ratio", "relative_speed"), "one"),
+        },
+    ),
+    "published": Metric(
+        ("camera",),
+        _published,
+        {
+            **dict.fromkeys(("rot_err", "trans_err", "cam_mc", "rpe_t", "rpe_deg", "nav_nate_t", "nav_nate_r"), "less"),
+            **dict.fromkeys(("worldscore", "nav_accuracy", "nav_consistency", "nav_score"), "more"),
+        },
+    ),
+    "likeness": Metric(("reference",), _likeness, {"psnr": "more", "ssim": "more"}),
+    "flip": Metric(("reference",), _flip, {"flip": "less"}),
+    "texture": Metric((), _texture, {}),
 }
