@@ -26,7 +26,7 @@ from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import TextEncoder, WordText
 from minwm.recipes.base import random_clip
 from minwm.recipes.diffusion import BidirectionalConfig
-from minwm.recipes.ops import drop_text, sample_image_start
+from minwm.recipes.ops import drop_text, sample_start
 from minwm.session.engines import ModelEngine
 from minwm.session.generate import sampling_inputs
 from minwm.session.session import Session
@@ -131,7 +131,7 @@ def test_dropped_prompts_keep_the_picture_and_dropped_pictures_their_states_not(
     dropped = drop_text(clip.cond, 1.0, seeded)
     assert dropped.glyphs is not None and not dropped.glyphs.any() and not dropped.text.any()
     assert dropped.image_states is clip.cond.image_states
-    assert sample_image_start(clip, 0.0, seeded).cond.image_states is None
+    assert sample_start(clip, 0.0, 0.0, CONFIG.geometry, seeded).cond.image_states is None
     with pytest.raises(ConfigError, match=r"latents=3: a part of a clip starts with another frame"):
         BidirectionalConfig(latents=3).check(CONFIG)
 

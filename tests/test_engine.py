@@ -159,7 +159,7 @@ def test_a_recorded_stream_starts_from_another_image() -> None:
     graphed = GraphedStream(small("wan-none"), cond, geometry, capture=lambda function, _: function)
     assert cond.first_latent is not None
     for image in (cond.first_latent, -cond.first_latent):
-        one = replace(cond, first_latent=image)
+        one = replace(cond, first_latents=image)
         graphed.restart(one)
         plain = Stream(graphed.net, one, geometry)
         for a, b in zip(*(walk(s, one, 2, sampler) for s in (plain, graphed)), strict=True):

@@ -70,7 +70,7 @@ def prompt(image: bool, glyphs: tuple[int, int], words: tuple[int, int]) -> Cond
         text=text,
         glyphs=letters,
         image_states=torch.randn(2, 4, SMALL.image_dim) * image,
-        first_latent=torch.randn(2, 1, SMALL.channels, 4, 6) if image else None,
+        first_latents=torch.randn(2, 1, SMALL.channels, 4, 6) if image else None,
     )
 
 

@@ -78,7 +78,7 @@ def test_worldplay_shows_its_network_the_times_of_its_authors() -> None:
     net.register_forward_hook(
         lambda _, args, __: seen.append((1000 * args[1].t).expand(1, args[0].shape[1])[0].tolist())
     )
-    cond = Condition(text=torch.zeros(1, 2, 4), first_latent=torch.ones(1, 1, 4, 2, 2))
+    cond = Condition(text=torch.zeros(1, 2, 4), first_latents=torch.ones(1, 1, 4, 2, 2))
     draws = torch.zeros(cfg.sampler.num_noise_samples(cfg.geometry), 1, 12, 4, 2, 2)
     made = generate_latents(net, cfg.sampler, draws, cond, cfg.stream.geometry(tokens=1))
     times = [1000, 960, 888.8889, 727.2728]

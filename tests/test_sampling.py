@@ -58,7 +58,7 @@ def condition(image: bool = True) -> Condition:
         text=torch.randn(1, 5, 6, generator=seeded(2), dtype=torch.float64),
         w2c=torch.from_numpy(se3_exp(poses.numpy())).float()[None],
         K=torch.tensor([0.5, 0.5, 0.5, 0.5]).expand(1, FRAMES, 4),
-        first_latent=torch.randn(1, 1, *SIZE[2:], generator=seeded(3), dtype=torch.float64) if image else None,
+        first_latents=torch.randn(1, 1, *SIZE[2:], generator=seeded(3), dtype=torch.float64) if image else None,
     )
 
 
@@ -169,7 +169,7 @@ def by_hand(
     With a merged refresh the past is what the last pass over each chunk was given.
     """
     clip, last, first = torch.zeros_like(draws[0]), torch.zeros_like(draws[0]), cond.first_latent
-    cond = replace(cond, first_latent=None)  # held here, and not by the network's callers
+    cond = replace(cond, first_latents=None)  # held here, and not by the network's callers
 
     def held(x: Latents, t: float) -> tuple[Latents, Tensor]:
         times = torch.full(x.shape[:2], t, dtype=x.dtype)
@@ -270,7 +270,7 @@ def test_a_chunk_is_generated_with_its_image(net: Backbone, sampler: Sampler) ->
     cond, draws = condition(), noise(sampler.num_noise_samples(LONG_FIRST))
     assert cond.first_latent is not None
     made = generate_latents(net, sampler, draws, cond, LONG_FIRST)
-    other = generate_latents(net, sampler, draws, replace(cond, first_latent=-cond.first_latent), LONG_FIRST)
+    other = generate_latents(net, sampler, draws, replace(cond, first_latents=-cond.first_latent), LONG_FIRST)
     assert all((made - other).abs().amax((0, 2, 3, 4)) > 0.01)
     draws[:, :, 0] = -draws[:, :, 0]
     assert torch.equal(generate_latents(net, sampler, draws, cond, LONG_FIRST), made)
@@ -283,6 +283,28 @@ def test_a_stream_can_be_left_and_makes_what_it_made_before(net: Backbone) -> No
     whole = generate_latents(net, sampler, noise(3), cond, GEOMETRY)
     chunks = stream_latents(net, sampler, noise(3), cond, GEOMETRY)
     torch.testing.assert_close(torch.cat([next(chunks), next(chunks)], 1), whole[:, :3], atol=0, rtol=0)
+
+
+@every_start
+@pytest.mark.parametrize("noisy", [0.0, 0.2], ids=["clean context", "noisy context"])
+@torch.no_grad()
+def test_given_chunks_are_the_clean_past(net: Backbone, geometry: Geometry, image: bool, noisy: float) -> None:
+    """Generation goes on from whole chunks of a video as from its own: exactly so where context has no noise."""
+    geometry = replace(geometry, context_noise=noisy)
+    cond, draws, chunks = condition(image), noise(3), geometry.chunks(FRAMES)
+    made = generate_latents(net, SAMPLER, draws, cond, geometry)
+    for given in [stop for _, stop in chunks[:-1] if stop > 1]:
+        start = replace(cond, first_latents=made[:, :given])
+        again = generate_latents(net, SAMPLER, draws, start, geometry)
+        assert torch.equal(again[:, :given], made[:, :given])
+        as_made = not noisy and (image or not geometry.image_time)  # its first frame is now an image
+        assert torch.equal(again, made) == as_made
+        rollout, scored = self_rollout(net, draws, start, geometry, SAMPLER, 0)
+        torch.testing.assert_close(rollout, again, atol=1e-5, rtol=1e-5)
+        assert torch.equal(scored[:, :given], made[:, :given])
+    start = replace(cond, first_latents=made[:, :3])
+    whole = generate_latents(net, BidirectionalSampler(steps=2), draws, start, geometry)
+    assert torch.equal(whole[:, :3], made[:, :3]) and not torch.equal(whole, made)
 
 
 @pytest.mark.parametrize("geometry", [GEOMETRY, LONG_FIRST], ids=["image", "image in a chunk"])
@@ -319,7 +341,7 @@ def test_gradient_flows_through_the_scored_pass_alone(net: Backbone, exit_step: 
     assert all(g.abs().max() > 0 for g in grads)
 
 
-@pytest.mark.parametrize("stream", [{"first_chunk": 3}, {"image_start": False}], ids=str)
+@pytest.mark.parametrize("stream", [{"first_chunk": 3}, {"first_chunk": 3, "image_start": False}], ids=str)
 def test_an_image_needs_a_model_that_takes_one(net: Backbone, stream: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"set stream\.image_start=true"):
         generate_latents(net, FewStepSampler(steps=1), noise(1), condition(), replace(GEOMETRY, **stream))

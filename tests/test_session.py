@@ -108,7 +108,7 @@ def test_session_makes_what_generation_makes(
     noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
     w2c, K = latent_cameras([parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics)], 4)
     first = model.codec.encode(to_pixels(image)[None, None])
-    cond = with_action_labels(Condition(**CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first))
+    cond = with_action_labels(Condition(**CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latents=first))
     latents = generate_latents(model.net, sampler, noise, cond, geometry)
     whole = to_frames(model.codec.decode(latents)[0])
     assert different(np.concatenate(streamed), whole) <= 1
@@ -129,7 +129,7 @@ def test_a_session_starts_with_the_chunk_of_its_image(model: Model, image: np.nd
     noise = torch.cat([torch.randn(shape, generator=draws) for shape in shapes], dim=2)
     w2c, K = latent_cameras([parse(f"static*2,{ALONG}").track(CONFIG.motion, CONFIG.intrinsics)], 4)
     first = model.codec.encode(to_pixels(image)[None, None])
-    cond = with_action_labels(Condition(**CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latent=first))
+    cond = with_action_labels(Condition(**CONFIG.text.encode(["a red room"]), w2c=w2c, K=K, first_latents=first))
     latents = generate_latents(model.net, model.config.sampler, noise, cond, geometry)
     assert different(np.concatenate(streamed), to_frames(model.codec.decode(latents)[0])) <= 1
     assert different(streamed[0][:1], to_frames(model.codec.decode(first)[0])) <= 1

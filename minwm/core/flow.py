@@ -8,6 +8,7 @@ from torch import Tensor
 
 Latents = Float[Tensor, "b f c h w"]
 FirstLatent = Float[Tensor, "b 1 c h w"]
+FirstLatents = Float[Tensor, "b g c h w"]
 Times = Float[Tensor, "b f"]
 
 
@@ -21,12 +22,12 @@ def interpolate(x0: Latents, eps: Latents, t: Times) -> Latents:
     return (1 - per_frame(t)) * x0 + per_frame(t) * eps
 
 
-def with_first(x: Float[Tensor, "*k b f c h w"], first: FirstLatent | None) -> Float[Tensor, "..."]:
-    """x with the given first latent in its place, or as it is without one."""
+def with_first(x: Float[Tensor, "*k b f c h w"], first: FirstLatents | None) -> Float[Tensor, "..."]:
+    """x with the given first latents in their place, or as it is without any."""
     if first is None:
         return x
     shape = (*x.shape[:-4], *first.shape[-4:])
-    return torch.cat([first.to(x).expand(shape), x[..., 1:, :, :, :]], dim=-4)
+    return torch.cat([first.to(x).expand(shape), x[..., first.shape[-4] :, :, :, :]], dim=-4)
 
 
 def velocity(x0: Latents, eps: Latents) -> Latents:

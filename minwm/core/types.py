@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minwm.core.config import ConfigError
-from minwm.core.flow import FirstLatent
+from minwm.core.flow import FirstLatent, FirstLatents
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,25 @@ class Condition:
     """fx/W, fy/H, cx/W, cy/H per latent frame."""
     actions: Int[Tensor, "b f"] | None = None
     """How the camera moved to each latent frame (control/action.py)."""
-    first_latent: FirstLatent | None = None
-    """Clean first latent: an image start. None generates the first frame too."""
+    first_latents: FirstLatents | None = None
+    """Clean latents that the clip starts with: the one of an image, or whole chunks of a video. None generates the
+    first frame too."""
     null: Float[Tensor, "b l d"] | None = None
     """Text states of the unconditional branch of guidance (a negative prompt); None: the null prompt."""
     glyphs: Float[Tensor, "b g glyph_dim"] | None = None
     """States of what the prompt has in quotes, to be drawn as letters (ByT5); zero-padded like text."""
     image_states: Float[Tensor, "b v image_dim"] | None = None
     """States of the picture that the first latent is, from an image encoder (SigLIP); zeros for no picture."""
+
+    @property
+    def first_latent(self) -> FirstLatent | None:
+        """The clean first latent, if it is given: the image."""
+        return None if self.first_latents is None else self.first_latents[:, :1]
+
+    @property
+    def given(self) -> int:
+        """How many latents are given."""
+        return 0 if self.first_latents is None else self.first_latents.shape[1]
 
     @property
     def cameras(self) -> tuple[Float[Tensor, "b f 4 4"], Float[Tensor, "b f 4"]]:
@@ -61,7 +72,8 @@ class Condition:
 
     def frames(self, start: int, stop: int) -> "Condition":
         """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
-        return replace(self, **{name: x[:, start:stop] for name, x in self.per_frame().items()})
+        first = self.first_latents[:, start:stop] if self.first_latents is not None and self.given > start else None
+        return replace(self, first_latents=first, **{name: x[:, start:stop] for name, x in self.per_frame().items()})
 
     def repeat_frames(self, times: int) -> "Condition":
         """The condition of a sequence that holds the same frames so many times, one after the other."""
@@ -69,7 +81,7 @@ class Condition:
 
     def without_image(self) -> "Condition":
         """The condition of a clip whose first frame is generated too."""
-        return replace(self, first_latent=None, image_states=None)
+        return replace(self, first_latents=None, image_states=None)
 
     def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no prompt, or a negative one, with camera and image kept."""

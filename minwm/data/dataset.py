@@ -145,7 +145,7 @@ class ShardDataset:
         trajectories = [e.trajectory for e in examples if e.trajectory is not None]
         trajectory = torch.stack(trajectories, dim=1) if len(trajectories) == len(examples) else None
         null = None if self.null is None else self.null.expand_as(states["text"])
-        cond = Condition(**states, w2c=w2c, K=K, first_latent=latents[:, :1], null=null)
+        cond = Condition(**states, w2c=w2c, K=K, first_latents=latents[:, :1], null=null)
         cond = with_action_labels(cond if self.image_start else cond.without_image())
         return Clip(latents, cond, trajectory)
 

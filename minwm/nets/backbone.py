@@ -20,7 +20,7 @@ from minwm.control.action import Labels
 from minwm.control.plucker import Rays
 from minwm.control.prope import Mode, Projection
 from minwm.core.config import ConfigError
-from minwm.core.flow import FirstLatent, Latents, Times, with_first
+from minwm.core.flow import FirstLatent, FirstLatents, Latents, Times, with_first
 from minwm.core.types import Condition
 from minwm.nets.attention import FULL, AttentionScope, Heads, KVArena, Masked, TextKV, teacher_forcing
 from minwm.nets.chunks import Geometry, StreamConfig
@@ -41,6 +41,8 @@ class PreparedCondition:
     """`Backbone.rope_table` of the frames; None: the network asks the scope for their positions."""
     first_latent: FirstLatent | None = None
     """The clean first latent of the frames, if it is given: streams hold it."""
+    given: Latents | None = None
+    """The frames themselves, if they are all given: a chunk of a stream that there is nothing to generate of."""
     actions: Labels | None = None
     """Of the frames, for networks that take them."""
 
@@ -254,22 +256,27 @@ def teacher_forced(
 ) -> Latents:
     """Velocity of every noisy chunk given the true chunks before it, all chunks in one pass (paper, stage 1).
 
-    The sequence is [context | noisy at t]; both halves have the same positions and cameras. A given first latent is
+    The sequence is [context | noisy at t]; both halves have the same positions and cameras. Given first latents are
     clean in both; the velocity there means nothing.
     """
     frames = noisy.shape[1]
     stream.check_one_pass(frames)
     scope = Masked(teacher_forcing(stream, frames), 2 * frames, period=frames)
-    clean, t_clean = keep_first_clean(context.latents, context.t, cond, stream.image_time)
-    noisy, t = keep_first_clean(noisy, t, cond, stream.image_time)
+    clean, t_clean = keep_first_clean(context.latents, context.t, cond.first_latents, stream)
+    noisy, t = keep_first_clean(noisy, t, cond.first_latents, stream)
     both = net(torch.cat([clean, noisy], 1), torch.cat([t_clean, t], 1), cond.repeat_frames(2), scope)
     return both[:, frames:]
 
 
 def keep_first_clean(
-    x: Latents, t: Times, cond: Condition | PreparedCondition, time: float = 0.0
+    x: Latents, t: Times, first: FirstLatents | None, stream: StreamConfig | None = None
 ) -> tuple[Latents, Times]:
-    """Put a given first latent, clean but shown at timestep `time`, in front of a noisy clip."""
-    if cond.first_latent is None:
+    """Put given first latents in front of a noisy clip: clean, and shown at timestep 0 or where a stream shows them."""
+    if first is None:
         return x, t
-    return with_first(x, cond.first_latent), torch.cat([torch.full_like(t[:, :1], time), t[:, 1:]], 1)
+    image_time, later_time = (stream.image_time, stream.context_time or 0.0) if stream else (0.0, 0.0)
+    t = t.clone()
+    t[:, : first.shape[1]] = later_time
+    if not stream or stream.takes_image:
+        t[:, :1] = image_time
+    return with_first(x, first), t

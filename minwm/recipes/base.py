@@ -21,6 +21,8 @@ from minwm.core.types import Clip, Condition
 from minwm.data.dataset import BatchSource, ShardDataset, Split
 from minwm.data.noise import PoseNoise
 from minwm.nets.backbone import Backbone
+from minwm.nets.chunks import StreamConfig
+from minwm.recipes.ops import sample_start
 from minwm.store.card import write_card
 from minwm.store.folder import save_model
 from minwm.store.model import AnyCodec, ModelConfig
@@ -122,6 +124,31 @@ class RecipeConfig(ABC):
         write_card(out)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartConfig(RecipeConfig):
+    """Fields of stages whose clips start with nothing, an image, or a video that is given."""
+
+    image_start: float = 1.0
+    """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
+    video_start: float = 0.0
+    """Probability, per batch, that a random number of the first chunks is given clean. Autoregressive models go on from
+    a video without it, as every chunk is trained after real ones; bidirectional ones, and scores, have to learn it."""
+
+    def __post_init__(self) -> None:
+        check_probabilities(self, "image_start", "video_start")
+
+    def check(self, model: ModelConfig) -> None:
+        if self.video_start and len(model.stream.chunks(self.clip_latents(model))) < 2:
+            raise ConfigError(
+                f"{self.kind}.video_start={self.video_start}: a clip of {self.clip_latents(model)} latents is a single "
+                "chunk, after which nothing is left to generate; give 0, or longer clips"
+            )
+
+    def sample_start(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
+        """The clip with what is given of it."""
+        return sample_start(clip, self.image_start, self.video_start, stream, generator)
+
+
 class Recipe(ABC, Generic[Network]):
     """Networks by role, and the loss that trains them. It owns no optimiser, so the loop stays visible."""
 
@@ -158,7 +185,7 @@ def random_clip(model: ModelConfig, batch: int, latents: int) -> Clip:
     x = torch.randn(model.latent_shape(batch, latents))
     states = {name: torch.randn(batch, *shape) for name, shape in model.text.shapes.items()}
     w2c, K = torch.eye(4).repeat(batch, latents, 1, 1), torch.full((batch, latents, 4), 0.5)
-    cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latent=x[:, :1]))
+    cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latents=x[:, :1]))
     return Clip(x, cond if model.image_start else cond.without_image())
 
 

@@ -12,7 +12,7 @@ from minwm.core.flow import Latents, Times, euler, guide, interpolate, schedule,
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 from minwm.nets.chunks import Geometry
-from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
+from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
 from minwm.recipes.ops import (
     Per,
     bernoulli,
@@ -20,7 +20,6 @@ from minwm.recipes.ops import (
     loss_mask,
     noise_like,
     random_indices,
-    sample_image_start,
     self_conditioned_context,
     teacher_context,
 )
@@ -28,7 +27,7 @@ from minwm.store.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig(RecipeConfig):
+class ConsistencyConfig(StartConfig):
     kind: ClassVar[str] = "consistency"
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     grid: int = 50
@@ -37,8 +36,6 @@ class ConsistencyConfig(RecipeConfig):
     """Timestep shift of the discretised ODE."""
     guidance: float = 3.0
     """Guidance of the teacher's ODE step."""
-    image_start: float = 1.0
-    """Probability, per batch, that the first latent is given."""
     self_conditioning: float = 0.0
     """Probability, per batch, that the context of chunks is the student's own predictions instead of the real clip."""
     target_decay: float = 0.99
@@ -51,7 +48,8 @@ class ConsistencyConfig(RecipeConfig):
     Wan."""
 
     def __post_init__(self) -> None:
-        check_probabilities(self, "image_start", "self_conditioning")
+        super().__post_init__()
+        check_probabilities(self, "self_conditioning")
         if self.grid < (least := 1 if self.reaches_zero else 2):
             raise ConfigError(f"consistency.grid={self.grid}: at least {least} is needed")
 
@@ -95,7 +93,7 @@ class Consistency(Recipe[Backbone]):
         if step != self.target_step:  # once per step, however many micro-batches it has
             self._update_target()
             self.target_step = step
-        clip = sample_image_start(clip, self.cfg.image_start, generator)
+        clip = self.cfg.sample_start(clip, self.geometry, generator)
         t, t_next = self._sample_times(clip.latents, generator)
         eps = noise_like(clip.latents, generator)
         x_t = interpolate(clip.latents, eps, t.to(eps))

@@ -13,7 +13,8 @@ from minwm.core.flow import Latents, Times, bell_weight, interpolate, shift, vel
 from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Masked, chunk_causal
 from minwm.nets.backbone import Backbone, keep_first_clean, teacher_forced
-from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
+from minwm.nets.chunks import StreamConfig
+from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
 from minwm.recipes.ops import (
     bernoulli,
     drop_text,
@@ -23,7 +24,6 @@ from minwm.recipes.ops import (
     random_index,
     random_part,
     remembered_part,
-    sample_image_start,
     self_conditioned_context,
     teacher_context,
 )
@@ -69,7 +69,7 @@ class TimeLaw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(RecipeConfig):
+class DiffusionConfig(StartConfig):
     """Fields shared by both flow-matching stages."""
 
     time: TimeLaw = TimeLaw()
@@ -78,16 +78,16 @@ class DiffusionConfig(RecipeConfig):
     dropped_prompt: str | None = None
     """Prompt in place of a dropped one, such as "" for Wan; None: states of zeros. Never the negative prompt, which
     belongs to sampling."""
-    image_start: float = 1.0
-    """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
     latents: int = 0
     """Latents of a random part of each clip that a step takes, for many quick steps at first; 0: the whole clip. The
     first latent of a part from the middle stands for as many frames as the others."""
 
     def __post_init__(self) -> None:
-        check_probabilities(self, "text_dropout", "image_start")
+        super().__post_init__()
+        check_probabilities(self, "text_dropout")
 
     def check(self, model: ModelConfig) -> None:
+        super().check(model)
         lead, chunk = model.stream.first_chunk_frames, model.stream.chunk
         fits = [n for n in range(lead + chunk, model.latents + 1) if not self.teacher_forced or (n - lead) % chunk == 0]
         if self.latents and self.latents not in fits:
@@ -104,12 +104,12 @@ class DiffusionConfig(RecipeConfig):
     def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
         return None if self.dropped_prompt is None else model.text.encode([self.dropped_prompt])["text"][0]
 
-    def augment(self, clip: Clip, generator: torch.Generator) -> Clip:
-        """Take a random part of the clip; drop prompts and the first latent at random."""
+    def augment(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
+        """Take a random part of the clip; drop prompts and what is given at random."""
         if self.latents:
             clip = random_part(clip, self.latents, generator)
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
-        return sample_image_start(clip, self.image_start, generator)
+        return self.sample_start(clip, stream, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +177,11 @@ class BidirectionalDiffusion(Recipe[Backbone]):
     cfg: BidirectionalConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        clip = self.cfg.augment(clip, generator)
+        clip = self.cfg.augment(clip, self.geometry, generator)
         eps = noise_like(clip.latents, generator)
         t = self.cfg.time.draw((len(eps), 1), generator).to(eps).expand(eps.shape[:2])
         weight = loss_mask(clip) * self.cfg.time.weigh(t)
-        x_t, times = keep_first_clean(interpolate(clip.latents, eps, t), t, clip.cond)
+        x_t, times = keep_first_clean(interpolate(clip.latents, eps, t), t, clip.cond.first_latents)
         v = self.networks["student"](x_t, times, clip.cond)
         total = frame_mse(v, velocity(clip.latents, eps), weight)
         return Loss(total, "student", {"loss": total.detach()})
@@ -200,7 +200,7 @@ class AutoregressiveDiffusion(Recipe[Backbone]):
         remembered = self.cfg.memory > 0 and bernoulli(self.cfg.memory, generator)
         if self.cfg.memory:
             clip = self._remembered(clip, step, generator) if remembered else self._start(clip)
-        clip = self.cfg.augment(clip, generator)
+        clip = self.cfg.augment(clip, self.geometry, generator)
         eps = noise_like(clip.latents, generator)
         chunks = len(self.geometry.chunks(eps.shape[1]))
         times = chunks if self.cfg.time_per == "chunk" else 1
@@ -234,7 +234,7 @@ class AutoregressiveDiffusion(Recipe[Backbone]):
         return replace(clip, latents=clip.latents[:, :frames], cond=clip.cond.frames(0, frames))
 
     def _diffusion_forced(self, x_t: Latents, t: Times, cond: Condition) -> Latents:
-        x_t, t = keep_first_clean(x_t, t, cond, self.geometry.image_time)
+        x_t, t = keep_first_clean(x_t, t, cond.first_latents, self.geometry)
         return self.networks["student"](x_t, t, cond, Masked(chunk_causal(self.geometry), x_t.shape[1]))
 
     def _teacher_forced(self, clip: Clip, x_t: Latents, t: Times, u: Times, generator: torch.Generator) -> Latents:

@@ -13,7 +13,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, shift, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, keep_first_clean
-from minwm.recipes.base import Loss, Recipe, RecipeConfig, check_probabilities
+from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
 from minwm.recipes.ops import (
     bernoulli,
     frame_mse,
@@ -21,7 +21,6 @@ from minwm.recipes.ops import (
     noise_like,
     random_index,
     random_indices,
-    sample_image_start,
     uniform_times,
 )
 from minwm.store.model import ModelConfig
@@ -30,7 +29,7 @@ from minwm.stream.solvers import Noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class DmdConfig(RecipeConfig):
+class DmdConfig(StartConfig):
     """The student's times, and the shift of the times at which scores are compared, are those of `model.sampler`."""
 
     kind: ClassVar[str] = "dmd"
@@ -40,8 +39,6 @@ class DmdConfig(RecipeConfig):
     validates: ClassVar[bool] = False
     guidance: float = 3.0
     """Guidance of the real score; the critic has none."""
-    image_start: float = 1.0
-    """Probability, per batch, that the first latent is given."""
     static_cameras: float = 0.0
     """Probability, per batch, that cameras do not move: users stand still often, training clips hardly ever do."""
     long_rollouts: float = 0.0
@@ -73,7 +70,8 @@ class DmdConfig(RecipeConfig):
     the batch (HY). Clip: no clip outweighs another."""
 
     def __post_init__(self) -> None:
-        check_probabilities(self, "image_start", "static_cameras", "long_rollouts")
+        super().__post_init__()
+        check_probabilities(self, "static_cameras", "long_rollouts")
         for name in ("max_prefix_chunks", "critic_updates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least 1")
@@ -90,6 +88,7 @@ class DmdConfig(RecipeConfig):
         return Dmd(self, model, networks)
 
     def check(self, model: ModelConfig) -> None:
+        super().check(model)
         _ = model.sampler.times  # an error if it is no few-step sampler
 
 
@@ -113,11 +112,13 @@ def surrogate_loss(x0: Latents, gradient: Latents) -> Float[Tensor, ""]:
 
 
 def with_static_cameras(clip: Clip, probability: float, generator: torch.Generator) -> Clip:
-    """With that probability, the clip with all cameras where the first one is: DMD never looks at its frames."""
+    """With that probability, the clip with all cameras where the first one is, or the last of those that are given: DMD
+    never looks at later frames."""
     cond = clip.cond
     if not probability or cond.w2c is None or not bernoulli(probability, generator):
         return clip
-    return replace(clip, cond=with_action_labels(replace(cond, w2c=cond.w2c[:, :1].expand_as(cond.w2c))))
+    frame = torch.arange(cond.w2c.shape[1]).clamp_max(max(cond.given, 1) - 1)
+    return replace(clip, cond=with_action_labels(replace(cond, w2c=cond.w2c[:, frame])))
 
 
 def back_and_forth(cond: Condition, frames: int) -> Condition:
@@ -138,8 +139,8 @@ class Dmd(Recipe[Backbone]):
     cfg: DmdConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        clip = self.cfg.sample_start(clip, self.geometry, generator)
         clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
-        clip = sample_image_start(clip, self.cfg.image_start, generator)
         role = self.cfg.turn[step % len(self.cfg.turn)]
         return {"student": self.student_loss, "critic": self.critic_loss}[role](clip, step, generator)
 
@@ -163,7 +164,7 @@ class Dmd(Recipe[Backbone]):
             rollout, x0 = self._rollout(clip, exits, generator)
         eps = noise_like(x0, generator)
         t = self._times(x0, exits, generator)
-        x_t, t = keep_first_clean(interpolate(x0, eps, t), t, rollout.cond)
+        x_t, t = keep_first_clean(interpolate(x0, eps, t), t, rollout.cond.first_latents)
         total = frame_mse(self.networks["critic"](x_t, t, rollout.cond), velocity(x0, eps), loss_mask(rollout))
         return Loss(total, "critic", {"critic": total.detach()})
 
@@ -193,7 +194,7 @@ class Dmd(Recipe[Backbone]):
         noise = sample_noise((b, prefix + frames, *shape), samples, clip.latents, generator)
         x, x0 = self._rollout_by_exit(noise, cond, exits, prefix_chunks + 1 if long else 0)
         if long:
-            cond = with_action_labels(replace(cond.frames(prefix, prefix + frames), first_latent=None))
+            cond = with_action_labels(cond.frames(prefix, prefix + frames))
         return Clip(x[:, prefix:], cond), x0[:, prefix:]
 
     def _rollout_by_exit(
@@ -231,7 +232,7 @@ class Dmd(Recipe[Backbone]):
         self, x0: Latents, cond: Condition, exits: Sequence[int | None], generator: torch.Generator
     ) -> tuple[Latents, Times]:
         t = self._times(x0, exits, generator)
-        return keep_first_clean(interpolate(x0, noise_like(x0, generator), t), t, cond)
+        return keep_first_clean(interpolate(x0, noise_like(x0, generator), t), t, cond.first_latents)
 
     @staticmethod
     def _predict_x0(net: Backbone, x_t: Latents, t: Times, cond: Condition, guidance: float) -> Latents:

@@ -34,7 +34,7 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:
     if cond.w2c is not None:
         cond = with_action_labels(replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1])))
     if cond.first_latent is not None:
-        cond = replace(cond, first_latent=latents[:, :1])
+        cond = replace(cond, first_latents=latents[:, :1])
     return Clip(latents, cond)
 
 
@@ -50,24 +50,29 @@ def remembered_part(clip: Clip, stream: StreamConfig, chunk: int) -> Clip:
     part = one_after_the_other([*columns, past[chunk]])
     frames = {name: x.to(cond.parts()[name]) for name, x in part.frames.items()}
     first = cond.first_latent if stream.sink or chunk < stream.slots else None
-    return Clip(part.x, replace(cond, **frames, first_latent=first))
+    return Clip(part.x, replace(cond, **frames, first_latents=first))
 
 
-def sample_image_start(clip: Clip, probability: float, generator: torch.Generator) -> Clip:
-    """The clip with its first frame as a condition, with that probability; else the first frame is generated too."""
-    return clip if bernoulli(probability, generator) else replace(clip, cond=clip.cond.without_image())
+def sample_start(clip: Clip, image: float, video: float, stream: StreamConfig, generator: torch.Generator) -> Clip:
+    """The clip with its first frame given, with probability `image`, or with probability `video` a random number of its
+    first chunks, not all of them; else everything is generated."""
+    clip = clip if bernoulli(image, generator) else replace(clip, cond=clip.cond.without_image())
+    if not video or not bernoulli(video, generator):
+        return clip
+    chunks = stream.chunks(clip.latents.shape[1])
+    given = chunks[random_index(len(chunks) - 1, generator)][1]
+    return replace(clip, cond=replace(clip.cond, first_latents=clip.latents[:, :given]))
 
 
 def loss_mask(clip: Clip) -> Float[Tensor, "b f"]:
-    """1 for frames that are generated, 0 for a first frame that is given."""
+    """1 for frames that are generated, 0 for first ones that are given."""
     mask = clip.latents.new_ones(clip.latents.shape[:2])
-    if clip.cond.first_latent is not None:
-        mask[:, 0] = 0
+    mask[:, : clip.cond.given] = 0
     return mask
 
 
 def teacher_context(clip: Clip, stream: StreamConfig, generator: torch.Generator, part: float | Times = 1.0) -> Context:
-    """The clip as context for later chunks, with a part of the stream's context noise; a given first frame is clean."""
+    """The clip as context for later chunks, with a part of the stream's context noise; given frames are clean."""
     mask = loss_mask(clip)
     times = mask * (stream.context_noise * part)
     shown = times if stream.context_time is None else mask * stream.context_time

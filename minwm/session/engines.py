@@ -228,7 +228,7 @@ class ModelEngine:
         list(self._decode(noise[0, :, :1]))  # a latent that is not the first has a graph of its own
         self.update_cache()
         cond = self.condition(np.eye(4)[None].repeat(frames, 0))
-        cond = replace(cond, first_latent=None if self.inputs.image is None else noise[0, :, :1])
+        cond = replace(cond, first_latents=None if self.inputs.image is None else noise[0, :, :1])
         with attention_kernel(self.engine):
             return [time.perf_counter() - begin, *warm_up(self.stream, cond, noise, self.sampler)]
 
@@ -240,7 +240,7 @@ class ModelEngine:
 
     def _generate(self, c2w: Float[np.ndarray, "f 4 4"], first: FirstLatent | None = None) -> Iterator[Frames]:
         """Frames of the next chunk; `first` is the image."""
-        prepared = self.stream.prepare_chunk(replace(self.condition(c2w), first_latent=first))
+        prepared = self.stream.prepare_chunk(replace(self.condition(c2w), first_latents=first))
         self.newest_pose = c2w[-1]
         samples = self.sampler.num_noise_samples(self.stream.geometry)
         shape = (samples, *self.model.config.latent_shape(1, len(c2w)))

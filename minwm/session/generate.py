@@ -97,7 +97,7 @@ def sampling_inputs(
         check_image(cfg, images[0])
         states = {**states, **cfg.text.encode_images([*images])}
         first = model.codec.encode(to_pixels(images)[:, None].to(device))
-    cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latent=first)).to(device)
+    cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latents=first)).to(device)
     shape = cfg.latent_shape(len(cond.text), w2c.shape[1])
     samples, like = cfg.sampler.num_noise_samples(cfg.geometry), torch.empty(0, device=device)
     if isinstance(seed, int):

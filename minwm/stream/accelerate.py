@@ -203,7 +203,8 @@ def warm_up(stream: Stream, cond: Condition, noise: Noise, sampler: Sampler) -> 
     for chunk in range(geometry.distinct_graph_shapes):
         start, stream.chunk = time.perf_counter(), chunk
         frames = geometry.start(chunk + 1) - geometry.start(chunk)
-        prepared, chunk_noise = stream.prepare_chunk(cond.frames(0, frames)), noise[:, :, :frames]
+        part = replace(cond.frames(0, frames), first_latents=None if chunk else cond.first_latents)
+        prepared, chunk_noise = stream.prepare_chunk(part), noise[:, :, :frames]
         stream.update_cache(prepared, stream.next_chunk(prepared, chunk_noise, sampler), chunk_noise[-1])
         if noise.is_cuda:
             torch.cuda.synchronize(noise.device)

@@ -24,21 +24,20 @@ from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 
 def sample_bidirectional(net: Backbone, sampler: Sampler, noise: Latents, cond: Condition) -> Latents:
-    """All frames at once; an image start is held clean at t = 0."""
+    """All frames at once; given first latents are held clean at t = 0."""
     guided = sampler.guidance != 1
     prepared = net.prepare(Condition.stack(cond, cond.unconditional()) if guided else cond)
-    given = 0 if cond.first_latent is None else 1
 
     def velocity(x: Latents, t: float, t_end: float) -> Latents:
         times, ends = (x.new_full(x.shape[:2], time) for time in (t, t_end))
-        times[:, :given] = ends[:, :given] = 0
+        times[:, : cond.given] = ends[:, : cond.given] = 0
         at = net.adaln_modulation(times[:1], ends[:1]) if net.takes_step_end else times
         v = guided_velocity(net, x, at, prepared, FULL, sampler.guidance)
-        v[:, :given] = 0
+        v[:, : cond.given] = 0
         return v
 
-    x = sampler.sample(velocity, with_first(noise, cond.first_latent)[None])
-    return with_first(x, cond.first_latent)
+    x = sampler.sample(velocity, with_first(noise, cond.first_latents)[None])
+    return with_first(x, cond.first_latents)
 
 
 def guided_velocity(
@@ -155,7 +154,9 @@ class Stream:
         self._move_cache(origin, self.geometry.sink_shift(self.chunk), self.geometry.time_origin(self.chunk))
         branches = self._guidance_branches(cond)
         camera, actions = self.net.camera_matrices(branches), branches.actions if self.net.takes_actions else None
-        return PreparedCondition(self.text, camera, first_latent=self._image(cond), actions=actions)
+        whole = cond.given == self.geometry.start(self.chunk + 1) - self.geometry.start(self.chunk)
+        given = cond.first_latents if whole else None
+        return PreparedCondition(self.text, camera, first_latent=self._image(cond), given=given, actions=actions)
 
     @torch.no_grad()
     def _recompute_context(self, cond: Condition) -> None:
@@ -172,7 +173,7 @@ class Stream:
         for i, chunk in enumerate(seen):
             self.chunk = i
             context = self._prepare(
-                replace(cond, **chunk.frames, first_latent=self.first_latent if keeps_image else None)
+                replace(cond, **chunk.frames, first_latents=self.first_latent if keeps_image else None)
             )
             self.cache_update_pass(context, chunk.x, self.frame_times(context, chunk.x.shape[1], chunk.t))
             self._finish_slot()
@@ -182,12 +183,12 @@ class Stream:
         """The image of the current chunk, if one is given; ConfigError if the model takes none."""
         if self.chunk or cond.first_latent is None:
             return None
-        if not self.geometry.takes_image:
+        if not self.geometry.takes_image and cond.given < self.geometry.first_chunk_frames:
             raise ConfigError(
                 f"an image is given, and the first chunk of {self.geometry.first_chunk_frames} latents takes none; "
                 "leave it out, or set stream.image_start=true for a model that was trained so"
             )
-        return cond.first_latent
+        return cond.first_latent if self.geometry.takes_image else None
 
     @torch.no_grad()
     def _move_cache(self, origin: Float[Tensor, "b 4 4"], sink_shift: int, time_origin: int) -> None:
@@ -224,11 +225,11 @@ class Stream:
         self.arena.restore_slot(self.chunk, slot)
 
     def next_chunk(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
-        """The current chunk, denoised; `update_cache` is still to come. noise: `sampler.num_noise_samples` of them."""
-        first = cond.first_latent
-        if first is not None and noise.shape[2] == 1:
-            return first
-        return with_first(self.denoise(cond, noise, sampler), first)
+        """The current chunk, denoised or as it is given; `update_cache` is still to come. noise:
+        `sampler.num_noise_samples` of them."""
+        if cond.given is not None:
+            return cond.given
+        return with_first(self.denoise(cond, noise, sampler), cond.first_latent)
 
     def denoise(self, cond: PreparedCondition, noise: Noise, sampler: Sampler) -> Latents:
         """The passes of `next_chunk`."""
@@ -243,15 +244,15 @@ class Stream:
         self, cond: PreparedCondition, noise: Noise, times: list[float], exit_step: int | None
     ) -> tuple[Latents, Latents | None]:
         """The denoised chunk without gradient, and x_0 as predicted at `exit_step` with gradient (self-rollout)."""
+        if cond.given is not None:
+            return cond.given, None
         first = cond.first_latent
-        if first is not None and noise.shape[2] == 1:
-            return first, None
 
         def velocity(x: Latents, t: float, _: float) -> Latents:
             if exit_step is None or t != times[exit_step]:
                 with torch.no_grad():
                     return self.velocity(cond, x, t)
-            x, frame_times = keep_first_clean(x, x.new_full(x.shape[:2], t), cond, self.geometry.image_time)
+            x, frame_times = keep_first_clean(x, x.new_full(x.shape[:2], t), first, self.geometry)
             v = self.net(x, frame_times, cond, ReadOnlyCache(self.arena, self.chunk))
             if self.geometry.merged_refresh and t == times[-1]:
                 with torch.no_grad():  # the pass with gradient wrote nothing into the cache
@@ -266,11 +267,12 @@ class Stream:
         """Write the finished chunk's keys and values into the cache, and go on to the next chunk.
 
         They are those of the clean chunk at t = 0. With `noise`, for a generated chunk, they are those of the chunk at
-        `context_noise`; with `merged_refresh` those of the last denoising pass, which are there already. A given image
-        stays clean.
+        `context_noise`; with `merged_refresh` those of the last denoising pass, which are there already. A given chunk
+        or image stays clean.
         """
         first, geometry = cond.first_latent, self.geometry
-        if noise is None or (first is not None and x.shape[1] == 1) or not self.geometry.merged_refresh:
+        noise = None if cond.given is not None else noise
+        if noise is None or not self.geometry.merged_refresh:
             level = 0.0 if noise is None else geometry.context_noise
             x = with_first(x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level)), first)
             t = level if geometry.context_time is None else geometry.context_time

@@ -97,7 +97,7 @@ def condition(frames: int, batch: int = 2, seed: int = 2, image: bool = False) -
         text=text,
         w2c=w2c.float(),
         K=K.float(),
-        first_latent=latents(1, batch, seed=9) if image else None,
+        first_latents=latents(1, batch, seed=9) if image else None,
         glyphs=glyphs,
         image_states=states if image else None,
     )

@@ -74,7 +74,7 @@ def make(name: str, model: ModelConfig = MODEL, /, **changes: Any) -> Recipe[Bac
 def clip(image: bool = True, batch: int = 2) -> Clip:
     x, cond = latents(FRAMES, batch), condition(FRAMES, batch)
     states = torch.stack([latents(FRAMES, batch, seed=20 + k) for k in range(3)])
-    return Clip(x, replace(cond, first_latent=x[:, :1] if image else None), states)
+    return Clip(x, replace(cond, first_latents=x[:, :1] if image else None), states)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

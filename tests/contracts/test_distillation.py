@@ -123,7 +123,7 @@ def test_dmd_pulls_the_student_to_the_data(long: float) -> None:
     """With the exact score of one plain clip and a critic that learns online, its video nears that clip."""
     given = clip(batch=1)
     plain = torch.tensor([-1.0, 2.0, 0.5, -0.5]).double()[:, None, None].expand_as(given.latents)
-    given = Clip(plain, replace(given.cond, first_latent=plain[:, :1]))
+    given = Clip(plain, replace(given.cond, first_latents=plain[:, :1]))
     roles = {"student": network(0), "critic": network(1), "real": Exact(given.latents)}
     cfg = DmdConfig(critic_updates=1, guidance=1.0, long_rollouts=long, max_prefix_chunks=2)
     recipe = cfg.build(MODEL, roles)

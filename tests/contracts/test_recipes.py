@@ -36,6 +36,7 @@ from minwm.core.types import Condition
 from minwm.nets.backbone import Checkpointing, Context, keep_attention
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import TimeLaw
+from minwm.recipes.dmd import Dmd, DmdConfig, with_static_cameras
 from minwm.recipes.ops import random_part, self_conditioned_context, teacher_context
 from minwm.store.model import ModelConfig
 from minwm.train.config import Run
@@ -149,7 +150,7 @@ def test_cameras_prompt_and_image_reach_the_loss(name: str, step: int) -> None:
     changes = {
         "w2c": (replace(given.cond, w2c=given.cond.w2c.flip(1)), given.latents),
         "text": (replace(given.cond, text=-given.cond.text), given.latents),
-        "first": (replace(given.cond, first_latent=image[:, :1]), image),
+        "first": (replace(given.cond, first_latents=image[:, :1]), image),
     }
     for what, change in changes.items():
         assert (gradient(*change) - before).norm() > 1e-3 * before.norm(), what
@@ -176,6 +177,45 @@ def test_a_given_first_frame_is_not_scored(model: ModelConfig, name: str, step: 
             other += float(size.min())
     assert other > 0
     assert (first == 0) == image
+
+
+@pytest.mark.parametrize(("name", "step"), [turn for turn in TURNS if turn[0] != "ode"])
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+def test_given_chunks_of_a_video_are_clean_and_not_scored(name: str, step: int, image: bool) -> None:
+    """Of three chunks (an image, 2, 2) one or two are given; what is given decides the rest."""
+    recipe, given, counts = make(name, image_start=float(image), video_start=1.0), clip(), set[int]()
+    for seed in range(6):
+        trains = recipe.loss(given, step, seeded(seed)).trains
+        with watched(recipe.networks[trains]) as passes:
+            recipe.loss(given, step, seeded(seed)).total.backward()
+        times, v = passes[-1] if name != "dmd" or step else (None, None)
+        if times is None or v is None or v.grad is None:
+            continue  # the student of DMD has no pass over given chunks
+        size = v.grad.abs().amax((0, 2, 3, 4))[-FRAMES:]
+        counts.add(int((size == 0).sum()))
+        assert not times[:, -FRAMES:][:, size == 0].any(), "given frames are shown at t = 0"
+        assert size.tolist() == sorted(size.tolist(), key=bool), "they come first"
+    assert counts == (set() if name == "dmd" and not step else {1, 3})
+
+
+def test_dmd_goes_on_from_the_real_video_that_is_given() -> None:
+    recipe, given = make("dmd", video_start=1.0), clip()
+    assert isinstance(recipe, Dmd)
+    start = replace(given, cond=replace(given.cond, first_latents=given.latents[:, :3]))
+    rollout, scored = recipe._rollout(start, [0, 0], seeded())
+    for x in (rollout.latents, scored):
+        assert torch.equal(x[:, :3], given.latents[:, :3]) and not torch.equal(x[:, 3:], given.latents[:, 3:])
+    other = replace(start, cond=replace(start.cond, first_latents=-given.latents[:, :3]))
+    assert not torch.allclose(recipe._rollout(other, [0, 0], seeded())[1][:, 3:], scored[:, 3:])
+    still = with_static_cameras(start, 1.0, seeded()).cond.w2c
+    assert still is not None and given.cond.w2c is not None
+    assert torch.equal(still[:, :3], given.cond.w2c[:, :3]) and torch.equal(still[:, 4], given.cond.w2c[:, 2])
+
+
+def test_a_video_start_needs_a_chunk_after_it() -> None:
+    one = replace(MODEL, stream=replace(MODEL.stream, chunk=FRAMES, first_chunk=None, image_start=False))
+    with pytest.raises(ConfigError, match=r"video_start=0\.5: a clip of 5 latents is a single chunk"):
+        DmdConfig(video_start=0.5).check(one)
 
 
 @every_turn

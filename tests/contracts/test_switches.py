@@ -19,7 +19,7 @@ from minwm.recipes.base import Recipe
 from minwm.recipes.diffusion import AutoregressiveConfig, TimeLaw
 from minwm.recipes.dmd import Dmd, DmdConfig, dmd_gradient
 from minwm.recipes.ode import OdeConfig
-from minwm.recipes.ops import sample_image_start
+from minwm.recipes.ops import sample_start
 from minwm.store.model import ModelConfig
 from minwm.stream.accelerate import GraphedStream
 from minwm.stream.rollout import Stream, generate_latents, sample_noise, self_rollout
@@ -108,7 +108,7 @@ def test_a_critic_that_knows_the_videos_has_no_loss(data: Any) -> None:
     for known in ("final", "exit"):
         recipe, generator = dmd(critic_data=data), seeded()
         generator = seeded(4)
-        sample_image_start(given, 1.0, generator)
+        sample_start(given, 1.0, 0.0, GEOMETRY, generator)
         exits = recipe._exit_steps(2, 1, generator) if data == "exit" else [0, 0]
         final, scored = recipe._rollout(given, exits, generator)
         recipe.networks["critic"] = Exact((final.latents if known == "final" else scored).detach())
@@ -299,7 +299,7 @@ LONG = replace(
 
 def long_clip() -> Clip:
     x = latents(11)
-    return Clip(x, replace(condition(11), first_latent=x[:, :1]))
+    return Clip(x, replace(condition(11), first_latents=x[:, :1]))
 
 
 def test_diffusion_forcing_sees_noisy_chunks_in_one_copy() -> None:
@@ -320,7 +320,7 @@ def test_memory_is_what_a_stream_would_have(forcing: str, monkeypatch: pytest.Mo
     """One random chunk is learned, after the image, what it retrieves, and the chunk before it."""
     recipe = make("autoregressive", LONG, forcing=forcing, memory=1.0, memory_grows=100, text_dropout=0.0)
     given, seen = long_clip(), list[Clip]()
-    monkeypatch.setattr(AutoregressiveConfig, "augment", lambda _, clip, __: seen.append(clip) or clip)
+    monkeypatch.setattr(AutoregressiveConfig, "augment", lambda _, clip, *__: seen.append(clip) or clip)
     for step in (0, 99, 100):
         for seed in range(6):
             with watched(recipe.networks["student"]) as passes:
