@@ -21,8 +21,8 @@ from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.solvers import FewStepSampler
-from minwm.train.build import build_recipe
 from minwm.train.config import Init, Run
+from minwm.train.roles import build_recipe
 
 MODEL = ModelConfig(
     network=WanConfig(

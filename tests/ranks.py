@@ -29,18 +29,25 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from minwm.core.metrics import read_metrics
 from minwm.core.types import Clip
+from minwm.core.weights import load_safetensors
 from minwm.data.dataset import Loader
+from minwm.families.wan.transformer import Wan
+from minwm.nets.lora import LoraConfig, copy_network
 from minwm.recipes.base import Recipe
 from minwm.recipes.codec import CodecTraining
-from minwm.train.config import OptimConfig, Run
+from minwm.store.folder import save_model
+from minwm.train.config import Init, OptimConfig, Run
 from minwm.train.loop import StoppedError, Trainer, loop
 from minwm.train.parallel import Parallel, ParallelConfig, process_group, whole
+from minwm.train.roles import adapt_role, build_recipe, load_role, saved_weights
 from minwm.train.state import States, state_tensors
 
 torch.set_num_threads(1)
 MODELS = {"wan": MODEL, "hunyuan": replace(MODEL, network=SMALL["hunyuan-dual"])}
 RUNS = {f"{family}-{name}": (model, cfg) for family, model in MODELS.items() for name, cfg in CASES.items()}
-RUNS["codec"] = (MODEL, CodecTraining())
+RUNS |= {f"{family}-lora-dmd": (model, CASES["dmd"]) for family, model in MODELS.items()}
+RUNS |= {"wan-lora-consistency": (MODEL, CASES["consistency"]), "codec": (MODEL, CodecTraining())}
+BASE = replace(MODEL, network=replace(MODEL.network, dim=512, ffn=2048, layers=4))
 LOSS = {"student": "dmd", "critic": "critic"}
 
 
@@ -99,7 +106,21 @@ def configured(name: str, parallel: ParallelConfig, **changes: Any) -> tuple[Run
         for parameter in networks[role].parameters():
             nn.init.normal_(parameter, std=0.2)
         networks[role] = networks[role].double() if cfg.trains_backbone else networks[role]
+    if "-lora-" in name:  # the last role, whose weights never change, is the base
+        base = networks[cfg.frozen[-1]].requires_grad_(False)
+        networks |= {role: with_additions(base) for role in cfg.trained}
     return replace(run, **{"tensorboard": False, **changes}), cfg.build(model, networks)
+
+
+def with_additions(base: nn.Module) -> nn.Module:
+    """What a role has learned beside a base: by LoRA, but its head, whole."""
+    net = LoraConfig(rank=2, alpha=1.0, whole=("head" if isinstance(base, Wan) else "final_layer",)).add_to(
+        copy_network(base)
+    )
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return net
 
 
 def clips_of(run: Run, here: Parallel, data: Clips) -> Loader[Any]:
@@ -180,7 +201,29 @@ def read_state(folder: Path) -> dict[str, Any]:
     return tensors
 
 
+def shared_parts(out: Path) -> None:
+    """Two processes hold half of a base each, once for all roles of DMD, and never the whole of it."""
+    init = Init(**dict.fromkeys(("student", "critic", "real"), str(out / "base")))
+    run = Run(name="parts", model=BASE, recipe=CASES["dmd"], data="", init=init, lora=LoraConfig(rank=2))
+    here, before = Parallel(run.parallel, torch.device("cpu")), anonymous_memory()
+    recipe = build_recipe(run, partial(load_role, run, here.build_device), partial(adapt_role, run))
+    trainer = Trainer(replace(run, accumulate=2), recipe, here, partial(saved_weights, run))
+    saved = load_safetensors(out / "base" / "model.safetensors")
+    grown, size = anonymous_memory() - before, sum(x.nbytes for x in saved.values())
+    assert grown < 0.7 * size, f"{grown / 2**20:.0f} of {size / 2**20:.0f} MiB"
+    for role, net in {**recipe.networks, "ema": trainer.ema.net}.items():
+        found = dict(net.named_parameters())
+        assert all(torch.equal(whole(found[name]), x) for name, x in saved.items()), role
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds, but for mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
 def two(out: Path) -> None:
+    shared_parts(out)
     same_steps(out, [name for name in RUNS if not name.startswith("hunyuan")], ParallelConfig())
     train_to(2, out / "parts", ParallelConfig())
     stopped(out / "stopped", ParallelConfig())
@@ -194,6 +237,7 @@ def four(out: Path) -> None:
 
 
 def main(out: Path) -> None:
+    save_model(out / "base", BASE, BASE.network.build(), BASE.codec.build())
     for name in RUNS:
         torch.save(list(steps(name, ParallelConfig())), out / f"{name}.pt")
     train_to(3, out / "whole", ParallelConfig())

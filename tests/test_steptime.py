@@ -25,11 +25,11 @@ from minwm.experiments import presets
 from minwm.nets.attention import Cached, Full, Masked, ReadOnlyCache, TextKV, WholeFrames, teacher_forcing
 from minwm.recipes.base import Recipe
 from minwm.recipes.dmd import DmdConfig
-from minwm.train.build import build_recipe
 from minwm.train.config import Run
 from minwm.train.flops import count_flops, pass_flops
 from minwm.train.loop import Trainer, loop
 from minwm.train.parallel import Parallel
+from minwm.train.roles import build_recipe
 
 NAMES = ("camera", "ar", "ode", "consistency", "dmd")
 

@@ -28,6 +28,7 @@ from minwm.data.trajectories import collect_trajectories
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.backbone import Backbone
 from minwm.nets.chunks import StreamConfig
+from minwm.nets.lora import LoraConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.recipes.base import Loss, Recipe, RecipeConfig
@@ -94,7 +95,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage(name: str, project: Path, **changes: Any) -> Run:
-    one, two = str(project / "one"), str(project / "two")
+    one = str(project / "one")
+    two = one if "lora" in changes else str(project / "two")
     roles = {
         "consistency": {"teacher": two},
         "dmd": {"critic": two, "real": two},
@@ -151,11 +153,11 @@ def final_state(out: Path) -> dict[str, Any]:
 
 MUON = OptimConfig(optimizer="muon", lr=1e-2)
 EXIT = DmdConfig(critic_updates=2, exit_step="step", context="exit", critic_data="exit")
+LORA = {"lora": LoraConfig(rank=2, whole=("prope_o",)), "precision": "bfloat16", "checkpointing": True}
+CHANGED = [("dmd", {"optim": MUON, "critic": MUON, "recipe": EXIT}), ("consistency", LORA), ("dmd", LORA)]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), [*((name, {}) for name in RECIPES), ("dmd", {"optim": MUON, "critic": MUON, "recipe": EXIT})]
-)
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in RECIPES), *CHANGED])
 def test_resuming_is_bit_exact(
     name: str, changes: dict[str, Any], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +177,7 @@ def test_resuming_is_bit_exact(
     optimizers = {f"optimizer.{role}" for role in roles & {"student", "critic"}}
     assert all(any(key.startswith(part) for key in whole) for part in roles | optimizers)
     moments = {key.rpartition(".")[2] for key in whole if key.startswith("optimizer")}
-    assert moments == {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if changes else set())
+    assert moments == {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if "optim" in changes else set())
     assert whole.keys() == parts.keys()
     for key in whole:
         assert whole[key] == parts[key], key

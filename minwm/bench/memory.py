@@ -34,9 +34,9 @@ from minwm.nets.taehv import TAEHV
 from minwm.recipes.base import Recipe, random_clip
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
-from minwm.train.build import build_recipe
 from minwm.train.config import Run
 from minwm.train.loop import autocast
+from minwm.train.roles import build_recipe
 
 GIB = 2**30
 """A card sold with "24 GB" has 24 of these."""

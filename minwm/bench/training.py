@@ -19,11 +19,11 @@ from minwm.bench.machine import Machine, compiled_graphs, faster, measure_machin
 from minwm.core.config import ConfigError
 from minwm.core.runtime import StageTimer, pick_device
 from minwm.nets.backbone import Backbone
-from minwm.train.build import build_recipe
 from minwm.train.config import Init, Run
 from minwm.train.flops import count_flops
 from minwm.train.loop import DivergedError, Trainer
 from minwm.train.parallel import Parallel
+from minwm.train.roles import build_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,7 @@ def _read(file: Path) -> dict[Any, Any]:
     if file.name.endswith(".safetensors.index.json"):
         return _read_shards(file)
     if file.suffix == ".safetensors":
-        return _read_safetensors(file)
+        return {**map_safetensors(file)}
     if file.suffix in PICKLES:
         return read_pickle(file)
     if file.suffix == ".gguf":
@@ -211,8 +211,13 @@ def _read(file: Path) -> dict[Any, Any]:
     raise CheckpointError(f"{file} is no checkpoint by its name (.safetensors {' '.join(PICKLES)})")
 
 
-def _read_safetensors(file: Path) -> dict[Any, Any]:
-    """Views of the mapped file; safetensors' own readers would read every tensor from the disk at once."""
+def map_safetensors(file: Path) -> dict[str, Tensor]:
+    """Views of the mapped file; safetensors' own readers would read every tensor from the disk at once.
+
+    Raises CheckpointError if it is missing or damaged.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file} does not exist")
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:  # safe_open checks the header
             length = int.from_bytes(opened.read(8), "little")
@@ -261,7 +266,7 @@ def _read_shards(index: Path) -> dict[Any, Any]:
     for name in sorted(set(listed.values())):
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.name} lists {name}, which is not in {index.parent}; download it too")
-        tensors |= _read_safetensors(index.parent / name)
+        tensors |= map_safetensors(index.parent / name)
     if lost := sorted(set(listed) - set(tensors)):
         raise CheckpointError(f"{index} lists {len(lost)} tensors that its files lack: {', '.join(lost[:3])}")
     return tensors

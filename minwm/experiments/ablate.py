@@ -24,8 +24,9 @@ from minwm.experiments.presets.demo import demo, tiny_model
 from minwm.store.folder import load_codec, load_model, load_weights, save_model
 from minwm.store.layouts import FAMILIES
 from minwm.store.model import Model
-from minwm.train.build import build_recipe, load_role, train
+from minwm.train.build import train
 from minwm.train.config import Run
+from minwm.train.roles import build_recipe, load_role
 
 CLIPS = 1600
 """Training clips of 33 frames at 64x64."""

@@ -114,6 +114,12 @@ class Backbone(nn.Module, ABC):
     ) -> Latents:
         """v at x_t. `t`: per frame or one for all, or the modulation of these."""
 
+    def init_weights(self) -> None:
+        """Give parameters their first values, in place; those on the meta device, which have none, stay as they are.
+
+        A loaded network needs it for what its file lacks: parameters of cameras and actions.
+        """
+
     @abstractmethod
     def project_text_kv(self, cond: Condition) -> list[TextKV]:
         """Text keys and values of every layer, for scopes that are not bidirectional: they depend on the prompt alone.

@@ -7,6 +7,7 @@ base: a parameter that is frozen is the same object in all of them.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +59,8 @@ class LoraConfig:
         for name, linear in targets.items():
             if not any(name == other or name.startswith(f"{other}.") for other in whole):
                 net.set_submodule(name, LoraLinear(linear, self.rank, self.scale))
-        net.register_state_dict_post_hook(_drop_frozen)
+        trained = frozenset(name for name, p in net.named_parameters() if p.requires_grad)
+        net.register_state_dict_post_hook(partial(_keep, trained))
         return net
 
     def target_names(self, net: nn.Module) -> list[str]:
@@ -87,9 +89,24 @@ class LoraLinear(Linear):
         return torch.add(super().forward(input), self.lora_B(self.lora_A(input)), alpha=self.scale)
 
 
+def round_frozen(net: nn.Module) -> None:
+    """Hold the weights of frozen linears in bfloat16, in place: under autocast their products are the same."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def copy_network(net: Network) -> Network:
     """A copy whose frozen parameters are those of `net`: they take no memory again."""
     return copy.deepcopy(net, {id(p): p for p in net.parameters() if not p.requires_grad})
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * net, of the parameters that the two do not share."""
+    for mean, value in zip(average.parameters(), net.parameters(), strict=True):
+        if mean is not value:
+            mean.lerp_(value, 1 - decay)
 
 
 def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -113,10 +130,9 @@ def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: floa
     return merged
 
 
-def _drop_frozen(net: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for name, parameter in net.named_parameters():
-        if not parameter.requires_grad:
-            state.pop(prefix + name, None)
+def _keep(names: frozenset[str], _net: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in [name for name in state if name.removeprefix(prefix) not in names]:
+        del state[name]
 
 
 def _large_products(net: nn.Module) -> dict[str, nn.Linear]:

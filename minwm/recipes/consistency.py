@@ -1,6 +1,5 @@
 """Stage 2b, causal consistency distillation: neighbours on a PF-ODE trajectory agree on its end (paper eq. 2)."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +11,7 @@ from minwm.core.flow import Latents, Times, euler, guide, interpolate, schedule,
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 from minwm.nets.chunks import Geometry
+from minwm.nets.lora import copy_network, update_average
 from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
 from minwm.recipes.ops import (
     Per,
@@ -86,12 +86,12 @@ class Consistency(Recipe[Backbone]):
         super().__init__(cfg, model, networks)
         self.times = torch.tensor(schedule(cfg.grid, cfg.shift), dtype=torch.float64)
         self.target_step: int | None = None
-        self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False).eval()
+        self.networks["target"] = copy_network(self.networks["student"]).requires_grad_(False).eval()
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         student, teacher, target = (self.networks[role] for role in ("student", "teacher", "target"))
         if step != self.target_step:  # once per step, however many micro-batches it has
-            self._update_target()
+            update_average(target, student, self.cfg.target_decay)  # nothing before the student's first step
             self.target_step = step
         clip = self.cfg.sample_start(clip, self.geometry, generator)
         t, t_next = self._sample_times(clip.latents, generator)
@@ -119,10 +119,3 @@ class Consistency(Recipe[Backbone]):
         """f(x, t): the end of the trajectory through x."""
         times = t.to(x)
         return x0_from_velocity(x, teacher_forced(net, context, x, times, cond, self.geometry), times)
-
-    @torch.no_grad()
-    def _update_target(self) -> None:
-        """EMA of the student; before its first step the two are equal and this changes nothing."""
-        student, target = self.networks["student"], self.networks["target"]
-        for mean, weight in zip(target.parameters(), student.parameters(), strict=True):
-            mean.lerp_(weight, 1 - self.cfg.target_decay)

@@ -2,14 +2,15 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minwm.core.config import ConfigError, UserError, dumps, from_dict, to_dict
 from minwm.core.files import locked, read_config, read_json, write_json, write_text
@@ -18,19 +19,17 @@ from minwm.core.runtime import git_commit, pick_device, rank, versions
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import loader
 from minwm.data.encode import identity
-from minwm.recipes.base import Recipe
-from minwm.store.folder import load_codec, load_weights
-from minwm.store.layouts import FAMILIES, AnyCodec
+from minwm.store.adapter import Adapter, save_adapter
+from minwm.store.folder import load_codec
+from minwm.store.layouts import AnyCodec
 from minwm.train.config import Run, Summary
 from minwm.train.loop import loop
 from minwm.train.parallel import Parallel, process_group, whole
+from minwm.train.roles import ADAPTER, adapt_role, base_folder, build_recipe, load_role, saved_weights
 from minwm.train.state import States
 
 VALIDATION_CLIPS = 24
 """Clips of the validation split on which the loss is logged."""
-COMPILED_FORMS = 32
-"""Most compiled forms of a block. Passes of a recipe differ in frames, in clips and in who gets gradients: up to a
-dozen forms, where torch gives up after 8."""
 NO_RESULT = ("parallel", "keep")
 """Fields of a run that its result does not depend on: they may change while it goes on."""
 MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
@@ -72,64 +71,47 @@ def _train(run: Run, out: Path) -> Summary:
     parallel.barrier()  # or some would find what others have written meanwhile
     if rank() == 0:
         _write_record(run, out)
-    recipe = build_recipe(run, partial(load_role, run, parallel.build_device))
+    recipe = build_recipe(run, partial(load_role, run, parallel.build_device), partial(adapt_role, run))
     if not run.init.student and not states.latest():
         recipe.fit(data)
     clips = loader(data, run.batch, run.seed, parallel.data_rank, parallel.data_ranks)
-    student = whole_network(run, loop(run, out, recipe, clips, parallel, validation_batches(run)))
+    weights = partial(saved_weights, run)
+    trained = whole_tensors(loop(run, out, recipe, clips, parallel, validation_batches(run), weights))
     if rank() == 0:
+        student = _merged(run, out, trained) if run.lora else _network_of(run, trained)
         run.recipe.save(out, run.model, student, codec)
         write_text(done, dumps(_summary(run, out, sum(p.numel() for p in student.parameters()))))
     parallel.barrier()
     return read_config(Summary, done)
 
 
-def whole_network(run: Run, net: nn.Module) -> nn.Module:
-    """The network on the CPU of the first process, of which all processes may have a part."""
+def whole_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a network, of which all processes may have a part, on the CPU of the first; empty elsewhere."""
     tensors = {}
     for name, x in net.state_dict().items():
         part = whole(x)
         if rank() == 0:
             tensors[name] = part.cpu()
+    return tensors
+
+
+def _network_of(run: Run, tensors: Mapping[str, Tensor]) -> nn.Module:
     with torch.device("meta"):
-        found = run.recipe.network(run.model)
-    if rank() == 0:
-        found.load_state_dict(tensors, assign=True)
-    return found
+        net = run.recipe.network(run.model)
+    net.load_state_dict(tensors, assign=True)
+    return net
 
 
-def build_recipe(run: Run, load: Callable[[str], nn.Module]) -> Recipe[Any]:
-    """The recipe of a run; `load` makes the network of a role."""
-    networks: dict[str, Any] = {role: load(role) for role in (*run.recipe.trained, *run.recipe.frozen)}
-    if run.checkpointing:
-        for role in run.recipe.trained:
-            networks[role].checkpointing = run.checkpointing
-    recipe = run.recipe.build(run.model, networks)
-    recipe.seed = run.seed
-    if run.compile:
-        compile_networks(recipe)
-    return recipe
-
-
-def compile_networks(recipe: Recipe[Any]) -> None:
-    """Compile the blocks of all networks, frozen ones too, in place."""
-    torch._dynamo.config.recompile_limit = COMPILED_FORMS
-    for net in recipe.networks.values():
-        net.compile_blocks()
-
-
-def load_role(run: Run, device: torch.device, role: str) -> nn.Module:
-    """The network of a role, from the folder that `init` names; fresh if it names none (student only)."""
-    source = getattr(run.init, role)
-    if source is None and role != "student":
-        raise ConfigError(f"{run.name}: init.{role} names no model folder, and a {role} cannot start fresh")
-    torch.manual_seed(run.seed)  # fresh parameters are part of the run, too
-    net = run.recipe.network(run.model)
-    if source is not None:
-        family = FAMILIES[run.model.network.kind]
-        new = (*family.CAMERA_PARAMETERS, *family.ACTION_PARAMETERS) if role == "student" else ()
-        load_weights(net, Path(source) / run.recipe.weights_file, allow_missing=new)
-    return net.to(device)
+def _merged(run: Run, out: Path, trained: dict[str, Tensor]) -> nn.Module:
+    """The base with what was trained, which is also saved by itself in PEFT's layout."""
+    base = base_folder(run)
+    assert run.lora is not None
+    net = load_role(run, torch.device("cpu"), "base")
+    config = replace(run.lora, targets=tuple(run.lora.target_names(net)))
+    adapter = Adapter(config, str(base), trained)
+    net.load_state_dict(adapter.merge_into(net.state_dict()))
+    save_adapter(out / ADAPTER, adapter)
+    return net
 
 
 def validation_batches(run: Run) -> list[Any]:

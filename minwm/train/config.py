@@ -10,6 +10,7 @@ from torch import nn
 from minwm.core.config import ConfigError
 from minwm.data.noise import PoseNoise
 from minwm.nets.backbone import Checkpointing
+from minwm.nets.lora import LoraConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
@@ -122,6 +123,9 @@ class Run:
     """Compile the blocks of all networks, but for attention (`Backbone.compile_blocks`)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes share the work."""
+    lora: LoraConfig | None = None
+    """Train additions to frozen weights that all roles share; None: train all weights. Where folders in `init` have
+    additions of their own, these go on; a frozen role without is the base."""
     tensorboard: bool = True
     pose_noise: PoseNoise | None = None
     """Errors on the cameras of the training clips (ablations)."""
@@ -135,6 +139,8 @@ class Run:
         self.recipe.check(self.model)
         if not self.recipe.trains_backbone and (self.checkpointing or self.compile):
             raise ConfigError(f"run {self.name}: checkpointing and compile are of transformer blocks; a codec has none")
+        if self.lora and not (self.recipe.trains_backbone and self.init.student):
+            raise ConfigError(f"run {self.name}: lora needs a network, and init.student, the folder of its base")
 
 
 @dataclass(frozen=True, kw_only=True)

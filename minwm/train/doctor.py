@@ -21,9 +21,10 @@ from minwm.core.metrics import read_metrics
 from minwm.core.runtime import generator
 from minwm.recipes.diffusion import DiffusionConfig
 from minwm.recipes.ops import noise_like
-from minwm.store.folder import load_config, load_weights
+from minwm.store.folder import load_config
 from minwm.store.layouts import FAMILIES
 from minwm.train.config import Run
+from minwm.train.roles import first_student
 from minwm.train.state import States
 
 SPIKE = 4.0
@@ -61,7 +62,7 @@ def examine(folder: Path) -> list[Verdict]:
     found = [*from_log(run, read_metrics(folder)), *from_config(run)]
     states = States(folder)
     if (step := states.latest()) and run.recipe.trains_backbone:
-        student, ema = (run.recipe.network(run.model) for _ in range(2))
+        student, ema = first_student(run), first_student(run)
         states.load(step, {"student": student, "ema": ema}, [])
         found += from_weights(run, step, student, ema)
         found += from_cameras(run, step, student)
@@ -115,10 +116,9 @@ def from_weights(run: Run, step: int, student: nn.Module, ema: nn.Module) -> Ite
     """Weights that do not move, and an average that does not follow; of runs that start from a model."""
     if not run.init.student:
         return
-    start = run.recipe.network(run.model)
-    new = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS
-    load_weights(start, Path(run.init.student) / run.recipe.weights_file, allow_missing=new)
-    names = [name for name, _ in start.named_parameters() if not name.endswith(new)]
+    start, new = first_student(run), FAMILIES[run.model.network.kind].CAMERA_PARAMETERS
+    trained = start.state_dict().keys() & dict(start.named_parameters()).keys()
+    names = [name for name in sorted(trained) if not name.endswith(new)]
     before, now, mean = (_flat(net, names) for net in (start, student, ema))
     same = float((before == now).float().mean())
     if same > UNMOVED:

@@ -1,6 +1,5 @@
 """The one training loop, for every stage: what happens in a step is what you read in `loop`."""
 
-import copy
 import math
 import signal
 import time
@@ -18,10 +17,11 @@ from minwm.core.metrics import metrics_log
 from minwm.core.runtime import generator as make_generator
 from minwm.core.runtime import peak_memory_gb, progress
 from minwm.data.dataset import Loader
+from minwm.nets.lora import copy_network, update_average
 from minwm.recipes.base import Recipe
 from minwm.train.config import Run
 from minwm.train.flops import count_flops
-from minwm.train.parallel import Parallel, termination, whole
+from minwm.train.parallel import Parallel, Weights, no_weights, termination, whole
 from minwm.train.state import States
 
 
@@ -39,13 +39,10 @@ class Ema:
     """Exponential moving average of the student's weights; the decay grows from 0.1 to `decay`."""
 
     def __init__(self, net: nn.Module, decay: float) -> None:
-        self.net, self.decay = copy.deepcopy(net).requires_grad_(False).eval(), decay
+        self.net, self.decay = copy_network(net).requires_grad_(False).eval(), decay
 
-    @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.net.parameters(), net.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
+        update_average(self.net, net, min(self.decay, (1 + step) / (10 + step)))
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,13 @@ class Trainer:
     Random draws depend on the step and on the number of the micro-batch in it, not on the process that has it.
     """
 
-    def __init__(self, run: Run, recipe: Recipe[Any], parallel: Parallel) -> None:
+    def __init__(self, run: Run, recipe: Recipe[Any], parallel: Parallel, weights: Weights = no_weights) -> None:
+        """`weights`: values of networks that were built without any."""
         self.run, self.recipe, self.parallel = run, recipe, parallel
         self.micro_batches = parallel.micro_batches(run.batch, run.accumulate)
         self.networks = recipe.stateful
         self.ema = Ema(self.networks["student"], run.ema)
-        parallel.place(recipe, [self.ema.net])
+        parallel.place(recipe, {"ema": self.ema.net}, weights)
         self.settings = {"student": run.optim, "critic": run.critic}
         self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in run.recipe.trained}
         """By role, then by name."""
@@ -118,14 +116,20 @@ class Trainer:
 
 
 def loop(
-    run: Run, out: Path, recipe: Recipe[Any], clips: Loader[Any], parallel: Parallel, held_out: Sequence[Any] = ()
+    run: Run,
+    out: Path,
+    recipe: Recipe[Any],
+    clips: Loader[Any],
+    parallel: Parallel,
+    held_out: Sequence[Any] = (),
+    weights: Weights = no_weights,
 ) -> nn.Module:
     """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student.
 
     The loss on the batches `held_out`, if there are any, is logged whenever a state is saved at its time. After SIGTERM
     a state is saved at the end of the step, and StoppedError raised.
     """
-    trainer, states = Trainer(run, recipe, parallel), States(out, run.keep)
+    trainer, states = Trainer(run, recipe, parallel, weights), States(out, run.keep)
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
     first_step, seconds_before = states.latest() or 0, 0.0
     if first_step:

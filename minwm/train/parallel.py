@@ -5,11 +5,12 @@ The weights of all networks are sharded (FSDP2), block by block, over all ranks 
 What a step computes does not depend on any of this, up to rounding.
 """
 
+import math
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +35,14 @@ from minwm.core.runtime import pick_device
 from minwm.nets.backbone import Backbone
 from minwm.nets.ulysses import Ulysses
 from minwm.recipes.base import Recipe
+
+Weights = Callable[[str], Mapping[str, Tensor]]
+"""weights(role): whole tensors by name, mapped from a file."""
+
+
+def no_weights(_role: str) -> Mapping[str, Tensor]:
+    """For networks that have their values."""
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +116,8 @@ class Parallel:
 
     @property
     def build_device(self) -> torch.device:
-        """Where networks are built: those of which each process keeps a part are not whole on a GPU."""
-        return torch.device("cpu") if self.sharded else self.device
+        """Where networks are built: without values, if each process keeps a part of them."""
+        return torch.device("meta") if self.sharded else self.device
 
     def micro_batches(self, batch: int, accumulate: int) -> range:
         """Numbers of this process's micro-batches among those of a step; ConfigError if they cannot be shared."""
@@ -119,10 +128,27 @@ class Parallel:
             )
         return range(self.data_rank, accumulate, self.data_ranks)
 
-    def place(self, recipe: Recipe[Any], others: Sequence[nn.Module]) -> None:
-        """Put the networks of a recipe, and others like its student, on the device, sharded if there is a group."""
-        for net in (*recipe.networks.values(), *others):
-            self._shard(net) if self.sharded else net.to(self.device)
+    def place(self, recipe: Recipe[Any], others: Mapping[str, nn.Module], weights: Weights = no_weights) -> None:
+        """Put the networks of a recipe, and others, on the device, sharded if there is a group.
+
+        A parameter without a value, on the meta device, gets this process's part of its value in `weights(role)`. One
+        that is frozen and that networks share is placed once.
+        """
+        placed = dict[Tensor, nn.Parameter]()
+        for role, net in {**recipe.networks, **others}.items():
+            if not self.sharded:
+                net.to(self.device)
+                continue
+            before = dict(net.named_parameters())
+            values = {name: placed[p] for name, p in before.items() if p in placed}
+            for name in values:
+                set_parameter(net, name, torch.empty_like(before[name], device="meta"))
+            self._shard(net)
+            if empty := [name for name, p in before.items() if p.is_meta and name not in values]:
+                saved = weights(role)
+                values |= {name: self._own_part(net.get_parameter(name), saved[name]) for name in empty}
+            net.load_state_dict(values, strict=False, assign=True)
+            placed |= {p: net.get_parameter(name) for name, p in before.items() if not p.requires_grad}
         if self.cfg.sequence > 1:
             group = self.sequence.get_group()
             for role, net in recipe.networks.items():
@@ -147,6 +173,16 @@ class Parallel:
         for module, name in methods:
             register_fsdp_forward_method(module, name)
 
+    def _own_part(self, sharded: Tensor, value: Tensor) -> nn.Parameter:
+        """A sharded parameter, so far without a value, with this process's rows of `value`."""
+        group = self.weights["shard"]
+        rows = math.ceil(len(value) / group.size())
+        first = group.get_local_rank() * rows
+        found = torch.empty_like(sharded, device="cpu" if self.cfg.cpu_offload else self.device)
+        assert isinstance(found, DTensor)
+        found.to_local().copy_(value[first : first + rows])
+        return nn.Parameter(found, sharded.requires_grad)
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over all processes."""
         if self.sharded:
@@ -170,6 +206,12 @@ def _ways_out(clips: int, groups: int, batch: int) -> str:
         return f"of {clips} clips in a step, {fits} groups can have equal parts"
     fits = max(n for n in range(1, batch + 1) if clips // groups % n == 0)
     return f"give --batch {fits} --accumulate {clips // fits}, of as many clips in a step"
+
+
+def set_parameter(net: nn.Module, name: str, value: Tensor) -> None:
+    """Put another parameter in the place of one; it is trained if that was."""
+    module, _, own = name.rpartition(".")
+    setattr(net.get_submodule(module), own, nn.Parameter(value, net.get_parameter(name).requires_grad))
 
 
 def whole(tensor: Tensor) -> Tensor:
