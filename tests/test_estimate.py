@@ -20,6 +20,7 @@ from minwm.core.runtime import MissingExtraError
 from minwm.data.clips import ClipFolder
 from minwm.data.ingest import ingest, notes
 
+SECONDS = np.arange(41) / 24
 LENS = Colmap(focal=float(K[0]), pictures=14)
 
 
@@ -31,29 +32,29 @@ def turned(found: CameraTrack, true: CameraTrack) -> float:
 
 def test_colmap_finds_the_cameras_and_the_depth_of_a_walk() -> None:
     true, pictures = walk()
-    found = LENS(pictures, true.fps)
+    found = LENS(pictures, SECONDS, true.fps)
     assert len(found.track) == len(true) and found.quality["registered"] == 1
     assert turned(found.track, true) < 2
     a, b = (track.relative_to_first().c2w[:, :3, 3] for track in (found.track, true))
     factor = float((a * b).sum() / (a * a).sum())
     assert np.median(np.linalg.norm(factor * a - b, axis=1)) < 0.04 * true.path_length()
     assert 0.5 < found.depth * factor / 1.5 < 2  # the depth is that of its points, which lie where detail is
-    again = LENS(pictures, true.fps)
+    again = LENS(pictures, SECONDS, true.fps)
     assert np.array_equal(again.track.c2w, found.track.c2w) and again.depth == found.depth
 
 
 def test_a_camera_that_only_turns_gets_no_poses() -> None:
     with pytest.raises(EstimateError, match=r"no parallax \(a camera that only turns\)"):
-        LENS(walk(4, "l*10")[1], 24.0)
+        LENS(walk(4, "l*10")[1], SECONDS, 24.0)
 
 
 def test_a_path_is_not_made_longer_than_what_was_seen() -> None:
     assert chosen(41, 5) == [0, 10, 20, 30, 40] and chosen(3, 5) == [0, 1, 2]
     true = walk()[0]
     used = CameraTrack(true.c2w[::10], K, 24.0)
-    assert np.array_equal(filled(used, [0, 10, 20, 30, 40], 41, 24.0).c2w[::10].round(9), used.c2w.round(9))
+    assert np.array_equal(filled(used, [0, 10, 20, 30, 40], SECONDS).c2w[::10].round(9), used.c2w.round(9))
     with pytest.raises(EstimateError, match="pictures 0 to 40 of 0 to 41 have poses"):
-        filled(used, [0, 10, 20, 30, 40], 42, 24.0)
+        filled(used, [0, 10, 20, 30, 40], np.arange(42) / 24)
 
 
 def test_the_scale_makes_the_median_depth_the_one_that_is_asked_for() -> None:
@@ -97,17 +98,17 @@ def depth_anything(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 def test_the_adapter_of_depth_anything_reads_its_convention(monkeypatch: pytest.MonkeyPatch) -> None:
     depth_anything(monkeypatch)
     true, pictures = walk()
-    found = DepthAnything3(model="walk", pictures=41)(pictures, true.fps)
+    found = DepthAnything3(model="walk", pictures=41)(pictures, SECONDS, true.fps)
     assert np.abs(found.track.c2w - true.c2w).max() < 1e-5 and np.abs(found.track.K - true.K).max() < 1e-6
     assert (found.depth, found.track.unit) == (3.0, "sfm")
     depth_anything(monkeypatch, extrinsics=None)
     with pytest.raises(EstimateError, match="blind gives no poses"):
-        DepthAnything3(model="blind")(pictures, true.fps)
+        DepthAnything3(model="blind")(pictures, SECONDS, true.fps)
 
 
 def test_an_estimator_that_is_not_installed_says_how_to_get_it() -> None:
     with pytest.raises(MissingExtraError, match="pip install depth-anything-3"):
-        DepthAnything3(model="none")(walk()[1], 24.0)
+        DepthAnything3(model="none")(walk()[1], SECONDS, 24.0)
     with pytest.raises(ConfigError, match=r"colmap\.focal=1280"):
         Colmap(focal=1280.0)
 

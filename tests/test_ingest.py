@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from commands import run
 
+from minwm.cameras.check import jitter
 from minwm.cameras.formats.base import CameraFile
 from minwm.cameras.formats.table import write_cameras
 from minwm.cameras.track import CameraTrack, intrinsics, se3_inverse
@@ -108,6 +109,18 @@ def test_cameras_of_any_format_in_other_units(tmp_path: Path) -> None:
     folder = ClipFolder(tmp_path / "out")
     (clip,) = folder.ids()
     assert folder.record(clip).track.path_length() == pytest.approx(3 * walk()[0].slice(0, 25).path_length(), rel=1e-3)
+
+
+def test_a_steady_turn_between_uneven_frames_is_no_jitter(tmp_path: Path) -> None:
+    """At 16 of 24 frames per second, one step in two is twice as long as the other."""
+    true, frames = walk(7, "w+j*10")
+    footage(tmp_path / "in", "turns", frames, true)
+    assert ingest(tmp_path / "in", tmp_path / "out", CFG)["clips"] == 1
+    shown = np.sort(np.concatenate([np.arange(0.0, 41, 3), np.arange(1.0, 41, 3)]))
+    assert jitter(true) < 0.01 and jitter(true.at(shown, 16.0)) > 0.3
+    assert jitter(true.at(shown, 16.0), shown / 24) < 0.01
+    twice = np.repeat(np.arange(41.0), 2)
+    assert jitter(true.at(twice, 48.0), twice / 24) < 0.01
 
 
 def test_wrong_cameras_are_dropped_with_the_cure(tmp_path: Path) -> None:

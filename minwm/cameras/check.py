@@ -57,19 +57,30 @@ def steps(track: CameraTrack) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray
     return np.linalg.norm(relative[:, :3, 3], axis=-1), rotation_degrees(relative[:, :3, :3])
 
 
-def jitter(track: CameraTrack) -> float:
-    """Median over frames of the angle in degrees between a camera and the middle of its neighbours."""
-    R = track.c2w[:, :3, :3]
+def jitter(track: CameraTrack, seconds: Float[np.ndarray, " n"] | None = None) -> float:
+    """Median over frames of the angle in degrees between a camera and where its neighbours say that it is.
+
+    `seconds`: when each frame was taken, if not at an even rate.
+    """
+    times = np.arange(len(track)) / track.fps if seconds is None else seconds
+    once = np.flatnonzero(np.diff(times, prepend=-np.inf) > 0)  # a frame that is shown twice has one pose
+    R, times = track.c2w[once, :3, :3], times[once]
     if len(R) < 3:
         return 0.0
-    half = so3_log(R[:-2].swapaxes(1, 2) @ R[2:]) / 2
+    part = (times[1:-1] - times[:-2]) / (times[2:] - times[:-2])
+    half = so3_log(R[:-2].swapaxes(1, 2) @ R[2:]) * part[:, None]
     own = so3_log(R[:-2].swapaxes(1, 2) @ R[1:-1])
     return float(np.degrees(np.median(np.linalg.norm(own - half, axis=-1))))
 
 
-def faults(track: CameraTrack, size: tuple[int, int] | None = None, limits: Limits = LIMITS) -> list[Fault]:
-    """What a track shows by itself; `size` is (h, w) of its pictures."""
-    return [*_jumps(track, limits), *_jitter(track, limits), *_lens(track, size)]
+def faults(
+    track: CameraTrack,
+    size: tuple[int, int] | None = None,
+    limits: Limits = LIMITS,
+    seconds: Float[np.ndarray, " n"] | None = None,
+) -> list[Fault]:
+    """What a track shows by itself; `size` is (h, w) of its pictures, `seconds` when they were taken (`jitter`)."""
+    return [*_jumps(track, limits), *_jitter(track, limits, seconds), *_lens(track, size)]
 
 
 def _jumps(track: CameraTrack, limits: Limits) -> Iterator[Fault]:
@@ -85,8 +96,8 @@ def _jumps(track: CameraTrack, limits: Limits) -> Iterator[Fault]:
             yield Fault(f"from frame {frame} to {frame + 1} it {words.format(values[frame])}, {usual}", cure)
 
 
-def _jitter(track: CameraTrack, limits: Limits) -> Iterator[Fault]:
-    if (found := jitter(track)) > limits.jitter_deg:
+def _jitter(track: CameraTrack, limits: Limits, seconds: Float[np.ndarray, " n"] | None) -> Iterator[Fault]:
+    if (found := jitter(track, seconds)) > limits.jitter_deg:
         what = f"the poses jitter by {found:.2g} degrees from frame to frame (limit {limits.jitter_deg:g})"
         yield Fault(what, "estimate them anew from larger pictures, smooth them, or leave the clip out")
 

@@ -243,11 +243,15 @@ def data_check(
 def data_report(
     folder: Folder,
     sheet: Annotated[Path | None, arg(metavar="PNG", help="draw some of the clips here")] = None,
+    html: Annotated[Path | None, arg(metavar="FILE.html", help="write a page with clips that play")] = None,
+    model: Annotated[Path | None, arg(metavar="DIR", help="with --html: show the speeds of its keys")] = None,
     json: Json = None,
 ) -> None:
     """Count what a folder of raw clips holds."""
     from minwm.core.media import write_image
     from minwm.data import clips, ingest
+    from minwm.eval.report.dataset import write_dataset_page
+    from minwm.store.folder import load_config
 
     values = clips.report(folder)
     if (folder / "ingested").is_dir():
@@ -255,3 +259,5 @@ def data_report(
     numbers(values, json)
     if sheet:
         write_image(sheet, clips.sheet(folder))
+    if html:
+        write_dataset_page(html, folder, load_config(model).motion if model else None)

@@ -200,7 +200,9 @@ def _candidates(path: Path, cfg: IngestConfig) -> Iterator[_Found | str]:
             if isinstance(posed, Failure):
                 yield _Found(window, None, [posed], caption)
             else:
-                yield _Found(window, posed, failures(Candidate(window.frames, posed.track), cfg.quality), caption)
+                yield _Found(
+                    window, posed, failures(Candidate(window.frames, posed.track, window.times), cfg.quality), caption
+                )
     except (UserError, OSError) as error:
         yield str(error)
 
@@ -233,7 +235,7 @@ def _read(window: Window, cameras: CameraFile, cfg: IngestConfig) -> _Posed | Fa
 def _estimated(window: Window, cfg: IngestConfig) -> _Posed | Failure:
     assert cfg.estimator and window.whole is not None
     try:
-        found = cfg.estimator(window.whole, cfg.fps)
+        found = cfg.estimator(window.whole, window.times, cfg.fps)
         factor = found.scale(cfg.depth)
     except EstimateError as error:
         return Failure("no poses", str(error))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from minwm.cameras.check import Limits, check_video, faults, steps
 from minwm.cameras.track import CameraTrack
@@ -49,6 +49,8 @@ class Candidate:
 
     frames: UInt8[np.ndarray, "n h w 3"]
     track: CameraTrack
+    seconds: Float[np.ndarray, " n"] | None = None
+    """When each frame was taken, if not at an even rate."""
 
 
 def failures(clip: Candidate, cfg: QualityConfig) -> list[Failure]:
@@ -95,7 +97,7 @@ def _repeats(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
 
 
 def _cameras(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
-    yield from map(str, faults(clip.track, clip.frames.shape[1:3], cfg.cameras))
+    yield from map(str, faults(clip.track, clip.frames.shape[1:3], cfg.cameras, clip.seconds))
 
 
 def _poses(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:

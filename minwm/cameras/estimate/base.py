@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from minwm.cameras.track import CameraError, CameraTrack
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
+Seconds = Float[np.ndarray, " n"]
 
 
 class EstimateError(CameraError):
@@ -43,8 +44,9 @@ class PoseEstimator(Protocol):
         """Pixels on the shorter side of the pictures that it wants, at most."""
         ...
 
-    def __call__(self, pictures: Pictures, fps: float) -> Estimate:
-        """One camera per picture, `fps` of them per second; EstimateError if they are not found."""
+    def __call__(self, pictures: Pictures, seconds: Seconds, fps: float) -> Estimate:
+        """One camera per picture; EstimateError if they are not found. `seconds`: when each picture was taken; `fps`:
+        their mean rate."""
         ...
 
 
@@ -53,14 +55,14 @@ def chosen(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
-def filled(track: CameraTrack, at: Sequence[int], count: int, fps: float) -> CameraTrack:
-    """A camera for each of `count` pictures from those of the pictures `at`; interpolated between them.
+def filled(track: CameraTrack, at: Sequence[int], seconds: Seconds) -> CameraTrack:
+    """A camera for each picture from those of the pictures `at`; interpolated between them.
 
     EstimateError if the first or the last picture has none: no path is made longer than what was seen.
     """
-    if at[0] != 0 or at[-1] != count - 1:
-        raise EstimateError(f"pictures {at[0]} to {at[-1]} of 0 to {count - 1} have poses; the clip is longer")
-    return track.at(np.interp(np.arange(count), at, np.arange(len(at))), fps)
+    if at[0] != 0 or at[-1] != len(seconds) - 1:
+        raise EstimateError(f"pictures {at[0]} to {at[-1]} of 0 to {len(seconds) - 1} have poses; the clip is longer")
+    return track.at(np.interp(seconds, seconds[list(at)], np.arange(len(at))), track.fps)
 
 
 def median_depth(points: Float[np.ndarray, "m 3"], track: CameraTrack) -> float:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minwm.cameras.estimate.base import Estimate, EstimateError, Pictures, chosen, filled, median_depth
+from minwm.cameras.estimate.base import Estimate, EstimateError, Pictures, Seconds, chosen, filled, median_depth
 from minwm.cameras.formats.base import Given
 from minwm.cameras.formats.colmap import from_reconstruction, load_pycolmap
 from minwm.core.config import ConfigError
@@ -41,7 +41,7 @@ class Colmap:
         if self.pictures < 3 or self.rows < 64 or not 0 < self.registered <= 1:
             raise ConfigError("colmap: pictures from 3, rows from 64, registered above 0 and up to 1")
 
-    def __call__(self, pictures: Pictures, fps: float) -> Estimate:
+    def __call__(self, pictures: Pictures, seconds: Seconds, fps: float) -> Estimate:
         """See `PoseEstimator`."""
         pycolmap = load_pycolmap()
         pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value  # its progress on standard error
@@ -66,7 +66,7 @@ class Colmap:
             "reprojection_px": error,
             "focal": float(cameras.track.K[0, 0]),
         }
-        return Estimate(filled(cameras.track, at, len(pictures), fps), median_depth(points, cameras.track), quality)
+        return Estimate(filled(cameras.track, at, seconds), median_depth(points, cameras.track), quality)
 
     def _model(self, pycolmap: ModuleType, folder: Path, size: tuple[int, int]) -> Any:
         """The largest pycolmap.Reconstruction of the pictures in a folder; None if there is none."""

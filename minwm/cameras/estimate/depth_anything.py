@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minwm.cameras.estimate.base import Estimate, EstimateError, Pictures, chosen, filled
+from minwm.cameras.estimate.base import Estimate, EstimateError, Pictures, Seconds, chosen, filled
 from minwm.cameras.formats.base import inverted, normalised, square
 from minwm.cameras.track import CameraTrack
 from minwm.core.runtime import MissingExtraError, pick_device, require
@@ -25,7 +25,7 @@ class DepthAnything3:
     pictures: int = 40
     """Most pictures of a clip that are looked at, evenly spread; poses between them are interpolated."""
 
-    def __call__(self, pictures: Pictures, fps: float) -> Estimate:
+    def __call__(self, pictures: Pictures, seconds: Seconds, fps: float) -> Estimate:
         """See `PoseEstimator`."""
         used = chosen(len(pictures), self.pictures)
         found = _network(self.model)([pictures[i] for i in used])
@@ -34,7 +34,7 @@ class DepthAnything3:
         depth = np.asarray(found.depth, np.float64)
         c2w = inverted(square(np.asarray(found.extrinsics, np.float64)))
         K = normalised(np.asarray(found.intrinsics, np.float64), (depth.shape[1], depth.shape[2]))
-        track = filled(CameraTrack(c2w, K, fps, "sfm"), used, len(pictures), fps)
+        track = filled(CameraTrack(c2w, K, fps, "sfm"), used, seconds)
         seen = depth[np.isfinite(depth) & (depth > 0)]
         return Estimate(track, float(np.median(seen)) if seen.size else float("nan"), {"focal": float(K[0, 0])})
 

@@ -11,6 +11,7 @@ import numpy as np
 COLOURS = 8
 RAW_POINTS = 300
 """A raw curve is thinned to this many points: more cannot be told apart on a page."""
+BINS = 40
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 320, 260, 64, 28, 92
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#444}.title{font-weight:600;fill:#111}"
@@ -77,6 +78,36 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
             ]
     shown = [s for s, *_ in lines if not s.faint]
     return "".join(parts) + "</svg>" + (_legend(shown) if len(shown) > 1 else "")
+
+
+def histogram(
+    values: Sequence[float], *, x_label: str, marks: Mapping[str, float] = {}, width: int = 460, height: int = 200
+) -> str:
+    """How often values occur, in up to `BINS` bins from 0 on, with labelled lines at `marks`; the largest hundredth is
+    in the last bin."""
+    x = np.asarray(values, float)
+    if not len(x):
+        return '<p class="none">no data</p>'
+    high = max(float(np.percentile(x, 99)), *marks.values(), 1e-6) * 1.05
+    counts, edges = (a.tolist() for a in np.histogram(np.clip(x, 0, high), min(BINS, max(5, len(x) // 2)), (0, high)))
+    left, right, top, bottom = 46, 10, 22, 34
+    at_x, at_y = _axis(0, high, left, width - right), _axis(0, max(counts), height - bottom, top)
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)}">']
+    parts += _grid(linear_ticks(0, max(counts), 4), at_y, left, width - right)
+    for count, start, end in zip(counts, edges, edges[1:], strict=False):
+        a, b, y = at_x(start), at_x(end), at_y(count)
+        box = f'x="{a:.1f}" y="{y:.1f}" width="{b - a - 1:.1f}" height="{height - bottom - y:.1f}"'
+        parts.append(f'<rect class="dot s0" {box}><title>{number(start)} to {number(end)}: {count}</title></rect>')
+    for name, mark in marks.items():
+        x_mark = f"{at_x(mark):.1f}"
+        parts.append(f'<line class="line s1" x1="{x_mark}" x2="{x_mark}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(f'<text x="{x_mark}" y="{top - 6}" text-anchor="middle">{escape(name)}</text>')
+    base = height - bottom + 15
+    for tick in linear_ticks(0, high, 6):
+        parts.append(f'<text x="{at_x(tick):.1f}" y="{base}" text-anchor="middle">{number(tick)}</text>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    return "".join(parts) + "</svg>"
 
 
 def _axis(low: float, high: float, start: float, end: float, *, log: bool = False) -> Callable[[float], float]:

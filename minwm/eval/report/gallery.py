@@ -58,14 +58,10 @@ def gallery(shown: Sequence[Example], fps: float) -> Section:
 
 
 def _example(example: Example, fps: float) -> str:
-    figures = []
-    for name, frames in example.videos.items():
-        scale = max(1, round(VIDEO_PIXELS / frames.shape[1]))
-        source = _data("video/mp4", mp4_bytes(frames, fps, scale=scale))
-        figures.append(
-            f'<figure{" class=truth" * (name == BASELINES[0])}><video autoplay loop muted playsinline preload="auto" '
-            f'src="{source}"></video><figcaption>{escape(name)}</figcaption></figure>'
-        )
+    figures = [
+        video_figure(frames, fps, escape(name), "truth" * (name == BASELINES[0]))
+        for name, frames in example.videos.items()
+    ]
     every = max(1, (len(next(iter(example.videos.values()))) - 1) // 8)
     sheet = contact_sheet([*example.videos.values()], every, [*example.videos])
     keys = escape(json.dumps([sorted(held) for held in example.keys]), quote=True)
@@ -76,6 +72,15 @@ def _example(example: Example, fps: float) -> str:
         f'<details><summary>One in {every} frames</summary><div class="wide">'
         f'<img alt="frames of all clips" src="{_data("image/png", png_bytes(sheet))}"></div></details>'
         "</article>"
+    )
+
+
+def video_figure(frames: UInt8[np.ndarray, "n h w 3"], fps: float, text: str, kind: str = "", crf: int = 18) -> str:
+    """A video that plays, over a text (HTML). `kind` is a class of the style sheet."""
+    source = _data("video/mp4", mp4_bytes(frames, fps, crf, scale=max(1, round(VIDEO_PIXELS / frames.shape[1]))))
+    return (
+        f'<figure class="{kind}"><video autoplay loop muted playsinline preload="auto" src="{source}"></video>'
+        f"<figcaption>{text}</figcaption></figure>"
     )
 
 
