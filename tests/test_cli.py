@@ -119,10 +119,12 @@ def test_a_malformed_trajectory_is_pointed_at(capsys: pytest.CaptureFixture[str]
         ("--world 1 --trajectory w*7", "give 6 latents (25 frames) or 8 latents (33 frames)"),
         ("--world 1 --trajectory dn*8", "world 1 has no free path"),
         ("--world -1 --trajectory w*8", "worlds are numbered from 0"),
-        ("--trajectory w*8", "give --prompt TEXT (and --image PNG), or --world SEED"),
-        ("--trajectory w*8 --image small.png", "give --prompt TEXT (and --image PNG)"),
-        ("--trajectory w*8 --prompt x --image none.png", "none.png cannot be read as an image"),
+        ("--trajectory w*8", "give --prompt TEXT (and --start FILE), or --world SEED"),
+        ("--trajectory w*8 --start small.png", "give --prompt TEXT (and --start FILE)"),
+        ("--trajectory w*8 --prompt x --start none.png", "none.png cannot be read as an image"),
         ("--trajectory track.json --world 1 --keys", "track.json holds poses, not keys"),
+        ("--trajectory w*8 --prompt x --start small.mp4", "small.json is missing, and cameras are not guessed"),
+        ("--trajectory w*8 --prompt x --start-poses track.json", "give --start FILE.mp4"),
     ],
 )
 def test_generation_refuses(
@@ -162,6 +164,11 @@ def test_generate_writes_a_video(project: Path, tmp_path: Path, line: Callable[[
     assert run(*words, "--out", tmp_path / "b.mp4", "--keys", "--compare") == 0
     (plain, fps), (both, _) = read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4")
     assert plain.shape == (9, 64, 64, 3) and fps == 16 and both.shape == (9, 256, 512, 3)
+    parse("j*2").track(Motion(0.5, 24.0, 16.0), np.array([0.7, 0.7, 0.5, 0.5])).save(tmp_path / "a.json")
+    more = ("--start", tmp_path / "a.mp4", "--prompt", "a room", "--trajectory", "j*2", "--out", tmp_path / "c.mp4")
+    assert run(*words[:3], *more) == 0
+    longer, _ = read_video(tmp_path / "c.mp4")
+    assert longer.shape == (17, 64, 64, 3)
     assert run(*words, "--out", tmp_path / "a.mp4") == 2
     assert "a.mp4 exists; delete it, or give another name" in line()
 
@@ -190,12 +197,12 @@ def test_models_start_as_they_were_trained(project: Path, tmp_path: Path, line: 
     config = load_config(model)
     (model / "model.json").write_text(dumps(replace(config, stream=replace(config.stream, first_chunk=2))))
     words = ("--prompt", "x", "--trajectory", "w*7", "--out", tmp_path / "x.mp4")
-    assert run("generate", "--model", model, "--image", image, *words) == 2
+    assert run("generate", "--model", model, "--start", image, *words) == 2
     assert "this model starts from its prompt alone, with 2 latents" in (shown := line())
     assert "stream.image_start=true" in shown and hasattr(config.stream, "image_start")
     for name in ("dmd", "camera"):
         assert run("generate", "--model", project / name, *words[:2], "--trajectory", "w*8", *words[4:]) == 2
-        assert "this model starts from an image: give one (--image PNG, or --world SEED)" in line()
+        assert "this model starts from an image: give one (--start PNG, or --world SEED)" in line()
 
 
 OUTPUTS = {

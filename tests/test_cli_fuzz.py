@@ -200,7 +200,7 @@ def readers(file: Path) -> list[str]:
         case ["files", "prompts.txt"]:
             return ["data prompts {file} --model {project}/dmd"]
         case ["files", name] if name.startswith("photo"):
-            return [f"{GENERATE} --prompt x --trajectory w*2,l*2 --image {{file}}"]
+            return [f"{GENERATE} --prompt x --trajectory w*2,l*2 --start {{file}}"]
         case ["files", _]:
             return ["inspect {file}", "convert {file} {out} --heads 2"]
         case ["raw", *_]:

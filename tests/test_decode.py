@@ -399,7 +399,9 @@ def test_play_warms_up_with_the_winner_and_shows_the_same(capsys: pytest.Capture
     """The shipped model: its kernels are timed and named, and its frames are those of the plain form."""
     name = str(model_to_play())
     flags = EngineFlags(attention="fastest", decode="channels_last")
-    scenarios = [_model_scenario(name, 7, None, None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())]
+    scenarios = [
+        _model_scenario(name, 7, (None, None), None, None, 0, None, chosen, None) for chosen in (flags, EngineFlags())
+    ]
     _warm_up(scenarios[0])
     said = capsys.readouterr().out
     assert said.count("is used") == said.count("warm-up: the start in") == 1

@@ -250,9 +250,9 @@ def test_a_recording_can_be_downloaded(tmp_path: Path) -> None:
         ("--world 7 --public-url example.org", "--public-url example.org: give an http or https URL"),
         ("--world 7 --embed null", "--embed null: give an http or https URL"),
         ("--world 7 --host 127.0.0.1 --port {taken}", "another --port"),
-        ("--model {pipeline} --world 1 --image x.png", "not both"),
-        ("--model {pipeline} --image {image} --compare truth --prompt room", "procedural world"),
-        ("--model {pipeline} --image {image}", "give --prompt"),
+        ("--model {pipeline} --world 1 --start x.png", "not both"),
+        ("--model {pipeline} --start {image} --compare truth --prompt room", "procedural world"),
+        ("--model {pipeline} --start {image}", "give --prompt"),
     ],
 )
 def test_the_command_refuses_bad_options(

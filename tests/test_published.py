@@ -92,7 +92,7 @@ def test_one_walks_through_it_from_the_prompt_alone(release: Path, tmp_path: Pat
 def test_an_image_of_any_size_starts_it(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(release, tmp_path / "model", "wan2.1-1.3b/dmd", "--stream.first_chunk", "1", "--latents", "9") == 0
     write_image(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
-    assert generate(tmp_path / "model", tmp_path / "a.mp4", "w*8", "--image", str(tmp_path / "x.png")) == 0
+    assert generate(tmp_path / "model", tmp_path / "a.mp4", "w*8", "--start", str(tmp_path / "x.png")) == 0
     assert "40x40 pixels, cropped in the middle and resized to the model's 48x32" in capsys.readouterr().out
 
 

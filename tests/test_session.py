@@ -16,7 +16,7 @@ from minwm.cameras.trajectory import Action, Motion, parse
 from minwm.control.action import with_action_labels
 from minwm.core.config import UserError
 from minwm.core.media import to_frames as to_frames
-from minwm.core.media import to_pixels, write_image
+from minwm.core.media import to_pixels, write_image, write_video
 from minwm.core.runtime import generator
 from minwm.core.types import Condition
 from minwm.families.wan.transformer import WanConfig
@@ -25,8 +25,9 @@ from minwm.nets.small_codec import SmallCodecConfig
 from minwm.nets.text import WordText
 from minwm.render.worlds import World
 from minwm.session.engines import Engine, ModelEngine, SceneEngine
-from minwm.session.generate import generate
-from minwm.session.session import Session
+from minwm.session.generate import generate, sampling_inputs
+from minwm.session.session import Session, walk
+from minwm.session.start import read_start_video
 from minwm.store.folder import save_model
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.rollout import generate_latents
@@ -139,6 +140,51 @@ def test_a_session_starts_with_the_chunk_of_its_image(model: Model, image: np.nd
     assert different(other[-1], streamed[0][-1]) > 1
     with pytest.raises(UserError, match="starts from an image"):
         ModelEngine(model, None, "a red room")
+
+
+@torch.no_grad()
+def test_a_session_goes_on_from_a_video(model: Model, image: np.ndarray, tmp_path: Path) -> None:
+    """As generation does, with the video's cameras; poses then count from its last one."""
+    made = generate(model, image[None], ["a red room"], ["w*2,l*2,d*2"], seed=1)[0]
+    cfg, turned = model.config, parse("w*2,l*2,d*2").track(CONFIG.motion, CONFIG.intrinsics)
+    write_video(tmp_path / "v.mp4", np.concatenate([made[:1], made[:1], made]), cfg.motion.fps, crf=0)
+    still = parse("static*1").track(CONFIG.motion, CONFIG.intrinsics).slice(0, 3)
+    video = read_start_video(tmp_path / "v.mp4", still.continued(turned), cfg)
+    np.testing.assert_allclose(video.track.c2w, turned.c2w, atol=1e-12)
+    assert video.frames.shape == made.shape and different(video.frames, made) <= 3, "the newest whole chunks"
+    session, draws = walk(model, "a red room", video, seed=3), generator(3, "session")
+    first, *later = session.play(ACTIONS)
+    assert first.shape[0] == 1
+    np.testing.assert_allclose(session.pose, parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics).c2w[-1], atol=1e-12)
+
+    track = video.track.continued(parse(ALONG).track(CONFIG.motion, CONFIG.intrinsics))
+    _, cond = sampling_inputs(model, video.frames[None], ["a red room"], [track], 3)
+    assert cond.first_latents is not None and cond.given == 7 and cond.w2c is not None
+    shape = (model.config.sampler.num_noise_samples(model.config.geometry), *CONFIG.latent_shape(1, 2))
+    noise = torch.cat([torch.randn(shape, generator=draws) for _ in ACTIONS], dim=2)
+    noise = torch.cat([torch.zeros_like(noise[:, :, :1]).repeat(1, 1, 7, 1, 1, 1), noise], dim=2)
+    latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry)
+    whole = to_frames(model.codec.decode(latents)[0])
+    assert different(np.concatenate([first, *later]), whole[24:]) <= 1
+    forgetful = replace(video, frames=np.flip(video.frames, 2).copy())
+    assert different(next(iter(Session(ModelEngine(model, forgetful, "a red room", 3)).play([]))), first) > 1
+
+
+def test_what_is_no_start_video_is_refused(model: Model, tmp_path: Path) -> None:
+    frames, fps = np.zeros((13, 32, 32, 3), np.uint8), CONFIG.motion.fps
+    track = parse("w*3").track(CONFIG.motion, CONFIG.intrinsics)
+    write_video(tmp_path / "v.mp4", frames, fps)
+    with pytest.raises(UserError, match="13 frames, and 12 cameras"):
+        read_start_video(tmp_path / "v.mp4", track.slice(0, 12), CONFIG)
+    write_video(tmp_path / "slow.mp4", frames, fps / 2)
+    with pytest.raises(UserError, match=f"{fps / 2:g} frames per second, and this model makes {fps:g}"):
+        read_start_video(tmp_path / "slow.mp4", track, CONFIG)
+    with pytest.raises(UserError, match="frames are no first chunk; give 17 or more"):
+        read_start_video(tmp_path / "v.mp4", track, replace(CONFIG, stream=replace(CONFIG.stream, first_chunk=5)))
+    with pytest.raises(UserError, match=r"13 frames is no whole number of chunks; give 1 \+ k \* 8"):
+        generate(model, frames[None], ["a room"], ["w*4"])
+    with pytest.raises(UserError, match="the start of 9 frames is all of the video"):
+        generate(model, frames[None, :9], ["a room"], ["w*2"])
 
 
 def test_the_camera_is_where_the_actions_lead(model: Model, image: np.ndarray) -> None:

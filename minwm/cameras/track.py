@@ -214,6 +214,11 @@ class CameraTrack:
         c2w[0] = np.eye(4)
         return replace(self, c2w=c2w)
 
+    def continued(self, path: CameraTrack) -> CameraTrack:
+        """This track, and from its last pose on a path that starts at the identity, at the same rate."""
+        c2w = np.concatenate([self.c2w, self.c2w[-1] @ path.c2w[1:]])
+        return replace(self, c2w=c2w, K=np.concatenate([self.K, path.K[1:]]))
+
     def cropped(self, picture: tuple[int, int], view: tuple[int, int]) -> CameraTrack:
         """K of the centre of a picture, cropped to the aspect ratio of a view as by `resize_and_crop`; sizes (h, w)."""
         (height, width), (rows, columns) = picture, view

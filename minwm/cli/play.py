@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from minwm.cli.base import PLAIN, Decoder, Engine, EngineFlags, Steps, command, echo
 from minwm.cli.models import with_steps
-from minwm.cli.video import first_frame
+from minwm.cli.video import Start, StartPoses, read_start
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def play(
     place: Annotated[
         bool, arg(help="the place as it truly is; --world 0, 1, 2, 3: noon, evening, night, morning")
     ] = False,
-    image: Annotated[Path | None, arg(metavar="PNG", help="start from this image")] = None,
+    start: Start = None,
+    start_poses: StartPoses = None,
     prompt: Annotated[str | None, arg(metavar="TEXT", help="of the scene; the world's caption if not given")] = None,
     compare: Annotated[
         str | None, arg(metavar="truth|DIR", help="beside the model: the true world, or another model")
@@ -69,8 +70,8 @@ def play(
         scenario = world_scenario(world or 0, replace(_world_config(size), scenes="place"))
     elif model or world is None:
         name = model or str(model_to_play())
-        scenario = _model_scenario(name, world, image, prompt, compare, seed, steps, engine, decoder)
-    elif image or prompt or compare or decoder or steps is not None or engine != PLAIN:
+        scenario = _model_scenario(name, world, (start, start_poses), prompt, compare, seed, steps, engine, decoder)
+    elif start or start_poses or prompt or compare or decoder or steps is not None or engine != PLAIN:
         raise UserError("--world SEED without --model is a rendered world, which takes no other option of a model")
     else:
         scenario = world_scenario(world, _world_config(size))
@@ -82,7 +83,7 @@ def play(
 def _model_scenario(
     name: str,
     world: int | None,
-    image: Path | None,
+    start: "tuple[Path | None, Path | None]",
     prompt: str | None,
     compare: str | None,
     seed: int,
@@ -90,16 +91,20 @@ def _model_scenario(
     engine: EngineFlags,
     decoder: str | None,
 ) -> "Scenario":
+    import numpy as np
+
     from minwm.play.scenario import StartState, model_scenario, spawn_world
     from minwm.session.prepare import prepare_model
 
     model = with_steps(_load(name, decoder), steps)
     cfg = model.config
-    if image and world is not None:
-        raise UserError("give --image or --world, not both: each says where the model starts")
-    if not cfg.image_start and (image or world is not None):
-        raise UserError("this model starts from its prompt alone; leave out --image and --world")
-    first, truth = first_frame(image, cfg)[0] if image else None, None
+    if start[0] and world is not None:
+        raise UserError("give --start or --world, not both: each says where the model starts")
+    first, truth = read_start(*start, cfg), None
+    if not cfg.image_start and (isinstance(first, np.ndarray) or world is not None):
+        raise UserError(
+            "this model starts from its prompt alone, or goes on from a video; leave out --world and images"
+        )
     if first is None and cfg.image_start:
         truth = spawn_world(WORLD if world is None else world, cfg)
         first, prompt = truth.start()[0], prompt or truth.scene.caption
@@ -107,7 +112,8 @@ def _model_scenario(
         raise UserError("give --prompt TEXT: a description of the scene")
     if compare == "truth" and not truth:
         raise UserError("--compare truth needs a model that starts in a procedural world: give --world SEED")
-    start, title = StartState(seed=seed, prompt=prompt, image=first), "/".join(Path(name).parts[-2:])
+    image, video = (first, None) if isinstance(first, np.ndarray) else (None, first)
+    begin, title = StartState(seed=seed, prompt=prompt, image=image, video=video), "/".join(Path(name).parts[-2:])
     if cfg.network.camera == "none":
         echo("this model has no camera control: keys and mouse do not move its camera")
     chosen, kernels, fp8 = prepare_model(model, engine.config())
@@ -117,11 +123,11 @@ def _model_scenario(
         times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in kernels.ms.items() if ms is not None)
         echo(f"attention of a chunk: {times}; {kernels.fastest} is used")
     if compare == "truth":
-        return model_scenario(model, title, start, truth=truth, engine=chosen)
+        return model_scenario(model, title, begin, truth=truth, engine=chosen)
     other = _load(compare, decoder) if compare else None
     if other:
         prepare_model(other, chosen)
-    return model_scenario(model, title, start, other=other, engine=chosen)
+    return model_scenario(model, title, begin, other=other, engine=chosen)
 
 
 def _warm_up(scenario: "Scenario") -> None:

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
     from minwm.core.runtime import Progress
+    from minwm.session.start import StartVideo
     from minwm.store.model import ModelConfig
+
+
+Start = Annotated[Path | None, arg(metavar="PNG|MP4", help="start from this picture, or go on from this video")]
+StartPoses = Annotated[
+    Path | None, arg(metavar="FILE.json", help="cameras of the video of --start; those of VIDEO.json if not given")
+]
 
 
 @command("generate", resumable="list")
@@ -26,7 +33,8 @@ def generate(
     out: Annotated[Path, arg(metavar="FILE.mp4|DIR", help="the video, or the folder of those of --list")],
     trajectory: Route | None = None,
     prompt: Annotated[str | None, arg(metavar="TEXT", help="what is seen; the world's caption if not given")] = None,
-    image: Annotated[Path | None, arg(metavar="PNG", help="start from this picture")] = None,
+    start: Start = None,
+    start_poses: StartPoses = None,
     world: Annotated[int | None, arg(metavar="SEED", help="start in this procedural world")] = None,
     keys: Annotated[Flag, arg(help="draw the keys on the video")] = False,
     compare: Annotated[Flag, arg(help="with --world: the true view beside it")] = False,
@@ -35,17 +43,17 @@ def generate(
         Path | None, arg(metavar="FILE.json|DIR", help="make all videos of a list (docs/evaluation.md)")
     ] = None,
 ) -> None:
-    """Make a video along a trajectory, from a prompt, from a picture and a prompt, or from a procedural world.
+    """Make a video along a trajectory, from a prompt, a picture or a video and a prompt, or a procedural world.
 
     --list makes many; those that --out holds are kept, and under torchrun each process makes its part.
     """
     if list is not None:
-        if trajectory or prompt or image or world is not None or keys or compare:
+        if trajectory or prompt or start or start_poses or world is not None or keys or compare:
             raise UserError("--list FILE.json says what to make; give besides only --model, --out and --seed")
         return _generate_list(model, list, out, seed)
     if trajectory is None:
         raise UserError('give --trajectory "KEYS" or FILE.json for one video, or --list FILE.json for many')
-    return _generate_one(model, out, trajectory, prompt, image, world, keys, compare, seed)
+    return _generate_one(model, out, trajectory, prompt, (start, start_poses), world, keys, compare, seed)
 
 
 def _generate_list(model: Path, requests: Path, out: Path, seed: int) -> None:
@@ -71,33 +79,41 @@ def _generate_one(
     out: Path,
     trajectory: str,
     prompt: str | None,
-    image: Path | None,
+    given: "tuple[Path | None, Path | None]",
     world: int | None,
     keys: bool,
     compare: bool,
     seed: int,
 ) -> None:
+    import numpy as np
+
     from minwm.core.media import write_video
     from minwm.core.runtime import progress
     from minwm.session.engines import SceneEngine
     from minwm.session.generate import generate_pieces
+    from minwm.session.start import StartVideo
 
     refuse_existing(out, ".mp4")
     loaded = open_model(model)
-    track, route = read_track(trajectory, loaded.config, image)
+    begin = read_start(*given, loaded.config)
+    track, route = read_track(trajectory, loaded.config, given[0] if isinstance(begin, np.ndarray) else None)
     if keys and route is None:
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
-    if world is not None and not image:
+    if world is not None and begin is None:
         place = SceneEngine.spawn(world, track, loaded.config)
         first, truth = place.start()[:1], place.advance(track.c2w) if compare else None
         prompt = place.scene.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
-        first, truth = first_frame(image, loaded.config) if image else None, None
+        first, truth = begin[None] if isinstance(begin, np.ndarray) else None, None
+        if isinstance(begin, StartVideo):
+            first, track = begin.frames[None], begin.track.continued(track)
     else:
-        raise UserError("give --prompt TEXT (and --image PNG), or --world SEED (which --compare needs)")
+        raise UserError("give --prompt TEXT (and --start FILE), or --world SEED (which --compare needs)")
     if loaded.config.network.camera == "none":
         echo("this model has no camera control: the trajectory only says how long the video is")
     start, pressed = time.monotonic(), route.keys_per_frame() if keys and route else None
+    if pressed is not None:
+        pressed = [*[frozenset[str]()] * (len(track) - len(pressed)), *pressed]
     with progress(len(track), "frames") as bar:
         pieces = generate_pieces(loaded, first, [prompt], [track], seed)
         write_video(out, _side_by_side(pieces, truth, pressed, bar), loaded.config.motion.fps)
@@ -127,11 +143,31 @@ def _side_by_side(
         done = stop
 
 
-def first_frame(path: Path, cfg: "ModelConfig") -> "UInt8[np.ndarray, '1 h w 3']":
-    from minwm.core.media import read_image, resize_and_crop
+def read_start(
+    path: Path | None, poses: Path | None, cfg: "ModelConfig"
+) -> "UInt8[np.ndarray, 'h w 3'] | StartVideo | None":
+    """What --start and --start-poses say: a picture, or a video with the cameras of its frames."""
+    from minwm.cameras.track import CameraTrack
+    from minwm.core.media import VIDEO_SUFFIXES, read_image, resize_and_crop
+    from minwm.session.start import read_start_video
 
+    if path is not None and path.suffix.lower() in VIDEO_SUFFIXES:
+        track, poses = None, poses or path.with_suffix(".json")
+        if cfg.network.camera != "none":
+            if not poses.exists():
+                raise UserError(
+                    f"--start {path}: {poses} is missing, and cameras are not guessed; give --start-poses FILE"
+                )
+            track = CameraTrack.load(poses)
+        video = read_start_video(path, track, cfg)
+        echo(f"{path}: goes on from its last {len(video.frames)} frames")
+        return video
+    if poses:
+        raise UserError("--start-poses are the cameras of a video: give --start FILE.mp4")
+    if path is None:
+        return None
     image = read_image(path)
     if image.shape[:2] != (cfg.height, cfg.width):
         h, w = image.shape[:2]
         echo(f"{path}: {w}x{h} pixels, cropped in the middle and resized to the model's {cfg.width}x{cfg.height}")
-    return resize_and_crop(image, cfg.height, cfg.width)[None]
+    return resize_and_crop(image, cfg.height, cfg.width)

@@ -321,7 +321,7 @@ class PlayLoop:
             case StartImage(image=image):
                 if not self.scenario.takes_image:
                     raise UserError(NO_IMAGE)
-                self.start(replace(self.next_start, image=image))
+                self.start(replace(self.next_start, image=image, video=None))
             case SimpleCommand(name=name):
                 self._apply_simple(name)
 

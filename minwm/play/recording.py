@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from minwm.cameras.track import CameraTrack
 from minwm.cameras.trajectory import Action
 from minwm.core.config import to_dict
-from minwm.core.media import mp4_bytes, write_image
+from minwm.core.media import mp4_bytes, write_image, write_video
 from minwm.core.runtime import git_commit
 from minwm.data.clips import ClipFolder, ClipRecord
 from minwm.data.rerender import split_key
@@ -66,7 +66,8 @@ class Recording:
         return mp4_bytes(frames, config.motion.fps, scale=max(1, VIDEO_WIDTH // config.width))
 
     def clip(self) -> bytes:
-        """A zip of a folder of raw clips (the first view only), and of camera.json, actions.json and start.png."""
+        """A zip of a folder of raw clips (the first view only), and of camera.json, actions.json and start.png, or
+        start.mp4 and start.json (the cameras of that video)."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             track = self._track()
@@ -76,7 +77,10 @@ class Recording:
             clips.finish()
             track.save(folder / "camera.json")
             (folder / "actions.json").write_text(json.dumps(self._actions(), indent=1))
-            if self.start.image is not None:
+            if (video := self.start.video) is not None:
+                write_video(folder / "start.mp4", video.frames, video.track.fps)
+                video.track.save(folder / "start.json")
+            elif self.start.image is not None:
                 write_image(folder / "start.png", self.start.image)
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
 from minwm.session.engines import Engine, ModelEngine, SceneEngine
+from minwm.session.start import StartVideo
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import PLAIN, EngineConfig
 
@@ -23,6 +24,8 @@ class StartState:
     seed: int = 0
     prompt: str = ""
     image: UInt8[np.ndarray, "h w 3"] | None = None
+    video: StartVideo | None = None
+    """To go on from, in place of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def model_scenario(
     reused: list[ModelEngine] = []
 
     def engines(start: StartState) -> list[Engine]:
-        given = start.image, start.prompt, start.seed
+        given = start.video or start.image, start.prompt, start.seed
         for one, inputs in zip(reused, [one.encode_inputs(*given) for one in reused], strict=True):
             one.inputs = inputs
         made = reused or [ModelEngine(m, *given, engine) for m in models]

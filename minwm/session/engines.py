@@ -17,12 +17,13 @@ from minwm.cameras.track import CameraTrack, se3_inverse
 from minwm.cameras.trajectory import Motion
 from minwm.control.action import action_labels
 from minwm.core.config import UserError
-from minwm.core.flow import FirstLatent, Latents
+from minwm.core.flow import FirstLatents, Latents
 from minwm.core.media import to_pixels, to_uint8
 from minwm.core.runtime import StageTimer, generator
 from minwm.core.types import Condition
 from minwm.render.base import Scene, Scenes
 from minwm.session.generate import check_finite, check_image, check_start
+from minwm.session.start import StartVideo
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import (
     PLAIN,
@@ -38,7 +39,8 @@ from minwm.stream.rollout import Stream
 
 Pose = Float[np.ndarray, "4 4"]
 Frames = UInt8[np.ndarray, "n H W 3"]
-Image = UInt8[np.ndarray, "h w 3"]
+Start = UInt8[np.ndarray, "h w 3"] | StartVideo | None
+"""An image, a video to go on from, or the prompt alone."""
 
 
 @runtime_checkable
@@ -134,18 +136,18 @@ class SceneEngine:
 
 @dataclass(frozen=True)
 class StartInputs:
-    """What a model starts from."""
+    """What a model starts from, encoded."""
 
     states: dict[str, Tensor]
     """Of the prompt and the image: parts of a `Condition`."""
-    image: Image | None
-    """The first frame; None for a model that starts from its prompt alone."""
+    start: StartVideo | None
+    """The first frame, or the video to go on from; None for the prompt alone."""
     seed: int
     """Of the noise."""
 
 
 class ModelEngine:
-    """A causal model, streamed chunk by chunk from an image, or from the prompt alone; deterministic for a seed.
+    """A causal model, streamed chunk by chunk from an image, a video or the prompt alone; deterministic for a seed.
 
     With engine options, the model must have gone through `session.prepare.prepare_model`.
 
@@ -153,9 +155,7 @@ class ModelEngine:
     with `overlap` it starts once decoding was submitted to a second CUDA stream, and both run at once.
     """
 
-    def __init__(
-        self, model: Model, image: Image | None, prompt: str, seed: int = 0, engine: EngineConfig = PLAIN
-    ) -> None:
+    def __init__(self, model: Model, start: Start, prompt: str, seed: int = 0, engine: EngineConfig = PLAIN) -> None:
         cfg = model.config
         if not cfg.sampler.causal:
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
@@ -165,30 +165,36 @@ class ModelEngine:
         self.submit: Submit | None = CudaSideStream(self.device) if engine.overlap else None
         self.timer = StageTimer(self.device)
         self.K = torch.tensor(cfg.intrinsics, dtype=torch.float32)
-        self.inputs = self.encode_inputs(image, prompt, seed)
+        self.inputs = self.encode_inputs(start, prompt, seed)
         self._stream: Stream | None = None
         self.newest_pose: Pose | None = None
         """Of the camera, at the newest latent."""
+        self.origin: Pose = np.eye(4)
+        """From where poses count, relative to the first frame: the last pose of a video start."""
         self.pending_update: tuple[Any, ...] | None = None
 
-    def encode_inputs(self, image: Image | None, prompt: str, seed: int) -> StartInputs:
+    def encode_inputs(self, start: Start, prompt: str, seed: int) -> StartInputs:
         """What `inputs` may be set to before the next `start`.
 
-        Raises UserError for an image of another size, for one that is missing or too much, or for a prompt that the
+        Raises UserError for a start of another size, for one that is missing or too much, or for a prompt that the
         text encoder does not take.
         """
-        cfg = self.model.config
-        check_start(cfg, image is not None)
-        if image is not None:
-            check_image(cfg, image)
-        states = {} if image is None else cfg.text.encode_images([image])
-        return StartInputs({**states, **cfg.encode_prompts([prompt])}, image, seed)
+        cfg, states = self.model.config, {}
+        if isinstance(start, np.ndarray):
+            start = StartVideo(start[None], CameraTrack(np.eye(4)[None], cfg.intrinsics, cfg.motion.fps))
+        check_start(cfg, 0 if start is None else len(start.frames))
+        if start is not None:
+            check_image(cfg, start.frames[0])
+            states = cfg.text.encode_images([start.frames[0]]) if cfg.image_start else {}
+        return StartInputs({**states, **cfg.encode_prompts([prompt])}, start, seed)
 
     @torch.no_grad()
     def start(self) -> Frames:
-        """The first chunk, in which the camera stands still; it may be the image and nothing else."""
+        """The first chunk, in which the camera stands still; it may be the image and nothing else. Of a video, its last
+        frame."""
         self.generator = generator(self.inputs.seed, "session")
         self.decoder_state = self.pending_update = self.newest_pose = None
+        self.origin = np.eye(4)
         self.timer.restart()
         geometry, first = self.model.config.geometry, None
         still = np.eye(4)[None].repeat(geometry.first_chunk_frames, 0)
@@ -197,10 +203,21 @@ class ModelEngine:
             self._stream = open_stream(self.engine, self.model.net, cond, geometry, guidance)
         else:
             self._stream.restart(self.condition(still))
-        if self.inputs.image is not None:
-            first = self.model.codec.encode(to_pixels(self.inputs.image)[None, None].to(self.device))
+        if (start := self.inputs.start) is not None:
+            first = self.model.codec.encode(to_pixels(start.frames)[None].to(self.device))
         self.timer.record("encode")
-        return np.concatenate(list(self._generate(still, first)))
+        if start is None or first is None or len(start.frames) == 1:
+            return np.concatenate(list(self._generate(still, first)))
+        return self._go_on_from(start, first)
+
+    def _go_on_from(self, start: StartVideo, latents: Latents) -> Frames:
+        """Put the chunks of a video into the cache; its last frame, from which poses then count."""
+        cameras, frames = start.track.at_latent_rate(self.motion.stride), np.zeros(0)
+        for a, b in self.stream.geometry.chunks(len(cameras)):
+            self.update_cache()
+            frames = [*self._generate(cameras.c2w[a:b], latents[:, a:b], torch.from_numpy(cameras.K[a:b]).float())][-1]
+        self.origin, self.newest_pose = cameras.c2w[-1], np.eye(4)
+        return frames[-1:]
 
     @torch.no_grad()
     def advance(self, c2w: Float[np.ndarray, "n 4 4"]) -> Iterator[Frames]:
@@ -228,7 +245,7 @@ class ModelEngine:
         list(self._decode(noise[0, :, :1]))  # a latent that is not the first has a graph of its own
         self.update_cache()
         cond = self.condition(np.eye(4)[None].repeat(frames, 0))
-        cond = replace(cond, first_latents=None if self.inputs.image is None else noise[0, :, :1])
+        cond = replace(cond, first_latents=noise[0, :, :1] if cfg.image_start else None)
         with attention_kernel(self.engine):
             return [time.perf_counter() - begin, *warm_up(self.stream, cond, noise, self.sampler)]
 
@@ -238,13 +255,15 @@ class ModelEngine:
             raise UserError("the engine has no stream yet; call start() first")
         return self._stream
 
-    def _generate(self, c2w: Float[np.ndarray, "f 4 4"], first: FirstLatent | None = None) -> Iterator[Frames]:
-        """Frames of the next chunk; `first` is the image."""
-        prepared = self.stream.prepare_chunk(replace(self.condition(c2w), first_latents=first))
+    def _generate(
+        self, c2w: Float[np.ndarray, "f 4 4"], first: FirstLatents | None = None, K: Float[Tensor, "f 4"] | None = None
+    ) -> Iterator[Frames]:
+        """Frames of the next chunk; `first` is what is given of it: the image, or all. K: the model's if not given."""
+        prepared = self.stream.prepare_chunk(replace(self.condition(c2w, K), first_latents=first))
         self.newest_pose = c2w[-1]
         samples = self.sampler.num_noise_samples(self.stream.geometry)
         shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
-        drawn = first is None or len(c2w) > 1
+        drawn = prepared.given is None
         noise = (torch.randn(shape, generator=self.generator) if drawn else torch.zeros(shape)).to(self.device)
         with attention_kernel(self.engine):
             latents = self.stream.next_chunk(prepared, noise, self.sampler)
@@ -290,11 +309,12 @@ class ModelEngine:
             self._run_pending_update()
             self.timer.record("cache_update")
 
-    def condition(self, c2w: Float[np.ndarray, "f 4 4"]) -> Condition:
+    def condition(self, c2w: Float[np.ndarray, "f 4 4"], K: Float[Tensor, "f 4"] | None = None) -> Condition:
         """Prompt and image, and cameras at these poses, to which they have moved from that of the newest latent."""
         before = c2w[:1] if self.newest_pose is None else self.newest_pose[None]
-        w2c = torch.from_numpy(se3_inverse(np.concatenate([before, c2w])))[None]
-        cameras = {"w2c": w2c[:, 1:].float(), "K": self.K.expand(1, len(c2w), 4), "actions": action_labels(w2c)[:, 1:]}
+        w2c = torch.from_numpy(se3_inverse(self.origin @ np.concatenate([before, c2w])))[None]
+        K = (self.K if K is None else K).expand(1, len(c2w), 4)
+        cameras = {"w2c": w2c[:, 1:].float(), "K": K, "actions": action_labels(w2c)[:, 1:]}
         return Condition(**self.inputs.states, **cameras).to(self.device)
 
     def snapshot(self) -> tuple[Any, ...]:

@@ -21,8 +21,10 @@ from minwm.stream.rollout import generate_latents, sample_noise, stream_latents
 from minwm.stream.solvers import Noise
 
 Images = UInt8[np.ndarray, "b H W 3"]
+Start = Images | UInt8[np.ndarray, "b n H W 3"]
+"""Images to start from, or videos of whole chunks to go on from."""
 Trajectories = Sequence[str | CameraTrack]
-"""Keys such as "w*8", or tracks at pixel rate; all of one length."""
+"""Keys such as "w*8", or tracks at pixel rate; all of one length. Those of a video start have its cameras first."""
 Seed = int | Sequence[int]
 """Of the noise: of all videos at once, or one for each, which is then the same in any batch."""
 
@@ -30,22 +32,23 @@ Seed = int | Sequence[int]
 @torch.no_grad()
 def generate(
     model: Model,
-    images: Images | Sequence[str | Path] | None,
+    start: Start | Sequence[str | Path] | None,
     prompts: Prompts,
     trajectories: Trajectories,
     seed: Seed = 0,
 ) -> UInt8[np.ndarray, "b n H W 3"]:
     """Whole videos along trajectories, with whatever sampler the model has, on its device.
 
-    They start with the images (files are cropped and resized as `walk` does); without any, from the prompts alone.
-    Raises UserError for images of another size, or a length that the model cannot make.
+    They start with images (files are cropped and resized as `walk` does), or with the frames of videos, from which they
+    go on; without any, from the prompts alone. Raises UserError for frames of another size, videos that are no whole
+    chunks, or a length that the model cannot make.
 
     >>> video = minwm.generate(model, None, ["a red tower"], ["w*8"])[0]       # n h w 3 uint8
     """
-    if images is not None and not isinstance(images, np.ndarray):
+    if start is not None and not isinstance(start, np.ndarray):
         size = model.config.height, model.config.width
-        images = np.stack([resize_and_crop(read_image(image), *size) for image in images])
-    noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
+        start = np.stack([resize_and_crop(read_image(image), *size) for image in start])
+    noise, cond = sampling_inputs(model, start, prompts, trajectories, seed)
     latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry)
     check_finite(latents)
     return _frames(model.codec.decode(latents))
@@ -53,13 +56,13 @@ def generate(
 
 @torch.no_grad()
 def generate_by_chunk(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
+    model: Model, start: Start | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """The same of a causal model, as frames of one chunk after another, so that long videos need not fit in memory."""
     sampler, state = model.config.sampler, None
     if not sampler.causal:
         raise UserError("a bidirectional model makes whole clips, not chunks; take an autoregressive one")
-    noise, cond = sampling_inputs(model, images, prompts, trajectories, seed)
+    noise, cond = sampling_inputs(model, start, prompts, trajectories, seed)
     for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry):
         check_finite(latents)
         decoded, state = model.codec.decode_next(latents, state)
@@ -67,12 +70,12 @@ def generate_by_chunk(
 
 
 def generate_pieces(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
+    model: Model, start: Start | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """The frames of `generate` as they are finished: chunk by chunk of a causal model, else all at once."""
     if model.config.sampler.causal:
-        return generate_by_chunk(model, images, prompts, trajectories, seed)
-    return iter((generate(model, images, prompts, trajectories, seed),))
+        return generate_by_chunk(model, start, prompts, trajectories, seed)
+    return iter((generate(model, start, prompts, trajectories, seed),))
 
 
 def _frames(pixels: Float[Tensor, "b n 3 h w"]) -> UInt8[np.ndarray, "b n H W 3"]:
@@ -81,7 +84,7 @@ def _frames(pixels: Float[Tensor, "b n 3 h w"]) -> UInt8[np.ndarray, "b n H W 3"
 
 
 def sampling_inputs(
-    model: Model, images: Images | None, prompts: Prompts, trajectories: Trajectories, seed: Seed
+    model: Model, start: Start | None, prompts: Prompts, trajectories: Trajectories, seed: Seed
 ) -> tuple[Noise, Condition]:
     """What a sampler starts from, on the model's device."""
     cfg, device = model.config, next(model.net.parameters()).device
@@ -91,12 +94,15 @@ def sampling_inputs(
     ]
     w2c, K = latent_cameras(tracks, cfg.motion.stride)
     check_length(cfg, w2c.shape[1])
+    videos = None if start is None else start[:, None] if start.ndim == 4 else start
     first, states = None, cfg.encode_prompts(prompts)
-    check_start(cfg, images is not None)
-    if images is not None:
-        check_image(cfg, images[0])
-        states = {**states, **cfg.text.encode_images([*images])}
-        first = model.codec.encode(to_pixels(images)[:, None].to(device))
+    check_start(cfg, 0 if videos is None else videos.shape[1])
+    if videos is not None:
+        check_image(cfg, videos[0, 0])
+        states = {**states, **(cfg.text.encode_images([*videos[:, 0]]) if cfg.image_start else {})}
+        first = model.codec.encode(to_pixels(videos).to(device))
+        if first.shape[1] >= w2c.shape[1]:
+            raise UserError(f"the start of {videos.shape[1]} frames is all of the video; give a longer trajectory")
     cond = with_action_labels(Condition(**states, w2c=w2c, K=K, first_latents=first)).to(device)
     shape = cfg.latent_shape(len(cond.text), w2c.shape[1])
     samples, like = cfg.sampler.num_noise_samples(cfg.geometry), torch.empty(0, device=device)
@@ -106,11 +112,20 @@ def sampling_inputs(
     return torch.cat(each, dim=1), cond
 
 
-def check_start(cfg: ModelConfig, image: bool) -> None:
-    """Raise UserError unless the model was trained to start so: from an image, or from its prompt alone."""
-    if cfg.image_start and not image:
-        raise UserError("this model starts from an image: give one (--image PNG, or --world SEED)")
-    if image and not cfg.image_start:
+def check_start(cfg: ModelConfig, frames: int) -> None:
+    """Raise UserError unless the model was trained to start so: from an image (one frame), from its prompt alone (no
+    frame), or from a video of whole chunks."""
+    latents, stride = 1 + (frames - 1) // cfg.motion.stride, cfg.motion.stride
+    if cfg.image_start and not frames:
+        raise UserError("this model starts from an image: give one (--start PNG, or --world SEED)")
+    if frames > 1:
+        first, chunk = cfg.stream.first_chunk_frames, cfg.stream.chunk
+        if (frames - 1) % stride or latents < first or (latents - first) % chunk:
+            raise UserError(
+                f"a start of {frames} frames is no whole number of chunks; give "
+                f"{1 + stride * (first - 1)} + k * {stride * chunk} of them"
+            )
+    elif frames and not cfg.image_start:
         raise UserError(
             f"this model starts from its prompt alone, with {cfg.stream.first_chunk_frames} latents: leave out the "
             "image, or train or convert a model with stream.image_start=true"

@@ -12,6 +12,7 @@ from minwm.cameras.trajectory import Action, integrate_actions
 from minwm.core.config import UserError
 from minwm.core.media import read_image, resize_and_crop
 from minwm.session.engines import Engine, Frames, ModelEngine, Pose
+from minwm.session.start import StartVideo
 from minwm.store.model import Model
 
 
@@ -64,13 +65,13 @@ class Session:
 def walk(
     model: Model,
     prompt: str,
-    image: np.ndarray | Path | str | None = None,
+    start: np.ndarray | Path | str | StartVideo | None = None,
     seed: int = 0,
     history: int | None = None,
 ) -> Session:
-    """A session of a causal model that starts from a prompt and an image, resized and cropped.
+    """A session of a causal model that starts from a prompt and an image, resized and cropped, or goes on from a video.
 
-    The image is a file, or an array as `to_rgb` takes it.
+    An image is a file, or an array as `to_rgb` takes it; a video is read by `read_start_video`.
 
     >>> model = minwm.load("runs/demo/dmd")
     >>> session = minwm.walk(model, "a red tower and a blue dome on a stone plaza", "start.png")
@@ -78,8 +79,8 @@ def walk(
     >>> frames = session.step(minwm.Action.of("wl"))     # 8 64 64 3: ahead and to the right for half a second
     >>> session.rewind()                                 # and another way from there
     """
-    if isinstance(image, str | Path):
-        image = read_image(image)
-    cfg = model.config
-    fitted = image if image is None else resize_and_crop(image, cfg.height, cfg.width)
-    return Session(ModelEngine(model, fitted, prompt, seed), history=history)
+    if isinstance(start, str | Path):
+        start = read_image(start)
+    if isinstance(start, np.ndarray):
+        start = resize_and_crop(start, model.config.height, model.config.width)
+    return Session(ModelEngine(model, start, prompt, seed), history=history)
