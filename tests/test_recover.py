@@ -10,6 +10,7 @@ import pytest
 from commands import error_line, run
 from numpy.testing import assert_allclose
 from test_batch import CONFIG
+from tiny_presets import tiny_model
 
 from minwm.bench.stream import random_model
 from minwm.cameras.track import CameraTrack, intrinsics, rigid, se3_exp, se3_inverse, so3_exp, so3_log
@@ -22,6 +23,7 @@ from minwm.eval.camera.score import keys_of, score_camera
 from minwm.eval.metrics import measure
 from minwm.eval.source import Video, VideoSource, function_source
 from minwm.eval.suite import requests, suite
+from minwm.experiments import presets
 from minwm.nets.chunks import StreamConfig
 from minwm.render.worlds import World
 from minwm.store.folder import save_model
@@ -181,3 +183,18 @@ def test_models_of_any_start_and_folders_are_scored(
     assert run("eval", "--videos", tmp_path / "paths.txt") == 2 and "holds no mp4 files" in line()
     assert run("eval", "--json", tmp_path / "c.json") == 2 and "give --model DIR, or --videos DIR" in line()
     assert run(*words, "--quick") == 2 and "are for rendered scenes" in line()
+
+
+@pytest.mark.parametrize("preset", ["wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan1.5-8b"])
+def test_a_model_of_every_family_is_scored_as_it_starts(preset: str, tmp_path: Path) -> None:
+    """From text with a first chunk of 4 latents, and from images; with the family's own transformer and VAE."""
+    model = random_model(tiny_model(presets.stage(f"{preset}/dmd", tmp_path).model, tmp_path))
+    assert model.config.image_start or model.config.stream.first_chunk_frames == 4
+    save_model(tmp_path / "model", model.config, model.net, model.codec)
+    (tmp_path / "paths.txt").write_text("w*7\n")
+    words = ("eval", "--model", tmp_path / "model", "--trajectories", tmp_path / "paths.txt", "--metrics", "camera")
+    assert run(*words, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html") == 0
+    found = parse_json((tmp_path / "a.json").read_text())["videos"]["model"]
+    assert found["scores"]["camera"]["lost"]["videos"].keys() == {"000"}
+    assert ("image" in found["tasks"]["000"]) == model.config.image_start
+    assert 'section id="scores"' in (tmp_path / "a.html").read_text()

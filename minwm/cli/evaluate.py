@@ -95,28 +95,31 @@ def evaluate(
         raise UserError("give --model DIR, or --videos DIR")
     if not scene.asked:
         return _in_rendered_scenes(model, json, html, sheet, quick, out, fields)
-    if html or sheet or quick or fields:
-        raise UserError("--html, --sheet, --quick and sizes are for rendered scenes; leave them out")
+    if sheet or quick or fields:
+        raise UserError("--sheet, --quick and sizes are for rendered scenes; leave them out")
     scene.check(model)
-    return _in_any_scene(model, scene, json, out)
+    return _in_any_scene(model, scene, json, html, out)
 
 
-def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, out: Path | None) -> None:
+def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: Path | None, out: Path | None) -> None:
     """Score a folder of videos, or those of models along the suite or in place of recorded clips."""
     from tempfile import TemporaryDirectory
 
     from minwm.eval.metrics import METRICS, measure
     from minwm.eval.recorded import RECORDING
+    from minwm.eval.report.scores import write_scores
 
-    results, baselines = {}, {}
+    results, baselines, sources = {}, {}, {}
     with TemporaryDirectory() as temporary:
         for name, source in _sources(_names(models), scene, out or Path(temporary)):
-            results[name] = measure(source, scene.metrics, partial(_say, name))
+            sources[name], results[name] = source, measure(source, scene.metrics, partial(_say, name))
             _say_scores(name, results[name])
         for name, source in _baselines(models, scene):
             fit = (metric for metric in scene.metrics or METRICS if METRICS[metric].compares == (name != RECORDING))
             baselines[name] = measure(source, [*fit])
             _say_scores(name, baselines[name])
+        if html:
+            echo(f"page: {write_scores(html, results, baselines, sources, _facts(), command_line())}")
     rows = {"videos": results, "baselines": baselines}
     write_numbers({kind: {name: to_dict(x) for name, x in found.items()} for kind, found in rows.items()}, json)
 
@@ -206,7 +209,6 @@ def _in_rendered_scenes(
     from tempfile import TemporaryDirectory
 
     from minwm.core.media import write_image
-    from minwm.core.runtime import git_commit, versions
     from minwm.eval.cases import HELD_OUT
     from minwm.eval.report.evaluation import write_evaluation
     from minwm.eval.report.gallery import best_and_worst
@@ -234,10 +236,17 @@ def _in_rendered_scenes(
         if sheet:
             write_image(sheet, best_and_worst(result, [*names][-1]))
         if html:
-            about = versions()
-            facts = {"Commit": git_commit() or "not a checkout", "Processor": about.get("gpu", about["cpu"]),
-                     "PyTorch": about["torch"], "Clips": str(cfg.clips)}  # fmt: skip
+            facts = {**_facts(), "Clips": str(cfg.clips)}
             echo(f"page: {write_evaluation(html, result, aims, facts, command_line())}")
+
+
+def _facts() -> dict[str, str]:
+    """Of a page: where its numbers come from."""
+    from minwm.core.runtime import git_commit, versions
+
+    about = versions()
+    commit, processor = git_commit() or "not a checkout", about.get("gpu", about["cpu"])
+    return {"Commit": commit, "Processor": processor, "PyTorch": about["torch"]}
 
 
 def _names(models: list[Path]) -> dict[str, Path]:

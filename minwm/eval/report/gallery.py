@@ -47,14 +47,14 @@ def examples(result: Evaluation, names: Sequence[str]) -> list[Example]:
     ]
 
 
-def gallery(shown: Sequence[Example], fps: float) -> Section:
+def gallery(shown: Sequence[Example], fps: float, title: str = "Held-out clips") -> Section:
     controls = (
         '<div class="controls"><button id="play" type="button">Pause</button>'
         '<input id="scrub" type="range" min="0" max="1000" value="0" aria-label="position in all clips">'
         "</div>"
     )
     html = controls + "".join(_example(example, fps) for example in shown) if shown else ""
-    return Section("gallery", "Held-out clips", html)
+    return Section("gallery", title, html)
 
 
 def _example(example: Example, fps: float) -> str:
