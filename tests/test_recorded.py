@@ -20,6 +20,7 @@ from minwm.store.folder import save_model
 from minwm.stream.solvers import BidirectionalSampler
 
 line = pytest.fixture(error_line)
+NETWORKS = {"lpips", "dreamsim", "fvd"}
 SECTIONS = ("scores", "time", "keys", "gallery", "skipped", "reproduce", "caveats")
 
 
@@ -49,12 +50,12 @@ def test_raw_clips_are_the_truth_of_models_that_start_from_their_frames(project:
     html = project / "page.html"
     found = scored(project, "raw", "image", "--split", "train", "--limit", "2", "--html", html)
     page = html.read_text()
-    assert [key for key in SECTIONS if f'<section id="{key}">' not in page] == ["skipped"]
+    assert not [key for key in SECTIONS if f'<section id="{key}">' not in page]
     assert "static (a path, not a video)" in page and page.count("data:video/mp4;base64,") == 4, "2 clips, 2 truths"
     ids = ClipFolder(project / "raw").ids()
     model, rows = found["videos"]["image"], found["baselines"]
     assert [*model["tasks"]] == [ids[0], ids[-1]] and rows.keys() == {"recording", "static camera", "codec"}
-    assert model["scores"].keys() >= {"camera", "likeness", "flip"} and model["skipped"] == {}
+    assert model["scores"].keys() >= {"camera", "likeness", "flip"} and model["skipped"].keys() >= NETWORKS
     assert model["tasks"] == rows["codec"]["tasks"]
     assert rows["recording"]["scores"].keys() == {"camera", "published", "texture"}
     still = rows["static camera"]["scores"]["likeness"]["psnr@1"]["videos"]

@@ -47,25 +47,41 @@ class AnyScene:
     split: Annotated[Literal["val", "train"], arg(help="of --data")] = "val"
     limit: Annotated[int | None, arg(metavar="N", help="of --data: so many clips, spread over the split")] = None
     metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME", help="in any scene; all if not given")] = None
+    weights: Annotated[tuple[str, ...], arg(metavar="METRIC=FILE", help="TorchScript files of lpips, ...")] = ()
+
+    @property
+    def along_suite(self) -> bool:
+        return bool(self.suite or self.prompts or self.images or self.trajectories)
 
     @property
     def asked(self) -> bool:
-        """Whether anything was given that asks for this in place of rendered scenes."""
-        return self != AnyScene(split=self.split, limit=self.limit, metrics=self.metrics)
+        """Whether this was asked for, in place of rendered scenes."""
+        return bool(self.along_suite or self.videos or self.data)
 
     def check(self, models: Sequence[Path]) -> None:
         """UserError for what cannot be asked for at once, before any work."""
         from minwm.eval.metrics import METRICS
 
-        along = self.suite or self.prompts or self.images or self.trajectories
-        if self.videos and (models or along or self.data):
+        if self.videos and (models or self.along_suite or self.data):
             raise UserError("--videos DIR is scored as it is; leave out the models and what is made with them")
-        if self.data and along:
+        if self.data and self.along_suite:
             raise UserError("--data DIR has prompts, first frames and cameras; leave out those of the suite")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")
         for metric in self.metrics or ():
             lookup(METRICS, metric, "metric")
+        for metric, file in self.files.items():
+            if not lookup(METRICS, metric, "metric").network:
+                raise UserError(f"--weights {metric}={file}: {metric} takes none")
+            if not file.is_file():
+                raise UserError(f"--weights {metric}={file}: there is no such file")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Weights by metric."""
+        if wrong := [text for text in self.weights if "=" not in text]:
+            raise UserError(f"--weights {wrong[0]}: write METRIC=FILE")
+        return {metric: Path(file) for metric, _, file in (text.partition("=") for text in self.weights)}
 
 
 @command("eval", details=list_eval_fields, resumable="out")
@@ -94,6 +110,8 @@ def evaluate(
     if not (scene.videos or model):
         raise UserError("give --model DIR, or --videos DIR")
     if not scene.asked:
+        if scene != AnyScene():
+            raise UserError("--metrics, --weights, --split and --limit are of --suite, --data and --videos; add one")
         return _in_rendered_scenes(model, json, html, sheet, quick, out, fields)
     if sheet or quick or fields:
         raise UserError("--sheet, --quick and sizes are for rendered scenes; leave them out")
@@ -112,11 +130,11 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
     results, baselines, sources = {}, {}, {}
     with TemporaryDirectory() as temporary:
         for name, source in _sources(_names(models), scene, out or Path(temporary)):
-            sources[name], results[name] = source, measure(source, scene.metrics, partial(_say, name))
+            sources[name], results[name] = source, measure(source, scene.metrics, partial(_say, name), scene.files)
             _say_scores(name, results[name])
         for name, source in _baselines(models, scene):
             fit = (metric for metric in scene.metrics or METRICS if METRICS[metric].compares == (name != RECORDING))
-            baselines[name] = measure(source, [*fit])
+            baselines[name] = measure(source, [*fit], weights=scene.files)
             _say_scores(name, baselines[name])
         if html:
             echo(f"page: {write_scores(html, results, baselines, sources, _facts(), command_line())}")

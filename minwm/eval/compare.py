@@ -68,6 +68,7 @@ def compare(before: Path, after: Path) -> dict[str, list[Difference]]:
         raise UserError(f"{before} has {', '.join(one)}, {after} has {', '.join(two)}: no model is in both")
     for pair in pairs.values():
         _check_same_tasks(before, after, pair)
+        _check_same_weights(pair)
     return {name: judged([*_differences(*pair)]) for name, pair in pairs.items()}
 
 
@@ -83,6 +84,15 @@ def _check_same_tasks(before: Path, after: Path, pair: tuple[Scores, Scores]) ->
                     f"video {name}: its {part} is {one[name][part]!r} in {before}, {two[name][part]!r} in {after}; "
                     "measure both on the same clips"
                 )
+
+
+def _check_same_weights(pair: tuple[Scores, Scores]) -> None:
+    one, two = (scores.weights for scores in pair)
+    for metric in one.keys() & two.keys():
+        if one[metric] != two[metric]:
+            raise UserError(
+                f"{metric} was measured with weights {one[metric]} and {two[metric]}; take one file for both"
+            )
 
 
 def _differences(one: Scores, two: Scores) -> Iterator[Difference]:

@@ -135,14 +135,21 @@ def flicker(frames: UInt8[Array, "c n h w 3"]) -> float:
 
 
 def _seam(generated: Array, truth: Array, spans: Sequence[tuple[int, int]], stride: int) -> float | None:
-    """See `Quality.seam`; None where a chunk is a single latent or there is only one."""
+    """See `Quality.seam`."""
+    shown, true = (seam_ratio(x, spans, stride) for x in (generated, truth))
+    return None if shown is None or true is None else shown / max(true, 1e-6)
+
+
+def seam_ratio(frames: UInt8[Array, "*c n h w 3"], spans: Sequence[tuple[int, int]], stride: int) -> float | None:
+    """Change across borders of chunks over change across borders between latents of one chunk; None where a chunk is a
+    single latent or there is only one."""
     borders = [start - 1 for start, _ in spans[2:]]  # the border after a given first image is no seam
     inside = [start - 1 for a, b in spans[1:] for start in range(a + stride, b, stride)]
     if stride == 1 or not borders or not inside:
         return None
-    change = [np.abs(np.diff(x.astype(np.float32), axis=1)).mean((0, 2, 3, 4)) for x in (generated, truth)]
-    ratios = [float(x[borders].mean() / max(x[inside].mean(), 1e-6)) for x in change]
-    return ratios[0] / max(ratios[1], 1e-6)
+    change = np.abs(np.diff(frames.astype(np.float32), axis=-4)).mean((-3, -2, -1)).reshape(-1, frames.shape[-4] - 1)
+    per_frame = change.mean(0)
+    return float(per_frame[borders].mean() / max(per_frame[inside].mean(), 1e-6))
 
 
 def colour_distance(a: UInt8[Array, "*n h w 3"], b: UInt8[Array, "..."]) -> Float[Array, "*n"]:

@@ -5,7 +5,9 @@ needs. Videos that lack one are left out and counted; a metric that is left with
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,30 +16,24 @@ from minwm.core.config import lookup
 from minwm.core.runtime import require
 from minwm.eval.camera.published import score_published
 from minwm.eval.camera.score import Samples, score_camera
-from minwm.eval.image import flicker, psnr, sharpness, ssim
-from minwm.eval.source import Video, VideoSource
+from minwm.eval.image import flicker, psnr, seam_ratio, sharpness, ssim
+from minwm.eval.perceptual import (
+    Network,
+    dreamsim,
+    four_a_second,
+    frechet_distance,
+    i3d_features,
+    load_network,
+    lpips,
+)
+from minwm.eval.revisit import measure_returns
+from minwm.eval.source import Video, VideoSource, digest
 from minwm.eval.stats import Bootstrap, Interval
 
+Array = np.ndarray
 Log = Callable[[str], None]
 Better = Literal["more", "less", "one"]
 """What is best: the most, the least, or the nearest to 1."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    needs: tuple[str, ...]
-    """Fields of a `Video` that must be known."""
-    measure: Callable[[Video], Samples]
-    better: Mapping[str, Better]
-    """What is best of each quantity that says how good a video is, over all keys and seconds."""
-
-    @property
-    def compares(self) -> bool:
-        """Whether videos are compared with a reference."""
-        return "reference" in self.needs
-
-    def lacks(self, video: Video) -> list[str]:
-        return [name for name in self.needs if vars(video)[name] is None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,32 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Metric:
+    needs: tuple[str, ...]
+    """Fields of a `Video` that must be known."""
+    measure: Callable[..., Any]
+    """Of a `Video` it gives `Samples`, or what `summarise` takes; of a network and a video, if there is one."""
+    better: Mapping[str, Better]
+    """What is best of each quantity that says how good a video is, over all keys and seconds."""
+    network: str = ""
+    """The TorchScript file that it needs."""
+    summarise: Callable[[Mapping[str, Any]], dict[str, Score]] = field(default_factory=lambda: means)
+    """From what was measured, by video."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether videos are compared with a reference."""
+        return "reference" in self.needs
+
+    def ready(self, network: Network | None) -> "Metric":
+        """The same, without need of a network."""
+        return replace(self, measure=partial(self.measure, network), network="") if self.network else self
+
+    def lacks(self, video: Video) -> list[str]:
+        return [name for name in self.needs if vars(video)[name] is None]
+
+
+@dataclass(frozen=True)
 class Scores:
     """What all metrics say of a source, and why some say nothing."""
 
@@ -60,25 +82,43 @@ class Scores:
     """Reason by metric; also of those that could not judge every video."""
     tasks: dict[str, dict[str, str]]
     """`Video.described` by name."""
+    weights: dict[str, str]
+    """Digest of the file of each metric that has one."""
 
 
-def measure(source: VideoSource, names: Collection[str] | None = None, log: Log = lambda _line: None) -> Scores:
-    """Score a source by the metrics of these names; None: by all."""
+def measure(
+    source: VideoSource,
+    names: Collection[str] | None = None,
+    log: Log = lambda _line: None,
+    weights: Mapping[str, Path] = {},
+) -> Scores:
+    """Score a source by the metrics of these names; None: by all. `weights` are TorchScript files by metric."""
     chosen = {name: lookup(METRICS, name, "metric") for name in (METRICS if names is None else names)}
-    samples: dict[str, dict[str, Samples]] = {name: {} for name in chosen}
-    missing: dict[str, dict[str, int]] = {name: {} for name in chosen}
+    skipped = {
+        name: f"skipped: it needs weights, --weights {name}=FILE: {metric.network}"
+        for name, metric in chosen.items()
+        if metric.network and name not in weights
+    }
+    networks = {name: load_network(file) for name, file in weights.items() if name in chosen}
+    ready = {name: metric.ready(networks.get(name)) for name, metric in chosen.items() if name not in skipped}
+    found: dict[str, dict[str, Any]] = {name: {} for name in ready}
+    missing: dict[str, dict[str, int]] = {name: {} for name in ready}
     tasks = dict[str, dict[str, str]]()
     for video in source:
         tasks[video.name] = video.described()
-        for name, metric in chosen.items():
+        for name, metric in ready.items():
             if lacking := metric.lacks(video):
                 missing[name][lacking[0]] = missing[name].get(lacking[0], 0) + 1
             else:
-                samples[name][video.name] = metric.measure(video)
-    skipped = {name: _reason(counts, len(source)) for name, counts in missing.items() if counts}
+                found[name][video.name] = metric.measure(video)
+    scores = {name: ready[name].summarise(by_video) for name, by_video in found.items() if by_video}
+    skipped |= {name: "skipped: these videos have nothing to judge" for name, score in scores.items() if not score}
+    skipped |= {name: _reason(counts, len(source)) for name, counts in missing.items() if counts}
     for name, reason in skipped.items():
         log(f"{name}: {reason}")
-    return Scores({name: _summary(found) for name, found in samples.items() if found}, skipped, tasks)
+    scores = {name: score for name, score in scores.items() if score}
+    digests = {name: digest(np.fromfile(weights[name], np.uint8)) for name in networks}
+    return Scores(scores, skipped, tasks, digests)
 
 
 def _reason(counts: Mapping[str, int], videos: int) -> str:
@@ -86,7 +126,8 @@ def _reason(counts: Mapping[str, int], videos: int) -> str:
     return ("skipped: " if sum(counts.values()) == videos else "not of all: ") + parts
 
 
-def _summary(samples: Mapping[str, Samples]) -> dict[str, Score]:
+def means(samples: Mapping[str, Samples]) -> dict[str, Score]:
+    """Of samples by video."""
     quantities = dict.fromkeys(quantity for found in samples.values() for quantity in found)
     return {
         quantity: _score({name: found.get(quantity, []) for name, found in samples.items()}) for quantity in quantities
@@ -129,14 +170,38 @@ def _flip(video: Video) -> Samples:
     second."""
     flip: Any = require("flip_evaluator", "eval")
     assert video.reference is not None
-    indices = range(1, len(video.frames), max(1, round(video.fps / 4)))
-    pairs = ((video.reference[i], video.frames[i]) for i in indices)
+    pairs = ((video.reference[i], video.frames[i]) for i in four_a_second(video))
     return {"flip": [float(flip.evaluate(*(x.astype(np.float32) / 255 for x in pair), "LDR")[1]) for pair in pairs]}
 
 
 def _texture(video: Video) -> Samples:
     found = {"sharpness": list(map(float, sharpness(video.frames)))}
     return found if len(video.frames) < 3 else {**found, "flicker": [flicker(video.frames[None])]}
+
+
+def _seams(video: Video) -> Samples:
+    """Change across borders of chunks over change inside; over the same of the reference if there is one."""
+    assert video.chunks is not None
+    shown = seam_ratio(video.frames, *video.chunks)
+    true = None if video.reference is None else seam_ratio(video.reference, *video.chunks)
+    return {} if shown is None else {"seam": [shown if true is None else shown / max(true, 1e-6)]}
+
+
+def _revisits(video: Video) -> Samples:
+    assert video.camera is not None
+    return measure_returns(video.frames, video.camera)
+
+
+def _video_distance(features: Mapping[str, tuple[Array, Array]]) -> dict[str, Score]:
+    """FVD over all videos, with the interval over videos; None of a video alone."""
+    shown, true = zip(*features.values(), strict=True)
+    if sum(map(len, shown)) < 2:
+        return {}
+
+    def of(videos: Array) -> float:
+        return frechet_distance(*(np.concatenate([sets[i] for i in videos]) for sets in (shown, true)))
+
+    return {"fvd": Score(Bootstrap(len(shown))(of), {})}
 
 
 METRICS: dict[str, Metric] = {
@@ -159,4 +224,9 @@ METRICS: dict[str, Metric] = {
     "likeness": Metric(("reference",), _likeness, {"psnr": "more", "ssim": "more"}),
     "flip": Metric(("reference",), _flip, {"flip": "less"}),
     "texture": Metric((), _texture, {}),
+    "seams": Metric(("chunks",), _seams, {"seam": "one"}),
+    "revisits": Metric(("camera",), _revisits, {"gain": "more"}),
+    "lpips": Metric(("reference",), lpips, {"lpips": "less"}, "lpips.LPIPS"),
+    "dreamsim": Metric(("reference",), dreamsim, {"dreamsim": "less"}, "dreamsim.PerceptualModel"),
+    "fvd": Metric(("reference",), i3d_features, {"fvd": "less"}, "I3D of StyleGAN-V", _video_distance),
 }

@@ -17,6 +17,7 @@ from minwm.data.dataset import RawDataset, ShardDataset, Split
 from minwm.data.encode import identity
 from minwm.eval.cases import reconstruct
 from minwm.eval.source import Frames, Video, VideoSource, folder_source
+from minwm.eval.suite import chunks_of
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
 
@@ -103,7 +104,8 @@ def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Ma
     def scored(name: str) -> Video:
         truth = recorded.video(name)
         reference = truth.frames if model.config.image_start else None
-        return replace(truth, frames=made.video(name).frames, reference=reference)
+        chunks = chunks_of(model.config, len(truth.frames))
+        return replace(truth, frames=made.video(name).frames, reference=reference, chunks=chunks)
 
     return VideoSource(recorded.names, scored)
 

@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import UInt8
 
+from minwm.cameras.track import CameraTrack, rotation_degrees
+from minwm.eval.camera.score import Samples
 from minwm.eval.cases import Clips, Videos
 from minwm.eval.image import psnr
 from minwm.eval.stats import Bootstrap, Interval
@@ -14,6 +17,10 @@ from minwm.store.model import ModelConfig
 THERE_AND_BACK = (("l", "j"), ("w", "s"), ("j", "l"), ("a", "d"), ("s", "w"), ("d", "a"))
 TURN_AWAY = 72.0
 """Degrees of the long revisits: nothing of the first view is left in the picture."""
+AWAY_DEGREES, AWAY_UNITS = 10.0, 0.25
+"""How far a path goes, at least, before coming back is a return."""
+SAME = 0.02
+"""Share of that within which two poses are the same."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +64,22 @@ def measure_revisits(config: ModelConfig, clips: Clips, videos: Videos) -> Revis
         back = psnr(videos[:, end], clips.truth[:, end]).mean(1)
         truth = bootstrap(lambda i: back[i].mean())
     return Revisit(consistency, distinct, gain, truth)
+
+
+def measure_returns(frames: UInt8[np.ndarray, "n h w 3"], track: CameraTrack) -> Samples:
+    """`consistency` and `gain` (as in `Revisit`) wherever a path returns to a pose after a second or more; without any,
+    nothing."""
+    second, found = max(1, round(track.fps)), list[tuple[int, int, int]]()
+    for back in range(second, len(track), max(1, second // 4)):
+        degrees = rotation_degrees(track.c2w[back, :3, :3].T @ track.c2w[:back, :3, :3])
+        units = np.linalg.norm(track.c2w[:back, :3, 3] - track.c2w[back, :3, 3], axis=1)
+        away = degrees / AWAY_DEGREES + units / AWAY_UNITS
+        for first in np.flatnonzero(away[: back - second + 1] < SAME)[:1]:
+            farthest = int(first + away[first:].argmax())
+            if away[farthest] >= 1:
+                found.append((int(first), farthest, back))
+    if not found:
+        return {}
+    first, farthest, back = (frames[[*indices]] for indices in zip(*found, strict=True))
+    same, changed = psnr(back, first), psnr(farthest, first)
+    return {"consistency": same.tolist(), "gain": (same - changed).tolist()}

@@ -31,6 +31,8 @@ class Video:
     """What the video should show: a recording, or a true render."""
     first_depth: Float[Array, "h w"] | None = None
     """z-depth of the first frame in units of the camera, inf or NaN where it is unknown."""
+    chunks: tuple[Sequence[tuple[int, int]], int] | None = None
+    """Of a video that was made in chunks: their frames [start, stop), as `chunk_spans`, and the frames per latent."""
     task: Mapping[str, str] = field(default_factory=dict)
     """What else was asked for, such as its prompt; videos of other tasks are not compared."""
 

@@ -11,7 +11,8 @@ from minwm.core.config import UserError
 from minwm.core.files import read_text
 from minwm.core.media import read_image, write_image
 from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, TRIES
-from minwm.eval.source import VideoSource, digest, folder_source
+from minwm.eval.image import chunk_spans
+from minwm.eval.source import Video, VideoSource, digest, folder_source
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
 
@@ -129,7 +130,19 @@ def model_source(model: Model, wanted: Sequence[Request], folder: Path, name: st
         {"model": name},
     )
     made, tasks = folder_source(folder), {request.name: _task(request) for request in wanted}
-    return VideoSource([*tasks], lambda name: replace(made.video(name), task=tasks[name]))
+
+    def video(name: str) -> Video:
+        video = made.video(name)
+        return replace(video, task=tasks[name], chunks=chunks_of(cfg, len(video.frames)))
+
+    return VideoSource([*tasks], video)
+
+
+def chunks_of(config: ModelConfig, frames: int) -> tuple[list[tuple[int, int]], int] | None:
+    """`Video.chunks` of a model's video; None if the model makes it at once."""
+    stream, stride = config.stream, config.motion.stride
+    spans = chunk_spans(frames, stream.first_chunk_frames, stream.chunk, stride)
+    return (spans, stride) if config.sampler.causal else None
 
 
 def _task(request: Request) -> dict[str, str]:

@@ -63,7 +63,7 @@ def _table(metric: str, rows: Rows) -> str:
         if metric in scores.scores
     }
     for wrong in WRONG_PATHS:
-        last = next((scores.scores[metric] for scores in reversed(rows.values()) if metric in scores.scores), {})
+        last = next((scores.scores[metric] for scores in reversed([*rows.values()]) if metric in scores.scores), {})
         found = {name: last.get(f"{name} ({wrong})") for name in names}
         if any(found.values()):
             body[f"{wrong} (a path, not a video)"] = [_cell(score) for score in found.values()]
