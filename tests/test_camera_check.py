@@ -9,16 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run
+from wrong_cameras import WRONG, Poses, noisy
 
 from minwm.cameras.check import check_video, faults
-from minwm.cameras.epipolar import FLIP, MIRROR
 from minwm.cameras.track import (
     CameraTrack,
-    from_quaternion,
     intrinsics,
-    quaternion,
-    rigid,
-    se3_exp,
     se3_inverse,
 )
 from minwm.cameras.trajectory import Motion, parse
@@ -28,7 +24,6 @@ from minwm.render.worlds import World
 SIDE = 128
 K = intrinsics(70.0, SIDE, SIDE)
 MOTION = Motion(move=0.5, turn=16.0, fps=16.0)
-Poses = np.ndarray
 
 
 @cache
@@ -45,35 +40,7 @@ def grey(frames: np.ndarray) -> list[np.ndarray]:
     return [np.ascontiguousarray(frame) for frame in frames.mean(-1).astype(np.uint8)]
 
 
-def reordered(c2w: Poses, roll: int) -> Poses:
-    w2c = se3_inverse(c2w)
-    return se3_inverse(rigid(from_quaternion(np.roll(quaternion(w2c[:, :3, :3]), roll, -1)), w2c[:, :3, 3]))
-
-
-def noisy(c2w: Poses) -> Poses:
-    noise = np.zeros((len(c2w), 6))
-    noise[:, 3:] = np.random.default_rng(0).normal(size=(len(c2w), 3)) * np.radians(2) / np.sqrt(3)
-    return c2w @ se3_exp(noise)
-
-
-def late(c2w: Poses, by: int) -> Poses:
-    return np.concatenate([np.repeat(c2w[:1], by, 0), c2w[:-by]])
-
-
-WRONG: dict[str, tuple[Callable[[Poses], Poses], str]] = {
-    "w2c": (se3_inverse, "world-to-camera, read as camera-to-world; name a format that is world-to-camera"),
-    "opengl": (lambda c2w: c2w @ FLIP, "OpenGL axes .*; negate the y and the z column"),
-    "both": (lambda c2w: se3_inverse(c2w @ FLIP), "world-to-camera with OpenGL axes; invert"),
-    "wxyz": (lambda c2w: reordered(c2w, 1), "order w x y z, read as x y z w; put the first"),
-    "xyzw": (lambda c2w: reordered(c2w, -1), "order x y z w, read as w x y z; put the last"),
-    "sign": (lambda c2w: rigid(c2w[:, :3, :3], -c2w[:, :3, 3]), "translations have the wrong sign; negate"),
-    "backwards": (lambda c2w: c2w[::-1], "run backwards in time; reverse"),
-    "mirrored": (lambda c2w: MIRROR @ c2w @ MIRROR, "mirrored, or the poses are.*; mirror the video"),
-    "late by 4": (lambda c2w: late(c2w, 4), "about 4 frames too late; drop the first 4 poses"),
-    "late by 12": (lambda c2w: late(c2w, 12), "about 1[123] frames too late; drop the first 1[123] poses"),
-    "noise": (noisy, "do not fit the video.*estimate them anew"),
-    "another clip": (lambda _: clip("d*8,i*3,s*4", 5)[0].c2w, "do not fit the video.*another clip's"),
-}
+CASES = {**WRONG, "another clip": (lambda _: clip("d*8,i*3,s*4", 5)[0].c2w, "do not fit the video.*another clip's")}
 
 
 def test_true_cameras_pass_on_every_kind_of_walk() -> None:
@@ -86,9 +53,9 @@ def test_true_cameras_pass_on_every_kind_of_walk() -> None:
         assert result.fit.in_front > 0.9
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", CASES)
 def test_each_wrong_reading_is_told_from_the_true_one(fault: str) -> None:
-    spoil, said = WRONG[fault]
+    spoil, said = CASES[fault]
     track, frames = clip()
     wrong = CameraTrack(spoil(track.c2w), K, 16.0)
     (found,) = check_video(wrong, grey(frames), 16.0).faults

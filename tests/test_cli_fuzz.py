@@ -92,6 +92,7 @@ LONG = [
     ("minwm.bench.training", "measure_steps"),
     ("minwm.bench.stream", "bench_model"),
     ("minwm.data.rerender", "render_worlds"),
+    ("minwm.data.record", "record"),
 ]
 
 COMMANDS = {
@@ -107,6 +108,7 @@ COMMANDS = {
     ("play",): "--model {project}/dmd --world 3 --port 0",
     ("data", "render"): "--out {out} --clips 2 --latents 3",
     ("data", "ingest"): "{project}/files --out {out} --source-license CC0-1.0",
+    ("data", "record"): "--out {out} --clips 1 --latents 3",
     ("data", "generate"): "{project}/files/prompts.txt --model {project}/dmd --out {out} --source-license CC0-1.0",
     ("data", "encode"): "{project}/raw --codec {project}/codec --out {out}",
     ("data", "trajectories"): "{project}/latents --teacher {project}/camera --out {out} --clips 1 --ode-steps 4",

@@ -25,8 +25,8 @@ from minwm.data import clips as clips_module
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet
 from minwm.data.dataset import RawDataset, ShardDataset, check_shards
 from minwm.data.encode import EncodeConfig, encode_clips
-from minwm.data.rerender import produce
 from minwm.data.shards import index_path, list_shards, read_index
+from minwm.data.source import produce
 from minwm.data.trajectories import collect_trajectories
 from minwm.nets.small_codec import SmallCodec, SmallCodecConfig
 from minwm.nets.text import WordText

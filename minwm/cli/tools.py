@@ -23,7 +23,7 @@ from minwm.cli.base import (
     read_track,
     write_numbers,
 )
-from minwm.core.config import UserError, dumps, override
+from minwm.core.config import UserError, dumps, lookup, override
 
 
 def list_render_fields(_words: list[str]) -> None:
@@ -65,6 +65,32 @@ def report_refused(out: Path, reasons: list[str], every: str) -> None:
         echo(f"refused: {reason}")
     if reasons:
         raise UserError(f"{out}: {len(reasons)} of {every} were refused (listed above)")
+
+
+def list_record_fields(_words: list[str]) -> None:
+    from minwm.data.doom import DoomConfig
+
+    print_fields(DoomConfig(), "data record")
+
+
+@command("data", "record", details=list_record_fields, resumable=True)
+def data_record(
+    out: Out,
+    game: Annotated[str, arg(metavar="NAME", help="vizdoom")] = "vizdoom",
+    clips: Count = 64,
+    workers: Count = 1,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Record clips of a game, with the cameras that it reports."""
+    from minwm.data.doom import DoomConfig
+    from minwm.data.record import record
+
+    cfg = override(lookup({"vizdoom": DoomConfig}, game, "game")(), parse_fields(fields))
+    if show:
+        return echo(dumps(cfg))
+    folder = record(out, cfg, clips=clips, workers=workers)
+    return echo(f"{out}: {len(folder.ids())} clips")
 
 
 def list_generate_fields(_words: list[str]) -> None:

@@ -1,151 +1,30 @@
-"""Scenes rendered along trajectories: raw clips with exact poses.
-
-A `ClipSource` makes clip `index` from its config alone, so clips can be made in any order and by any number of
-processes. `produce` makes those that are missing, distributed over ranks (by index) and local processes.
-"""
+"""Procedural worlds, and walks through the place, rendered along trajectories: raw clips with exact poses."""
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
 
-from minwm.cameras.random_paths import random_track
-from minwm.cameras.track import CameraTrack, intrinsics
-from minwm.cameras.trajectory import Motion, Trajectory, parse
-from minwm.core.config import ConfigError, to_dict
-from minwm.core.runtime import git_commit, progress, rank, world_size
+from minwm.cameras.track import CameraTrack
+from minwm.cameras.trajectory import Trajectory
+from minwm.core.config import to_dict
+from minwm.core.runtime import git_commit
 from minwm.data.clips import RENDERED, ClipFolder, ClipRecord, DataError
+from minwm.data.source import TRIES, CaptureConfig, produce
 from minwm.render.base import Rendered, Scene
 from minwm.render.place import HOURS, SCENES, SceneKind
 
-TRIES = 100
-"""Trajectories tried per clip before DataError."""
 WORLDS_PER_SEED = 1_000_000
 
 
-@runtime_checkable
-class ClipSource(Protocol):
-    """A source of clips for `produce`; picklable, for worker processes."""
-
-    @property
-    def kind(self) -> str:
-        """Name of the source; a folder holds clips of one kind and config."""
-        ...
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """All that determines the clips, as JSON values."""
-        ...
-
-    def clip_id(self, index: int) -> str:
-        """Id of clip `index`, unique in its folder."""
-        ...
-
-    def make(self, index: int) -> tuple[ClipRecord, np.ndarray]:
-        """Record and frames (n h w 3 uint8) of one clip."""
-        ...
-
-
-def produce(source: ClipSource, out: Path, clips: int, *, workers: int = 1) -> ClipFolder:
-    """Make clips 0 to clips - 1 of `source` in `out`, except those that are finished.
-
-    Under torchrun every rank makes its part. Raises DataError if `out` was made with another config.
-    """
-    if workers < 1:
-        raise DataError(f"workers={workers}: give at least 1")
-    folder = ClipFolder.create(out, source.kind, source.config)
-    done = set(folder.ids())
-    mine = range(rank(), clips, world_size())
-    pending = [i for i in mine if source.clip_id(i) not in done]
-    with progress(len(pending), "clips") as bar:
-        for _ in _run(source, folder, pending, workers):
-            bar.advance()
-    folder.finish()
-    return folder
-
-
-def _run(source: ClipSource, folder: ClipFolder, pending: Sequence[int], workers: int) -> Iterator[None]:
-    if workers == 1 or len(pending) < 2:
-        for index in pending:
-            yield _make(source, folder, index)
-        return
-    context = multiprocessing.get_context("spawn")
-    with _stopping(ProcessPoolExecutor(min(workers, len(pending)), context, _start_worker)) as pool:
-        tasks = [pool.submit(_make, source, folder, index) for index in pending]
-        try:
-            for task in as_completed(tasks):
-                yield task.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"{folder.path}: a worker process died (out of memory?); finished clips are kept, "
-                "run the same command again with fewer --workers"
-            ) from error
-
-
-@contextmanager
-def _stopping(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """On any error or interrupt let running clips finish, and drop the rest."""
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a clip in progress is finished
-    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers, which would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _make(source: ClipSource, folder: ClipFolder, index: int) -> None:
-    folder.write(*source.make(index))
-
-
-# ---------------------------------------------------------------------------------------------
-# Procedural worlds
-
-
 @dataclass(frozen=True, kw_only=True)
-class RenderConfig:
+class RenderConfig(CaptureConfig):
     """Which clips of procedural worlds to render."""
 
-    latents: int = 9
-    """Latents per clip, the first included: stride * (latents - 1) + 1 frames."""
-    height: int = 64
-    """Pixels."""
-    width: int = 64
-    """Pixels."""
-    fov: float = 70.0
-    """Horizontal field of view in degrees, of square pixels."""
-    focal: tuple[float, float] | None = None
-    """fx / width and fy / height instead, for pixels that are not square."""
-    motion: Motion = field(default_factory=Motion)
-    """Speeds of the camera, and the frame rate."""
     clips_per_world: int = 1
     """Clips rendered in each world."""
-    trajectories: tuple[str, ...] = ()
-    """Clip i follows trajectory i modulo their number; empty: random trajectories."""
     supersample: int = 2
     """Rays per pixel and axis."""
     seed: int = 0
@@ -154,24 +33,8 @@ class RenderConfig:
     """Procedural worlds; or walks through the place, each at one of its hours in turn, others for each seed."""
 
     def __post_init__(self) -> None:
-        least = {"latents": 2, "height": 8, "width": 8, "clips_per_world": 1, "supersample": 1, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ConfigError(f"render.{name}={getattr(self, name)}: give at least {bound}")
-        for text in self.trajectories:
-            length = parse(text, stride=self.motion.stride).latents + 1
-            if length != self.latents:
-                raise ConfigError(f"render: {text!r} fills {length} latents, but latents={self.latents}")
-
-    @property
-    def frames(self) -> int:
-        """Pixel frames per clip."""
-        return self.motion.stride * (self.latents - 1) + 1
-
-    @property
-    def intrinsics(self) -> Float[np.ndarray, "4"]:
-        """Normalised K of all clips."""
-        return np.array([*self.focal, 0.5, 0.5]) if self.focal else intrinsics(self.fov, self.width, self.height)
+        super().__post_init__()
+        self.check_least(clips_per_world=1, supersample=1)
 
 
 @dataclass(frozen=True)
@@ -230,10 +93,9 @@ class WorldSource:
     def place(self, index: int) -> tuple[CameraTrack, Trajectory, np.ndarray]:
         """A track from the identity, its trajectory, and the world pose of frame 0, from which the path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
-        K = self.cfg.intrinsics
         scene = _scene(self.source, self.seed(index))
         for _ in range(TRIES):
-            track, trajectory = self._path(index, rng, K)
+            track, trajectory = self.cfg.path(index, rng)
             origin = scene.spawn(rng, track)
             if origin is not None:
                 return track, trajectory, origin
@@ -241,13 +103,6 @@ class WorldSource:
             f"world {self.seed(index)}: no free place for clip {index} in {TRIES} tries; "
             "use fewer latents, a slower motion or another seed"
         )
-
-    def _path(self, index: int, rng: np.random.Generator, K: np.ndarray) -> tuple[CameraTrack, Trajectory]:
-        if not self.cfg.trajectories:
-            return random_track(rng, self.cfg.frames, self.cfg.motion, K)
-        text = self.cfg.trajectories[index % len(self.cfg.trajectories)]
-        trajectory = parse(text, stride=self.cfg.motion.stride)
-        return trajectory.track(self.cfg.motion, K), trajectory
 
 
 def split_key(seed: int) -> str:
