@@ -37,7 +37,7 @@ class ConsistencyConfig(StartConfig):
     guidance: float = 3.0
     """Guidance of the teacher's ODE step."""
     self_conditioning: float = 0.0
-    """Probability, per batch, that the context of chunks is the student's own predictions instead of the real clip."""
+    """Probability, per batch, that the context of chunks is what the student streams itself instead of the real clip."""
     target_decay: float = 0.99
     """EMA decay of the target network, from the first step on."""
     index: Per = "batch"
@@ -97,9 +97,10 @@ class Consistency(Recipe[Backbone]):
         t, t_next = self._sample_times(clip.latents, generator)
         eps = noise_like(clip.latents, generator)
         x_t = interpolate(clip.latents, eps, t.to(eps))
-        context = teacher_context(clip, self.geometry, generator)
         if bernoulli(self.cfg.self_conditioning, generator):
-            context = self_conditioned_context(student, clip, context, self.cfg.shift, self.geometry, generator)
+            context = self_conditioned_context(student, clip, self.cfg.shift, self.geometry, generator)
+        else:
+            context = teacher_context(clip, self.geometry, generator)
         with torch.no_grad():
             v = teacher_velocity(teacher, context, clip.cond, x_t, t.to(x_t), self.cfg.guidance, self.geometry)
             x_next = euler(x_t, v, t, t_next)

@@ -81,6 +81,9 @@ class DiffusionConfig(StartConfig):
     latents: int = 0
     """Latents of a random part of each clip that a step takes, for many quick steps at first; 0: the whole clip. The
     first latent of a part from the middle stands for as many frames as the others."""
+    latents_apart: int = 1
+    """Most latents from one of a part to the next, drawn per batch. Neighbours are mostly copies of each other; far
+    views teach what is where, which a network needs that shall know one place."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +110,7 @@ class DiffusionConfig(StartConfig):
     def augment(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
         """Take a random part of the clip; drop prompts and what is given at random."""
         if self.latents:
-            clip = random_part(clip, self.latents, generator)
+            clip = random_part(clip, self.latents, generator, self.latents_apart)
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
         return self.sample_start(clip, stream, generator)
 
@@ -135,7 +138,8 @@ class AutoregressiveConfig(DiffusionConfig):
     memory_grows: int = 0
     """Step from which on that chunk is taken from whole clips; before, from a first part that grows with the step."""
     self_conditioning: float = 0.0
-    """Probability, per batch, that the context of chunks is the network's own predictions instead of the clean clip."""
+    """Probability, per batch, that the context of chunks is what the network streams itself, in one pass per chunk,
+    instead of the clean clip."""
     time_per: Literal["chunk", "clip"] = "chunk"
     """Chunks of a clip have times of their own (Wan), so that a pass trains at many; or one for all (HY)."""
 
@@ -238,8 +242,9 @@ class AutoregressiveDiffusion(Recipe[Backbone]):
         return self.networks["student"](x_t, t, cond, Masked(chunk_causal(self.geometry), x_t.shape[1]))
 
     def _teacher_forced(self, clip: Clip, x_t: Latents, t: Times, u: Times, generator: torch.Generator) -> Latents:
-        context = teacher_context(clip, self.geometry, generator, u)
         student = self.networks["student"]
         if bernoulli(self.cfg.self_conditioning, generator):
-            context = self_conditioned_context(student, clip, context, self.cfg.time.shift, self.geometry, generator, u)
+            context = self_conditioned_context(student, clip, self.cfg.time.shift, self.geometry, generator, u)
+        else:
+            context = teacher_context(clip, self.geometry, generator, u)
         return teacher_forced(student, context, x_t, t, clip.cond, self.geometry)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from minwm.cameras.track import se3_inverse
 from minwm.control.action import with_action_labels
-from minwm.core.flow import Latents, Times, interpolate, per_frame, shift, x0_from_velocity
+from minwm.core.flow import Latents, Times, interpolate, shift
 from minwm.core.types import Clip, Condition
-from minwm.nets.backbone import Backbone, Context, teacher_forced
-from minwm.nets.chunks import StreamConfig
+from minwm.nets.backbone import Backbone, Context
+from minwm.nets.chunks import Geometry, StreamConfig
 from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other
+from minwm.stream.rollout import sample_noise, self_rollout
+from minwm.stream.solvers import FewStepSampler
 
 _PROMPT = {"text", "glyphs"}
 """The parts of a condition that a prompt becomes."""
@@ -27,10 +29,14 @@ def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condi
     return replace(cond, **states)
 
 
-def random_part(clip: Clip, frames: int, generator: torch.Generator) -> Clip:
-    """So many latents of a clip, from a random one on, which becomes the first one and the world frame."""
-    start = random_index(clip.latents.shape[1] - frames + 1, generator)
-    latents, cond = clip.latents[:, start : start + frames], clip.cond.frames(start, start + frames)
+def random_part(clip: Clip, frames: int, generator: torch.Generator, apart: int = 1) -> Clip:
+    """So many latents of a clip, from a random one on, which becomes the first one and the world frame; each is the
+    same number of latents after the one before, at random up to `apart`, as far as the clip is long."""
+    last, gaps = clip.latents.shape[1] - 1, frames - 1
+    step = 1 + random_index(min(apart, last // gaps), generator)
+    start = random_index(last - step * gaps + 1, generator)
+    stop = start + step * gaps + 1
+    latents, cond = clip.latents[:, start:stop:step], clip.cond.frames(start, stop, step)
     if cond.w2c is not None:
         cond = with_action_labels(replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1])))
     if cond.first_latent is not None:
@@ -83,22 +89,20 @@ def teacher_context(clip: Clip, stream: StreamConfig, generator: torch.Generator
 def self_conditioned_context(
     net: Backbone,
     clip: Clip,
-    context: Context,
     timestep_shift: float,
-    stream: StreamConfig,
+    geometry: Geometry,
     generator: torch.Generator,
     part: float | Times = 1.0,
 ) -> Context:
-    """Context of the network's own x_0 predictions, noised as `teacher_context` does: self-conditioning against drift.
+    """Context that the network streamed itself, noised as `teacher_context` does: self-conditioning against drift.
 
-    Each chunk is predicted in one step from a random time, given the true `context`. In a stream the context is what
-    the network generated; training on its own predictions beside true targets teaches it to correct their errors.
+    Each chunk is made in one pass from noise, given those that were made before it, as in a stream. A small error in
+    the past grows from chunk to chunk there; true targets beside it teach the network to correct it.
     """
-    t = uniform_times(len(clip.latents), timestep_shift, clip.latents, generator)[:, None].expand_as(context.t)
-    x_t = interpolate(clip.latents, noise_like(clip.latents, generator), t)
-    x0 = x0_from_velocity(x_t, teacher_forced(net, context, x_t, t, clip.cond, stream), t)
-    x0 = torch.where(per_frame(loss_mask(clip)) > 0, x0, clip.latents)
-    return teacher_context(replace(clip, latents=x0), stream, generator, part)
+    sampler = FewStepSampler(steps=1, shift=timestep_shift)
+    noise = sample_noise(clip.latents.shape, sampler.num_noise_samples(geometry), clip.latents, generator)
+    x0, _ = self_rollout(net, noise, clip.cond, geometry, sampler, exit_step=None)
+    return teacher_context(replace(clip, latents=x0), geometry, generator, part)
 
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:

@@ -58,8 +58,8 @@ def place(out: Path) -> Pipeline:
 
 def _adapted(run: Run) -> Run:
     """In bfloat16 and by Muon, with cameras in one branch from the first stage on. Diffusion learns from parts of
-    clips, in quick steps, and its errors are those of the clean latents. Nothing is guided: the first frame says more
-    of what is seen than the caption."""
+    clips, in quick steps, of far views above all, and its errors are those of the clean latents. Nothing is guided:
+    the first frame says more of what is seen than the caption."""
     model, recipe, optim = run.model, run.recipe, replace(run.optim, warmup=100)
     model = replace(model, network=replace(model.network, camera="single"))
     if not isinstance(model.sampler, FewStepSampler):
@@ -67,7 +67,8 @@ def _adapted(run: Run) -> Run:
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
         recipe = replace(recipe, guidance=1.0)
     if isinstance(recipe, DiffusionConfig):
-        latents, lr = {"foundation": (3, 6e-3), "camera": (9, 3e-3), "ar": (9, 2e-3)}[run.name]
-        recipe = replace(recipe, latents=latents, image_start=0.9, time=replace(recipe.time, weight="clean"))
+        latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (9, 2, 3e-3), "ar": (9, 2, 2e-3)}[run.name]
+        time = replace(recipe.time, weight="clean")
+        recipe = replace(recipe, latents=latents, latents_apart=apart, image_start=0.9, time=time)
         optim = replace(optim, optimizer="muon", lr=lr)
     return replace(run, model=model, recipe=recipe, optim=optim, precision="bfloat16", ema=0.998, save_every=250)
