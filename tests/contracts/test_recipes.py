@@ -33,7 +33,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
-from minwm.nets.backbone import Checkpointing, Context, keep_attention
+from minwm.nets.backbone import Checkpointing, keep_attention
 from minwm.recipes.base import Loss, Recipe
 from minwm.recipes.diffusion import TimeLaw
 from minwm.recipes.dmd import Dmd, DmdConfig, with_static_cameras
