@@ -37,7 +37,7 @@ class ConsistencyConfig(StartConfig):
     guidance: float = 3.0
     """Guidance of the teacher's ODE step."""
     self_conditioning: float = 0.0
-    """Probability, per batch, that the context of chunks is what the student streams itself instead of the real clip."""
+    """Probability, per batch, that the context of chunks is what the student streams itself, not the real clip."""
     target_decay: float = 0.99
     """EMA decay of the target network, from the first step on."""
     index: Per = "batch"
