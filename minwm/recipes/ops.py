@@ -39,7 +39,7 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator, apart: int 
     latents, cond = clip.latents[:, start:stop:step], clip.cond.frames(start, stop, step)
     if cond.w2c is not None:
         cond = with_action_labels(replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1])))
-    if cond.first_latent is not None:
+    if clip.cond.given:
         cond = replace(cond, first_latents=latents[:, :1])
     return Clip(latents, cond)
 
