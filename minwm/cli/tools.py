@@ -25,6 +25,8 @@ from minwm.cli.base import (
 )
 from minwm.core.config import UserError, dumps, lookup, override
 
+RayFlag = Annotated[Flag, arg(help="on a Ray cluster: that of RAY_ADDRESS, else one on this machine")]
+
 
 def list_render_fields(_words: list[str]) -> None:
     from minwm.data.rerender import RenderConfig
@@ -43,6 +45,7 @@ def data_ingest(
     videos: Folder,
     out: Out,
     source_license: Annotated[str, arg(metavar="NAME", help="licence of the videos, such as CC-BY-4.0")],
+    ray: RayFlag = False,
     json: Json = None,
     show: Show = False,
     fields: Fields = (),
@@ -53,7 +56,7 @@ def data_ingest(
     cfg = override(IngestConfig(source_license=source_license), parse_fields(fields))
     if show:
         return echo(dumps(cfg))
-    made = ingest(videos, out, cfg)
+    made = ingest(videos, out, cfg, ray)
     numbers({name: made[name] for name in ("videos", "clips", "estimated", "dropped", "examples")}, None)
     write_numbers(made, json)
     return report_refused(out, made["refused"], f"{made['videos']} videos")
@@ -167,6 +170,7 @@ def data_encode(
     raw: Folder,
     codec: Annotated[Path, arg(metavar="DIR", help="codec folder, or model folder, whose text encoder is used too")],
     out: Out,
+    ray: RayFlag = False,
     show: Show = False,
     fields: Fields = (),
 ) -> None:
@@ -180,7 +184,7 @@ def data_encode(
     if show:
         return echo(dumps(cfg))
     text = load_config(codec).text if (codec / "model.json").exists() else WordText()
-    made = encode_clips(raw, out, load_codec(codec).to(device), text, device, cfg)
+    made = encode_clips(raw, out, load_codec(codec), text, device, cfg, ray)
     return echo(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 

@@ -129,6 +129,8 @@ def open_video(path: str | Path) -> Iterator["VideoStream"]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UserError(f"{path} cannot be read as a video: it holds no pictures")
+            if not container.streams.video[0].codec_context:
+                raise UserError(f"{path} cannot be read as a video: there is no decoder for its pictures")
             yield container.streams.video[0]
     except (FFmpegError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a video: {error}") from error

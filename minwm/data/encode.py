@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.media import to_pixels
-from minwm.core.runtime import progress, rank, world_size
+from minwm.core.runtime import rank, world_size
 from minwm.data.clips import LATENT_SHARDS, ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
+from minwm.data.distribute import each
 from minwm.data.shards import SHARD_NAME, ShardRecord, list_shards, read_index, shard_stats, write_shard
 from minwm.nets.codec import VideoCodec
 from minwm.nets.text import TextEncoder
@@ -53,8 +54,11 @@ def encode_clips(
     text: TextEncoder,
     device: torch.device | str = "cpu",
     cfg: EncodeConfig = EncodeConfig(),
+    ray: bool = False,
 ) -> dict[str, Any]:
-    """Encode the clips of `raw` that `out` lacks; returns the manifest of `out`. The codec must be on `device`.
+    """Encode the clips of `raw` that `out` lacks; returns the manifest of `out`.
+
+    With `ray` the workers of a cluster do, a shard each at a time, with a GPU if `device` is one.
 
     Raises DataError if `out` was encoded with another codec, text encoder or config.
     """
@@ -75,13 +79,13 @@ def encode_clips(
     if records:  # all at once: a large encoder is loaded once for the captions that are not in its cache
         text.encode(sorted({r.caption for r in records}))
     encoder = _Encoder(folder, codec, text, torch.device(device), cfg)
-    with progress(len(records), "encoded") as bar:
-        for split in ("train", "val"):
-            group = [r for r in records if split_of(r.split_key, cfg.val) == split]
-            for start in range(0, len(group), cfg.shard_size):
-                part = group[start : start + cfg.shard_size]
-                encoder.write(_next_name(out, split), part)
-                bar.advance(len(part))
+    parts = list[tuple[Path, list[ClipRecord]]]()
+    for split in ("train", "val"):
+        group = [r for r in records if split_of(r.split_key, cfg.val) == split]
+        groups = [group[start : start + cfg.shard_size] for start in range(0, len(group), cfg.shard_size)]
+        parts += zip(_new_names(out, split, len(groups)), groups, strict=True)
+    for _ in each(encoder.write, parts, "shards", ray, gpus=int(encoder.device.type == "cuda")):
+        pass
     return _finish(out, settings)
 
 
@@ -93,7 +97,11 @@ class _Encoder:
     device: torch.device
     cfg: EncodeConfig
 
-    def write(self, path: Path, records: Sequence[ClipRecord]) -> None:
+    def write(self, part: tuple[Path, Sequence[ClipRecord]]) -> None:
+        """Write a shard of these records. A second call writes the same again."""
+        path, records = part
+        if isinstance(self.codec, nn.Module):
+            self.codec.to(self.device)
         encoded, first_frames = list[ShardRecord](), list[np.ndarray]()
         for batch in _batches(records, self.cfg.batch):
             frames = np.stack([self.folder.frames(r.id) for r in batch])
@@ -145,14 +153,14 @@ def _trimmed(state: Float[Tensor, "l d"]) -> Float[Tensor, "m d"]:
     return state[: int(used.max()) + 1 if len(used) else 0]
 
 
-def _next_name(out: Path, split: str) -> Path:
-    """Path of the next shard of this split and rank; a shard without an index is overwritten."""
+def _new_names(out: Path, split: str, count: int) -> list[Path]:
+    """Paths of the next shards of this split and rank; a shard without an index is overwritten."""
     numbers = [-1]
     for shard in list_shards(out):
         match = SHARD_NAME.fullmatch(shard.name)
         if match and match[1] == split and int(match[2]) == rank():
             numbers.append(int(match[3]))
-    return out / f"{split}-{rank():04d}-{max(numbers) + 1:06d}.tar"
+    return [out / f"{split}-{rank():04d}-{max(numbers) + 1 + i:06d}.tar" for i in range(count)]
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from minwm.cameras.track import CameraTrack
 from minwm.core.config import ConfigError, UserError, to_dict
 from minwm.core.files import find_files, locked, read_json, read_text, write_json
 from minwm.core.media import VIDEO_SUFFIXES
-from minwm.core.runtime import progress, rank, world_size
+from minwm.core.runtime import rank, world_size
 from minwm.data.captions import Endpoint, LocalModel, caption
 from minwm.data.clips import ClipFolder, ClipRecord, PoseKind, readable_id
+from minwm.data.distribute import each
 from minwm.data.footage import Window, WindowConfig, windows
 from minwm.data.quality import Candidate, Failure, QualityConfig, caption_failures, failures
 
@@ -103,22 +105,29 @@ class IngestConfig:
         )
 
 
-def ingest(videos: Path, out: Path, cfg: IngestConfig) -> dict[str, Any]:
+def ingest(videos: Path, out: Path, cfg: IngestConfig, ray: bool = False) -> dict[str, Any]:
     """Make clips of the videos that are not done; returns counts of clips, videos and dropped parts by rule.
 
-    Under torchrun every rank takes its part of the videos.
+    Under torchrun every rank takes its part of the videos; with `ray` the workers of a cluster do.
     """
     found = find_files(videos, VIDEO_SUFFIXES, "videos")
     folder = ClipFolder.create(out, "ingested", to_dict(cfg))
-    mine = found[rank() :: world_size()]
-    with locked(out / "ingested" / str(rank())), progress(len(mine), "videos") as bar:
-        for path in mine:
-            note = out / "ingested" / f"{video_id(videos, path)}.json"
-            if not note.exists():
-                write_json(note, _ingest_video(videos, path, folder, cfg))
-            bar.advance()
+    with locked(out / "ingested" / str(rank())):
+        todo = [path for path in found[rank() :: world_size()] if not note_path(videos, path, out).exists()]
+        for _ in each(partial(ingest_video, videos, folder=folder, cfg=cfg), todo, "videos", ray):
+            pass
     folder.finish()
     return summary(out)
+
+
+def note_path(videos: Path, path: Path, out: Path) -> Path:
+    """Where it is noted what became of a video; a video that has it is done."""
+    return out / "ingested" / f"{video_id(videos, path)}.json"
+
+
+def ingest_video(videos: Path, path: Path, folder: ClipFolder, cfg: IngestConfig) -> None:
+    """Write the clips of one video, and last its note. A second call writes the same again."""
+    write_json(note_path(videos, path, folder.path), _ingest_video(videos, path, folder, cfg))
 
 
 def video_id(videos: Path, path: Path) -> str:
