@@ -188,6 +188,17 @@ def data_encode(
     return echo(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 
+@command("data", "copy", resumable=True)
+def data_copy(
+    source: Annotated[Positional[str], arg(metavar="DIR|ADDRESS")],
+    target: Annotated[Positional[str], arg(metavar="DIR|ADDRESS")],
+) -> None:
+    """Copy raw clips or shards between folders and stores (s3://bucket/x, hf://datasets/USER/NAME/x)."""
+    from minwm.data.remote import copy
+
+    echo(f"{target}: {copy(source, target)} files copied")
+
+
 def list_trajectory_fields(_words: list[str]) -> None:
     from minwm.train.collect import CollectConfig
 

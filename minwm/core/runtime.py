@@ -40,6 +40,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept: MINWM_CACHE, else ~/.cache/minwm."""
+    return Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser()
+
+
 def require_one_process(what: str) -> None:
     """UserError under torchrun with several processes, for work that they would not share but repeat."""
     if world_size() > 1:

@@ -6,8 +6,11 @@ shards, and the position in the data is two integers (epoch, index).
 """
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -28,6 +31,8 @@ from minwm.data.shards import HINT, IndexEntry, list_shards, read_index, read_re
 from minwm.data.spec import ClipSpec
 
 Split = Literal["train", "val"]
+AHEAD = 4
+"""Batches of a dataset larger than memory that are read while another one is used."""
 OTHERS = ("glyphs", "image_states")
 """Parts of a `Condition` that some text encoders give besides text."""
 T_co = TypeVar("T_co", covariant=True)
@@ -97,6 +102,11 @@ class ShardDataset:
         if spec:
             spec.check_shards(self.manifest, str(path))
             self[0]
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether decoded records stay in memory."""
+        return self._cache is not None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -204,27 +214,56 @@ class BatchSource(Protocol[T_co]):
 class Loader(Generic[T]):
     """Endless iterator over batches, resumed exactly through `state` and `load`."""
 
-    def __init__(self, dataset: BatchSource[T], batch: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        """`batch` is the number of records per rank and step."""
+    def __init__(
+        self,
+        dataset: BatchSource[T],
+        batch: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        ahead: int = 0,
+    ) -> None:
+        """`batch` is the number of records per rank and step. `ahead` batches are read while another one is used."""
         if batch < 1 or not 0 <= rank < world:
             raise DataError(f"loader: batch={batch}, rank={rank}, world={world}; need batch > 0, rank < world")
         self.dataset, self.batch, self.seed, self.rank, self.world = dataset, batch, seed, rank, world
-        self.epoch = self.position = 0
-        self._order = self._shuffled(0)
+        self._readers = ThreadPoolExecutor(ahead) if ahead else None
+        self._ahead = ahead
+        self._start(0, 0)
+
+    def _start(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = self._next = epoch, position
+        self._order = self._shuffled(epoch)
+        self._read = deque[tuple[Callable[[], T], tuple[int, int]]]()
+        """What gives each batch that is read ahead, and the position after it."""
 
     def __iter__(self) -> "Loader[T]":
         return self
 
     def __next__(self) -> T:
-        taken: list[int] = []
+        while len(self._read) <= self._ahead:
+            indices = self._take()
+            if self._readers:
+                read = self._readers.submit(self.dataset.batch, indices).result
+            else:
+                read = partial(self.dataset.batch, indices)
+            self._read.append((read, self._next))
+        read, (self.epoch, self.position) = self._read.popleft()
+        return read()
+
+    def _take(self) -> list[int]:
+        """The indices of this rank's next batch."""
+        (epoch, position), taken = self._next, list[int]()
         while len(taken) < self.batch * self.world:
-            if self.position == len(self._order):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._shuffled(self.epoch)
-            stop = self.position + self.batch * self.world - len(taken)
-            taken += self._order[self.position : stop]
-            self.position = min(stop, len(self._order))
-        return self.dataset.batch(taken[self.rank * self.batch : (self.rank + 1) * self.batch])
+            if position == len(self._order):
+                epoch, position = epoch + 1, 0
+                self._order = self._shuffled(epoch)
+            stop = position + self.batch * self.world - len(taken)
+            taken += self._order[position:stop]
+            position = min(stop, len(self._order))
+        self._next = epoch, position
+        return taken[self.rank * self.batch : (self.rank + 1) * self.batch]
 
     def _shuffled(self, epoch: int) -> list[int]:
         return torch.randperm(len(self.dataset), generator=generator(self.seed, "shuffle", epoch)).tolist()
@@ -249,13 +288,14 @@ class Loader(Generic[T]):
                 )
         if state["epoch"] < 0 or not 0 <= state["position"] <= len(self.dataset):
             raise DataError(f"resume: there is no position {state} in data of {len(self.dataset)} records")
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._order = self._shuffled(self.epoch)
+        self._start(state["epoch"], state["position"])
 
 
 def loader(dataset: BatchSource[T], batch: int, seed: int = 0, rank: int = 0, world: int = 1) -> Loader[T]:
-    """The stream of batches of rank `rank`; see `Loader`."""
-    return Loader(dataset, batch, seed=seed, rank=rank, world=world)
+    """The stream of batches of rank `rank`; see `Loader`. Shards that do not fit into memory are read ahead."""
+    source: object = dataset
+    ahead = AHEAD if isinstance(source, ShardDataset) and not source.in_memory else 0
+    return Loader(dataset, batch, seed=seed, rank=rank, world=world, ahead=ahead)
 
 
 def check_shards(path: Path) -> list[str]:

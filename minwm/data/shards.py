@@ -21,6 +21,7 @@ from torch import Tensor
 from minwm.core.config import ConfigError, UserError, from_dict, to_dict
 from minwm.core.files import atomic, read_json, write_json
 from minwm.data.clips import DataError
+from minwm.data.remote import read_range, size_of
 
 SCHEMA = 1
 SHARD_NAME = re.compile(r"(train|val)-(\d{4})-(\d{6})\.tar")
@@ -140,9 +141,8 @@ def read_index(shard: Path) -> ShardIndex:
         index = from_dict(ShardIndex, values)
     except ConfigError as error:
         raise DataError(f"{path}: {error}; {HINT}") from error
-    if not shard.exists():
+    if (size := size_of(shard)) is None:
         raise DataError(f"{shard}: missing though its index is there; {HINT}")
-    size = shard.stat().st_size
     if size != index.bytes:
         raise DataError(f"{shard}: {size} bytes, its index says {index.bytes} (cut off?); {HINT}")
     return index
@@ -150,17 +150,13 @@ def read_index(shard: Path) -> ShardIndex:
 
 def read_record(shard: Path, entry: IndexEntry) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of one record; DataError if a checksum is wrong."""
+    first, last = entry.meta, entry.tensors
     try:
-        with shard.open("rb") as file:
-            meta, tensors = (_read(file, m) for m in (entry.meta, entry.tensors))
+        record = read_range(shard, first.offset, last.offset + last.size)
     except OSError as error:
         raise DataError(f"{shard}: record {entry.id}: {error}; {HINT}") from error
+    meta, tensors = record[: first.size], record[last.offset - first.offset :]
     for data, span, suffix in ((meta, entry.meta, "json"), (tensors, entry.tensors, "safetensors")):
         if len(data) != span.size or zlib.crc32(data) != span.crc32:
             raise DataError(f"{shard}: record {entry.id}: wrong checksum of its {suffix}; {HINT}")
     return json.loads(meta), safetensors.torch.load(tensors)
-
-
-def _read(file: io.BufferedReader, span: ByteRange) -> bytes:
-    file.seek(span.offset)
-    return file.read(span.size)

@@ -14,6 +14,7 @@ from minwm.core.files import read_config, write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.weights import read_weights, write_safetensors
 from minwm.data.encode import encode_clips
+from minwm.data.remote import data_folder
 from minwm.data.rerender import render_worlds
 from minwm.eval.report.charts import Dot, Panel, figure
 from minwm.eval.run import EvalConfig, EvalResult, HeldOut, Log, headline, measure_model
@@ -156,7 +157,7 @@ def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[
     device = pick_device()
     run = replace(run, init=replace(run.init, student=str(folder)))
     recipe = build_recipe(run, partial(load_role, run, device))
-    data, totals = run.recipe.shards(Path(run.data), "val", run.model), [0.0, 0.0]
+    data, totals = run.recipe.shards(data_folder(run.data), "val", run.model), [0.0, 0.0]
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
         assert clip.cond.w2c is not None

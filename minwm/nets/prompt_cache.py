@@ -5,7 +5,6 @@ ones, and is let go; training and play read small files.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from minwm.core.config import ConfigError, UserError
 from minwm.core.files import atomic, write_text
 from minwm.core.hub import SCHEME, HubError
 from minwm.core.hub import fetch as fetch_files
-from minwm.core.runtime import pick_device, progress, require
+from minwm.core.runtime import cache_folder, pick_device, progress, require
 
 States = Float[Tensor, "t d"]
 """Of one prompt, without padding."""
@@ -116,7 +115,7 @@ class PromptCache:
         It is remembered under the path of the source: once all prompts are encoded, the weights may go. `given`:
         they may never have been here.
         """
-        root, source = Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser(), self.files.source
+        root, source = cache_folder(), self.files.source
         place = source if source.startswith(SCHEME) else str(Path(source).expanduser().absolute())
         name = f"{_digest(place + self.part)}-{self.length}"
         known = note.read_text() if (note := root / "prompts" / f"{name}.txt").exists() else None

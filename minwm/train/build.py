@@ -19,6 +19,7 @@ from minwm.core.runtime import git_commit, pick_device, rank, versions
 from minwm.data.clips import read_manifest
 from minwm.data.dataset import loader
 from minwm.data.encode import identity
+from minwm.data.remote import data_folder
 from minwm.store.adapter import Adapter, save_adapter
 from minwm.store.folder import load_codec
 from minwm.store.layouts import AnyCodec
@@ -64,7 +65,7 @@ def _train(run: Run, out: Path) -> Summary:
     if run.init.codec and not run.recipe.trains_backbone:
         raise ConfigError(f"{run.name}: a codec continues from init.student; init.codec goes with a model")
     codec = load_codec(Path(run.init.codec)) if run.init.codec else None
-    data = run.recipe.dataset(Path(run.data), "train", run.model, run.pose_noise)
+    data = run.recipe.dataset(data_folder(run.data), "train", run.model, run.pose_noise)
     if codec:
         _check_codec(run, codec)
     parallel = Parallel(run.parallel, pick_device())
@@ -118,13 +119,13 @@ def validation_batches(run: Run) -> list[Any]:
     """The first clips of the validation split, if there is one and the recipe validates."""
     if not run.recipe.validates or not _manifest(run)["counts"].get("val"):
         return []
-    data = run.recipe.dataset(Path(run.data), "val", run.model)
+    data = run.recipe.dataset(data_folder(run.data), "val", run.model)
     indices = range(min(VALIDATION_CLIPS, len(data)))
     return [data.batch(indices[i : i + run.batch]) for i in indices[:: run.batch]]
 
 
 def _manifest(run: Run) -> dict[str, Any]:
-    return read_manifest(Path(run.data), run.recipe.data_command)
+    return read_manifest(data_folder(run.data), run.recipe.data_command)
 
 
 def _check_codec(run: Run, codec: AnyCodec) -> None:

@@ -98,7 +98,7 @@ class Run:
     model: ModelConfig
     recipe: AnyRecipeConfig
     data: str
-    """Latent shards; raw clips for a codec."""
+    """Folder of latent shards, or their address in a store (s3://..., hf://datasets/...); raw clips for a codec."""
     init: Init = Init()
     steps: int = 1000
     batch: int = 16

@@ -19,6 +19,7 @@ from minwm.core.files import read_json
 from minwm.core.flow import interpolate
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import generator
+from minwm.data.remote import data_folder
 from minwm.recipes.diffusion import DiffusionConfig
 from minwm.recipes.ops import noise_like
 from minwm.store.folder import load_config
@@ -150,7 +151,7 @@ def from_cameras(run: Run, step: int, student: nn.Module) -> Iterator[Verdict]:
 @torch.no_grad()
 def _camera_change(run: Run, student: nn.Module) -> float:
     """Relative change of the velocity on the first training clip when all cameras are put where the first one is."""
-    clip: Any = run.recipe.dataset(Path(run.data), "train", run.model).batch([0])
+    clip: Any = run.recipe.dataset(data_folder(run.data), "train", run.model).batch([0])
     w2c, _ = clip.cond.cameras
     t = torch.full(w2c.shape[:2], 0.7)
     x = interpolate(clip.latents, noise_like(clip.latents, generator(0, "doctor")), t)
