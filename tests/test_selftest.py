@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from commands import run
+from performance_page import PAGE, RESULTS, section, with_section
 
-from minwm.bench.selftest import GPU, Part, Target, page, selftest
+from minwm.bench.selftest import GPU, Outcome, Part, page, selftest
+from minwm.bench.target import Target
+from minwm.core.config import UserError
 from minwm.experiments import presets
 
 
@@ -23,7 +26,7 @@ def test_a_bad_part_leaves_the_others_and_is_named(tmp_path: Path, monkeypatch: 
     hangs = (
         "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
     )
-    targets = Target("speed", "fps", 18, at_least=True), Target("M2", "chunk.median_ms", 850), Target("M5", "none", 1)
+    targets = {"fps": Target("speed", 18, at_least=True), "chunk.median_ms": Target("M2", 850), "none": Target("M5", 1)}
     parts = (
         Part("crashes", script(tmp_path, "crashes", "import os; print('deep trouble', flush=True); os.abort()"), 30),
         Part("hangs", script(tmp_path, "hangs", hangs), 0.5),
@@ -49,6 +52,21 @@ def test_a_bad_part_leaves_the_others_and_is_named(tmp_path: Path, monkeypatch: 
     assert late[0].state == "left out" and "no time is left" in page(late)
 
 
+def test_peaks_of_memory_stand_beside_their_plans() -> None:
+    plan = {
+        "stages": {"ar": {"training": {"total": 40e9}}, "dmd": {"training": {"total": 50e9}, "playing": {"total": 8e9}}}
+    }
+    found = {
+        "bench": {"allocated_gb": 10.0},
+        "training": {"stages": {"ar": {"allocated_gb": 44.0}, "dmd": {"allocated_gb": None}}},
+        "plan": plan,
+    }
+    outcomes = [Outcome(Part(name, (), 1, planned_by="plan"), "done", 1.0, "", x) for name, x in found.items()]
+    text = page(outcomes)
+    assert "| bench: playing dmd | 8 | 10 | 1.25 |" in text and "| training: training ar | 40 | 44 | 1.10 |" in text
+    assert text.count("training dmd") == 0 and "peak / planned" not in page(outcomes[2:])
+
+
 def test_the_parts_of_a_gpu_name_what_exists() -> None:
     for part in GPU:
         if "--preset" in part.words or part.words[1] == "bench-train":
@@ -63,3 +81,16 @@ def test_the_whole_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "page.md").read_text()
     assert "| small | done |" in text and "| small-training | done |" in text and "| small-plan | done |" in text
     assert "| frames per second | at least 1 |" in text
+
+
+def test_the_page_on_performance_holds_what_was_committed(tmp_path: Path) -> None:
+    text = PAGE.read_text()
+    assert with_section(text, section(RESULTS)) == text, "run benchmarks/performance_page.py"
+    found = {"words": [*GPU[0].words], "state": "done", "seconds": 9.0, "tail": "", "commit": "abc"}
+    found |= {"versions": {"gpu": "H200", "torch": "2"}, "found": {"fps": 21.5, "chunk": {"median_ms": 900}}}
+    (tmp_path / f"{GPU[0].name}.json").write_text(json.dumps(found))
+    made = section(tmp_path)
+    assert "| T4: Wan M3, frames per second | at least 18 | 21.5 | met |" in made and "on H200, PyTorch 2" in made
+    assert "| T2: Wan M2, ms | at most 850 | 900 | missed |" in made and "not measured" in made
+    with pytest.raises(UserError, match="has no section"):
+        with_section("nothing", made)

@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from minwm.bench.target import Target
 from minwm.core.config import UserError
 from minwm.core.files import locked, read_json, write_json, write_text
 from minwm.core.runtime import git_commit, versions
@@ -28,17 +29,6 @@ TAIL = 2000
 
 
 @dataclass(frozen=True)
-class Target:
-    """A number in the JSON of a part, and its bound (docs/performance.md)."""
-
-    name: str
-    field: str
-    """Its place: names joined by dots."""
-    bound: float
-    at_least: bool = False
-
-
-@dataclass(frozen=True)
 class Part:
     name: str
     words: tuple[str, ...]
@@ -46,8 +36,11 @@ class Part:
     seconds: float
     gib: float = 0.0
     """GPU memory that it needs."""
-    targets: tuple[Target, ...] = ()
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    """By the field of its JSON: names joined by dots (docs/performance.md)."""
     writes: bool = True
+    planned_by: str = ""
+    """The part whose `minwm plan` says what memory this one should need."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +69,43 @@ GPU = (
         _bench("wan2.1-1.3b", *FAST),
         120,
         20,
-        (
-            Target("T1: Wan M1, ms", "first_chunk.median_ms", 270),
-            Target("T2: Wan M2, ms", "chunk.median_ms", 850),
-            Target("T4: Wan M3, frames per second", "fps", 18, at_least=True),
-            Target("T6: Wan M4, ms", "first_pixel.median_ms", 450),
-            Target("T12: recompiles", "recompiles", 0),
-            Target("T11: Wan memory, GB", "allocated_gb", 18),
-        ),
+        {
+            "first_chunk.median_ms": Target("T1: Wan M1, ms", 270),
+            "chunk.median_ms": Target("T2: Wan M2, ms", 850),
+            "fps": Target("T4: Wan M3, frames per second", 18, at_least=True),
+            "first_pixel.median_ms": Target("T6: Wan M4, ms", 450),
+            "recompiles": Target("T12: recompiles", 0),
+            "allocated_gb": Target("T11: Wan memory, GB", 18),
+        },
     ),
     Part("device-tests", ("pytest", "-q", "-x", "-p", "no:cacheprovider", *DEVICE_TESTS), 90, writes=False),
-    Part("self-forcing", _bench("self-forcing", *FAST), 60, 20, (Target("T7: M2, ms", "chunk.median_ms", 300),)),
+    Part(
+        "self-forcing",
+        _bench("self-forcing", *FAST),
+        60,
+        20,
+        {"chunk.median_ms": Target("T7: Self-Forcing's setting, M2, ms", 300)},
+    ),
     Part(
         "hunyuan-fast",
         _bench("hunyuan1.5-8b", *FAST),
         120,
         60,
-        (
-            Target("T8: HunyuanVideo M1, ms", "first_chunk.median_ms", 640),
-            Target("T9: HunyuanVideo M2, ms", "chunk.median_ms", 2050),
-        ),
+        {
+            "first_chunk.median_ms": Target("T8: HunyuanVideo M1, ms", 640),
+            "chunk.median_ms": Target("T9: HunyuanVideo M2, ms", 2050),
+        },
     ),
-    Part("wan-plain", _bench("wan2.1-1.3b", "--chunks", "5"), 60, 20),
+    Part("wan-plain", _bench("wan2.1-1.3b", "--chunks", "5"), 60, 20, planned_by="wan-plan"),
     Part("wan-fp8", _bench("wan2.1-1.3b", *FAST, "--fp8", "all"), 90, 20),
-    Part("wan-training", ("minwm", "bench-train", "wan2.1-1.3b", "--steps", "1", "--warmup", "1"), 120, 80),
-    Part("wan-plan", ("minwm", "plan", "--preset", "wan2.1-1.3b"), 30),
+    Part(
+        "wan-training",
+        ("minwm", "bench-train", "wan2.1-1.3b", "--steps", "1", "--warmup", "1"),
+        120,
+        80,
+        planned_by="wan-plan",
+    ),
+    Part("wan-plan", ("minwm", "plan", "--preset", "wan2.1-1.3b"), 90),
 )
 """On a CUDA GPU; the first minutes give the most."""
 SMALL = (
@@ -108,7 +113,8 @@ SMALL = (
         "small",
         ("minwm", "bench", "--preset", "smoke", "--random-weights", "--repeats", "1", "--chunks", "2"),
         60,
-        targets=(Target("frames per second", "fps", 1, at_least=True), Target("recompiles", "recompiles", 0)),
+        targets={"fps": Target("frames per second", 1, at_least=True), "recompiles": Target("recompiles", 0)},
+        planned_by="small-plan",
     ),
     Part("small-training", ("minwm", "bench-train", "smoke/ar", "--steps", "1", "--warmup", "1"), 60),
     Part("small-plan", ("minwm", "plan", "--preset", "smoke/dmd"), 60),
@@ -141,11 +147,16 @@ def selftest(
 
 
 def _finished(part: Part, out: Path) -> Outcome | None:
-    """What an earlier run of the same command found."""
+    """What an earlier run of the same command found, if it succeeded."""
     path = out / f"{part.name}.json"
     if not path.exists() or (known := read_json(path))["state"] != "done" or known["words"] != [*part.words]:
         return None
     return Outcome(part, "done", known["seconds"], known["tail"], known["found"])
+
+
+def finished(parts: Sequence[Part], out: Path) -> list[Outcome]:
+    """All parts, those that have not succeeded in `out` as left out."""
+    return [_finished(part, out) or Outcome(part, "left out", 0.0, "", {}) for part in parts]
 
 
 def _run(part: Part, out: Path, gib: float, left: float) -> Outcome:
@@ -182,23 +193,51 @@ def _wait(process: "subprocess.Popen[bytes]", part: Part, left: float) -> State:
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
-    """Measured against target, and what failed and why, as Markdown."""
+    """Measured against target, memory against its plan, and what failed and why, as Markdown."""
     lines = ["# Self-test", "", "| part | state | seconds |", "|---|---|---|"]
     lines += [f"| {o.part.name} | {o.state} | {o.seconds:.0f} |" for o in outcomes]
-    if rows := [row for outcome in outcomes for row in _rows(outcome)]:
-        lines += ["", "| target | bound | measured | |", "|---|---|---|---|", *rows]
+    for table in (target_table(outcomes), plan_table(outcomes)):
+        lines += ["", table] if table else []
     for outcome in outcomes:
         if outcome.state != "done":
             lines += ["", f"## {outcome.part.name}: {outcome.state}", "", "```", outcome.tail.strip(), "```"]
     return "\n".join([*lines, "", f"```\n{json.dumps(versions(), indent=1)}\n```", ""])
 
 
+def target_table(outcomes: Sequence[Outcome]) -> str:
+    """A row for each target of the parts."""
+    rows = [row for outcome in outcomes for row in _rows(outcome)]
+    return "\n".join(["| target | bound | measured | |", "|---|--:|--:|---|", *rows]) if rows else ""
+
+
 def _rows(outcome: Outcome) -> Iterator[str]:
-    for target in outcome.part.targets:
-        value: Any = outcome.found
-        for name in target.field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        bound = f"at {'least' if target.at_least else 'most'} {target.bound:g}"
-        met = isinstance(value, int | float) and (value >= target.bound if target.at_least else value <= target.bound)
+    for name, target in outcome.part.targets.items():
+        value = _found(outcome, name)
         shown = "not measured" if value is None else f"{value:.4g}"
-        yield f"| {target.name} | {bound} | {shown} | {'met' if met else 'missed' if value is not None else ''} |"
+        verdict = "" if value is None else "met" if target.met(value) else "missed"
+        yield f"| {target.name} | {target.aim} | {shown} | {verdict} |"
+
+
+def _found(outcome: Outcome, name: str) -> float | None:
+    """A number of the part's JSON."""
+    value: Any = outcome.found
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
+
+
+def plan_table(outcomes: Sequence[Outcome]) -> str:
+    """Peaks of allocated memory beside those that `minwm plan` says; only of parts that ran on a GPU."""
+    plans = {outcome.part.name: outcome.found.get("stages", {}) for outcome in outcomes}
+    rows = list[str]()
+    for outcome in outcomes:
+        stages = plans.get(outcome.part.planned_by, {})
+        playing = [*stages][-1:] if "stages" not in outcome.found else []
+        peaks = {(stage, "playing"): _found(outcome, "allocated_gb") for stage in playing}
+        peaks |= {(stage, "training"): _found(outcome, f"stages.{stage}.allocated_gb") for stage in stages}
+        for (stage, kind), peak in peaks.items():
+            if peak is not None and kind in stages[stage]:
+                plan = stages[stage][kind]["total"] / 1e9
+                rows.append(f"| {outcome.part.name}: {kind} {stage} | {plan:.3g} | {peak:.3g} | {peak / plan:.2f} |")
+    head = ["| memory, GB | planned | peak | peak / planned |", "|---|--:|--:|--:|"]
+    return "\n".join([*head, *rows]) if rows else ""

@@ -244,11 +244,14 @@ def _in_rendered_scenes(
         scenes = result.config.scenes
         aims = {name: targets(row, scenes, None if row is teacher else teacher) for name, row in rows.items()}
         for name, found in aims.items():
-            for aim in found:
-                echo(f"{name}: {aim.name}: {aim.value:.3g} ({'met' if aim.met else 'missed'}: {aim.aim})")
+            for aim, value in found.items():
+                echo(f"{name}: {aim.name}: {value:.3g} ({'met' if aim.met(value) else 'missed'}: {aim.aim})")
         plan = {"eval": to_dict(cfg), "held_out": HELD_OUT, "models": {name: str(path) for name, path in names.items()}}
         seconds = {name: row.eval_seconds for name, row in result.rows.items()}
-        listed = {name: [{**to_dict(aim), "met": aim.met} for aim in found] for name, found in aims.items()}
+        listed = {
+            name: [{**to_dict(aim), "value": value, "met": aim.met(value)} for aim, value in found.items()]
+            for name, found in aims.items()
+        }
         every = {name: to_dict(row) for name, row in result.rows.items()}
         write_numbers({"plan": plan, "seconds": seconds, "targets": listed, "rows": every}, json)
         if sheet:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from minwm.bench.target import Target
 from minwm.eval.run import EvalResult
 from minwm.render.place import SceneKind
 
@@ -33,53 +34,35 @@ AIMS: dict[SceneKind, Aims] = {
 }
 
 
-@dataclass(frozen=True)
-class Target:
-    """A number and its bound."""
-
-    name: str
-    value: float
-    bound: float
-    at_least: bool = False
-    """The bound is the least value; else the greatest."""
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-    @property
-    def aim(self) -> str:
-        return f"at {'least' if self.at_least else 'most'} {self.bound:g}"
+def targets(row: EvalResult, scenes: SceneKind, teacher: EvalResult | None = None) -> dict[Target, float]:
+    """Targets of a model with what it reaches, on medians; `teacher` is the multi-step model that the few-step one came
+    from."""
+    return dict([*_clips(row, AIMS[scenes], teacher), *_streams(row, AIMS[scenes])])
 
 
-def targets(row: EvalResult, scenes: SceneKind, teacher: EvalResult | None = None) -> list[Target]:
-    """Targets of a model, on medians; `teacher` is the multi-step model that the few-step one came from."""
-    return [*_clips(row, AIMS[scenes], teacher), *_streams(row, AIMS[scenes])]
-
-
-def _clips(row: EvalResult, aims: Aims, teacher: EvalResult | None) -> Iterator[Target]:
+def _clips(row: EvalResult, aims: Aims, teacher: EvalResult | None) -> Iterator[tuple[Target, float]]:
     motion = row.follow and row.follow.motion.overall
     if motion and motion.turn_error:
-        yield Target("yaw and pitch missed, share of the command", motion.turn_error.value, aims.turn)
+        yield Target("yaw and pitch missed, share of the command", aims.turn), motion.turn_error.value
     if motion and motion.direction_deg:
-        yield Target("direction of movement missed, degrees", motion.direction_deg.value, aims.direction)
+        yield Target("direction of movement missed, degrees", aims.direction), motion.direction_deg.value
     after = [model.quality.psnr_at for model in (teacher, row) if model and model.quality and model.quality.psnr_at]
     if len(after) == 2:
         behind = after[0][0].value - after[1][0].value
-        yield Target("PSNR behind the multi-step teacher after 1 s, dB", behind, aims.behind)
+        yield Target("PSNR behind the multi-step teacher after 1 s, dB", aims.behind), behind
 
 
-def _streams(row: EvalResult, aims: Aims) -> Iterator[Target]:
+def _streams(row: EvalResult, aims: Aims) -> Iterator[tuple[Target, float]]:
     if not row.drift:
         return
     walk, turn = row.drift["random walk"], row.drift["turn around"]
     for seconds, bound in aims.psnr.items():
         if seconds <= len(walk.psnr):
-            yield Target(f"PSNR to the truth after {seconds} s, dB", walk.psnr[seconds - 1].value, bound, at_least=True)
+            yield Target(f"PSNR to the truth after {seconds} s, dB", bound, at_least=True), walk.psnr[seconds - 1].value
     if aims.first_look is not None and turn.first_look and turn.psnr:
         lost = turn.psnr[0].value - turn.first_look.value
-        yield Target("PSNR of a full turn to the first look, below that after 1 s, dB", lost, aims.first_look)
+        yield Target("PSNR of a full turn to the first look, below that after 1 s, dB", aims.first_look), lost
     if aims.sharpness is not None and len(walk.sharpness) >= 5:
-        yield Target("gradient energy after 5 s, of the truth's", walk.sharpness[4], aims.sharpness, at_least=True)
+        yield Target("gradient energy after 5 s, of the truth's", aims.sharpness, at_least=True), walk.sharpness[4]
     ends = [second for curves in row.drift.values() for second in curves.collapsed]
-    yield Target("long rollouts that collapsed", float(sum(second is not None for second in ends)), 0.0)
+    yield Target("long rollouts that collapsed", 0.0), float(sum(second is not None for second in ends))

@@ -1,14 +1,14 @@
 """The page of `minwm eval`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from minwm.bench.target import Target
 from minwm.eval.report.charts import duration
 from minwm.eval.report.gallery import examples, gallery
 from minwm.eval.report.page import caveats, commands, write_page
 from minwm.eval.report.sections import evaluation_sections, target_section, tiles
 from minwm.eval.run import Evaluation
-from minwm.eval.targets import Target
 
 CAVEATS = (
     "Camera following is measured on pixels, by aligning them to the known scene, and only where the first frame saw "
@@ -19,7 +19,7 @@ CAVEATS = (
 
 
 def write_evaluation(
-    path: Path, result: Evaluation, targets: Mapping[str, Sequence[Target]], facts: Mapping[str, str], line: str
+    path: Path, result: Evaluation, targets: Mapping[str, Mapping[Target, float]], facts: Mapping[str, str], line: str
 ) -> Path:
     """Write the page and return its path. `line` is the command that made the numbers."""
     seconds = sum(row.eval_seconds for row in result.rows.values())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from minwm.bench.target import Target
 from minwm.eval.camera.motion import MotionErrors
 from minwm.eval.cases import BASELINES
 from minwm.eval.drift import FEATURE_LIMIT, ROUTES, DriftCurves
@@ -11,7 +12,6 @@ from minwm.eval.report.page import Section, fixed, interval, table
 from minwm.eval.revisit import Revisit
 from minwm.eval.run import EvalResult
 from minwm.eval.stats import Interval
-from minwm.eval.targets import Target
 
 Rows = Mapping[str, EvalResult]
 
@@ -49,15 +49,13 @@ def tiles(rows: Rows) -> list[tuple[str, str]]:
     return found
 
 
-def target_section(targets: Mapping[str, Sequence[Target]]) -> Section:
+def target_section(targets: Mapping[str, Mapping[Target, float]]) -> Section:
     """Targets by model; a table per model, for each has several rows."""
-    head = ["target", "value", "asked", ""]
-    html = "".join(
-        f"<h3>{escape(name)}</h3>"
-        + table(head, {t.name: [number(t.value), t.aim, "met" if t.met else "<b>missed</b>"] for t in found})
-        for name, found in targets.items()
-        if found
-    )
+    html = ""
+    for name, found in targets.items():
+        verdicts = {t: "met" if t.met(value) else "<b>missed</b>" for t, value in found.items()}
+        rows = {t.name: [number(value), t.aim, verdicts[t]] for t, value in found.items()}
+        html += f"<h3>{escape(name)}</h3>{table(['target', 'value', 'asked', ''], rows)}" if rows else ""
     return Section("targets", "Targets", html)
 
 
