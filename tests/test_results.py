@@ -285,6 +285,23 @@ def test_the_page_shows_how_far_recovered_cameras_are_off() -> None:
     assert all(abs(speeds[name] - speed) < 0.05 for name, speed in truth.items())
 
 
+def recorded_table() -> str:
+    """The rows of docs/evaluation.md: the shipped models against clips of held-out worlds, as any recorded ones."""
+    results = json.loads((ROOT / "results" / "world-recorded.json").read_text())
+    columns = {"camera": ("lost", "rot_err_deg", "direction_err_deg", "turn_ratio"), "likeness": ("psnr", "ssim")}
+    columns["flip"] = ("flip",)
+    rows = ["| | lost | rotation, ° | direction, ° | turn ratio | PSNR, dB | SSIM | FLIP |", "|---" + "|--:" * 7 + "|"]
+    for name, row in {**results["baselines"], **results["videos"]}.items():
+        found = [row["scores"].get(metric, {}).get(x) for metric, names in columns.items() for x in names]
+        cells = [f"{x['mean']['value']:.2f}" if x else "" for x in found]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_page_shows_what_recorded_clips_say_of_the_shipped_models() -> None:
+    assert recorded_table() in (ROOT / "docs" / "evaluation.md").read_text()
+
+
 def test_no_fault_of_a_training_loses_anything() -> None:
     """What docs/train.md says of the committed run of benchmarks/faults.py."""
     faults = json.loads((ROOT / "results" / "faults.json").read_text())["faults"]

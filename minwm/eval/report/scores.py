@@ -30,6 +30,7 @@ def write_scores(
     numbers."""
     rows = {**models, **baselines}
     metrics = dict.fromkeys(metric for scores in rows.values() for metric in scores.scores)
+    curves = "".join(_curves(metric, rows) for metric in metrics)
     count = len(next(iter(models.values())).tasks)
     return write_page(
         path,
@@ -39,7 +40,7 @@ def write_scores(
         [(str(count), "videos of each model")],
         [
             Section("scores", "Scores", "".join(_table(metric, rows) for metric in metrics)),
-            Section("time", "Over time", "".join(_curves(metric, rows) for metric in metrics)),
+            Section("time", "Over time", f'<div class="curves">{curves}</div>' if curves else ""),
             Section("keys", "By the keys held", "".join(_keys(name, scores) for name, scores in models.items())),
             gallery([*_examples(sources)], _first(sources).fps, "Videos"),
             Section("skipped", "What was not measured", _skipped(models)),
@@ -90,7 +91,7 @@ def _curves(metric: str, rows: Rows) -> str:
         ]
         chart = line_chart(lines, x_label="second", y_label=name, width=340, height=200)
         figures += f"<figure>{chart}<figcaption>{escape(f'{metric}: {name}')}</figcaption></figure>"
-    return f'<div class="curves">{figures}</div>' if figures else ""
+    return figures
 
 
 def _keys(model: str, scores: Scores) -> str:
