@@ -1,6 +1,6 @@
 """What data construction costs, and how good estimated poses are, for `results/data.json`.
 
-    python benchmarks/data.py results/data.json minwm/assets/demo/codec [FOLDER ...]
+    python benchmarks/data.py results/data.json minwm/assets/demo/codec [FOLDER ...] --clips 24 --rows 128 256
 
 Clips of procedural worlds, and of folders of raw clips with true poses, are posed by COLMAP and compared with the
 truth; and they are ingested and encoded. Times are CPU seconds of one thread.
@@ -31,7 +31,7 @@ from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.nets.text import WordText
 from minwm.store.folder import load_codec
 
-CLIPS, LATENTS, ROWS = 24, 13, (128, 256)
+LATENTS = 13
 STANDS = 0.05
 """Units: a shorter path is that of a camera that only turns, or stands."""
 PLAN_CLIPS, PLAN_CORES = 1_000_000, (16, 64, 256, 1024)
@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("codec", type=Path)
     parser.add_argument("folders", type=Path, nargs="*")
+    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--rows", type=int, nargs="+", default=[128, 256])
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {
@@ -156,9 +158,11 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         root, folders = Path(name), dict[str, ClipFolder]()
-        for rows in ROWS:
+        for rows in given.rows:
             cfg = RenderConfig(latents=LATENTS, height=rows, width=rows * 5 // 4, seed=9)
-            folders[f"procedural worlds, {cfg.width}x{rows}"] = render_worlds(root / f"raw-{rows}", cfg, clips=CLIPS)
+            folders[f"procedural worlds, {cfg.width}x{rows}"] = render_worlds(
+                root / f"raw-{rows}", cfg, clips=given.clips
+            )
         last = [*folders.values()][-1]
         folders |= {path.name: ClipFolder(path) for path in given.folders}
         found["poses_by_colmap"] = {

@@ -1,7 +1,5 @@
 """Videos with camera files become clips; what does not is named with its reason, and the rest goes on."""
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -12,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from commands import run
+from PIL import Image, ImageDraw
 
 from minwm.cameras.check import jitter
 from minwm.cameras.formats.base import CameraFile
@@ -145,6 +143,13 @@ def boxed(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
+def subtitled(frames: np.ndarray) -> np.ndarray:
+    out = [Image.fromarray(frame) for frame in frames]
+    for image in out:
+        ImageDraw.Draw(image).text((20, 110), "this is a subtitle", "white", stroke_width=1, stroke_fill="black")
+    return np.stack([np.asarray(image) for image in out])
+
+
 def stuttering(frames: np.ndarray) -> np.ndarray:
     return frames[np.arange(len(frames)) // 2 * 2]
 
@@ -169,6 +174,7 @@ def test_captions_say_what_is_there(caption: str, reason: str) -> None:
         ("exposure", lambda x: 255 - x // 32, "mean brightness is"),
         ("letterbox", boxed, "20 of 128 rows at its edges are black"),
         ("letterbox", lambda x: boxed(x.swapaxes(1, 2)).swapaxes(1, 2), "20 of 160 columns"),
+        ("overlay", lambda _: subtitled(walk(3, "w*10")[1]), "are edges that stay while their surroundings change"),
         ("static", still, "its camera moves, but pixels change by 0.00"),
         ("repeated frames", stuttering, "50% of its frames repeat"),
     ],
@@ -212,70 +218,6 @@ def test_a_variable_frame_rate_shows_what_a_player_shows(tmp_path: Path) -> None
     assert window.times == pytest.approx([0, 0.1, 0.1, 0.1, 0.1], abs=0.002)
     assert rest.times == pytest.approx([0.5, 0.6], abs=0.002)
     assert np.abs(window.frames.mean((1, 2, 3)) - [30, 90, 90, 90, 90]).max() < 4
-
-
-SMALL = np.zeros((2, 32, 32, 3), np.uint8)
-HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "zero bytes": (lambda p: p.write_bytes(b""), "cannot be read as a video"),
-    "noise": (lambda p: p.write_bytes(bytes(range(256)) * 40), "cannot be read as a video"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:700]), "cannot be read as a video"),
-    "text": (lambda p: p.write_text("#EXTM3U\nhttp://x/y.ts\n"), "cannot be read as a video"),
-    "too small": (lambda p: encoded(p, SMALL), "its pictures are 32x32, clips are 128x128"),
-    "hdr": (lambda p: encoded(p, walk()[1][:4], color_trc=16), "HDR, PQ"),
-    "hlg": (lambda p: encoded(p, walk()[1][:4], color_trc=18), "HDR, HLG"),
-    "interlaced": (
-        lambda p: encoded(p, walk()[1][:4], options={"flags": "+ildct+ilme", "x264-params": "tff=1"}),
-        "interlaced",
-    ),
-    "no cameras": (lambda p: p.with_name(f"{p.stem}.camera.json").unlink(), "cannot read a camera track"),
-    "damaged cameras": (lambda p: p.with_name(f"{p.stem}.camera.json").write_text("{"), "is not JSON"),
-    "nan": (lambda p: spoil_camera(p, "NaN"), "not finite"),
-    "infinite": (lambda p: spoil_camera(p, "Infinity"), "not finite"),
-    "caption in another encoding": (lambda p: p.with_suffix(".txt").write_bytes(b"\xff\xfea\x00"), "not UTF-8"),
-}
-
-
-def spoil_camera(video: Path, value: str) -> None:
-    file = video.with_name(f"{video.stem}.camera.json")
-    record = json.loads(file.read_text())
-    record["c2w"][3][0][3] = float(value)
-    file.write_text(json.dumps(record))
-
-
-def test_hostile_files_are_refused_each_for_its_reason_and_the_rest_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "in"
-    footage(source, "zz good")
-    for i, (spoil, _) in enumerate(HOSTILE.values()):
-        spoil(footage(source, f"v{i:02d}"))
-    os.symlink(source, source / "loop")
-    footage(source, "путь 道 ‮x")
-    words = (
-        "--source-license",
-        "CC0-1.0",
-        "--latents",
-        5,
-        "--height",
-        128,
-        "--width",
-        128,
-        "--estimator",
-        "none",
-        "--json",
-        tmp_path / "n.json",
-    )
-    assert run("data", "ingest", source, "--out", tmp_path / "out", *words) == 2
-    told = capsys.readouterr()
-    assert f"{len(HOSTILE)} of {len(HOSTILE) + 2} videos were refused" in told.err
-    refused = json.loads((tmp_path / "n.json").read_text())["refused"]
-    for (fault, (_, reason)), line in zip(HOSTILE.items(), refused, strict=True):
-        assert reason in line, fault
-    assert len(ClipFolder(tmp_path / "out").ids()) == 2
-    assert run("data", "report", tmp_path / "out", "--json", tmp_path / "report.json") == 0
-    assert json.loads((tmp_path / "report.json").read_text())["ingested"]["dropped"] == {"short": 2}
-    assert check(tmp_path / "out") == []
-    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def test_settings_and_folders_are_judged(tmp_path: Path) -> None:

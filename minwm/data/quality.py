@@ -5,11 +5,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
+from torch.nn.functional import avg_pool2d
 
 from minwm.cameras.check import Limits, check_video, faults, steps
 from minwm.cameras.track import CameraTrack
 from minwm.data.clips import MOTION_WORDS
+
+EDGE, UNCHANGED, CHANGING = 20.0, 3.0, 12.0
+"""Brightness: gradient of an edge, and standard deviations over time of pixels that stay and that change."""
+AROUND = 9
+"""Pixels: side of the square around an edge, of which more than half must change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,8 @@ class QualityConfig:
     """Brightness up to which a pixel is black."""
     still: float = 0.3
     """Least mean change of a pixel from frame to frame, in a clip whose camera moves."""
+    overlay: float = 0.0005
+    """Largest share of pixels on edges that stay where they are while what surrounds them changes."""
     repeated: float = 0.2
     """Largest share of frames that repeat the one before, in a clip that moves."""
     cameras: Limits = field(default_factory=Limits)
@@ -82,6 +91,18 @@ def _letterbox(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
             yield f"{dark} of {len(lines)} {name} at its edges are black"
 
 
+def _overlay(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
+    """Burnt-in text, logos and the displays of games. Over a plain background they cannot be told from the scene."""
+    grey = clip.frames.mean(-1, dtype=np.float32)
+    change = grey.std(0)
+    down, across = np.gradient(grey.mean(0))
+    fixed = (np.hypot(down, across) > EDGE) & (change < UNCHANGED)
+    changing = torch.from_numpy((change > CHANGING).astype(np.float32))[None, None]
+    surrounded = avg_pool2d(changing, AROUND, 1, AROUND // 2)[0, 0].numpy() > 0.5
+    if (share := float((fixed & surrounded).mean())) > cfg.overlay:
+        yield f"{share:.2%} of its pixels are edges that stay while their surroundings change: text or a logo"
+
+
 def _static(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:
     change = _changes(clip.frames)
     moves = max(float(values.max(initial=0)) for values in steps(clip.track)) > 1e-6
@@ -114,6 +135,7 @@ def _changes(frames: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:
 RULES: dict[str, Callable[[Candidate, QualityConfig], Iterator[str]]] = {
     "exposure": _exposure,
     "letterbox": _letterbox,
+    "overlay": _overlay,
     "static": _static,
     "repeated frames": _repeats,
     "cameras": _cameras,
