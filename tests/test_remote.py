@@ -107,6 +107,8 @@ def test_what_is_not_there_is_named(made: Path, bucket: str, tmp_path: Path) -> 
     with pytest.raises(StoreError, match="FileNotFoundError"):
         dataset[0]
     assert "missing though its index is there" in check_shards(data_folder(address))[0]
+    fs.rm(f"{root}/{dataset.entries[0][0].name}.idx.json")
+    assert check_shards(data_folder(address)) == [], "an index that is gone there is gone here"
 
 
 # ---------------------------------------------------------------------------------------------

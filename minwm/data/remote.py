@@ -48,6 +48,8 @@ def mirror(address: str) -> Path:
         manifest = fs.cat_file(f"{root}/{LAST}")
         known = folder / LAST
         same = known.exists() and known.read_bytes() == manifest
+        for gone in {file.name for file in folder.glob("*.idx.json")} - sizes.keys():
+            (folder / gone).unlink()
         for name in sizes:
             if name.endswith(".idx.json") and not (same and (folder / name).exists()):
                 _write(folder / name, fs.cat_file(f"{root}/{name}"))
@@ -103,7 +105,7 @@ def _order(name: str) -> tuple[bool, str]:
 @contextmanager
 def _written(fs: Any, path: str) -> Iterator[Any]:
     """A new file of a store or of this machine, which here appears whole or not at all; in stores see `copy`."""
-    if fs.protocol == "file" or "file" in fs.protocol:
+    if "file" in fs.protocol:
         with atomic(path) as temporary, temporary.open("wb") as stream:
             yield stream
     else:
