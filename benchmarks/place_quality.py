@@ -1,10 +1,10 @@
 """How like the truth a model's clips are on held-out walks through the place, and what its codec alone would give.
 
-    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--few-steps 4] [--json FILE]
+    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--few-steps 4] [--far 1 4 8] [--json FILE]
 
 MODEL is a model or codec folder, RAW a folder of clips (`minwm data render`) whose held-out part is used: the first
 frame is given, with the true cameras; all later ones are the model's, of a bidirectional one as many as it was trained
-on.
+on. `--far` asks how well the model knows the place: for a view so many latents away, given the first frame alone.
 """
 
 import argparse
@@ -20,10 +20,12 @@ import torch
 
 from minwm.core.media import to_frames, to_pixels
 from minwm.core.runtime import git_commit, versions
+from minwm.data.clips import ClipRecord
 from minwm.data.dataset import RawDataset
 from minwm.eval.image import at_seconds, psnr, sharpness
 from minwm.session.generate import generate
 from minwm.store.folder import load_codec, load_model
+from minwm.store.model import Model
 from minwm.stream.solvers import FewStepSampler
 
 
@@ -37,6 +39,20 @@ def measured(made: np.ndarray, truth: np.ndarray, fps: float) -> dict[str, objec
     }
 
 
+def far_views(
+    model: Model, truth: np.ndarray, records: list[ClipRecord], far: list[int], seed: int
+) -> dict[int, float]:
+    """PSNR of the frames of one latent, so many latents after the only one that is given."""
+    found, two_latents = {}, replace(model, config=replace(model.config, latents=2))
+    for k in far:
+        last = model.config.motion.stride * k
+        frames = [0, *range(last - model.config.motion.stride + 1, last + 1)]
+        tracks = [replace(r.track, c2w=r.track.c2w[frames], K=r.track.K[frames]) for r in records]
+        made = generate(two_latents, truth[:, 0], [r.caption for r in records], tracks, seed)
+        found[k] = round(float(psnr(made, truth[:, frames])[:, 1:].mean()), 2)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -44,6 +60,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--few-steps", type=int)
+    parser.add_argument("--far", type=int, nargs="+", default=[])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     codec, data = load_codec(options.model), RawDataset(options.raw, "val")
@@ -68,6 +85,8 @@ def main() -> None:
                 for r, clip in zip(records, truth, strict=True)
             ]
             found[name] = {"frames": frames, "steps": sampler.steps, **measured(np.stack(made), truth[:, :frames], fps)}
+        if options.far:
+            found["far_views"] = far_views(model, truth, records, options.far, options.seed)
     about = {"command": shlex.join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat()}
     text = json.dumps({**about, "commit": git_commit(), **found, "versions": versions()}, indent=1)
     if options.json:
