@@ -41,7 +41,7 @@ def part(clip: Clip, start: int, frames: int) -> Clip:
     latents, cond = clip.latents[:, start : start + frames], clip.cond.frames(start, start + frames)
     assert cond.w2c is not None
     w2c = cond.w2c @ torch.linalg.inv(cond.w2c[:, :1])
-    return Clip(latents, replace(cond, w2c=w2c, first_latent=latents[:, :1]))
+    return Clip(latents, replace(cond, w2c=w2c, first_latents=latents[:, :1]))
 
 
 @torch.no_grad()
