@@ -70,11 +70,10 @@ class Condition:
         """The condition of some clips of the batch."""
         return Condition(**{name: x[index] for name, x in self.parts().items()})
 
-    def frames(self, start: int, stop: int, step: int = 1) -> "Condition":
-        """The condition of latent frames [start, stop), every `step`-th; the prompt is that of the whole clip."""
-        taken = slice(start, stop, step)
-        first = self.first_latents[:, taken] if self.first_latents is not None and self.given > start else None
-        return replace(self, first_latents=first, **{name: x[:, taken] for name, x in self.per_frame().items()})
+    def frames(self, start: int, stop: int) -> "Condition":
+        """The condition of latent frames [start, stop); the prompt is that of the whole clip."""
+        first = self.first_latents[:, start:stop] if self.first_latents is not None and self.given > start else None
+        return replace(self, first_latents=first, **{name: x[:, start:stop] for name, x in self.per_frame().items()})
 
     def repeat_frames(self, times: int) -> "Condition":
         """The condition of a sequence that holds the same frames so many times, one after the other."""

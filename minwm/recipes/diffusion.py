@@ -80,7 +80,8 @@ class DiffusionConfig(StartConfig):
     belongs to sampling."""
     latents: int = 0
     """Latents of a random part of each clip that a step takes, for many quick steps at first; 0: the whole clip. The
-    first latent of a part from the middle stands for as many frames as the others."""
+    first latent of a part from the middle stands for as many frames as the others; in streams with a sink it is any
+    before these, as the sink is later on."""
     latents_apart: int = 1
     """Most latents from one of a part to the next, drawn per batch. Neighbours are mostly copies of each other; far
     views teach what is where, which a network needs that shall know one place."""
@@ -110,7 +111,7 @@ class DiffusionConfig(StartConfig):
     def augment(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
         """Take a random part of the clip; drop prompts and what is given at random."""
         if self.latents:
-            clip = random_part(clip, self.latents, generator, self.latents_apart)
+            clip = random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
         return self.sample_start(clip, stream, generator)
 

@@ -29,14 +29,20 @@ def drop_text(cond: Condition, rate: float, generator: torch.Generator) -> Condi
     return replace(cond, **states)
 
 
-def random_part(clip: Clip, frames: int, generator: torch.Generator, apart: int = 1) -> Clip:
-    """So many latents of a clip, from a random one on, which becomes the first one and the world frame; each is the
-    same number of latents after the one before, at random up to `apart`, as far as the clip is long."""
+def random_part(clip: Clip, frames: int, generator: torch.Generator, apart: int = 1, sink: bool = False) -> Clip:
+    """So many latents of a clip, from a random one on, which becomes the first one and the world frame.
+
+    Each is the same number of latents after the one before, at random up to `apart`, as far as the clip is long. With
+    `sink` the first is any before the others, as in the cache of a stream that has gone on.
+    """
     last, gaps = clip.latents.shape[1] - 1, frames - 1
     step = 1 + random_index(min(apart, last // gaps), generator)
-    start = random_index(last - step * gaps + 1, generator)
-    stop = start + step * gaps + 1
-    latents, cond = clip.latents[:, start:stop:step], clip.cond.frames(start, stop, step)
+    first = random_index(last - step * gaps + 1, generator)
+    index = torch.arange(first, first + step * gaps + 1, step)
+    if sink:
+        index[0] = random_index(first + step, generator)
+    latents = clip.latents[:, index]
+    cond = replace(clip.cond, **{name: x[:, index] for name, x in clip.cond.per_frame().items()})
     if cond.w2c is not None:
         cond = with_action_labels(replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1])))
     if clip.cond.given:

@@ -302,6 +302,11 @@ def test_a_random_part_of_a_clip_is_a_clip() -> None:
         torch.testing.assert_close(part.cond.w2c[:, 2] @ se3_inverse(part.cond.w2c[:, 1]), there, atol=1e-5, rtol=1e-5)
     assert taken == {(start, step) for step in (1, 2) for start in range(FRAMES - 2 * step)}
     assert torch.equal(random_part(whole, FRAMES, seeded()).latents, whole.latents)
+    parts = [random_part(whole, 3, seeded(seed), sink=True).latents for seed in range(60)]
+    found = [
+        [next(i for i in range(FRAMES) if torch.equal(whole.latents[:, i], x)) for x in p.unbind(1)] for p in parts
+    ]
+    assert {tuple(part) for part in found} == {(a, b, b + 1) for b in range(1, FRAMES - 1) for a in range(b)}
     assert random_part(clip(image=False), 3, seeded()).cond.first_latent is None
 
 

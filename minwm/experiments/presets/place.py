@@ -11,7 +11,7 @@ from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.recipes.codec import CodecTraining
 from minwm.recipes.consistency import ConsistencyConfig
-from minwm.recipes.diffusion import DiffusionConfig
+from minwm.recipes.diffusion import AutoregressiveConfig, DiffusionConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.stream.solvers import FewStepSampler
@@ -33,7 +33,7 @@ def place(out: Path) -> Pipeline:
         world_model(tiny_model().network, 128),
         network=network,
         scenes="place",
-        stream=StreamConfig(chunk=1, sink=0, window=8, context_noise=0.2),
+        stream=StreamConfig(chunk=1, sink=1, window=8, context_noise=0.2),
         codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0),
     )
     steps = {
@@ -71,4 +71,6 @@ def _adapted(run: Run) -> Run:
         time = replace(recipe.time, weight="clean")
         recipe = replace(recipe, latents=latents, latents_apart=apart, image_start=0.9, time=time)
         optim = replace(optim, optimizer="muon", lr=lr)
+    if isinstance(recipe, AutoregressiveConfig):
+        recipe = replace(recipe, self_conditioning=0.8)
     return replace(run, model=model, recipe=recipe, optim=optim, precision="bfloat16", ema=0.998, save_every=250)
