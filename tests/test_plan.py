@@ -1,6 +1,7 @@
 """Plans against reality: what is planned without data is what tensors with data take."""
 
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -12,12 +13,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from minwm.bench.memory import plan_inference, plan_training
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
+from minwm.families.hunyuan.transformer import HunyuanConfig
+from minwm.nets.lora import LoraConfig
 from minwm.recipes.diffusion import AutoregressiveConfig
 from minwm.store.model import ModelConfig
 from minwm.stream.memory import seen_points
 from minwm.stream.rollout import Stream
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
-from minwm.train.loop import Ema
+from minwm.train.config import Init
+from minwm.train.loop import Ema, Trainer
+from minwm.train.parallel import Parallel
 
 
 def bytes_of(net: nn.Module) -> int:
@@ -98,6 +103,7 @@ VARIANTS = {
     "checkpointing": {"checkpointing": True},
     "attention": {"checkpointing": "attention"},
     "accumulate": {"accumulate": 2, "batch": 1},
+    "lora": {"lora": LoraConfig(rank=2), "precision": "bfloat16", "init": Init(student="nowhere", codec="nowhere")},
     "memory": {
         "model": replace(MODEL, latents=9, stream=REMEMBERING),
         "recipe": AutoregressiveConfig(memory=1.0),
@@ -143,6 +149,32 @@ def test_what_training_holds_is_what_its_objects_hold(name: str) -> None:
         assert item(plan, f"update: {role}") == pytest.approx(real, rel=0.02)
         nets[role].zero_grad(set_to_none=True)
     assert sum(one.bytes for one in plan.held) == total
+
+
+HUNYUAN = HunyuanConfig(
+    dim=96, heads=2, layers=3, ffn=192, channels=4, text_dim=8, text_length=24, glyph_dim=8, glyph_length=2,
+    glyph_hidden=16, image_dim=8, image_length=2, freq_dim=16, rope=(16, 16, 16), camera="dual",
+)  # fmt: skip
+FAMILIES = {"wan": replace(MODEL.network, dim=96, ffn=192, layers=3), "hunyuan": HUNYUAN}
+
+
+@pytest.mark.parametrize("variant", ["plain", "lora", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_total_is_what_a_run_allocates(family: str, variant: str) -> None:
+    """All of it at once, from the first network to the last update; within a tenth."""
+    run = stage("dmd", **VARIANTS[variant] | {"model": replace(MODEL, network=FAMILIES[family])}, batch=1)
+    run = replace(run, recipe=replace(run.recipe, critic_updates=1))
+    seen_points()
+
+    def work() -> None:
+        trainer = Trainer(run, real_recipe(run), Parallel(run.parallel, torch.device("cpu")))
+        for optimizer in trainer.all_optimizers:
+            optimizer.param_groups[0]["foreach"] = True  # as on a GPU
+        clips = repeat(run.recipe.example_batch(run.model, run.batch))
+        for step in range(2):
+            trainer.update(step, trainer.gradients(step, clips))
+
+    assert plan_training(run).total == pytest.approx(allocated(work), rel=0.1)
 
 
 @pytest.mark.parametrize(("dim", "layers", "latents"), [(32, 1, 3), (48, 3, 5), (64, 4, 9)])

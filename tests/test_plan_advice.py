@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 from planning import MODEL, allocated, item, micro_batch, real_recipe, stage
 
+from minwm.bench.advice import PLAYING, TRAINING, advise
 from minwm.bench.memory import (
     CONTEXT,
     FRAGMENTATION,
     GIB,
-    PLAYING,
-    TRAINING,
     Plan,
-    advise,
     plan_inference,
     plan_training,
     reserve,

@@ -7,7 +7,8 @@ playing    held      weights    parameters x bytes of the dtype
                      cache      layers x 2 (keys, values) x branches x heads x rows x head width x bytes
                      prompt     layers x 2 x branches x text rows x width x bytes
            in turn   the network making a chunk (a whole clip, if bidirectional) · decoding it
-training   held      weights    4 bytes a parameter of every role, and of the average (EMA)
+training   held      weights    of every role, and of the average (EMA): 4 bytes a parameter; 2 where it is frozen and
+                                precision is bfloat16; with LoRA the frozen ones once for all roles
                      optimiser  8 bytes a trained parameter: the two moments of AdamW
            in turn   forward and backward of every trained role · its update, with all gradients
 
@@ -18,7 +19,8 @@ and is left to `reserve`.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,7 +32,6 @@ from torch import nn
 
 from minwm.core.memory import MemoryMeter, ShapeOnlyMode
 from minwm.nets import layers
-from minwm.nets.taehv import TAEHV
 from minwm.recipes.base import Recipe, random_clip
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
@@ -180,8 +181,11 @@ def plan_training(run: Run) -> Plan:
             run = replace(run, model=replace(run.model, sampler=run.model.sampler.with_steps(1)))
         recipe = build_recipe(run, lambda _: run.recipe.network(run.model))
         nets = recipe.networks
-        held += [_weights(role, net) for role, net in nets.items()]
-        held.append(_weights("averaged student", nets["student"]))
+        shared = _shared(nets)
+        if shared:
+            held.append(Item("base weights", sum(p.nbytes for p in shared), f"{_count(shared)}, which all roles share"))
+        held += [_weights(role, net, shared) for role, net in nets.items()]
+        held.append(_weights("averaged student", nets["student"], shared))
         for role in run.recipe.trained:
             optim = {"student": run.optim, "critic": run.critic}[role]
             split = optim.split(nets[role])
@@ -215,136 +219,27 @@ def _activations(run: Run, recipe: Recipe[Any], role: str, trained: list[nn.Para
     return Item(f"activations: {role}", before + memory.peak, why + (", gradients come on top" if before else ""))
 
 
-# ------------------------------------------------------------------------------------------------ what would help
-
-
-@dataclass(frozen=True)
-class Change:
-    """Something to do, and the bytes that it saves if nothing else is done: the difference of two plans."""
-
-    what: str
-    saves: int
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What would help, most first; and, with all of it done, the subject of the plan and the plan."""
-
-    changes: tuple[Change, ...]
-    subject: tuple[Any, ...]
-    plan: Plan
-
-
-Option = Callable[..., tuple[str, tuple[Any, ...]] | None]
-"""option(*subject): what to do, and the subject with it done; None where there is nothing to do."""
-
-
-def advise(
-    plan: Callable[..., Plan],
-    subject: tuple[Any, ...],
-    options: Sequence[Option],
-    tried: Callable[[], None] = lambda: None,
-) -> Advice:
-    """Try options on `plan(*subject)`, each by itself, and keep those that save something; `tried` hears of each."""
-    now, together, changes = plan(*subject).total, subject, []
-    for option in options:
-        if (alone := option(*subject)) and (saves := now - plan(*alone[1]).total) > 0:
-            changes.append(Change(alone[0], saves))
-            after = option(*together)
-            together = after[1] if after else together
-        tried()
-    return Advice(tuple(sorted(changes, key=lambda change: -change.saves)), together, plan(*together))
-
-
-def _unguided(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    if cfg.sampler.guidance == 1:
-        return None
-    return "no guidance (sampler.guidance 1)", (replace(cfg, sampler=replace(cfg.sampler, guidance=1.0)),)
-
-
-def _smaller_window(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    if cfg.stream.window == 1 or not cfg.sampler.causal:
-        return None
-    window = cfg.stream.window // 2
-    what = (
-        f"a window of {window} instead of {cfg.stream.window} chunks (stream.window in model.json): it forgets sooner"
-    )
-    return what, (replace(cfg, stream=replace(cfg.stream, window=window)),)
-
-
-def _shorter_clip(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    latents = _half(cfg)
-    if latents == cfg.latents or cfg.sampler.causal:
-        return None
-    return f"clips of {latents} latents instead of {cfg.latents}", (replace(cfg, latents=latents),)
-
-
-def _tiny_codec(cfg: ModelConfig) -> tuple[str, tuple[ModelConfig]] | None:
-    name = cfg.codec.tiny
-    if name is None:
-        return None
-    return f"the tiny codec {name}: pictures less sharp", (replace(cfg, codec=TAEHV[name]),)
-
-
-def _half(cfg: ModelConfig) -> int:
-    """Latents of half as many chunks, but at least one after the first."""
-    lead, chunk = cfg.geometry.first_chunk_frames, cfg.stream.chunk
-    return min(cfg.latents, lead + max(1, (cfg.latents - lead) // chunk // 2) * chunk)
-
-
-def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
-    overwritten = run.recipe.self_rollout and run.model.geometry.overwrites(_chunks(run))
-    if run.checkpointing is True or overwritten or not run.recipe.trains_backbone:
-        return None
-    what = "--checkpointing true: everything is computed twice, attention too"
-    return what, (replace(run, checkpointing=True),)
-
-
-def _bfloat16(run: Run) -> tuple[str, tuple[Run]] | None:
-    changed = replace(run, precision="bfloat16")
-    return None if run.precision == "bfloat16" else ("--precision bfloat16", (changed,))
-
-
-def _one_clip(run: Run) -> tuple[str, tuple[Run]] | None:
-    accumulate = run.batch * run.accumulate
-    what = f"--batch 1 --accumulate {accumulate}: one clip at a time, the same step"
-    return None if run.batch == 1 else (what, (replace(run, batch=1, accumulate=accumulate),))
-
-
-def _shorter_clips(run: Run) -> tuple[str, tuple[Run]] | None:
-    latents = _half(run.model)
-    what = f"clips of {latents} latents instead of {run.model.latents} (in the data, and --model.latents {latents})"
-    changed = replace(run, model=replace(run.model, latents=latents))
-    return None if latents == run.model.latents else (what, (changed,))
-
-
-def _smaller_ring(run: Run) -> tuple[str, tuple[Run]] | None:
-    """Only a self-rollout has a cache, which needs no more slots than the clip has chunks."""
-    if not run.recipe.self_rollout:
-        return None
-    window = max(1, _chunks(run) - run.model.stream.sink)
-    if window >= run.model.stream.window:
-        return None
-    model = replace(run.model, stream=replace(run.model.stream, window=window))
-    changed = replace(run, model=model)
-    return f"--model.stream.window {window}: all that a clip fills (play with more)", (changed,)
-
-
-def _chunks(run: Run) -> int:
-    return len(run.model.geometry.chunks(run.model.latents))
-
-
-PLAYING: tuple[Option, ...] = (_unguided, _smaller_window, _shorter_clip, _tiny_codec)
-TRAINING: tuple[Option, ...] = (_checkpointing, _bfloat16, _one_clip, _shorter_clips, _smaller_ring)
-
 # ------------------------------------------------------------------------------------------------ without data
 
 
-def _weights(name: str, net: nn.Module) -> Item:
-    weights, buffers = list(net.parameters()), list(net.buffers())
-    count = f"{sum(x.numel() for x in weights):,} parameters x {weights[0].itemsize} bytes"
+def _shared(networks: Mapping[str, nn.Module]) -> set[nn.Parameter]:
+    """Parameters of several networks."""
+    holders = Counter(p for net in networks.values() for p in net.parameters())
+    return {p for p, count in holders.items() if count > 1}
+
+
+def _weights(name: str, net: nn.Module, besides: Collection[nn.Parameter] = ()) -> Item:
+    weights, buffers = [p for p in net.parameters() if p not in besides], list(net.buffers())
     total = sum(x.nbytes for x in (*weights, *buffers))
-    return Item(f"{name} weights", total, count + (", and buffers" if buffers else ""))
+    return Item(f"{name} weights", total, _count(weights) + (", and buffers" if buffers else ""))
+
+
+def _count(weights: Iterable[nn.Parameter]) -> str:
+    """So many parameters of so many bytes each."""
+    counts = Counter[int]()
+    for p in weights:
+        counts[p.itemsize] += p.numel()
+    return " + ".join(f"{n:,} x {width} bytes" for width, n in counts.items()) or "none of its own"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The verb that says what fits on a GPU, and what would help."""
+"""The verb that says what fits on a GPU, what would help, and what many of them would do."""
 
 import math
 from pathlib import Path
@@ -13,6 +13,7 @@ from minwm.core.config import UserError, to_dict
 
 if TYPE_CHECKING:
     from minwm.bench.memory import Plan
+    from minwm.bench.scaling import Cluster
     from minwm.train.config import Run
 
 Preset = Annotated[str, arg(metavar="PIPELINE[/STAGE]", help="demo: a line for each stage; demo/dmd: all about one")]
@@ -22,6 +23,11 @@ Preset = Annotated[str, arg(metavar="PIPELINE[/STAGE]", help="demo: a line for e
 def plan(
     preset: Preset,
     gpu_memory: Annotated[float, arg(metavar="GIB", help="of the GPU: 24 for a card sold with 24 GB")] = 24.0,
+    gpus: Annotated[int | None, arg(metavar="N", help="train on 1, 2, 4, ... N of them: memory and time")] = None,
+    tflops: Annotated[float, arg(metavar="T", help="with --gpus: of one, by its data sheet")] = 989.0,
+    mfu: Annotated[float, arg(metavar="PART", help="with --gpus: part of these that a pass reaches, assumed")] = 0.4,
+    node_gbytes: Annotated[float, arg(metavar="GB/S", help="with --gpus: sent by one to others of 8")] = 450.0,
+    network_gbytes: Annotated[float, arg(metavar="GB/S", help="with --gpus: sent by one to other nodes")] = 50.0,
     json: Json = None,
 ) -> None:
     """Say by arithmetic what training and playing need of a GPU, whether it fits, and what would help."""
@@ -35,7 +41,12 @@ def plan(
     if not console.is_terminal:
         console.width = 140
     left = f"{size(reserve(budget))} are left to CUDA and to gaps between tensors"
-    if "/" in preset:
+    if gpus is not None:
+        from minwm.bench.scaling import Cluster
+
+        cluster = Cluster(tflops=tflops, mfu=mfu, node_gbytes=node_gbytes, network_gbytes=network_gbytes)
+        values = _scale(console, preset, gpus, cluster, budget)
+    elif "/" in preset:
         run = presets.stage(preset, Path("runs"))
         console.print(f"{gpu_memory:g} GiB, of which {left}")
         values = {run.name: {kind: _explain(console, preset, kind, run, budget) for kind in _kinds(run)}}
@@ -49,13 +60,55 @@ def plan(
     write_numbers({"gpu_memory_gib": gpu_memory, "stages": values}, json)
 
 
+def _scale(console: Console, preset: str, gpus: int, cluster: "Cluster", budget: int) -> dict[str, Any]:
+    """A table for each stage of the network: a line for 1, 2, 4, ... GPUs."""
+    from minwm.bench.memory import reserve, size
+    from minwm.bench.scaling import scale
+    from minwm.experiments import presets
+
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus}: give how many there are at most, such as 8")
+    runs = [presets.stage(preset, Path("runs"))] if "/" in preset else presets.pipeline(preset, Path("runs")).stages
+    rates = f"{cluster.node_gbytes:g} GB/s within {cluster.node} GPUs, {cluster.network_gbytes:g} beyond"
+    console.print(f"{cluster.tflops:g} TFLOP/s, of which {100 * cluster.mfu:g}% are reached; {rates}; sent by each GPU")
+    values: dict[str, Any] = {}
+    for run in runs:
+        table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", title=run.name, title_justify="left")
+        for title in (
+            "GPUs",
+            "a clip on",
+            "memory of each",
+            "",
+            "step of",
+            "weights",
+            "copies",
+            "attention",
+            "seconds",
+        ):
+            table.add_column(title, no_wrap=True)
+        values[run.name] = []
+        for count in (2**k for k in range(gpus.bit_length()) if 2**k <= gpus):
+            found = scale(run, count, cluster)
+            room = budget - reserve(budget) - found.bytes
+            fits = "[green]fits[/]" if room >= 0 else f"[red]{size(-room)} too much[/]"
+            cells = [str(count), str(found.sequence), size(found.bytes), fits]
+            for role, step in found.steps.items():
+                sent = [size(int(x)) if x else "" for x in (step.shard, step.copy, step.sequence)]
+                table.add_row(*cells, role, *sent, "{:.3g} to {:.3g}".format(*step.seconds))
+                cells = [""] * len(cells)
+            values[run.name].append(to_dict(found) | {"fits": room >= 0})
+        console.print(table)
+    return values
+
+
 def _kinds(run: "Run") -> tuple[str, ...]:
     return ("training", "playing") if run.recipe.trains_backbone else ("training",)
 
 
 def _question(kind: str, run: "Run") -> tuple[Any, tuple[Any, ...], Any]:
     """How to plan a stage, on what, and what could be changed."""
-    from minwm.bench.memory import PLAYING, TRAINING, plan_inference, plan_training
+    from minwm.bench.advice import PLAYING, TRAINING
+    from minwm.bench.memory import plan_inference, plan_training
 
     return (plan_training, (run,), TRAINING) if kind == "training" else (plan_inference, (run.model,), PLAYING)
 
@@ -85,7 +138,8 @@ def _overview(console: Console, preset: str, runs: list["Run"], budget: int) -> 
 
 def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) -> dict[str, Any]:
     """A plan line by line; and what would help, if it does not fit."""
-    from minwm.bench.memory import advise, size
+    from minwm.bench.advice import advise
+    from minwm.bench.memory import size
     from minwm.core.runtime import progress
 
     make, subject, options = _question(kind, run)

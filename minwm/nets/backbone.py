@@ -223,6 +223,8 @@ class BackboneConfig(Protocol):
 
     kind: ClassVar[str]
     """The family, by its name in config files."""
+    layers: int
+    """Blocks, which are all alike."""
     unpublished: ClassVar[tuple[str, ...]]
     """Fields that say how weights are run, which no published file tells."""
 

@@ -42,7 +42,28 @@ class _Exchange(torch.autograd.Function):
         return _exchange(gradient, ctx.group), None
 
 
-def _exchange(parts: Float[Tensor, "r ..."], group: dist.ProcessGroup) -> Float[Tensor, "r ..."]:
+class CountedGroup:
+    """Stands for a group of so many ranks in plans: nothing is sent, and what would be is counted."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.forward, self.backward = ranks, 0, 0
+        """Bytes of all parts, those that stay included."""
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return 0
+
+
+Group = dist.ProcessGroup | CountedGroup
+
+
+def _exchange(parts: Float[Tensor, "r ..."], group: Group) -> Float[Tensor, "r ..."]:
+    if isinstance(group, CountedGroup):
+        group.forward += parts.nbytes
+        group.backward += parts.nbytes if parts.requires_grad else 0
+        return parts.contiguous()
     exchanged = _Exchange.apply(parts, group)
     assert isinstance(exchanged, Tensor)
     return exchanged
@@ -57,7 +78,7 @@ class Exchanged:
 
     scope: AttentionScope
     frames: int
-    group: dist.ProcessGroup
+    group: Group
 
     @property
     def bidirectional(self) -> bool:
@@ -70,10 +91,10 @@ class Exchanged:
     def positions(self, frames: int) -> list[int]:
         return self.scope.positions(frames)
 
-    def scatter(self, tokens: FrameTokens) -> FrameTokens:
+    def scatter(self, tokens: FrameTokens) -> Float[Tensor, "b f t d"]:
         return tokens.chunk(self.ranks, dim=2)[self.group.rank()]
 
-    def gather(self, tokens: FrameTokens) -> FrameTokens:
+    def gather(self, tokens: FrameTokens) -> Float[Tensor, "b f s d"]:
         parts = _exchange(tokens.expand(self.ranks, *tokens.shape), self.group)
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
@@ -88,7 +109,7 @@ class Exchanged:
         out = self.scope.attend_from_text(layer, self._own(q), k, v, self._own_text(text, k))
         return _exchange(out.expand(self.ranks, *out.shape), self.group).transpose(0, 1).flatten(1, 2)
 
-    def _own(self, heads: Heads) -> Heads:
+    def _own(self, heads: Heads) -> Float[Tensor, "b own s e"]:
         return heads.chunk(self.ranks, dim=1)[self.group.rank()]
 
     def _own_text(self, text: TextKV, video: Heads) -> TextKV:
@@ -111,7 +132,7 @@ class Exchanged:
 class Ulysses(Backbone):
     """A backbone whose passes are shared by the ranks of a process group."""
 
-    def __init__(self, net: Backbone, group: dist.ProcessGroup) -> None:
+    def __init__(self, net: Backbone, group: Group) -> None:
         super().__init__()
         self.net, self.group, self.ranks = net, group, group.size()
         if net.cache_heads % self.ranks:

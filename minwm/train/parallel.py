@@ -165,8 +165,7 @@ class Parallel:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy() if self.cfg.cpu_offload else OffloadPolicy()
         methods = [*net.forward_methods()] if isinstance(net, Backbone) else []
-        parts = net.children() if isinstance(net, Backbone) else ()
-        for module in (*(block for part in parts if isinstance(part, nn.ModuleList) for block in part), net):
+        for module in sharded_units(net):
             fully_shard(
                 module, mesh=self.weights, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
             )
@@ -206,6 +205,12 @@ def _ways_out(clips: int, groups: int, batch: int) -> str:
         return f"of {clips} clips in a step, {fits} groups can have equal parts"
     fits = max(n for n in range(1, batch + 1) if clips // groups % n == 0)
     return f"give --batch {fits} --accumulate {clips // fits}, of as many clips in a step"
+
+
+def sharded_units(net: nn.Module) -> list[nn.Module]:
+    """What is gathered at once, of a backbone: each block; then the network, whose are the other parameters."""
+    parts = net.children() if isinstance(net, Backbone) else ()
+    return [*(block for part in parts if isinstance(part, nn.ModuleList) for block in part), net]
 
 
 def set_parameter(net: nn.Module, name: str, value: Tensor) -> None:
