@@ -79,6 +79,9 @@ def test_networks_from_files_read_the_difference(weights: dict[str, Path]) -> No
 def test_without_a_file_it_is_said_what_is_needed(weights: dict[str, Path]) -> None:
     skipped = measure(source(0.0), ["lpips", "flip"]).skipped
     assert skipped == {"lpips": "skipped: it needs weights, --weights lpips=FILE: lpips.LPIPS"}
+    one = Video("one", np.zeros((1, 24, 24, 3), np.uint8), 8.0, reference=np.zeros((1, 24, 24, 3), np.uint8))
+    alone = measure(VideoSource(["one"], lambda _: one), ["likeness", "flip"])
+    assert alone.scores == {} and alone.skipped.keys() == {"likeness", "flip"}, "the first frame may be given"
     found = measure(source(0.0), weights=weights)
     assert not found.skipped.keys() & weights.keys() and found.weights.keys() == weights.keys()
 

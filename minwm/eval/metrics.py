@@ -128,7 +128,7 @@ def _reason(counts: Mapping[str, int], videos: int) -> str:
 
 def means(samples: Mapping[str, Samples]) -> dict[str, Score]:
     """Of samples by video."""
-    quantities = dict.fromkeys(quantity for found in samples.values() for quantity in found)
+    quantities = dict.fromkeys(quantity for found in samples.values() for quantity, values in found.items() if values)
     return {
         quantity: _score({name: found.get(quantity, []) for name, found in samples.items()}) for quantity in quantities
     }

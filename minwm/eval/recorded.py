@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minwm.cameras.track import CameraTrack
 from minwm.core.media import to_frames, write_image
 from minwm.data.clips import LATENT_SHARDS, ClipRecord, DataError, read_manifest
 from minwm.data.dataset import RawDataset, ShardDataset, Split
@@ -18,6 +19,7 @@ from minwm.data.encode import identity
 from minwm.eval.cases import reconstruct
 from minwm.eval.source import Frames, Video, VideoSource, folder_source
 from minwm.eval.suite import chunks_of
+from minwm.nets.codec import VideoCodec
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
 
@@ -32,15 +34,19 @@ def recordings(data: Path, model: Model, split: Split, limit: int | None = None)
     is another than that of the latents, and when a clip is read that is not of the model's size, rate or lens; clips
     that are longer than those of training are for models that stream.
     """
-    encoded = _encoded(data)
-    read = _of_shards(ShardDataset(data, split, cache_bytes=0), model) if encoded else _of_raw(RawDataset(data, split))
+    encoded, config = _encoded(data), model.config  # or the source would keep the network in memory
+    read = (
+        _of_shards(ShardDataset(data, split, cache_bytes=0), model.codec)
+        if encoded
+        else _of_raw(RawDataset(data, split))
+    )
     names = [*read]
     if limit is not None:
         names = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, limit).round().astype(int))]
 
     def video(name: str) -> Video:
         record, frames = read[name]()
-        _check(record, model.config, f"{data}: clip {name}")
+        _check(record, config, f"{data}: clip {name}")
         return Video(name, frames, record.track.fps, record.track, task={"prompt": record.caption, "clip": name})
 
     return VideoSource(names, video)
@@ -54,8 +60,8 @@ def _of_raw(dataset: RawDataset) -> dict[str, Read]:
     return {name: lambda name=name: (folder.record(name), folder.frames(name)) for name in dataset.ids}
 
 
-def _of_shards(dataset: ShardDataset, model: Model) -> dict[str, Read]:
-    made, has = dataset.manifest["codec"], identity(model.codec)
+def _of_shards(dataset: ShardDataset, codec: VideoCodec) -> dict[str, Read]:
+    made, has = dataset.manifest["codec"], identity(codec)
     if made["hash"] != has["hash"]:
         raise DataError(
             f"{dataset.path} was encoded by the codec {made['id']} {made['hash']}, the model has {has['id']} "
@@ -64,8 +70,8 @@ def _of_shards(dataset: ShardDataset, model: Model) -> dict[str, Read]:
 
     @torch.inference_mode()
     def read(index: int) -> tuple[ClipRecord, Frames]:
-        sample, place = dataset[index], next(model.codec.parameters())
-        return sample.record, to_frames(model.codec.decode(sample.latents[None].to(place)))[0]
+        sample, place = dataset[index], next(codec.parameters())
+        return sample.record, to_frames(codec.decode(sample.latents[None].to(place)))[0]
 
     return {name: lambda index=index: read(index) for index, name in enumerate(dataset.ids)}
 
@@ -87,11 +93,11 @@ def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Ma
     They start from the first frames, with the recordings as reference; those of a model that starts from text show
     other scenes, and have none. `about` is what the manifest of the folder says.
     """
-    tracks, wanted = {}, list[Request]()
+    config, tracks, wanted = model.config, dict[str, CameraTrack](), list[Request]()
     for seed, video in enumerate(recorded):
         assert video.camera is not None
         tracks[video.name] = video.camera.relative_to_first()
-        image = folder / "starts" / f"{video.name}.png" if model.config.image_start else None
+        image = folder / "starts" / f"{video.name}.png" if config.image_start else None
         if image and not image.exists():
             write_image(image, video.frames[0])
         poses = folder / "starts" / f"{video.name}.json"
@@ -103,8 +109,8 @@ def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Ma
 
     def scored(name: str) -> Video:
         truth = recorded.video(name)
-        reference = truth.frames if model.config.image_start else None
-        chunks = chunks_of(model.config, len(truth.frames))
+        reference = truth.frames if config.image_start else None
+        chunks = chunks_of(config, len(truth.frames))
         return replace(truth, frames=made.video(name).frames, reference=reference, chunks=chunks)
 
     return VideoSource(recorded.names, scored)
