@@ -2,9 +2,11 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -25,6 +27,7 @@ from minwm.data.dataset import Loader, ShardDataset
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.data.trajectories import collect_trajectories
+from minwm.experiments.samples import sample_videos
 from minwm.families.wan.transformer import WanConfig
 from minwm.nets.backbone import Backbone
 from minwm.nets.chunks import StreamConfig
@@ -145,7 +148,7 @@ def final_state(out: Path) -> dict[str, Any]:
     folder = out / "state" / f"{STEPS:06d}"
     files = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     saved = json.loads((folder / "state.json").read_text())
-    del saved["seconds"], saved["files"]
+    del saved["seconds"], saved["files"], saved["gpu_hours"]
     metrics = [{name: value for name, value in line.items() if name not in COSTS} for line in read_metrics(out)]
     tensors = {name: x.tolist() for name, x in state_tensors(folder).items()}
     return files | tensors | {"state": saved, "metrics": metrics}
@@ -217,6 +220,55 @@ def test_a_finished_run_returns_at_once(project: Path, tmp_path: Path, monkeypat
     assert train(run, tmp_path) == summary
     model = load_model(tmp_path)
     assert model.config == MODEL and not any(p.requires_grad for p in model.net.parameters())
+
+
+def test_sample_videos_change_nothing(project: Path, tmp_path: Path) -> None:
+    """What is trained is bit for bit the same with videos, without, and where they fail."""
+
+    def broken(*_: Any) -> Mapping[str, float]:
+        torch.rand(3)
+        raise RuntimeError("no space left")
+
+    codec = load_codec(project / "codec")
+    encode_clips(project / "raw", tmp_path / "held", codec, MODEL.text, cfg=EncodeConfig(val=0.5))
+    run = stage("bidirectional", project, model=replace(MODEL, sampler=BidirectionalSampler(steps=1)))
+    run = replace(run, data=str(tmp_path / "held"))
+    train(run, tmp_path / "without")
+    watched = replace(run, sample_every=3, samples=1, price=2.0)
+    summary = train(watched, tmp_path / "with", sample_videos)
+    assert summary.gpu_hours == pytest.approx(summary.seconds / 3600, rel=0.1)
+    with pytest.warns(UserWarning, match="no sample videos after step 3: no space left"):
+        train(watched, tmp_path / "failing", broken)
+    lines = [{name for name in line if name.startswith("sample/")} for line in read_metrics(tmp_path / "with")]
+    assert [bool(line) for line in lines] == [step in (2, 5) for step in range(STEPS)]
+    assert lines[2] >= {"sample/psnr", "sample/rot_err_deg"}
+    for step in (3, 6):
+        names = {path.suffix for path in (tmp_path / "with" / "samples" / f"{step:06d}").glob("[!.]*.*")}
+        assert names == {".mp4", ".json", ".png"}
+    same, *others = (final_state(tmp_path / name) for name in ("without", "with", "failing"))
+    for other in others:
+        metrics = [{n: v for n, v in line.items() if not n.startswith("sample/")} for line in other["metrics"]]
+        assert {**other, "metrics": metrics} == same
+    elsewhere, model = replace(run, data=str(project / "latents")), load_model(tmp_path / "with")
+    assert "psnr" not in sample_videos(elsewhere, model, tmp_path / "suite"), "without held-out clips: no truth"
+
+
+def test_a_tracker_gets_the_log(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[tuple[str, Any]]()
+    service = ModuleType("wandb")
+    vars(service).update({n: lambda *a, n=n, **k: calls.append((n, a or k)) for n in ("init", "log", "finish")})
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    out = tmp_path / "demo" / "camera"
+    train(stage("bidirectional", project, tracker="wandb", steps=2), out)
+    assert calls[0] == (
+        "init",
+        {"project": "demo", "name": "camera", "id": "camera", "dir": str(out), "resume": "allow"},
+    )
+    assert [name for name, _ in calls[1:]] == ["log", "log", "finish"]
+    values = calls[1][1][0]
+    assert values["student/loss"] == read_metrics(out)[0]["loss"]
+    with pytest.raises(UserError, match=r"pip install 'minwm\[trackio\]'"):
+        train(stage("bidirectional", project, tracker="trackio", steps=2), tmp_path / "other")
 
 
 def test_another_config_in_the_same_folder_is_refused(project: Path, tmp_path: Path) -> None:

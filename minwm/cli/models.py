@@ -111,6 +111,7 @@ def train(
 ) -> None:
     """Train one stage, such as demo/camera; an interrupted run is continued."""
     from minwm.experiments import presets
+    from minwm.experiments.samples import sample_videos
     from minwm.train.build import train as run_training
 
     root = root or Path("runs") / stage.partition("/")[0]
@@ -121,7 +122,7 @@ def train(
     if resume and not (out / "run.json").exists():
         raise UserError(f"--resume: {out} holds no run; leave it out to start one")
     echo(f"{stage}: {run.recipe.kind}, {run.steps} steps of {run.batch * run.accumulate} clips -> {out}")
-    return numbers(asdict(run_training(run, out)), json)
+    return numbers(asdict(run_training(run, out, sample_videos)), json)
 
 
 @command("doctor")

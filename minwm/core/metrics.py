@@ -1,21 +1,25 @@
-"""The log of a training run: `metrics.jsonl`, one line per step, and TensorBoard events."""
+"""The log of a training run: `metrics.jsonl`, one line per step, TensorBoard events, and a tracker's."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minwm.core.config import UserError, parse_json
 from minwm.core.files import check_shape, read_text, write_text
 from minwm.core.runtime import rank, require
 
+Tracker = Literal["none", "wandb", "trackio"]
+"""Services that show logs of runs; both have wandb's interface."""
+
 
 @contextmanager
-def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
+def metrics_log(out: Path, start: int, tensorboard: bool, tracker: Tracker = "none") -> Iterator[Any]:
     """Yield `write(step, trains, values)`; lines from `start` on, which a resumed run repeats, are removed first.
 
-    Of several processes the first one writes.
+    Of several processes the first one writes. The tracker has a project per parent folder, in which a run that goes on
+    keeps its name.
     """
     if rank() != 0:
         yield lambda *_: None
@@ -23,25 +27,37 @@ def metrics_log(out: Path, start: int, tensorboard: bool) -> Iterator[Any]:
     path = out / "metrics.jsonl"
     kept = [line for line in read_metrics(out) if line["step"] < start]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    writer = None
-    if tensorboard:
-        require("tensorboard", "track")
-        from torch.utils.tensorboard import SummaryWriter
+    with ExitStack() as stack:
+        writers = list[Any]()
+        if tensorboard:
+            require("tensorboard", "track")
+            from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(out / "tensorboard", purge_step=start)
-    with path.open("a", buffering=1) as lines:
+            writer = SummaryWriter(out / "tensorboard", purge_step=start)
+            stack.callback(writer.close)
+            writers.append(
+                lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
+            )
+        if tracker != "none":
+            service: Any = require(tracker, tracker)
+            project, name = out.resolve().parts[-2:]
+            service.init(
+                project=project,
+                name=name,
+                resume="allow",
+                **({"id": name, "dir": str(out)} if tracker == "wandb" else {}),
+            )
+            stack.callback(service.finish)
+            writers.append(lambda values, step: service.log(values, step=step))
+        lines = stack.enter_context(path.open("a", buffering=1))
 
         def write(step: int, trains: str, values: dict[str, float]) -> None:
             lines.write(json.dumps({"step": step, "trains": trains, **values}) + "\n")
-            if writer:
-                for name, value in values.items():
-                    writer.add_scalar(f"{trains}/{name}", value, step)
+            curves = {name if "/" in name else f"{trains}/{name}": value for name, value in values.items()}
+            for show in writers:
+                show(curves, step)
 
-        try:
-            yield write
-        finally:
-            if writer:
-                writer.close()
+        yield write
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

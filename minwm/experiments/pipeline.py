@@ -14,6 +14,7 @@ from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.eval.run import Evaluation, Log, evaluate
 from minwm.experiments.presets.base import Pipeline
+from minwm.experiments.samples import sample_videos
 from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model
 from minwm.store.model import Model
@@ -109,7 +110,7 @@ def _train(run: Run, out: Path, log: Log) -> Summary:
             f"{out / run.name} holds a finished stage of {steps} steps, not {run.steps}, and later parts came from "
             "it; give another --out, or delete these parts"
         )
-    summary = train(run, out / run.name)
+    summary = train(run, out / run.name, sample_videos)
     speed = summary.steps / max(summary.seconds, 1e-9)
     log(
         f"{run.name}: {summary.steps} steps in {summary.seconds:.0f} s ({speed:.2f}/s), "

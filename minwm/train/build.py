@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from minwm.data.remote import data_folder
 from minwm.store.adapter import Adapter, save_adapter
 from minwm.store.folder import load_codec
 from minwm.store.layouts import AnyCodec
+from minwm.store.model import Model
 from minwm.train.config import Run, Summary
 from minwm.train.loop import loop
 from minwm.train.parallel import Parallel, process_group, whole
@@ -31,14 +33,20 @@ from minwm.train.state import States
 
 VALIDATION_CLIPS = 24
 """Clips of the validation split on which the loss is logged."""
-NO_RESULT = ("parallel", "keep")
+NO_RESULT = ("parallel", "keep", "tracker", "sample_every", "samples", "price")
 """Fields of a run that its result does not depend on: they may change while it goes on."""
 MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
 """What `run.json` keeps of the data's manifest, for the model card."""
 
 
-def train(run: Run, out: Path) -> Summary:
+SampleVideos = Callable[[Run, Model, Path], Mapping[str, float]]
+"""Makes videos of a model in training in a folder; their scores by name (experiments/samples.py)."""
+
+
+def train(run: Run, out: Path, videos: SampleVideos | None = None) -> Summary:
     """Run a stage to its end in `out`, resuming whatever is there; a finished run returns at once.
+
+    `videos` is called every `run.sample_every` steps.
 
     Raises ConfigError if `out` holds a run with another config, DataError if the data are not those of the model, and
     UserError while another process trains in `out`. All processes of torchrun call it.
@@ -46,7 +54,7 @@ def train(run: Run, out: Path) -> Summary:
     with locked(out) if rank() == 0 else nullcontext(), process_group(run.parallel.timeout):
         if rank() == 0:
             _remove_leftovers(out)
-        return _train(run, out)
+        return _train(run, out, videos)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -55,7 +63,7 @@ def _remove_leftovers(out: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def _train(run: Run, out: Path) -> Summary:
+def _train(run: Run, out: Path, videos: SampleVideos | None) -> Summary:
     done, states = out / "summary.json", States(out)
     _check_same(run, out)
     if done.exists() and (summary := read_config(Summary, done)).steps == run.steps:
@@ -77,9 +85,10 @@ def _train(run: Run, out: Path) -> Summary:
         recipe.fit(data)
     clips = loader(data, run.batch, run.seed, parallel.data_rank, parallel.data_ranks)
     weights = partial(saved_weights, run)
-    trained = whole_tensors(loop(run, out, recipe, clips, parallel, validation_batches(run), weights))
+    sample = partial(_sample, run, out, codec, parallel, videos) if codec and videos and run.sample_every else None
+    trained = whole_tensors(loop(run, out, recipe, clips, parallel, validation_batches(run), weights, sample))
     if rank() == 0:
-        student = _merged(run, out, trained) if run.lora else _network_of(run, trained)
+        student = _student(run, trained, out / ADAPTER)
         run.recipe.save(out, run.model, student, codec)
         write_text(done, dumps(_summary(run, out, sum(p.numel() for p in student.parameters()))))
     parallel.barrier()
@@ -103,15 +112,36 @@ def _network_of(run: Run, tensors: Mapping[str, Tensor]) -> nn.Module:
     return net
 
 
-def _merged(run: Run, out: Path, trained: dict[str, Tensor]) -> nn.Module:
-    """The base with what was trained, which is also saved by itself in PEFT's layout."""
+def _sample(
+    run: Run, out: Path, codec: AnyCodec, parallel: Parallel, videos: SampleVideos, net: nn.Module, step: int
+) -> Mapping[str, float]:
+    """Scores of the videos that the first process makes with `net`, while the others wait. What goes wrong there is a
+    warning: training goes on, from the same random state."""
+    trained, scores = whole_tensors(net), dict[str, float]()
+    if rank() == 0:
+        devices = [parallel.device] if parallel.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                student: Any = _student(run, trained).to(parallel.device).eval()
+                model = Model(replace(run.model, codec=codec.cfg), student, codec.to(parallel.device))
+                scores = dict(videos(run, model, out / "samples" / f"{step:06d}"))
+        except (UserError, ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
+            warnings.warn(f"{run.name}: no sample videos after step {step}: {error}", stacklevel=2)
+    parallel.barrier()
+    return scores
+
+
+def _student(run: Run, trained: dict[str, Tensor], adapter_folder: Path | None = None) -> nn.Module:
+    """The trained network; with LoRA the base with what was trained, which is also saved by itself in PEFT's layout."""
+    if run.lora is None:
+        return _network_of(run, trained)
     base = base_folder(run)
-    assert run.lora is not None
     net = load_role(run, torch.device("cpu"), "base")
     config = replace(run.lora, targets=tuple(run.lora.target_names(net)))
     adapter = Adapter(config, str(base), trained)
     net.load_state_dict(adapter.merge_into(net.state_dict()))
-    save_adapter(out / ADAPTER, adapter)
+    if adapter_folder is not None:
+        save_adapter(adapter_folder, adapter)
     return net
 
 
@@ -177,5 +207,8 @@ def _summary(run: Run, out: Path, parameters: int) -> Summary:
         raise UserError(f"{out}/metrics.jsonl has lost the losses of this run; delete the folder and train again")
     tenth = max(1, len(lines) // 10)
     first, last = (sum(line[loss] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
-    seconds = States(out).extra(run.steps)["seconds"]
-    return Summary(steps=run.steps, seconds=seconds, first_loss=first, last_loss=last, parameters=parameters)
+    extra = States(out).extra(run.steps)
+    seconds, hours = extra["seconds"], extra.get("gpu_hours")
+    return Summary(
+        steps=run.steps, seconds=seconds, gpu_hours=hours, first_loss=first, last_loss=last, parameters=parameters
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minwm.core.config import ConfigError
+from minwm.core.metrics import Tracker
 from minwm.data.noise import PoseNoise
 from minwm.nets.backbone import Checkpointing
 from minwm.nets.lora import LoraConfig
@@ -127,6 +128,14 @@ class Run:
     """Train additions to frozen weights that all roles share; None: train all weights. Where folders in `init` have
     additions of their own, these go on; a frozen role without is the base."""
     tensorboard: bool = True
+    tracker: Tracker = "none"
+    """Where the log goes, besides."""
+    sample_every: int = 0
+    """Steps between videos of the averaged student, with their scores (0: none): in `samples/{step}`."""
+    samples: int = 4
+    """Videos at a time."""
+    price: float | None = None
+    """Of an hour of one GPU: the progress line then says what is still to be paid."""
     pose_noise: PoseNoise | None = None
     """Errors on the cameras of the training clips (ablations)."""
 
@@ -134,6 +143,11 @@ class Run:
         for name in ("steps", "batch", "accumulate", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}={getattr(self, name)}: must be at least 1")
+        if self.sample_every < 0 or self.samples < 1:
+            raise ConfigError(
+                f"run.sample_every={self.sample_every}, run.samples={self.samples}: give 0 or more steps, and 1 video "
+                "or more"
+            )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"run.ema={self.ema}: a decay lies in [0, 1)")
         self.recipe.check(self.model)
@@ -150,6 +164,8 @@ class Summary:
     steps: int
     seconds: float
     """Of training, over all resumed parts."""
+    gpu_hours: float | None = None
+    """The same for all processes together, each of which has a GPU (or a CPU); None in older folders."""
     first_loss: float
     """Mean of the student's loss over the first tenth of its steps."""
     last_loss: float

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,22 +123,25 @@ def loop(
     parallel: Parallel,
     held_out: Sequence[Any] = (),
     weights: Weights = no_weights,
+    sample: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
 ) -> nn.Module:
     """Train until `run.steps`, from the newest state in `out` if there is one. Returns the averaged student.
 
     The loss on the batches `held_out`, if there are any, is logged whenever a state is saved at its time. After SIGTERM
-    a state is saved at the end of the step, and StoppedError raised.
+    a state is saved at the end of the step, and StoppedError raised. `sample` is called every `run.sample_every` steps,
+    with the averaged student and the number of steps; what it gives is logged.
     """
     trainer, states = Trainer(run, recipe, parallel, weights), States(out, run.keep)
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
-    first_step, seconds_before = states.latest() or 0, 0.0
+    first_step, seconds_before, hours_before = states.latest() or 0, 0.0, 0.0
     if first_step:
         extra = states.load(first_step, saved, trainer.all_optimizers)
         clips.load(extra["data"])
         seconds_before = extra["seconds"]
-    start = time.monotonic() - seconds_before
+        hours_before = extra.get("gpu_hours", seconds_before * parallel.world / 3600)
+    begin = time.monotonic()
     with (
-        metrics_log(out, first_step, run.tensorboard) as log,
+        metrics_log(out, first_step, run.tensorboard, run.tracker) as log,
         progress(run.steps - first_step, run.name) as bar,
         count_flops(recipe.networks.values()) as flops,
         termination() as told,
@@ -160,15 +163,33 @@ def loop(
             losses, optimisation = gradients.losses | val, {"grad_norm": gradients.norm, "lr": rate}
             peak = peak_memory_gb(parallel.device)
             cost = speed | {"data_wait_s": gradients.data_wait} | ({"peak_memory_gb": peak} if peak else {})
-            log(step, gradients.trains, losses | optimisation | cost)
-            bar.advance(1, " ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+            scores = {}
+            if sample and (step + 1) % run.sample_every == 0:
+                made = sample(trainer.ema.net if run.ema else trainer.networks["student"], step + 1)
+                scores = {f"sample/{name}": value for name, value in made.items()}
+            log(step, gradients.trains, losses | optimisation | cost | scores)
+            seconds = time.monotonic() - begin
+            hours = hours_before + seconds * parallel.world / 3600
+            to_come = (hours - hours_before) / (step + 1 - first_step) * (run.steps - step - 1)
+            bar.advance(1, progress_text(losses, cost, hours, to_come, run.price))
             stop = parallel.any(told.is_set()) and step + 1 < run.steps
             if save or stop:
-                extra = {"data": clips.state(), "seconds": time.monotonic() - start}
+                extra = {"data": clips.state(), "seconds": seconds_before + seconds, "gpu_hours": hours}
                 states.save(step + 1, saved, trainer.all_optimizers, extra)
             if stop:
                 raise StoppedError(f"{run.name}: told to end (SIGTERM); the same command goes on after step {step + 1}")
     return trainer.ema.net if run.ema else trainer.networks["student"]
+
+
+def progress_text(
+    losses: Mapping[str, float], cost: Mapping[str, float], hours: float, to_come: float, price: float | None
+) -> str:
+    """Losses, rates, memory, GPU-hours so far and to come, and what the latter cost."""
+    units = {"clips_per_s": "clips/s", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s", "peak_memory_gb": "GB"}
+    parts = [f"{name} {value:.4f}" for name, value in losses.items()]
+    parts += [f"{cost[name]:.3g} {unit}" for name, unit in units.items() if name in cost]
+    parts.append(f"{hours:.2g} GPU-h, {to_come:.2g} to come")
+    return " ".join(parts) + ("" if price is None else f" for {to_come * price:.2f}")
 
 
 def throughput(run: Run, seconds: float, flops: Sequence[int]) -> dict[str, float]:
