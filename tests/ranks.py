@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from backbones import SMALL
 from recipes import CASES, MODEL, clip
+from tiny_presets import tiny_preset
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -32,9 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minwm.bench.scaling import Cluster, plan_step
 from minwm.core.metrics import read_metrics
+from minwm.core.runtime import rank
 from minwm.core.types import Clip
 from minwm.core.weights import load_safetensors
+from minwm.data.clips import read_manifest
 from minwm.data.dataset import Loader
+from minwm.data.shards import list_shards
+from minwm.experiments.pipeline import run_pipeline
 from minwm.families.wan.transformer import Wan
 from minwm.nets.lora import LoraConfig, copy_network
 from minwm.recipes.base import Recipe
@@ -280,6 +285,22 @@ def four(out: Path) -> None:
     resumed(out / "parts4", parallel)
 
 
+def piped(out: Path) -> None:
+    """Stages of a pipeline with data, ODE trajectories and verdicts; again, nothing is left to do."""
+    plan = tiny_preset("smoke", out, out)
+    shared = {"batch": 1, "accumulate": 2}
+    assert plan.codec is not None
+    stages = tuple(replace(run, **shared) for run in plan.stages)
+    plan = replace(plan, codec=replace(plan.codec, **shared), stages=stages, collect=3)
+    first, again = list[str](), list[str]()
+    for said in (first, again):
+        run_pipeline(plan, out, said.append, "ode")
+    assert bool(first) == (rank() == 0) and not any("done before" in line for line in first)
+    assert all("done before" in line or "steps in" in line for line in again)
+    assert read_manifest(out / "trajectories", "")["complete"] and len(list_shards(out / "trajectories")) == 3
+    assert {path.name.split("-")[1] for path in list_shards(out / "latents")} == {"0000", "0001"}
+
+
 def main(out: Path) -> None:
     save_model(out / "base", BASE, BASE.network.build(), BASE.codec.build())
     for name in RUNS:
@@ -290,6 +311,7 @@ def main(out: Path) -> None:
         shutil.copytree(out / "parts", out / parts)
     world(1, partial(resumed, out / "parts1", ParallelConfig()))
     world(4, partial(four, out))
+    world(2, partial(piped, out / "pipeline"))
     for parts in ("parts1", "parts4"):
         for one, many in zip(read_metrics(out / "whole"), read_metrics(out / parts), strict=True):
             assert all(math.isclose(one[name], many[name], rel_tol=1e-4) for name in ("grad_norm", LOSS[one["trains"]]))

@@ -1,27 +1,31 @@
 """Each verdict on a run that was made to have the illness, and none on the healthy run beside it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from projects import trained_once
+from projects import MODEL, trained_once
 
 from minwm.cli import main
 from minwm.core.config import UserError, from_dict
 from minwm.core.files import read_json
 from minwm.core.types import Clip
+from minwm.data.clips import ClipFolder
 from minwm.data.dataset import ShardDataset
 from minwm.experiments.presets import PIPELINES
+from minwm.experiments.samples import compare_looks
 from minwm.recipes.base import Loss
 from minwm.recipes.diffusion import BidirectionalConfig, BidirectionalDiffusion, TimeLaw
+from minwm.recipes.dmd import DmdConfig
 from minwm.store.folder import load_config
 from minwm.train import doctor
 from minwm.train.build import train
 from minwm.train.config import Init, OptimConfig, Run
-from minwm.train.doctor import examine, from_config
+from minwm.train.doctor import examine, from_config, from_samples
 from minwm.train.loop import Ema
 
 
@@ -78,7 +82,10 @@ def test_a_camera_that_is_ignored(run: Run, tmp_path: Path, monkeypatch: pytest.
     assert {verdict.name: verdict.level for verdict in examine(tmp_path)} == {"camera ignored": "red"}
 
 
-def test_a_loss_that_jumps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_jumps(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is told when a state is saved, while training goes on."""
     plain = BidirectionalDiffusion.loss
 
     def jump(self: BidirectionalDiffusion, clip: Clip, step: int, generator: torch.Generator) -> Loss:
@@ -86,6 +93,26 @@ def test_a_loss_that_jumps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(BidirectionalDiffusion, "loss", jump)
     assert found(run, tmp_path)["loss spike"] == "yellow"
+    assert capsys.readouterr().err.count("yellow: loss spike: student: loss") == 1
+
+
+SPOILT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "": lambda x: x + np.random.default_rng(0).normal(0, 2, x.shape),
+    "static video": lambda x: np.repeat(x[:, :1], x.shape[1], 1),
+    "flicker": lambda x: x + 40.0 * (np.arange(x.shape[1]) % 2)[:, None, None, None],
+    "seams at chunk borders": lambda x: x - 40.0 * (np.arange(x.shape[1]) >= 9)[:, None, None, None],
+    "oversaturation": lambda x: x.mean(-1, keepdims=True) + 2 * (x - x.mean(-1, keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT, ids=lambda name: name or "healthy")
+def test_what_sample_videos_look_like(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """True clips that are spoilt in one way, and a little noise on healthy ones."""
+    clips = ClipFolder(trained_once(tmp_path_factory) / "raw")
+    true = np.stack([clips.frames(clip) for clip in clips.ids()])
+    shown = SPOILT[name](true.astype(float)).round().clip(0, 255).astype(np.uint8)
+    looks = {f"sample/{key}": value for key, value in compare_looks(shown, true, MODEL).items()}
+    assert [verdict.name for verdict in from_samples([{"step": 9, **looks}, {"step": 10}])] == [name] * bool(name)
 
 
 def test_clips_that_come_too_late(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +133,9 @@ def test_what_the_config_says(run: Run, tmp_path_factory: pytest.TempPathFactory
     assert load_config(Path(few_step)).sampler.causal and not load_config(Path(bidirectional)).sampler.causal
     right = replace(dmd.init, student=few_step)
     assert not [*from_config(replace(dmd, init=right))]
+    assert isinstance(dmd.recipe, DmdConfig)
+    (verdict,) = from_config(replace(dmd, init=right, recipe=replace(dmd.recipe, critic_updates=1)))
+    assert verdict.name == "critic falls behind"
     (verdict,) = from_config(replace(dmd, init=replace(right, real=few_step)))
     assert verdict.level == "red" and "init.real" in verdict.evidence and "needs a bidirectional" in verdict.evidence
     (verdict,) = from_config(replace(run, recipe=BidirectionalConfig(time=TimeLaw(shift=99.0))))

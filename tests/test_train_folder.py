@@ -10,7 +10,7 @@ from projects import MODEL, trained_once
 from minwm.core.config import ConfigError, UserError, from_dict, to_dict
 from minwm.core.files import locked, read_json
 from minwm.core.weights import load_safetensors
-from minwm.experiments.pipeline import run_pipeline
+from minwm.experiments.pipeline import stop_if_ill
 from minwm.experiments.presets import pipeline
 from minwm.families.wan.text import Umt5Text
 from minwm.recipes.diffusion import BidirectionalConfig
@@ -44,11 +44,14 @@ def test_a_folder_has_one_writer(run: Run, tmp_path: Path) -> None:
     train(run, tmp_path)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match="a pipeline is not distributed"):
-        run_pipeline(pipeline("smoke", tmp_path), tmp_path, print)
+def test_a_pipeline_stops_after_a_red_verdict(run: Run, tmp_path: Path) -> None:
+    """A run without a learning rate does not move; with --after-red it is left to the user."""
+    start, said = replace(run.init, student=str(Path(run.data).parent / "camera")), list[str]()
+    train(replace(run, init=start, optim=OptimConfig(lr=0.0)), tmp_path)
+    with pytest.raises(UserError, match=r"will not become what it should .*give --after-red"):
+        stop_if_ill(tmp_path, said.append)
+    assert any("red: weights not moving" in line for line in said)
+    stop_if_ill(tmp_path, said.append, after_red=True)
 
 
 def test_dropped_prompts_are_never_the_negative_one(monkeypatch: pytest.MonkeyPatch) -> None:

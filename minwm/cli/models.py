@@ -70,6 +70,7 @@ def pipeline(
     name: Annotated[Positional[str], arg(metavar="NAME", help="one of those below")],
     out: Annotated[Path | None, arg(metavar="DIR", help="folder of everything; runs/NAME if not given")] = None,
     until: Annotated[str | None, arg(metavar="STAGE", help="stop after this stage")] = None,
+    after_red: Annotated[Flag, arg(help="go on after a stage with a red verdict (minwm doctor)")] = False,
     json: Json = None,
     show: Show = False,
     fields: Fields = (),
@@ -78,6 +79,7 @@ def pipeline(
 
     Any field of any part can be set: --camera.steps 500 --dmd.recipe.guidance 2 --render.clips_per_world 2
     """
+    from minwm.core.runtime import rank
     from minwm.experiments import presets
     from minwm.experiments.pipeline import evaluation, run_pipeline
     from minwm.experiments.summary import report
@@ -88,8 +90,8 @@ def pipeline(
         return echo(dumps(plan.settings()))
     if until:
         plan.stage(until)
-    run_pipeline(plan, out, echo, until)
-    if not until:
+    run_pipeline(plan, out, echo, until, after_red)
+    if not until and rank() == 0:
         result = evaluation(plan, out)
         write_numbers({name: to_dict(row) for name, row in result.rows.items()}, json)
         echo(f"report: {report(plan, out, result)}")

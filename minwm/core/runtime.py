@@ -45,15 +45,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINWM_CACHE") or "~/.cache/minwm").expanduser()
 
 
-def require_one_process(what: str) -> None:
-    """UserError under torchrun with several processes, for work that they would not share but repeat."""
-    if world_size() > 1:
-        raise UserError(
-            f"{what} is not distributed yet: WORLD_SIZE={world_size()} processes would each do all of it, without "
-            "exchanging gradients; start one process, without torchrun, and raise accumulate for a larger batch"
-        )
-
-
 def generator(seed: int, *salt: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator seeded by a hash of the seed and the salt (its purpose, rank, step, ...)."""
     digest = hashlib.sha256(repr((seed, *salt)).encode()).digest()
@@ -164,6 +155,10 @@ class Progress:
         parts = (name, progress.BarColumn(), count, speed, left, text)
         self._bar = progress.Progress(*parts, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(label, total=total, speed="", text="")
+
+    def note(self, text: str) -> None:
+        """Print a line beside the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def advance(self, amount: int = 1, text: str = "") -> None:
         """Count `amount` units as done; `text` is shown beside the bar, such as the current loss."""

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.core.runtime import progress
+from minwm.core.runtime import progress, rank, world_size
 from minwm.core.types import Clip
 from minwm.data.clips import DataError, read_manifest, write_manifest
 from minwm.data.dataset import ShardDataset
@@ -23,8 +23,8 @@ def collect_trajectories(
 ) -> None:
     """Write the first `clips` records of `source` with their trajectories, one shard per batch.
 
-    Resumable batch by batch. `about`, JSON values, says what else the trajectories depend on. Raises DataError if
-    `source` has fewer clips, if a state is not finite, or if `out` holds anything else.
+    Resumable batch by batch; the processes of torchrun share them. `about`, JSON values, says what else trajectories
+    depend on. Raises DataError if `source` has fewer clips, if a state is not finite, or if `out` holds anything else.
     """
     if clips > len(source):
         raise DataError(f"{source.path} has {len(source)} training clips, not {clips}: give fewer, or render more")
@@ -34,20 +34,21 @@ def collect_trajectories(
     if not (out / "manifest.json").exists():
         write_manifest(out, {**manifest, "complete": False})
     _check_about(out, about)
-    done = list_shards(out)
-    starts = range(0, clips, batch)
-    with progress(clips - min(clips, batch * len(done)), "trajectories") as bar:
-        for number, start in list(enumerate(starts))[len(done) :]:
-            indices = range(start, min(start + batch, clips))
+    done = {path.name for path in list_shards(out)}
+    shards = {f"train-0000-{number:06d}.tar": number for number in range(len(range(0, clips, batch)))}
+    mine = [shard for shard in [*shards.items()][rank() :: world_size()] if shard[0] not in done]
+    with progress(len(mine), "batches of trajectories") as bar:
+        for name, number in mine:
+            indices = range(number * batch, min((number + 1) * batch, clips))
             states = collect(source.batch(indices), number)
             if not states.isfinite().all():
                 names = f"{source.ids[indices[0]]} to {source.ids[indices[-1]]}"
                 raise DataError(f"clips {names}: their trajectories are not finite; check the teacher's weights")
             records = [_record(source, i, states[:, j]) for j, i in enumerate(indices)]
             stats = shard_stats(records, psnr=source.manifest["codec_psnr"])
-            write_shard(out / f"train-0000-{number:06d}.tar", records, stats)
-            bar.advance(len(indices))
-    if not read_manifest(out, MAKER)["complete"]:
+            write_shard(out / name, records, stats)
+            bar.advance()
+    if len(list_shards(out)) == len(shards) and not read_manifest(out, MAKER)["complete"]:
         write_manifest(out, manifest)
 
 

@@ -1,15 +1,22 @@
-"""All stages of a pipeline, wired by themselves and resumable: run it again and it goes on where it was."""
+"""All stages of a pipeline, wired by themselves and resumable: run it again and it goes on where it was.
+
+Under torchrun the processes share encoding, trajectories and training; the first one does the rest.
+"""
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minwm.core.config import ConfigError, dumps, to_dict
+import torch.distributed as dist
+
+from minwm.core.config import ConfigError, UserError, dumps, to_dict
 from minwm.core.files import locked, read_config, write_text
-from minwm.core.runtime import pick_device, require_one_process
+from minwm.core.runtime import pick_device, rank
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.eval.run import Evaluation, Log, evaluate
@@ -22,6 +29,8 @@ from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import train
 from minwm.train.collect import CollectConfig, collect
 from minwm.train.config import Run, Summary
+from minwm.train.doctor import examine
+from minwm.train.parallel import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +43,19 @@ class Timing:
     """What it was made with; None in older folders."""
 
 
-def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = None) -> None:
+def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = None, after_red: bool = False) -> None:
     """Make everything that `out` lacks, to the end or to the stage `until`; `log` gets a line per part.
 
-    Raises UserError under torchrun or while another process makes a pipeline in `out`.
+    Raises UserError while another process makes a pipeline in `out`, and after a stage that will not become what it
+    should (a red verdict of the doctor), unless it is to go on `after_red`. All processes of torchrun call it.
     """
-    require_one_process("a pipeline")
-    with locked(out):
-        _run_parts(pipeline, out, log, until)
+    timeout = pipeline.stages[0].parallel.timeout
+    with locked(out) if rank() == 0 else nullcontext(), process_group(timeout):
+        part = PipelinePart(out, log if rank() == 0 else lambda _line: None)
+        _run_parts(pipeline, out, part, until, after_red)
 
 
-def _run_parts(pipeline: Pipeline, out: Path, log: Log, until: str | None) -> None:
-    part = PipelinePart(out, log)
+def _run_parts(pipeline: Pipeline, out: Path, part: "PipelinePart", until: str | None, after_red: bool) -> None:
     if (render := pipeline.render) is not None:
         part(
             "render",
@@ -53,7 +63,7 @@ def _run_parts(pipeline: Pipeline, out: Path, log: Log, until: str | None) -> No
             {"clips": pipeline.clips, **to_dict(render)},
         )
     if pipeline.codec:
-        _train(pipeline.codec, out, log)
+        _train(pipeline.codec, out, part.log)
         if until == "codec":
             return
     start = pipeline.stages[0]
@@ -62,25 +72,48 @@ def _run_parts(pipeline: Pipeline, out: Path, log: Log, until: str | None) -> No
         "encode",
         lambda: encode_clips(out / "raw", out / "latents", codec, start.model.text, pick_device(), pipeline.encode),
         to_dict(pipeline.encode),
+        shared=True,
     )
     for run in pipeline.stages:
         if run.recipe.needs_trajectories:
             about = to_dict(collection(run, pipeline.collect))
-            part("collect", lambda run=run: collect_for(run, out, pipeline.collect), about)
-        _train(run, out, log)
+            part("collect", lambda run=run: collect_for(run, out, pipeline.collect), about, shared=True)
+        _train(run, out, part.log)
+        part(f"doctor-{run.name}", lambda run=run: stop_if_ill(out / run.name, part.log, after_red))
         if run.name == until:
             return
     about = {"evaluated": [*pipeline.evaluated], **to_dict(pipeline.evaluation)}
-    part("evaluate", lambda: evaluate_stages(pipeline, out, log), about)
+    part("evaluate", lambda: evaluate_stages(pipeline, out, part.log), about)
+
+
+def stop_if_ill(stage: Path, log: Log, after_red: bool = False) -> None:
+    """UserError after a red verdict on a trained stage, unless it is to go on; `log` gets all verdicts."""
+    verdicts = examine(stage)
+    for verdict in verdicts:
+        log(f"{stage.name}: {verdict.level}: {verdict.name}: {verdict.evidence}; {verdict.cure}")
+    if any(verdict.level == "red" for verdict in verdicts) and not after_red:
+        raise UserError(f"{stage} will not become what it should (red verdicts above); cure it, or give --after-red")
 
 
 class PipelinePart:
-    """Runs a part unless `out/parts/{name}.json` says that it is done; ConfigError if it was with another config."""
+    """Runs a part unless `out/parts/{name}.json` says that it is done; ConfigError if it was with another config.
+
+    Of several processes the first one does it, or all if it is shared, and they wait for each other.
+    """
 
     def __init__(self, out: Path, log: Log) -> None:
         self.folder, self.log = out / "parts", log
+        self.group: Any = None
+        if dist.is_initialized():  # who waits for a long part of another process waits longer than in training
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))
 
-    def __call__(self, name: str, work: Callable[[], object], config: dict[str, Any] | None = None) -> None:
+    def wait(self) -> None:
+        if self.group:
+            dist.barrier(self.group)
+
+    def __call__(
+        self, name: str, work: Callable[[], object], config: dict[str, Any] | None = None, shared: bool = False
+    ) -> None:
         done = self.folder / f"{name}.json"
         if done.exists():
             before = read_config(Timing, done).config or {}
@@ -93,9 +126,13 @@ class PipelinePart:
             self.log(f"{name}: done before")
             return
         start = time.monotonic()
-        work()
+        if shared or rank() == 0:
+            work()
+        self.wait()
         seconds = time.monotonic() - start
-        write_text(done, dumps(Timing(seconds=seconds, config=config)))
+        if rank() == 0:
+            write_text(done, dumps(Timing(seconds=seconds, config=config)))
+        self.wait()
         self.log(f"{name}: {seconds:.0f} s")
 
 

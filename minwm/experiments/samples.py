@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from minwm.core.media import contact_sheet, write_image
 from minwm.data.clips import read_manifest
+from minwm.eval.cases import Videos
+from minwm.eval.image import chunk_spans, flicker, seam_ratio
 from minwm.eval.metrics import METRICS, measure
 from minwm.eval.recorded import recorded_source, recordings
 from minwm.eval.source import VideoSource
 from minwm.eval.suite import model_source, requests, suite
-from minwm.store.model import Model
+from minwm.store.model import Model, ModelConfig
 from minwm.train.config import Run
 
 FRAMES = 8
@@ -38,4 +42,24 @@ def sample_videos(run: Run, model: Model, folder: Path) -> dict[str, float]:
     scores = measure(VideoSource([*videos], lambda name: videos[name]), metrics).scores
     found = {quantity: score for quantities in scores.values() for quantity, score in quantities.items()}
     named = [quantity for metric in metrics for quantity in METRICS[metric].better]
-    return {quantity: found[quantity].mean.value for quantity in named if quantity in found}
+    means = {quantity: found[quantity].mean.value for quantity in named if quantity in found}
+    if truth is None:
+        return means
+    shown, true = (np.stack([each.video(name).frames for name in videos]) for each in (source, truth))
+    return means | compare_looks(shown, true, model.config)
+
+
+def compare_looks(shown: Videos, true: Videos, config: ModelConfig) -> dict[str, float]:
+    """How videos look beside the true ones, 1 is alike: motion (mean change from frame to frame), saturation (mean
+    range of the colours of a pixel), flicker and seam (`Quality`). A text start shows another scene than the truth."""
+    change, colours = (lambda x: np.abs(np.diff(x.astype(np.float32), axis=1)).mean()), np.ptp
+    spans = chunk_spans(shown.shape[1], config.stream.first_chunk_frames, config.stream.chunk, config.motion.stride)
+    seams = [seam_ratio(x, spans, config.motion.stride) for x in (shown, true)]
+    ratios = {
+        "motion": (change(shown), change(true)),
+        "saturation": (colours(shown, axis=-1).mean(), colours(true, axis=-1).mean()),
+        "flicker": (flicker(shown), flicker(true)),
+    }
+    if seams[0] is not None and seams[1] is not None:
+        ratios["seam"] = (seams[0], seams[1])
+    return {name: float(a / max(b, 1e-6)) for name, (a, b) in ratios.items()}

@@ -1,5 +1,6 @@
 """Collecting a teacher's ODE trajectories: its model folder and latent shards in, shards with trajectories out."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from minwm.core.config import ConfigError, to_dict
 from minwm.core.files import locked
-from minwm.core.runtime import generator, pick_device, require_one_process
+from minwm.core.runtime import generator, pick_device, rank
 from minwm.core.types import Clip
 from minwm.data.encode import identity
 from minwm.data.trajectories import collect_trajectories
@@ -49,9 +50,8 @@ def collect(teacher: Model, latents: Path, out: Path, cfg: CollectConfig, studen
 
     The student's config is by default the teacher's with `cfg.sampler`. Raises ConfigError for a teacher that is not
     autoregressive or has another codec than the clips, DataError for clips of another kind or if `out` holds anything
-    else, and UserError under torchrun or while another process writes there.
+    else, and UserError while another process writes there. Under torchrun every process collects its part.
     """
-    require_one_process("collecting trajectories")
     if not teacher.config.sampler.causal:
         raise ConfigError("the teacher is a bidirectional model; trajectories are those of an autoregressive one")
     model, recipe = student or teacher.config, OdeConfig(guidance=cfg.guidance, ode_steps=cfg.ode_steps)
@@ -70,6 +70,6 @@ def collect(teacher: Model, latents: Path, out: Path, cfg: CollectConfig, studen
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
             return recipe.collect_states(net, clip.to(device), model, noise)
 
-    with locked(out):
+    with locked(out) if rank() == 0 else nullcontext():
         about = {"teacher": identity(teacher.net), **to_dict(cfg), "stream": to_dict(model.stream)}
         collect_trajectories(source, out, cfg.clips, states, about, batch=cfg.batch)

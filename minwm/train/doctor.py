@@ -4,6 +4,7 @@ A healthy run is far from every threshold. `tests/test_doctor.py` has, for each 
 healthy one beside it.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from minwm.core.metrics import read_metrics
 from minwm.core.runtime import generator
 from minwm.data.remote import data_folder
 from minwm.recipes.diffusion import DiffusionConfig
+from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ops import noise_like
 from minwm.store.folder import load_config
 from minwm.store.layouts import FAMILIES
@@ -40,6 +42,15 @@ BLIND = 1e-3
 """Relative change of the velocity when all cameras are put where the first one is."""
 SHIFTS = 2.0
 """Times that the shift of sampling may be that of training; HunyuanVideo's are 5 and 3."""
+LOOKS = {
+    "static video": ("motion", 0.0, 0.2, "train on; look whether the clips move, and their captions; raise optim.lr"),
+    "flicker": ("flicker", 3.0, math.inf, "train on; raise ema, or in DMD critic_updates"),
+    "seams at chunk borders": ("seam", 2.0, math.inf, "train the autoregressive stage longer, or with longer clips"),
+    "oversaturation": ("saturation", 1.3, math.inf, "lower guidance: of the teacher, the real score, or the sampler"),
+}
+"""Verdicts on sample videos: a score relative to the truth, where 1 is alike, the interval of an ill one, a cure."""
+FEW_CRITIC_UPDATES = 2
+"""Per student update, below which the critic does not follow the student; 4 or 5 are published."""
 CAMERA_ONSET = {"small": 2000, "large": 5000}
 """Steps until cameras are followed, at most: 1.3B and 8B parameters (1-2K, and about 5K steps, are reported)."""
 LARGE = 4e9
@@ -64,14 +75,14 @@ def examine(folder: Path) -> list[Verdict]:
     states = States(folder)
     if (step := states.latest()) and run.recipe.trains_backbone:
         student, ema = first_student(run), first_student(run)
-        states.load(step, {"student": student, "ema": ema}, [])
+        states.load(step, {"student": student, "ema": ema}, [], alone=True)
         found += from_weights(run, step, student, ema)
         found += from_cameras(run, step, student)
     return found
 
 
 def from_log(run: Run, lines: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
-    """Loss spikes of each role, and waiting for clips."""
+    """Loss spikes of each role, looks of sample videos, and waiting for clips."""
     for role in run.recipe.trained:
         steps = [line for line in lines if line["trains"] == role]
         losses = [next(value for name, value in line.items() if name not in ("step", "trains")) for line in steps]
@@ -82,6 +93,7 @@ def from_log(run: Run, lines: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
                 cure = "look at the clips of that step; set optim.skip_above, lower optim.lr, or raise warmup"
                 yield Verdict("loss spike", "yellow", evidence, cure)
                 break
+    yield from from_samples(lines)
     late = lines[len(lines) // 2 :]  # the first ones read what then stays in memory
     if len(late) >= 10:
         clips = run.batch * run.accumulate
@@ -89,6 +101,16 @@ def from_log(run: Run, lines: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
         if waits > STARVED:
             evidence = f"{100 * waits:.0f} % of the time of a step is waiting for clips"
             yield Verdict("starved of data", "yellow", evidence, "put the shards on a local disk, or make them smaller")
+
+
+def from_samples(lines: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
+    """Videos of the averaged student that do not look like the truth beside them; the newest count."""
+    sampled = [line for line in lines if "sample/motion" in line]
+    for name, (score, low, high, cure) in LOOKS.items() if sampled else ():
+        value = sampled[-1].get(f"sample/{score}")
+        if value is not None and low <= value < high:
+            evidence = f"{score} of the videos after {sampled[-1]['step'] + 1} steps is {value:.2f} of the truth's"
+            yield Verdict(name, "yellow", evidence, cure)
 
 
 def from_config(run: Run) -> Iterator[Verdict]:
@@ -104,6 +126,9 @@ def from_config(run: Run) -> Iterator[Verdict]:
             kinds = {True: "an autoregressive", False: "a bidirectional"}
             evidence = f"init.{role}={folder} is {kinds[not wanted]} model; this stage needs {kinds[wanted]} one"
             yield Verdict("checkpoint of another stage", "red", evidence, f"name the right folder in init.{role}")
+    if isinstance(run.recipe, DmdConfig) and run.recipe.critic_updates < FEW_CRITIC_UPDATES:
+        evidence = f"{run.recipe.critic_updates} update of the critic per update of the student"
+        yield Verdict("critic falls behind", "yellow", evidence, "set recipe.critic_updates to 4 or 5")
     if not isinstance(run.recipe, DiffusionConfig):
         return
     trained, sampled = run.recipe.time.shift, run.model.sampler.shift

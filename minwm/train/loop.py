@@ -13,13 +13,14 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minwm.core.config import UserError
-from minwm.core.metrics import metrics_log
+from minwm.core.metrics import metrics_log, read_metrics
+from minwm.core.runtime import Progress, peak_memory_gb, progress
 from minwm.core.runtime import generator as make_generator
-from minwm.core.runtime import peak_memory_gb, progress
 from minwm.data.dataset import Loader
 from minwm.nets.lora import copy_network, update_average
 from minwm.recipes.base import Recipe
 from minwm.train.config import Run
+from minwm.train.doctor import from_log
 from minwm.train.flops import count_flops
 from minwm.train.parallel import Parallel, Weights, no_weights, termination, whole
 from minwm.train.state import States
@@ -111,6 +112,11 @@ class Trainer:
         return rate
 
     @property
+    def averaged(self) -> nn.Module:
+        """The student that is saved as the model."""
+        return self.ema.net if self.run.ema else self.networks["student"]
+
+    @property
     def all_optimizers(self) -> list[torch.optim.Optimizer]:
         return [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers.values()]
 
@@ -133,13 +139,11 @@ def loop(
     """
     trainer, states = Trainer(run, recipe, parallel, weights), States(out, run.keep)
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
-    first_step, seconds_before, hours_before = states.latest() or 0, 0.0, 0.0
+    first_step, extra = states.latest() or 0, dict[str, Any]()
     if first_step:
         extra = states.load(first_step, saved, trainer.all_optimizers)
         clips.load(extra["data"])
-        seconds_before = extra["seconds"]
-        hours_before = extra.get("gpu_hours", seconds_before * parallel.world / 3600)
-    begin = time.monotonic()
+    clock, told_of = Clock(run, first_step, parallel.world, extra), set[str]()
     with (
         metrics_log(out, first_step, run.tensorboard, run.tracker) as log,
         progress(run.steps - first_step, run.name) as bar,
@@ -163,33 +167,54 @@ def loop(
             losses, optimisation = gradients.losses | val, {"grad_norm": gradients.norm, "lr": rate}
             peak = peak_memory_gb(parallel.device)
             cost = speed | {"data_wait_s": gradients.data_wait} | ({"peak_memory_gb": peak} if peak else {})
-            scores = {}
-            if sample and (step + 1) % run.sample_every == 0:
-                made = sample(trainer.ema.net if run.ema else trainer.networks["student"], step + 1)
-                scores = {f"sample/{name}": value for name, value in made.items()}
+            made = sample(trainer.averaged, step + 1) if sample and (step + 1) % run.sample_every == 0 else {}
+            scores = {f"sample/{name}": value for name, value in made.items()}
             log(step, gradients.trains, losses | optimisation | cost | scores)
-            seconds = time.monotonic() - begin
-            hours = hours_before + seconds * parallel.world / 3600
-            to_come = (hours - hours_before) / (step + 1 - first_step) * (run.steps - step - 1)
-            bar.advance(1, progress_text(losses, cost, hours, to_come, run.price))
+            bar.advance(1, f"{progress_text(losses, cost)} {clock.text(step + 1)}")
             stop = parallel.any(told.is_set()) and step + 1 < run.steps
             if save or stop:
-                extra = {"data": clips.state(), "seconds": seconds_before + seconds, "gpu_hours": hours}
-                states.save(step + 1, saved, trainer.all_optimizers, extra)
+                states.save(step + 1, saved, trainer.all_optimizers, {"data": clips.state(), **clock.spent()})
+                note_verdicts(run, out, bar, told_of)
             if stop:
                 raise StoppedError(f"{run.name}: told to end (SIGTERM); the same command goes on after step {step + 1}")
-    return trainer.ema.net if run.ema else trainer.networks["student"]
+    return trainer.averaged
 
 
-def progress_text(
-    losses: Mapping[str, float], cost: Mapping[str, float], hours: float, to_come: float, price: float | None
-) -> str:
-    """Losses, rates, memory, GPU-hours so far and to come, and what the latter cost."""
+class Clock:
+    """The time of a training over all of its parts: in seconds, and in hours of its GPUs, one for each process."""
+
+    def __init__(self, run: Run, first_step: int, processes: int, before: Mapping[str, Any]) -> None:
+        """`before`: what `spent` was at the first step."""
+        self.run, self.first_step, self.processes, self.begin = run, first_step, processes, time.monotonic()
+        self.seconds = before.get("seconds", 0.0)
+        self.hours = before.get("gpu_hours", self.seconds * processes / 3600)
+
+    def spent(self) -> dict[str, float]:
+        seconds = time.monotonic() - self.begin
+        return {"seconds": self.seconds + seconds, "gpu_hours": self.hours + seconds * self.processes / 3600}
+
+    def text(self, step: int) -> str:
+        """GPU-hours so far and to come after so many steps, and what the latter cost."""
+        hours = self.spent()["gpu_hours"]
+        to_come = (hours - self.hours) / (step - self.first_step) * (self.run.steps - step)
+        price = "" if self.run.price is None else f" for {to_come * self.run.price:.2f}"
+        return f"{hours:.2g} GPU-h, {to_come:.2g} to come{price}"
+
+
+def note_verdicts(run: Run, out: Path, bar: Progress, told_of: set[str]) -> None:
+    """Show the doctor's verdicts on the log so far, each once."""
+    for verdict in from_log(run, read_metrics(out)):
+        if verdict.name not in told_of:
+            told_of.add(verdict.name)
+            bar.note(f"{run.name}: {verdict.level}: {verdict.name}: {verdict.evidence}; {verdict.cure}")
+
+
+def progress_text(losses: Mapping[str, float], cost: Mapping[str, float]) -> str:
+    """Losses, rates and memory."""
     units = {"clips_per_s": "clips/s", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s", "peak_memory_gb": "GB"}
     parts = [f"{name} {value:.4f}" for name, value in losses.items()]
     parts += [f"{cost[name]:.3g} {unit}" for name, unit in units.items() if name in cost]
-    parts.append(f"{hours:.2g} GPU-h, {to_come:.2g} to come")
-    return " ".join(parts) + ("" if price is None else f" for {to_come * price:.2f}")
+    return " ".join(parts)
 
 
 def throughput(run: Run, seconds: float, flops: Sequence[int]) -> dict[str, float]:

@@ -88,30 +88,34 @@ class States:
                 shutil.rmtree((self.folder / f"{old:06d}").rename(half))
 
     def load(
-        self, step: int, networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+        self,
+        step: int,
+        networks: Mapping[str, nn.Module],
+        optimizers: Iterable[torch.optim.Optimizer],
+        alone: bool = False,
     ) -> dict[str, Any]:
-        """Load everything in place; returns `extra`. All processes call it. UserError for a damaged state."""
+        """Load everything in place; returns `extra`. All processes call it, unless one does it `alone`, whose networks
+        are whole. UserError for a damaged state."""
+        alone = alone or not dist.is_initialized()
         folder = self.folder / f"{step:06d}"
         extra, problem = (
             self.extra(step),
             f"{folder} is damaged; delete it, and the run goes on from what was before it",
         )
-        self._check_files(folder, extra["files"], problem)
+        self._check_files(folder, extra["files"], problem, alone)
         reader = FileSystemReader(folder)
         with _named_errors(problem):
             _prepare_optimizers(networks, optimizers, reader.read_metadata().state_dict_metadata)
             tensors = state_tensors(networks, optimizers)
-            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+            load(tensors, storage_reader=reader, no_dist=alone)
         return extra
 
-    def _check_files(self, folder: Path, sums: Mapping[str, int], problem: str) -> None:
+    def _check_files(self, folder: Path, sums: Mapping[str, int], problem: str, alone: bool) -> None:
         """UserError on every process if a file is not what was written; each looks at some."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        mine = sorted(sums)[rank() :: world]
+        mine = sorted(sums) if alone else sorted(sums)[rank() :: dist.get_world_size()]
         there = _checksums(folder, (name for name in mine if (folder / name).exists()))
-        wrong = _from_all(
-            {name: "another" if name in there else "gone" for name in mine if there.get(name) != sums[name]}
-        )
+        found = {name: "another" if name in there else "gone" for name in mine if there.get(name) != sums[name]}
+        wrong = found if alone else _from_all(found)
         if wrong:
             raise UserError(f"{problem} ({', '.join(f'{name}: {what}' for name, what in sorted(wrong.items()))})")
 
