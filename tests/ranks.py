@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minwm.bench.scaling import Cluster, plan_step
+from minwm.bench.scaling import Cluster, count_uses, plan_step
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import rank
 from minwm.core.types import Clip
@@ -56,6 +56,7 @@ MODELS = {"wan": MODEL, "hunyuan": replace(MODEL, network=SMALL["hunyuan-dual"])
 RUNS = {f"{family}-{name}": (model, cfg) for family, model in MODELS.items() for name, cfg in CASES.items()}
 RUNS |= {f"{family}-lora-dmd": (model, CASES["dmd"]) for family, model in MODELS.items()}
 RUNS |= {"wan-lora-consistency": (MODEL, CASES["consistency"]), "codec": (MODEL, CodecTraining())}
+PAIRS = ParallelConfig(sequence=2, shard=2)
 BASE = replace(MODEL, network=replace(MODEL.network, dim=512, ffn=2048, layers=4))
 LOSS = {"student": "dmd", "critic": "critic"}
 
@@ -228,13 +229,18 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def sending(family: str, parallel: ParallelConfig) -> Run:
+    cfg = CASES["dmd"]
+    return Run(name="sent", model=MODELS[family], recipe=cfg, data="", batch=1, accumulate=2, parallel=parallel)
+
+
 def sent_as_planned(family: str, parallel: ParallelConfig) -> None:
     """What `minwm plan --gpus` counts for a step of each role, without any process, is what is sent.
 
     HunyuanVideo sends a little less: text after the last block, and image states of which these clips have none, get no
     gradient. In a network of two blocks that is 6 % of all gradients.
     """
-    run = Run(name="sent", model=MODELS[family], recipe=CASES["dmd"], data="", batch=1, accumulate=2, parallel=parallel)
+    run = sending(family, parallel)
     recipe = build_recipe(run, lambda _: run.recipe.network(run.model))
     trainer = Trainer(run, recipe, Parallel(parallel, torch.device("cpu")))
     for step, role in enumerate(run.recipe.trained):
@@ -278,7 +284,7 @@ def two(out: Path) -> None:
 
 def four(out: Path) -> None:
     """Copies of the weights in pairs of ranks, which share the clips."""
-    parallel = ParallelConfig(sequence=2, shard=2)
+    parallel = PAIRS
     for family in MODELS:
         sent_as_planned(family, parallel)
     same_steps(out, [name for name in RUNS if name.startswith("hunyuan")], parallel)
@@ -302,6 +308,10 @@ def piped(out: Path) -> None:
 
 
 def main(out: Path) -> None:
+    for parallel in (ParallelConfig(), PAIRS):  # counted once, for all processes
+        for run in (sending(family, parallel) for family in MODELS):
+            for role in run.recipe.trained:
+                count_uses(run, role, parallel.sequence)
     save_model(out / "base", BASE, BASE.network.build(), BASE.codec.build())
     for name in RUNS:
         torch.save(list(steps(name, ParallelConfig())), out / f"{name}.pt")
