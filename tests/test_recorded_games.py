@@ -149,3 +149,11 @@ def test_a_blocked_clip_is_tried_elsewhere(tmp_path: Path) -> None:
         record(tmp_path / "short", replace(cfg, length=0.5), clips=1)
     with pytest.raises(ConfigError, match=r"moved=1\.5: a share from 0 to 1"):
         replace(cfg, moved=1.5)
+
+
+def test_the_game_of_the_page_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "own-game.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MyGame" in block)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "page"})
+    assert len(ClipFolder(tmp_path / "runs" / "mygame" / "raw").ids()) == 2

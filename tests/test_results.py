@@ -276,10 +276,8 @@ def test_what_the_pages_say_of_the_tracker_is_as_committed() -> None:
 def test_the_page_shows_how_far_recovered_cameras_are_off() -> None:
     rows = json.loads((ROOT / "results" / "camera-recovery.json").read_text())["rows"]
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    names = ("lost", "rot_err_deg", "direction_err_deg", "speed_ratio", "turn_ratio", "strays")
     for video, found in rows.items():
-        cells = " | ".join(f"{found[name]['value']:.2f}" for name in names)
-        assert f"| {video} | {cells} |" in page
+        assert f"| {video} | {recovery_cells(found)} |" in page
     speeds = {name.removeprefix("128 "): row["speed_ratio"]["value"] for name, row in rows.items()}
     truth = {"0.8x speed": 0.8, "0.5x speed": 0.5, "static": 0.0, "opposite": -1.0}
     assert all(abs(speeds[name] - speed) < 0.05 for name, speed in truth.items())
@@ -300,6 +298,27 @@ def recorded_table() -> str:
 
 def test_the_page_shows_what_recorded_clips_say_of_the_shipped_models() -> None:
     assert recorded_table() in (ROOT / "docs" / "evaluation.md").read_text()
+
+
+def test_the_pages_show_what_was_measured_on_game_footage() -> None:
+    """True cameras pass, each wrong reading of them fails; and how far recovered ones are off."""
+    results = json.loads((ROOT / "results" / "game-footage.json").read_text())
+    checked, page = results["camera_check"]["rows"], (ROOT / "docs" / "own-game.md").read_text()
+    for name, row in checked.items():
+        named = "" if name == "true" else f"{row['named']:.0%}"
+        cells = f"{row['passes']:.0%} | {named} | {row['residual_pixels']:.2f} | {row['in_front']:.2f}"
+        assert f"| {name} | {cells} |" in page
+        assert row["passes"] == (name == "true")
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for name, row in results["camera_recovery"]["rows"].items():
+        assert f"| {name} | {recovery_cells(row, 'relative_speed')} |" in page
+    costs = results["heights"]["cost"]
+    assert min(costs, key=costs.__getitem__) == "1.2" and results["heights"]["with_steps"] > 1
+
+
+def recovery_cells(row: dict, speed: str = "speed_ratio") -> str:
+    names = ("lost", "rot_err_deg", "direction_err_deg", speed, "turn_ratio", "strays")
+    return " | ".join(f"{row[name]['value']:.2f}" for name in names)
 
 
 def test_no_fault_of_a_training_loses_anything() -> None:

@@ -5,8 +5,8 @@ are things on a screen of square pixels: z counts 1.2 times. Its renderer shears
 up or down. So the game never does: it draws a wide level picture, of which every view from there is a homography.
 """
 
+import contextlib
 import math
-import os
 import struct
 import tempfile
 import weakref
@@ -39,8 +39,8 @@ THRUST, STRONGEST, FRICTION = 2048 / 65536, 50, 0xE800 / 0x10000
 of its speed that a player keeps from tic to tic."""
 CLEARANCE, HEADROOM = 24.0, 64.0
 """Map units around and above a player who is put somewhere; a player is 16 wide each way and 56 high."""
-PLACES = 100
-"""Places tried before the map counts as having none."""
+DRAWS, PLACES = 100_000, 100
+"""Points drawn in a map, and places among them that are tried, before it counts as having none."""
 SETTLE = 20
 """Tics after which the player stands, and the field of view is the one wanted."""
 VARIABLES: tuple[str, ...] = (
@@ -109,9 +109,8 @@ class Doom:
         self.wide = math.tan(math.radians(cfg.field_of_view) / 2)
         width, height = self._screen()
         self.game = vizdoom.DoomGame()
-        self.game.set_doom_scenario_path(str(wad))
+        self.game.set_doom_scenario_path(str(wad.absolute()))
         self.game.set_doom_map(cfg.map)
-        self.game.set_doom_config_path(os.path.join(tempfile.gettempdir(), f"minwm-vizdoom-{os.getpid()}.ini"))
         self.game.set_screen_resolution(vizdoom.ScreenResolution.__members__[f"RES_{width}X{height}"])
         self.game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         self.game.set_window_visible(False)
@@ -122,10 +121,12 @@ class Doom:
         buttons = ("MOVE_FORWARD_BACKWARD_DELTA", "MOVE_LEFT_RIGHT_DELTA", "TURN_LEFT_RIGHT_DELTA")
         self.game.set_available_buttons([vizdoom.Button.__members__[name] for name in buttons])
         self.game.set_available_game_variables([vizdoom.GameVariable.__members__[name] for name in VARIABLES])
-        self.game.add_game_args("-nomonsters +sv_cheats 1 +movebob 0 +stillbob 0 +pickup_fade_scalar 0")
+        self.game.add_game_args("-nomonsters +sv_cheats 1 +movebob 0 +stillbob 0 +pickup_fade_scalar 0 +telezoom 0")
+        self.folder = tempfile.TemporaryDirectory(prefix="minwm-vizdoom-")  # for its settings and messages
         weakref.finalize(self, self.game.close)  # or its process outlives ours
         try:
-            self.game.init()
+            with contextlib.chdir(self.folder.name):
+                self.game.init()
         except (vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException) as error:
             raise DataError(f"{self.world}: ViZDoom does not start: {error}") from error
         self.floor = FloorPlan(self.game.get_state().sectors)
@@ -147,7 +148,7 @@ class Doom:
             if math.hypot(self.state["CAMERA_POSITION_X"] - x, self.state["CAMERA_POSITION_Y"] - y) < 1:
                 break
         else:
-            raise DataError(f"{self.world}: the player stands at none of {PLACES} places; give another map")
+            raise DataError(f"{self.world}: the player stands at none of up to {PLACES} places; give another map")
         self.angle, self.pitch = float(rng.uniform(0, 360)), 0.0
         self._press(0, 0, _wrapped(self.state["CAMERA_ANGLE"] - self.angle))
         return self._view()
@@ -244,13 +245,15 @@ class FloorPlan:
         self.high = np.array([sector.ceiling_height - sector.floor_height for sector in sectors]) >= HEADROOM
 
     def places(self, rng: np.random.Generator) -> list[tuple[int, int]]:
-        """Some of the places, each as likely: x and y in map units."""
+        """Some of the places, each as likely: x and y in map units; none if `rng` met none."""
         low, top = self.ends.reshape(-1, 2).min(0), self.ends.reshape(-1, 2).max(0)
         found = list[tuple[int, int]]()
-        while len(found) < PLACES:
+        for _ in range(DRAWS):
             x, y = (int(value) for value in rng.uniform(low, top))
             if self.free(x, y):
                 found.append((x, y))
+            if len(found) == PLACES:
+                break
         return found
 
     def free(self, x: float, y: float) -> bool:
