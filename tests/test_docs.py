@@ -21,7 +21,9 @@ from minwm.train.config import Run
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = [line.split("|")[3] for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("|")]
-NAMES = [name for row in ROWS for name in re.findall(r"`([\w.]+)`", row)]
+PLACES = (ROOT / "docs" / "paper.md").read_text().split("\n## Where everything is")[1].split("\n## ")[0].splitlines()
+PLACES = [line.split("|")[2:4] for line in PLACES if line.startswith("|") and "`" in line and "preset `" not in line]
+NAMES = [name for row in [*ROWS, *(code for code, _ in PLACES)] for name in re.findall(r"`([\w.]+)`", row)]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("minwm ")]
 WAN, HUNYUAN = (ROOT / "docs" / "paper.md").read_text().split("\n## ")[1:3]
@@ -50,6 +52,14 @@ def test_the_glossary_names_code_that_exists(name: str) -> None:
     owner: Any = importlib.import_module("minwm")
     for part in name.split("."):
         owner = attribute(owner, part)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [pair for _, fields in PLACES for pair in re.findall(r"`([\w.]+)=([^`]+)`", fields)]
+)
+def test_the_preset_paper_has_the_values_that_are_said(name: str, value: str, tmp_path: Path) -> None:
+    stage, _, field = name.partition(".")
+    assert str(attrgetter(field)(PIPELINES["paper"](tmp_path).stage(stage))) == value
 
 
 def reads(run: Run, name: str) -> bool:
