@@ -111,6 +111,7 @@ COMMANDS = {
     ("data", "record"): "--out {out} --clips 1 --latents 3",
     ("data", "generate"): "{project}/files/prompts.txt --model {project}/dmd --out {out} --source-license CC0-1.0",
     ("data", "encode"): "{project}/raw --codec {project}/codec --out {out}",
+    ("data", "copy"): "{project}/raw {out}",
     ("data", "trajectories"): "{project}/latents --teacher {project}/camera --out {out} --clips 1 --ode-steps 4",
     ("data", "prompts"): "{project}/files/prompts.txt --model {project}/dmd",
     ("data", "check"): "{project}/raw --model {project}/dmd",

@@ -26,7 +26,7 @@ def test_every_stage_of_a_preset_runs(name: str, tmp_path: Path, monkeypatch: py
     save_text_encoder(tmp_path / "text")
     out = tmp_path / "run"
     pipeline = tiny_preset(name, out, tmp_path / "text")
-    run_pipeline(pipeline, out, print)
+    run_pipeline(pipeline, out, print, after_red=True)  # two steps from random weights hardly move
     page = report(pipeline, out, evaluate_stages(pipeline, out, print)).read_text()
     assert all(run.name in page for run in pipeline.stages)
     assert page.count(", no camera</p>") == sum(run.model.network.camera == "none" for run in pipeline.stages)

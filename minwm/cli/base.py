@@ -84,7 +84,8 @@ class EngineFlags:
 PLAIN = EngineFlags()
 Engine = Annotated[EngineFlags, arg(name="")]
 Decoder = Annotated[
-    str | None, arg(metavar="FILE", help="tiny decoder, such as taew2_1.pth (with --random-weights: taew2_1)")
+    str | None,
+    arg(metavar="FILE", help="tiny decoder, such as taew2_1.pth (with --random-weights: taew2_1 or taehv1_5)"),
 ]
 
 Verb = Callable[..., None]
