@@ -69,6 +69,12 @@ def test_weights_that_do_not_move(run: Run, tmp_path: Path, capsys: pytest.Captu
     assert "bit for bit the first ones; raise optim.lr" in capsys.readouterr().out
 
 
+def test_weights_that_wait_for_the_learning_rate_to_rise(run: Run, tmp_path: Path) -> None:
+    """The same run, ended while it warms up."""
+    slow = OptimConfig(lr=1e-12, warmup=3)
+    assert found(replace(run, optim=slow, steps=3), tmp_path)["weights not moving"] == "yellow"
+
+
 def test_an_average_that_does_not_follow(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ema, "update", lambda *_: None)
     assert found(replace(run, steps=10), tmp_path) == {"average is stale": "red"}

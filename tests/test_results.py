@@ -182,6 +182,22 @@ def test_the_page_on_performance_shows_the_committed_results() -> None:
     assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page
 
 
+def test_the_page_on_the_place_shows_the_committed_results() -> None:
+    page = (ROOT / "docs" / "place.md").read_text()
+    far = {
+        "`foundation-1`, trained on neighbours": "place-neighbours",
+        "`foundation-2`, on far views": "place-foundation",
+        "`ar-4`": "place-ar",
+    }
+    for label, name in far.items():
+        views = json.loads((ROOT / "results" / f"{name}.json").read_text())["far_views"]
+        assert f"| {label} | {' | '.join(f'{value:.1f}' for value in views.values())} |" in page
+    found = json.loads((ROOT / "results" / "place-ar.json").read_text())
+    for label, row in {"8 steps |": "model", "has them |": "few_steps", "codec alone |": "codec"}.items():
+        after = " / ".join(f"{value:.1f}" for value in found[row]["psnr_at_seconds"])
+        assert f"{label} {after} dB | {100 * found[row]['sharpness']:.0f} % |" in page
+
+
 WAYS = {
     "camera": "bidirectional",
     "ar": "autoregressive",

@@ -148,9 +148,14 @@ def from_weights(run: Run, step: int, student: nn.Module, ema: nn.Module) -> Ite
     before, now, mean = (_flat(net, names) for net in (start, student, ema))
     same = float((before == now).float().mean())
     if same > UNMOVED:
-        evidence = f"after {step} steps {100 * same:.1f} % of the student's weights are bit for bit the first ones"
-        cure = "raise optim.lr; look whether gradients reach the network (grad_norm in metrics.jsonl)"
-        yield Verdict("weights not moving", "red", evidence, cure)
+        updates = sum(run.recipe.turn[i % len(run.recipe.turn)] == "student" for i in range(step))
+        evidence = f"after {updates} updates {100 * same:.1f} % of the student's weights are bit for bit the first ones"
+        if updates <= run.optim.warmup:
+            normal = f"{evidence}: normal so far, the learning rate rises for {run.optim.warmup} updates"
+            yield Verdict("weights not moving", "yellow", normal, "train on")
+        else:
+            cure = "raise optim.lr; look whether gradients reach the network (grad_norm in metrics.jsonl)"
+            yield Verdict("weights not moving", "red", evidence, cure)
     elif run.ema and (lag := float((mean - now).norm() / (now - before).norm())) > STALE:
         evidence = f"the average is {lag:.2f} of the way that the student has moved behind it, and it is what is saved"
         yield Verdict("average is stale", "red", evidence, "lower ema, or train longer; ema=0 saves the student itself")
