@@ -7,7 +7,6 @@ truth; and they are ingested and encoded. Times are CPU seconds of one thread.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 from minwm.cameras.estimate.base import EstimateError
 from minwm.cameras.estimate.colmap import Colmap
 from minwm.cameras.track import CameraTrack, rotation_degrees
+from minwm.core.files import write_json
 from minwm.core.media import write_video
 from minwm.core.runtime import git_commit, versions
 from minwm.data.clips import ClipFolder
@@ -174,7 +174,7 @@ def main() -> None:
     steps = {"ingest": camera_files, "ingest_with_colmap": colmap, "encode": found["encode"]["cpu_seconds_per_clip"]}
     found["core_hours_per_1000_clips"] = {name: seconds * 1000 / 3600 for name, seconds in steps.items()}
     found[f"plan_for_{PLAN_CLIPS}_clips"] = plan(steps)
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(given.out, found)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def camera_check(clips: int) -> dict[str, Any]:
         for name, (spoil, said) in {"true": (lambda c2w: c2w, ""), **WRONG}.items():
             result = check_video(CameraTrack(spoil(one.track.c2w), one.track.K, one.track.fps), grey, one.track.fps)
             named = any(re.search(said, str(fault)) for fault in result.faults)
-            fit = (result.fit.residual, result.fit.in_front) if result.fit else (np.nan, np.nan)
-            rows.setdefault(name, []).append((not result.faults, named, *fit))
+            measured = (result.fit.residual, result.fit.in_front) if result.fit else (np.nan, np.nan)
+            rows.setdefault(name, []).append((not result.faults, named, *measured))
     names = ("passes", "named", "residual_pixels", "in_front")
     return {"pixels": 128, "rows": {name: dict(zip(names, summary(row), strict=True)) for name, row in rows.items()}}
 

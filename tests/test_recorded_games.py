@@ -98,6 +98,12 @@ def test_what_the_game_cannot_do_is_refused(fields: dict, message: str, tmp_path
         record(tmp_path / "raw", replace(DOOM, **fields), clips=1)
 
 
+def test_pictures_of_another_file_have_no_known_licence(tmp_path: Path) -> None:
+    wad = Path(str(pytest.importorskip("vizdoom").__file__)).with_name("freedoom2.wad")
+    with pytest.raises(UserError, match=r"license: name that of the pictures in freedoom2\.wad"):
+        record(tmp_path / "raw", replace(DOOM, wad=str(wad)), clips=1)
+
+
 # ---------------------------------------------------------------------------------------------
 # The recorder, with a game of a few lines
 
@@ -149,6 +155,12 @@ def test_a_blocked_clip_is_tried_elsewhere(tmp_path: Path) -> None:
         record(tmp_path / "short", replace(cfg, length=0.5), clips=1)
     with pytest.raises(ConfigError, match=r"moved=1\.5: a share from 0 to 1"):
         replace(cfg, moved=1.5)
+
+
+def test_a_camera_may_rise(tmp_path: Path) -> None:
+    cfg = CorridorConfig(motion=Motion(move=1.0), latents=9, trajectories=("u*8",))
+    folder = record(tmp_path / "raw", cfg, clips=1)
+    assert folder.record(folder.ids()[0]).track.c2w[-1, 1, 3] < -1, "y is down"
 
 
 def test_the_game_of_the_page_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

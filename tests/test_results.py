@@ -182,6 +182,16 @@ def test_the_page_on_performance_shows_the_committed_results() -> None:
     assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page
 
 
+def test_the_page_shows_what_data_cost() -> None:
+    found = json.loads((ROOT / "results" / "data.json").read_text())
+    page = " ".join((ROOT / "docs" / "customise.md").read_text().split())
+    known, solved = found["poses_by_colmap"]["procedural worlds, 160x128"]
+    assert f"lost {known['moving_lost']} of {known['moving_clips']} clips" in page
+    assert f"{known['rotation_deg_50']:.1f} and {solved['rotation_deg_50']:.1f} degrees" in page
+    hours = found["core_hours_per_1000_clips"]
+    assert f"{hours['ingest']:.2f} core hours" in page and f"{hours['ingest_with_colmap']:.2f} with COLMAP" in page
+
+
 def test_the_page_on_the_place_shows_the_committed_results() -> None:
     page = (ROOT / "docs" / "place.md").read_text()
     far = {

@@ -107,7 +107,10 @@ def _one_clip(run: Run) -> tuple[str, tuple[Run]] | None:
 def _lora(run: Run) -> tuple[str, tuple[Run]] | None:
     if run.lora or not (run.recipe.trains_backbone and run.init.student):
         return None
-    return "--lora.rank 32: additions are trained, to weights that all roles share", (replace(run, lora=LoraConfig()),)
+    lora = LoraConfig()
+    return f"--lora.rank {lora.rank}: additions are trained, to weights that all roles share", (
+        replace(run, lora=lora),
+    )
 
 
 def _shorter_clips(run: Run) -> tuple[str, tuple[Run]] | None:

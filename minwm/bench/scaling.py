@@ -63,8 +63,9 @@ class Unit:
     """Uses of one unit of FSDP in a micro-batch."""
 
     shapes: tuple[tuple[int, int, int], ...]
-    """Of each parameter: its rows, the numbers of a row, the bytes of a number; and after them of those trained."""
-    trained: tuple[tuple[int, int, int], ...]
+    """Of each parameter: its rows, the numbers of a row, the bytes of a number."""
+    trained: tuple[tuple[int, int], ...]
+    """Of each trained parameter: its rows, and the numbers of a row."""
     forward: int
     backward: int
 
@@ -74,7 +75,7 @@ class Unit:
 
     def reduced(self, ranks: int) -> int:
         """Bytes of its gradients, in float32."""
-        return sum(math.ceil(rows / ranks) * ranks * row * 4 for rows, row, _ in self.trained)
+        return sum(math.ceil(rows / ranks) * ranks * row * 4 for rows, row in self.trained)
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _count(run: Run, role: str, sequence: int, layers: int) -> tuple[dict[tuple[
 
 def _unit(own: list[nn.Parameter], half: bool, forward: int, backward: int) -> Unit:
     shapes = tuple((len(p), p[0].numel(), min(p.itemsize, 2) if half else p.itemsize) for p in own)
-    trained = tuple((len(p), p[0].numel(), 4) for p in own if p.requires_grad)
+    trained = tuple((len(p), p[0].numel()) for p in own if p.requires_grad)
     return Unit(shapes, trained, forward, backward)
 
 

@@ -66,6 +66,8 @@ class AnyScene:
             raise UserError("--videos DIR is scored as it is; leave out the models and what is made with them")
         if self.data and self.along_suite:
             raise UserError("--data DIR has prompts, first frames and cameras; leave out those of the suite")
+        if self.asked and not self.data and (self.limit is not None or self.split != "val"):
+            raise UserError("--split and --limit are of --data; add --data DIR, or leave them out")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")
         for metric in self.metrics or ():
@@ -111,7 +113,9 @@ def evaluate(
         raise UserError("give --model DIR, or --videos DIR")
     if not scene.asked:
         if scene != AnyScene():
-            raise UserError("--metrics, --weights, --split and --limit are of --suite, --data and --videos; add one")
+            raise UserError(
+                "--metrics and --weights are of --suite, --data and --videos, --split and --limit of --data; add one"
+            )
         return _in_rendered_scenes(model, json, html, sheet, quick, out, fields)
     if sheet or quick or fields:
         raise UserError("--sheet, --quick and sizes are for rendered scenes; leave them out")

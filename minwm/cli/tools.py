@@ -291,8 +291,6 @@ def data_report(
     """Count what a folder of raw clips holds."""
     from minwm.core.media import write_image
     from minwm.data import clips, ingest
-    from minwm.eval.report.dataset import write_dataset_page
-    from minwm.store.folder import load_config
 
     values = clips.report(folder)
     if (folder / "ingested").is_dir():
@@ -301,4 +299,7 @@ def data_report(
     if sheet:
         write_image(sheet, clips.sheet(folder))
     if html:
-        write_dataset_page(html, folder, load_config(model).motion if model else None)
+        from minwm.eval.report.dataset import write_dataset_page
+        from minwm.store.folder import load_config
+
+        write_dataset_page(html, folder, values, load_config(model).motion if model else None)

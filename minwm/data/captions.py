@@ -19,6 +19,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 
+from minwm.cameras.estimate.base import chosen
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import jpeg_bytes
 from minwm.core.runtime import pick_device
@@ -60,8 +61,7 @@ class Captioner(Protocol):
 
 def caption(captioner: Captioner, frames: UInt8[np.ndarray, "n h w 3"]) -> str:
     """What a clip shows. An answer that speaks of motion is asked for again, `ASKED` times in all; it may still do."""
-    at = np.linspace(0, len(frames) - 1, captioner.pictures).round().astype(int)
-    pictures, prompt, answer = [frames[i] for i in np.unique(at)], PROMPT, ""
+    pictures, prompt, answer = [frames[i] for i in chosen(len(frames), captioner.pictures)], PROMPT, ""
     for _ in range(ASKED):
         answer = " ".join(captioner.ask(pictures, prompt).split())
         if not (word := MOTION_WORDS.search(answer)):

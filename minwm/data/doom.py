@@ -58,8 +58,8 @@ class DoomConfig(RecordConfig):
     """Name of the map in the WAD file."""
     wad: str | None = None
     """A WAD file; None: freedoom2.wad, which comes with ViZDoom."""
-    license: str = "BSD-3-Clause"
-    """Of the pictures in the WAD file: Freedoom's."""
+    license: str | None = None
+    """Of the pictures in the WAD file; None: Freedoom's, BSD-3-Clause, of the file that comes with ViZDoom."""
     caption: str = "halls and courtyards of a military base in a science-fiction game"
     """What is seen in this map."""
     tics: int = 2
@@ -101,9 +101,11 @@ class Doom:
 
     def __init__(self, cfg: DoomConfig) -> None:
         vizdoom = require("vizdoom", "games")
-        self.cfg, self.license, self.caption = cfg, cfg.license, cfg.caption
+        self.cfg, self.license, self.caption = cfg, cfg.license or "BSD-3-Clause", cfg.caption
         wad = Path(cfg.wad) if cfg.wad else Path(str(vizdoom.__file__)).with_name("freedoom2.wad")
         lookup(dict.fromkeys(map_names(wad)), cfg.map, f"map of {wad.name}")  # without it the game waits for ever
+        if cfg.wad and not cfg.license:
+            raise ConfigError(f"license: name that of the pictures in {wad.name}")
         self.world = f"{cfg.map} of {wad.name}"
         self.generator = f"vizdoom {vizdoom.__version__}"
         self.wide = math.tan(math.radians(cfg.field_of_view) / 2)

@@ -133,9 +133,8 @@ def walk(game: Game, rng: np.random.Generator, trajectory: Trajectory, cfg: Reco
     """Views of all frames of a trajectory from a place that `rng` draws; None if the camera does not move as far as
     commanded, or further: it was blocked, fell, or was carried."""
     actions = [action for action in trajectory.actions() for _ in range(cfg.motion.stride)]
-    wanted = (
-        np.cumsum([np.hypot(action.move_x, action.move_z) for action in actions]) * cfg.motion.move / cfg.motion.fps
-    )
+    moves = [(action.move_x, action.move_y, action.move_z) for action in actions]
+    wanted = np.cumsum(np.linalg.norm(moves, axis=1)) * cfg.motion.move / cfg.motion.fps
     off, travelled = (1 - cfg.moved) * wanted[-1] + STANDING, 0.0
     try:
         views = [game.start(rng)]

@@ -114,7 +114,7 @@ def _difference(name: str, one: Score, two: Score, shared: Sequence[str], better
 
 
 def sign_flip(gains: Float[Array, " n"]) -> float:
-    """Two-sided p-value: the share of random signs under which the mean is as far from 0, never less than 1 / FLIPS."""
+    """Two-sided p-value: the share of random signs under which the mean is as far from 0; at least 1 / (FLIPS + 1)."""
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, len(gains)))
     far = np.abs(signs @ gains) >= abs(gains.sum()) - 1e-12
     return float((1 + far.sum()) / (1 + FLIPS))

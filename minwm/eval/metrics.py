@@ -228,5 +228,5 @@ METRICS: dict[str, Metric] = {
     "revisits": Metric(("camera",), _revisits, {"gain": "more"}),
     "lpips": Metric(("reference",), lpips, {"lpips": "less"}, "lpips.LPIPS"),
     "dreamsim": Metric(("reference",), dreamsim, {"dreamsim": "less"}, "dreamsim.PerceptualModel"),
-    "fvd": Metric(("reference",), i3d_features, {"fvd": "less"}, "I3D of StyleGAN-V", _video_distance),
+    "fvd": Metric(("reference",), i3d_features, {}, "I3D of StyleGAN-V", _video_distance),
 }

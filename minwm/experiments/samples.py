@@ -6,6 +6,7 @@ import numpy as np
 
 from minwm.core.media import contact_sheet, write_image
 from minwm.data.clips import read_manifest
+from minwm.data.remote import data_folder
 from minwm.eval.cases import Videos
 from minwm.eval.image import chunk_spans, flicker, seam_ratio
 from minwm.eval.metrics import METRICS, measure
@@ -25,7 +26,7 @@ def sample_videos(run: Run, model: Model, folder: Path) -> dict[str, float]:
     Along the cameras of held-out clips, which are their truth; if the data have none, along those of the suite that any
     model is scored on, where there is none.
     """
-    data, source, truth = Path(run.data), None, None
+    data, source, truth = data_folder(run.data), None, None
     if read_manifest(data, run.recipe.data_command)["counts"].get("val"):
         truth = recordings(data, model, "val", run.samples)
         source = recorded_source(model, truth, folder, {"stage": run.name})

@@ -89,6 +89,10 @@ class DiffusionConfig(StartConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probabilities(self, "text_dropout")
+        if self.latents_apart < 1 or (self.latents_apart > 1 and not self.latents):
+            raise ConfigError(
+                f"{self.kind}.latents_apart={self.latents_apart}: give at least 1, and 1 for whole clips (latents=0)"
+            )
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)

@@ -64,6 +64,11 @@ def save_adapter(folder: Path, adapter: Adapter) -> None:
     write_json(folder / CONFIG, content)
 
 
+def adapter_base(folder: Path) -> str:
+    """The base that an adapter names; its tensors are not read."""
+    return read_json(folder / CONFIG, {"base_model_name_or_path": str})["base_model_name_or_path"]
+
+
 def load_adapter(folder: Path) -> Adapter:
     """CheckpointError for a folder without an adapter, a damaged one, and what is no plain LoRA."""
     if not (folder / CONFIG).exists():

@@ -33,7 +33,7 @@ from minwm.train.state import States
 
 VALIDATION_CLIPS = 24
 """Clips of the validation split on which the loss is logged."""
-NO_RESULT = ("parallel", "keep", "tracker", "sample_every", "samples", "price")
+NO_RESULT = ("parallel", "keep", "tensorboard", "tracker", "sample_every", "samples", "price")
 """Fields of a run that its result does not depend on: they may change while it goes on."""
 MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
 """What `run.json` keeps of the data's manifest, for the model card."""

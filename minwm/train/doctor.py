@@ -21,6 +21,7 @@ from minwm.core.flow import interpolate
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import generator
 from minwm.data.remote import data_folder
+from minwm.nets.lora import copy_network
 from minwm.recipes.diffusion import DiffusionConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ops import noise_like
@@ -74,9 +75,10 @@ def examine(folder: Path) -> list[Verdict]:
     found = [*from_log(run, read_metrics(folder)), *from_config(run)]
     states = States(folder)
     if (step := states.latest()) and run.recipe.trains_backbone:
-        student, ema = first_student(run), first_student(run)
+        start = first_student(run)
+        student, ema = copy_network(start), copy_network(start)
         states.load(step, {"student": student, "ema": ema}, [], alone=True)
-        found += from_weights(run, step, student, ema)
+        found += from_weights(run, step, start, student, ema)
         found += from_cameras(run, step, student)
     return found
 
@@ -138,11 +140,11 @@ def from_config(run: Run) -> Iterator[Verdict]:
         yield Verdict("shift of training and sampling differ", "yellow", evidence, cure)
 
 
-def from_weights(run: Run, step: int, student: nn.Module, ema: nn.Module) -> Iterator[Verdict]:
+def from_weights(run: Run, step: int, start: nn.Module, student: nn.Module, ema: nn.Module) -> Iterator[Verdict]:
     """Weights that do not move, and an average that does not follow; of runs that start from a model."""
     if not run.init.student:
         return
-    start, new = first_student(run), FAMILIES[run.model.network.kind].CAMERA_PARAMETERS
+    new = FAMILIES[run.model.network.kind].CAMERA_PARAMETERS
     trained = start.state_dict().keys() & dict(start.named_parameters()).keys()
     names = [name for name in sorted(trained) if not name.endswith(new)]
     before, now, mean = (_flat(net, names) for net in (start, student, ema))

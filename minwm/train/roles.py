@@ -13,7 +13,7 @@ from minwm.core.weights import check, describe_mismatches, map_safetensors, mism
 from minwm.nets.backbone import Backbone
 from minwm.nets.lora import copy_network, round_frozen
 from minwm.recipes.base import Recipe
-from minwm.store.adapter import load_adapter
+from minwm.store.adapter import adapter_base, load_adapter
 from minwm.store.folder import load_weights
 from minwm.store.layouts import FAMILIES
 from minwm.train.config import Run
@@ -122,7 +122,7 @@ def base_folder(run: Run) -> Path:
         if (source := vars(run.init)[role]) is None:
             raise ConfigError(f"{run.name}: init.{role} names no model folder, which LoRA needs of every role")
         adapter = Path(source) / ADAPTER
-        base = Path(load_adapter(adapter).base if adapter.exists() else source)
+        base = Path(adapter_base(adapter) if adapter.exists() else source)
         bases.setdefault(base.resolve(), base)
         on.append(f"init.{role}={source} is on {base}")
     if len(bases) > 1:

@@ -315,6 +315,9 @@ def test_a_step_may_take_parts_of_clips(name: str, seen: int) -> None:
     assert times_of(make(name, latents=3)).shape[1] == seen
     with pytest.raises(ConfigError, match=rf"{name}\.latents={FRAMES + 1}: give 0, or one of .*\b{FRAMES}$"):
         make(name, latents=FRAMES + 1).cfg.check(MODEL)
+    for wrong in ({"latents": 3, "latents_apart": 0}, {"latents_apart": 2}):
+        with pytest.raises(ConfigError, match=r"latents_apart=[02]: give at least 1, and 1 for whole clips"):
+            make(name, **wrong)
     uneven = make(name, latents=4).cfg
     if name == "autoregressive":
         with pytest.raises(ConfigError, match=r"latents=4: give 0, or one of 3, 5"):

@@ -12,7 +12,7 @@ import numpy as np
 from minwm.cameras.check import steps
 from minwm.cameras.trajectory import Motion
 from minwm.core.media import reduced
-from minwm.data.clips import ClipFolder, ClipRecord, report
+from minwm.data.clips import ClipFolder, ClipRecord
 from minwm.data.ingest import notes
 from minwm.eval.report.charts import duration, histogram, number
 from minwm.eval.report.gallery import VIDEO_PIXELS, video_figure
@@ -35,9 +35,9 @@ class _Dataset:
     bytes: int
 
 
-def write_dataset_page(path: Path, folder: Path, motion: Motion | None = None) -> Path:
-    """Write the page; DataError for a folder without clips. `motion`: that of the model to be trained."""
-    counts, clips = report(folder), ClipFolder(folder)
+def write_dataset_page(path: Path, folder: Path, counts: Mapping[str, Any], motion: Motion | None = None) -> Path:
+    """Write the page. `counts`: `clips.report`; `motion`: that of the model to be trained."""
+    clips = ClipFolder(folder)
     files = [file.stat().st_size for file in clips.clips.iterdir()]
     found = _Dataset(clips, [clips.record(clip) for clip in clips.ids()], counts, [*notes(folder)], sum(files))
     manifest = clips.manifest()
