@@ -48,10 +48,12 @@ def test_every_format_gives_back_what_it_holds_and_names_the_rest(name: str, tmp
     lost = write_cameras(tmp_path / "x", name, given)
     back = read_back(tmp_path / "x", name, Given(fps=given.track.fps, unit="metric" if "unit" not in keeps else None))
     assert np.abs(back.track.c2w - given.track.c2w).max() < 1e-14
-    assert np.abs(back.track.K[:, :2] - given.track.K[:, :2]).max() < 1e-14
+    k = given.track.K[:1] if FORMATS[name].one_lens else given.track.K
+    assert np.abs(back.track.K[:, :2] - k[:, :2]).max() < 1e-14
+    assert FORMATS[name].one_lens == any(text.startswith("K changes from frame to frame") for text in lost)
     assert back.track.fps == pytest.approx(given.track.fps)
     kept = {
-        "principal point": np.abs(back.track.K - given.track.K).max() < 1e-14,
+        "principal point": np.abs(back.track.K - k).max() < 1e-14,
         "names": back.names == given.names,
         "source": back.source == given.source,
     }
@@ -201,6 +203,12 @@ def test_files_of_pose_estimators(tmp_path: Path) -> None:
     expect(tmp_path / "pose" / "walk.npz", "vipe", 2, fps=24.0, size=(360, 640))
 
 
+def test_sekai_is_camera_to_world_with_one_k_divided_by_width_and_height(tmp_path: Path) -> None:
+    k = np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]], np.float32)
+    np.savez(tmp_path / "x.npz", extrinsic=np.stack([C2W] * 3).astype(np.float32), intrinsic=k)
+    assert expect(tmp_path / "x.npz", "sekai", 3).track.fps == 30
+
+
 def test_training_data_of_minwm(tmp_path: Path) -> None:
     poses = np.array([[*W2C[:3, 3], XYZW[0], -XYZW[1], XYZW[2], XYZW[3]]] * 20, np.float32)
     k = np.array(K, np.float32)
@@ -265,6 +273,11 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "letters": ("re10k", lambda p: written(p, "url\n" + "a " * 19), "no array of numbers"),
     "backwards": ("re10k", lambda p: rows(p, (2, 1)), "timestamps do not increase"),
     "no archive": ("megasam", lambda p: written(p, "x"), "no .npz file"),
+    "pixels": (
+        "sekai",
+        lambda p: archive(p, extrinsic=[C2W], intrinsic=np.diag([640.0, 640, 1])),
+        "values in pixels must be divided",
+    ),
     "other arrays": ("megasam", lambda p: archive(p, c2w=np.eye(4)), "lacks 'images'; it holds c2w"),
     "no lmdb": ("minwm-lmdb", lambda p: p, "no LMDB folder"),
     "another lmdb": ("minwm-lmdb", lambda p: empty_database(p / "x"), "lacks 'poses_shape'"),
@@ -285,7 +298,7 @@ def cut(path: Path, name: str, end: int) -> Path:
     return path / "model"
 
 
-def archive(path: Path, **arrays: np.ndarray) -> Path:
+def archive(path: Path, **arrays: object) -> Path:
     np.savez(path / "x.npz", **arrays)  # type: ignore[arg-type]
     return path / "x.npz"
 

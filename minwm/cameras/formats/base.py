@@ -105,6 +105,8 @@ class CameraFormat:
     """What of `PARTS` a written file holds, besides poses and focal lengths."""
     fps: float | None = None
     """Poses per second, where the format has one rate."""
+    one_lens: bool = False
+    """Whether it holds one K for all poses."""
 
 
 PARTS = ("fps", "times", "size", "names", "source", "unit", "principal point")

@@ -12,6 +12,7 @@ from minwm.cameras.formats import (
     minwm_data,
     nerfstudio,
     realestate10k,
+    sekai,
     worldplay,
 )
 from minwm.cameras.formats.base import CameraFile, CameraFormat, Given
@@ -58,6 +59,10 @@ FORMATS: dict[str, CameraFormat] = {
     "lingbot": CameraFormat(
         "a folder of LingBot-World: poses.npy n 4 4, camera-to-world, OpenCV axes; K in pixels of 832x480",
         *(folders.read_lingbot, folders.write_lingbot, frozenset({"fps", "principal point"}), 16.0),
+    ),
+    "sekai": CameraFormat(
+        "a .npz of Sekai: camera-to-world, OpenCV axes, one K for all frames, divided by width and height",
+        *(sekai.read, sekai.write, frozenset({"fps", "principal point"}), 30.0, True),
     ),
     "worldplay": CameraFormat(
         "a .json for HY-WorldPlay's inference: camera-to-world per latent, OpenCV axes, K in pixels of 1920x1080",
@@ -133,6 +138,8 @@ def losses(target: CameraFormat, cameras: CameraFile) -> list[str]:
         lost.append(f"the address of the video, {cameras.source}")
     if track.unit != "sfm" and "unit" not in target.keeps:
         lost.append(f"the unit of length, {track.unit}")
+    if target.one_lens and np.ptp(track.K, axis=0).max() > 1e-9:
+        lost.append(f"K changes from frame to frame: that of the first, {np.round(track.K[0], 4).tolist()}, is kept")
     centre = track.K[:, 2:]
     if np.abs(centre - 0.5).max() > 1e-9 and "principal point" not in target.keeps:
         lost.append(f"the principal point, {np.round(centre[0], 4).tolist()} of width and height: taken for the middle")
