@@ -95,7 +95,7 @@ def _train(run: Run, folder: Path, out: Path, log: Log) -> float:
 
 def _prepare(out: Path, log: Log) -> None:
     """Training clips, and what arms start from, as far as `out` lacks them."""
-    _start(out / "start")
+    camera_start(out / "start")
     _teacher(out / "ar")
     render = demo(out).render
     assert render is not None
@@ -105,7 +105,7 @@ def _prepare(out: Path, log: Log) -> None:
     part("encode", lambda: encode_clips(raw, latents, codec, tiny_model().text))
 
 
-def _start(folder: Path) -> None:
+def camera_start(folder: Path) -> None:
     """The shipped camera model without its camera branch. With the branch at zero again, what follows relearns control.
 
     Learning it from the foundation takes thousands of steps, which is more than a CPU has for every arm.
