@@ -15,7 +15,7 @@ from minwm.core.config import parse_json
 from minwm.core.media import write_video
 from minwm.eval.metrics import measure
 from minwm.eval.perceptual import frechet_distance
-from minwm.eval.revisit import measure_returns
+from minwm.eval.revisit import measure_gated, measure_returns
 from minwm.eval.source import Video, VideoSource
 
 line = pytest.fixture(error_line)
@@ -61,7 +61,8 @@ def source(noise: float, count: int = 4) -> VideoSource:
         rng = np.random.default_rng(int(name))
         truth = rng.integers(30, 220, (17, 24, 24, 3))
         shown = truth + noise * rng.normal(size=truth.shape)
-        return Video(name, shown.clip(0, 255).astype(np.uint8), 8.0, reference=truth.astype(np.uint8))
+        real = truth.astype(np.uint8)
+        return Video(name, shown.clip(0, 255).astype(np.uint8), 8.0, reference=real, truth=real)
 
     return VideoSource([str(i) for i in range(count)], video)
 
@@ -140,5 +141,17 @@ def test_returns_compare_what_is_seen_from_one_pose(rng: np.random.Generator) ->
     assert (
         max(lost["consistency"]) < 10 and abs(np.mean(lost["gain"])) < 1 and still["gain"] == [0.0] * len(kept["gain"])
     )
-    assert measure_returns(remembers, parse("l*8").track(motion, K)) == {}
-    assert measure_returns(remembers, parse("static*8").track(motion, K)) == {}
+    for path in ("l*8", "static*8"):
+        other = parse(path).track(motion, K)
+        assert measure_returns(remembers, other) == measure_gated(remembers, other) == {}
+
+
+def test_the_gate_takes_the_marks_of_what_never_changes(rng: np.random.Generator) -> None:
+    track = parse("l*4,j*4").track(Motion(move=0.5, turn=16.0, fps=8.0), intrinsics(70.0, 16, 16))
+    out = rng.integers(0, 256, (17, 16, 16, 3), dtype=np.uint8)
+    remembers, still = np.concatenate([out, out[:-1][::-1]]), np.repeat(out[:1], 33, 0)
+    faint = still + (np.arange(33) % 32 > 0).astype(np.uint8)[:, None, None, None]
+    every = [measure_gated(frames.astype(np.uint8), track) for frames in (remembers, faint, still)]
+    assert all(values[name][0] > 0.99 for values in every[:1] for name in values)
+    psnr, ssim = ([values[name][0] for values in every] for name in ("gated_psnr", "gated_ssim"))
+    assert psnr[0] > psnr[1] > psnr[2] and ssim[0] > ssim[1] >= ssim[2] == 0 and psnr[2] < 0.01

@@ -83,6 +83,13 @@ def test_baselines_stand_beside_every_score() -> None:
     assert found["nav_score"][0] > 0.98 > found["nav_score (half speed)"][0] - 0.02
     assert found["nav_score (static)"][0] == pytest.approx(0.5, abs=0.02) and found["worldscore (opposite)"][0] < 0.5
     assert max(found["rpe_deg"]) < 1e-3 and found["rpe_t[w]"][0] < 1e-6
-    assert [turn.keys for turn in turns_of(path[ends])] == [*KEYS]
+    assert [turn.keys for turn in turns_of(path[ends], ends)] == [*KEYS]
     half = half_speed(path)
     assert len(half) == len(path) and half[-1, :3, 3] == pytest.approx(path[60, :3, 3])
+
+
+def test_turns_of_a_benchmark_are_told_apart() -> None:
+    path, starts = walk(("w", "w", "static", "j"))[:: TURN // 4], [0, TURN + 1, 2 * TURN + 1, 3 * TURN + 1, 4 * TURN]
+    ends = [*range(0, 4 * TURN + 1, TURN // 4)]
+    assert turns_of(path, ends) == [Turn(0, 9, "w"), Turn(12, 17, "j")]
+    assert turns_of(path, ends, starts) == [Turn(0, 5, "w"), Turn(4, 9, "w"), Turn(12, 17, "j")]

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import error_line, run
 from test_batch import CONFIG
+from torch import Tensor, nn
 
 from minwm.bench.stream import random_model
 from minwm.core.config import parse_json
@@ -22,6 +24,13 @@ from minwm.stream.solvers import BidirectionalSampler
 line = pytest.fixture(error_line)
 NETWORKS = {"lpips", "dreamsim", "fvd"}
 SECTIONS = ("scores", "time", "keys", "gallery", "skipped", "reproduce", "caveats")
+
+
+class Brightness(nn.Module):
+    """Called as the file of StyleGAN-V is."""
+
+    def forward(self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> Tensor:
+        return x.mean([3, 4]).flatten(1)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +74,17 @@ def test_raw_clips_are_the_truth_of_models_that_start_from_their_frames(project:
 
 
 def test_latent_shards_are_decoded_and_text_starts_have_no_reference(project: Path) -> None:
-    image = scored(project, "latents", "image")
+    image = scored(project, "latents", "image", "--metrics", "likeness")
     assert image["baselines"].keys() == {"recording", "static camera"}, "the truth has gone through the codec"
-    text = scored(project, "latents", "text", "--metrics", "camera", "likeness")
+    torch.jit.script(Brightness()).save(str(project / "i3d.pt"))
+    weights = f"fvd={project / 'i3d.pt'}"
+    text = scored(project, "latents", "text", "--weights", weights, "--metrics", "camera", "likeness", "fvd")
     model = text["videos"]["text"]
     count = len(model["tasks"])
     assert model["tasks"].keys() == image["videos"]["image"]["tasks"].keys() and 0 < count < 6
     assert model["skipped"] == {"likeness": f"skipped: {count} of {count} videos have no reference"}
-    assert model["scores"].keys() == text["baselines"]["recording"]["scores"].keys() == {"camera"}
+    assert model["scores"].keys() == {"camera", "fvd"} and model["scores"]["fvd"]["fvd"]["mean"]["value"] > 0
+    assert text["baselines"]["recording"]["scores"].keys() == {"camera"}
 
 
 def test_clips_that_do_not_fit_are_refused(project: Path, tmp_path: Path, line: Callable[[], str]) -> None:

@@ -244,12 +244,12 @@ def read_track(text: str, cfg: "ModelConfig", picture: Path | None = None) -> "t
     return track, None
 
 
-def refuse_existing(path: Path, suffix: str) -> None:
+def refuse_existing(path: Path, suffix: str, option: str = "out") -> None:
     """Refuse, before any work, a file that would be overwritten or whose name says another format."""
     if path.suffix.lower() != suffix:
-        raise UserError(f"--out {path}: the name must end in {suffix}")
+        raise UserError(f"--{option} {path}: the name must end in {suffix}")
     if path.exists():
-        raise UserError(f"--out {path} exists; delete it, or give another name")
+        raise UserError(f"--{option} {path} exists; delete it, or give another name")
 
 
 def check_outputs(verb: BoundVerb) -> None:

@@ -18,6 +18,7 @@ from minwm.cli.base import (
     open_model,
     parse_fields,
     print_fields,
+    refuse_existing,
     write_numbers,
 )
 from minwm.core.config import UserError, lookup, override, to_dict
@@ -48,6 +49,7 @@ class AnyScene:
     limit: Annotated[int | None, arg(metavar="N", help="of --data: so many clips, spread over the split")] = None
     metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME", help="in any scene; all if not given")] = None
     weights: Annotated[tuple[str, ...], arg(metavar="METRIC=FILE", help="TorchScript files of lpips, ...")] = ()
+    wbench: Annotated[Path | None, arg(metavar="REPORT.json", help="of --videos: WBench's report of navigation")] = None
 
     @property
     def along_suite(self) -> bool:
@@ -68,6 +70,12 @@ class AnyScene:
             raise UserError("--data DIR has prompts, first frames and cameras; leave out those of the suite")
         if self.asked and not self.data and (self.limit is not None or self.split != "val"):
             raise UserError("--split and --limit are of --data; add --data DIR, or leave them out")
+        if self.wbench and not self.videos:
+            raise UserError(
+                "--wbench REPORT.json is of videos of WBench's cases; give --videos DIR, or --hub FILE.yaml"
+            )
+        if self.wbench:
+            refuse_existing(self.wbench, ".json", "wbench")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")
         for metric in self.metrics or ():
@@ -98,6 +106,9 @@ def evaluate(
     compare: Annotated[
         tuple[Path, Path] | None, arg(metavar="A.json B.json", help="what B does better or worse")
     ] = None,
+    hub: Annotated[
+        Path | None, arg(metavar="FILE.yaml", help="the Hub's result file, from --wbench REPORT.json of WBench itself")
+    ] = None,
     fields: Fields = (),
 ) -> None:
     """Measure camera following, quality, memory, drift and speed in rendered scenes that no stage has seen; or, with
@@ -109,12 +120,17 @@ def evaluate(
         if model or html or sheet or quick or out or fields or scene != AnyScene():
             raise UserError("--compare A.json B.json measures nothing; give besides only --json")
         return _compare(*compare, json)
+    if hub:
+        if scene != AnyScene(wbench=scene.wbench) or not scene.wbench or model:
+            raise UserError("--hub FILE.yaml measures nothing; give besides only --wbench REPORT.json of WBench itself")
+        return _write_hub_results(scene.wbench, hub)
     if not (scene.videos or model):
         raise UserError("give --model DIR, or --videos DIR")
     if not scene.asked:
         if scene != AnyScene():
             raise UserError(
-                "--metrics and --weights are of --suite, --data and --videos, --split and --limit of --data; add one"
+                "--metrics and --weights are of --suite, --data and --videos, --wbench of --videos, --split and "
+                "--limit of --data; add one"
             )
         return _in_rendered_scenes(model, json, html, sheet, quick, out, fields)
     if sheet or quick or fields:
@@ -127,9 +143,11 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
     """Score a folder of videos, or those of models along the suite or in place of recorded clips."""
     from tempfile import TemporaryDirectory
 
+    from minwm.core.files import write_json
     from minwm.eval.metrics import METRICS, measure
     from minwm.eval.recorded import RECORDING
     from minwm.eval.report.scores import write_scores
+    from minwm.eval.wbench import navigation_report
 
     results, baselines, sources = {}, {}, {}
     with TemporaryDirectory() as temporary:
@@ -144,6 +162,9 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
             echo(f"page: {write_scores(html, results, baselines, sources, _facts(), command_line())}")
     rows = {"videos": results, "baselines": baselines}
     write_numbers({kind: {name: to_dict(x) for name, x in found.items()} for kind, found in rows.items()}, json)
+    if scene.wbench:
+        for name, result in results.items():
+            write_json(scene.wbench, navigation_report(name, result.scores.get("published", {})))
 
 
 def _sources(models: Mapping[str, Path], scene: AnyScene, out: Path) -> "Iterator[tuple[str, VideoSource]]":
@@ -212,6 +233,16 @@ def _compare(before: Path, after: Path, json: Path | None) -> None:
     write_numbers({name: [to_dict(x) for x in differences] for name, differences in found.items()}, json)
     if worse:
         raise WorseError(f"{after} is significantly worse than {before} in {', '.join(worse)}")
+
+
+def _write_hub_results(report: Path, file: Path) -> None:
+    from minwm.core.hub import write_eval_results
+    from minwm.eval.wbench import DATASET, hub_scores
+
+    refuse_existing(file, ".yaml", "hub")
+    scores = hub_scores(report)
+    write_eval_results(file, DATASET, scores)
+    echo(f"{file}: " + ", ".join(f"{task} {score}" for task, score in scores.items()))
 
 
 def _say(name: str, line: str) -> None:

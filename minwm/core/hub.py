@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from minwm.core.config import UserError
+from minwm.core.files import write_text
 
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """A repository name, USER/NAME."""
@@ -60,6 +61,15 @@ def render_card(template: Path, metadata: Mapping[str, Any], **values: Any) -> s
         return str(ModelCard.from_template(ModelCardData(**metadata), template_path=str(template), **values))
     except UndefinedError as error:
         raise ValueError(str(error)) from error
+
+
+def write_eval_results(path: Path, dataset: str, scores: Mapping[str, float]) -> None:
+    """Scores by task of a benchmark, as the Hub reads them from `.eval_results/*.yaml` in a repository of a model."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from huggingface_hub.utils import yaml_dump
+
+    entries = [EvalResultEntry(dataset, task, score) for task, score in scores.items()]
+    write_text(path, yaml_dump(eval_result_entries_to_yaml(entries)))
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def measure_quality(
         psnr_at=at_seconds(all_psnr, fps),
         ssim_at=at_seconds(all_ssim, fps),
         flicker=flicker(generated) / max(flicker(truth), 1e-9) if stride > 1 else None,
-        seam=_seam(generated, truth, spans, stride),
+        seam=seam(generated, truth, spans, stride),
     )
 
 
@@ -134,15 +134,20 @@ def flicker(frames: UInt8[Array, "c n h w 3"]) -> float:
     return float(np.abs(x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]).mean())
 
 
-def _seam(generated: Array, truth: Array, spans: Sequence[tuple[int, int]], stride: int) -> float | None:
-    """See `Quality.seam`."""
-    shown, true = (seam_ratio(x, spans, stride) for x in (generated, truth))
-    return None if shown is None or true is None else shown / max(true, 1e-6)
+def seam(
+    generated: UInt8[Array, "*c n h w 3"],
+    truth: UInt8[Array, "..."] | None,
+    spans: Sequence[tuple[int, int]],
+    stride: int,
+) -> float | None:
+    """Change across borders of chunks over change across borders between latents of one chunk; over the same of the
+    truth if there is one. None where a chunk is a single latent or there is only one."""
+    shown, true = (None if x is None else _seam_ratio(x, spans, stride) for x in (generated, truth))
+    return shown if shown is None or true is None else shown / max(true, 1e-6)
 
 
-def seam_ratio(frames: UInt8[Array, "*c n h w 3"], spans: Sequence[tuple[int, int]], stride: int) -> float | None:
-    """Change across borders of chunks over change across borders between latents of one chunk; None where a chunk is a
-    single latent or there is only one."""
+def _seam_ratio(frames: UInt8[Array, "*c n h w 3"], spans: Sequence[tuple[int, int]], stride: int) -> float | None:
+    """See `seam`."""
     borders = [start - 1 for start, _ in spans[2:]]  # the border after a given first image is no seam
     inside = [start - 1 for a, b in spans[1:] for start in range(a + stride, b, stride)]
     if stride == 1 or not borders or not inside:

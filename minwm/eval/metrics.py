@@ -16,7 +16,7 @@ from minwm.core.config import lookup
 from minwm.core.runtime import require
 from minwm.eval.camera.published import score_published
 from minwm.eval.camera.score import Samples, score_camera
-from minwm.eval.image import flicker, psnr, seam_ratio, sharpness, ssim
+from minwm.eval.image import flicker, psnr, seam, sharpness, ssim
 from minwm.eval.perceptual import (
     Network,
     dreamsim,
@@ -26,7 +26,7 @@ from minwm.eval.perceptual import (
     load_network,
     lpips,
 )
-from minwm.eval.revisit import measure_returns
+from minwm.eval.revisit import measure_gated, measure_returns
 from minwm.eval.source import Video, VideoSource, digest
 from minwm.eval.stats import Bootstrap, Interval
 
@@ -61,8 +61,8 @@ class Metric:
 
     @property
     def compares(self) -> bool:
-        """Whether videos are compared with a reference."""
-        return "reference" in self.needs
+        """Whether videos are compared with true ones."""
+        return bool({"reference", "truth"}.intersection(self.needs))
 
     def ready(self, network: Network | None) -> "Metric":
         """The same, without need of a network."""
@@ -151,7 +151,7 @@ def _camera(video: Video) -> Samples:
 
 def _published(video: Video) -> Samples:
     assert video.camera is not None
-    return score_published(video.recovered, video.camera) if video.recovered.kinds else {}
+    return score_published(video.recovered, video.camera, video.turns) if video.recovered.kinds else {}
 
 
 def _likeness(video: Video) -> Samples:
@@ -180,16 +180,14 @@ def _texture(video: Video) -> Samples:
 
 
 def _seams(video: Video) -> Samples:
-    """Change across borders of chunks over change inside; over the same of the reference if there is one."""
     assert video.chunks is not None
-    shown = seam_ratio(video.frames, *video.chunks)
-    true = None if video.reference is None else seam_ratio(video.reference, *video.chunks)
-    return {} if shown is None else {"seam": [shown if true is None else shown / max(true, 1e-6)]}
+    found = seam(video.frames, video.reference, *video.chunks)
+    return {} if found is None else {"seam": [found]}
 
 
 def _revisits(video: Video) -> Samples:
     assert video.camera is not None
-    return measure_returns(video.frames, video.camera)
+    return measure_returns(video.frames, video.camera) | measure_gated(video.frames, video.camera)
 
 
 def _video_distance(features: Mapping[str, tuple[Array, Array]]) -> dict[str, Score]:
@@ -225,8 +223,8 @@ METRICS: dict[str, Metric] = {
     "flip": Metric(("reference",), _flip, {"flip": "less"}),
     "texture": Metric((), _texture, {}),
     "seams": Metric(("chunks",), _seams, {"seam": "one"}),
-    "revisits": Metric(("camera",), _revisits, {"gain": "more"}),
+    "revisits": Metric(("camera",), _revisits, {"gain": "more", "gated_psnr": "more", "gated_ssim": "more"}),
     "lpips": Metric(("reference",), lpips, {"lpips": "less"}, "lpips.LPIPS"),
     "dreamsim": Metric(("reference",), dreamsim, {"dreamsim": "less"}, "dreamsim.PerceptualModel"),
-    "fvd": Metric(("reference",), i3d_features, {}, "I3D of StyleGAN-V", _video_distance),
+    "fvd": Metric(("truth",), i3d_features, {}, "I3D of StyleGAN-V", _video_distance),
 }

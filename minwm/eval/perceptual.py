@@ -1,7 +1,7 @@
 """Measures by networks that others have trained, each in a local TorchScript file; nothing is downloaded.
 
 LPIPS (Zhang et al. 2018) and DreamSim (Fu et al. 2023) compare frames with a reference, four a second. The Frechet
-video distance (FVD; Unterthiner et al. 2018) compares the set of videos with the set of references, by features of I3D.
+video distance (FVD; Unterthiner et al. 2018) compares the set of videos with the set of true ones, by features of I3D.
 """
 
 from pathlib import Path
@@ -56,11 +56,11 @@ def dreamsim(network: Network, video: Video) -> Samples:
 
 @torch.inference_mode()
 def i3d_features(network: Network, video: Video) -> tuple[Float[Array, "w d"], Float[Array, "w d"]]:
-    """Features of all windows of the video and of its reference, by the file of StyleGAN-V: of b 3 n 224 224 pixels in
+    """Features of all windows of the video and of its true one, by the file of StyleGAN-V: of b 3 n 224 224 pixels in
     [-1, 1] it gives b d."""
-    assert video.reference is not None
+    assert video.truth is not None
     found = list[Array]()
-    for frames in (video.frames, video.reference):
+    for frames in (video.frames, video.truth):
         pixels = _resized(_pixels((frames,))[0], "bilinear").movedim(1, 0)[None]
         windows = [pixels[:, :, i : i + WINDOW] for i in range(0, max(1, len(frames) - WINDOW + 1), WINDOW)]
         features = [network(x, rescale=False, resize=False, return_features=True) for x in windows]

@@ -91,7 +91,8 @@ def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Ma
     """The videos of a model along the cameras of recordings, made in `folder` unless they are there.
 
     They start from the first frames, with the recordings as reference; those of a model that starts from text show
-    other scenes, and have none. `about` is what the manifest of the folder says.
+    other scenes, and have none: only the sets of both are compared. `about` is what the manifest of the folder
+    says.
     """
     config, tracks, wanted = model.config, dict[str, CameraTrack](), list[Request]()
     for seed, video in enumerate(recorded):
@@ -111,7 +112,8 @@ def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Ma
         truth = recorded.video(name)
         reference = truth.frames if config.image_start else None
         chunks = chunks_of(config, len(truth.frames))
-        return replace(truth, frames=made.video(name).frames, reference=reference, chunks=chunks)
+        frames = made.video(name).frames
+        return replace(truth, frames=frames, reference=reference, truth=truth.frames, chunks=chunks)
 
     return VideoSource(recorded.names, scored)
 
@@ -128,7 +130,7 @@ def baselines(data: Path, recorded: VideoSource, model: Model) -> dict[str, Vide
     def source(change: Callable[[Frames], Frames]) -> VideoSource:
         def video(name: str) -> Video:
             truth = recorded.video(name)
-            return replace(truth, frames=change(truth.frames), reference=truth.frames)
+            return replace(truth, frames=change(truth.frames), reference=truth.frames, truth=truth.frames)
 
         return VideoSource(recorded.names, video)
 

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from minwm.cameras.track import CameraTrack, rotation_degrees
 from minwm.eval.camera.score import Samples
 from minwm.eval.cases import Clips, Videos
-from minwm.eval.image import psnr
+from minwm.eval.image import psnr, ssim
 from minwm.eval.stats import Bootstrap, Interval
 from minwm.session.generate import whole_chunks
 from minwm.store.model import ModelConfig
@@ -19,6 +19,8 @@ TURN_AWAY = 72.0
 """Degrees of the long revisits: nothing of the first view is left in the picture."""
 AWAY_DEGREES, AWAY_UNITS = 10.0, 0.25
 """How far a path goes, at least, before coming back is a return."""
+GATE_SAMPLES, GATE = 10, 0.15
+"""Frames that are compared with the first, and the change that one of them has to show."""
 SAME = 0.02
 """Share of that within which two poses are the same."""
 
@@ -71,9 +73,7 @@ def measure_returns(frames: UInt8[np.ndarray, "n h w 3"], track: CameraTrack) ->
     nothing."""
     second, found = max(1, round(track.fps)), list[tuple[int, int, int]]()
     for back in range(second, len(track), max(1, second // 4)):
-        degrees = rotation_degrees(track.c2w[back, :3, :3].T @ track.c2w[:back, :3, :3])
-        units = np.linalg.norm(track.c2w[:back, :3, 3] - track.c2w[back, :3, 3], axis=1)
-        away = degrees / AWAY_DEGREES + units / AWAY_UNITS
+        away = _away(track.c2w[:back], track.c2w[back])
         for first in np.flatnonzero(away[: back - second + 1] < SAME)[:1]:
             farthest = int(first + away[first:].argmax())
             if away[farthest] >= 1:
@@ -83,3 +83,24 @@ def measure_returns(frames: UInt8[np.ndarray, "n h w 3"], track: CameraTrack) ->
     first, farthest, back = (frames[[*indices]] for indices in zip(*found, strict=True))
     same, changed = psnr(back, first), psnr(farthest, first)
     return {"consistency": same.tolist(), "gain": (same - changed).tolist()}
+
+
+def _away(path: Float[np.ndarray, "n 4 4"], pose: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, " n"]:
+    """How far poses are from one, 1 is as far as `AWAY_DEGREES` or `AWAY_UNITS`."""
+    degrees = rotation_degrees(pose[:3, :3].T @ path[:, :3, :3])
+    return degrees / AWAY_DEGREES + np.linalg.norm(path[:, :3, 3] - pose[:3, 3], axis=1) / AWAY_UNITS
+
+
+def measure_gated(frames: UInt8[np.ndarray, "n h w 3"], track: CameraTrack) -> Samples:
+    """The gate of WBench's spatial consistency (`gated_spatial_consistency`) by SSIM and PSNR: likeness of the last
+    frame to the first, in [0, 1], times min(1, change on the way / `GATE`); of paths that end where they begin.
+
+    WBench takes the likeness from DreamSim, so its numbers are others: not comparable.
+    """
+    away = _away(track.c2w, track.c2w[0])
+    if away[-1] >= SAME or away.max() < 1:
+        return {}
+    shown = frames[np.linspace(0, len(frames) - 1, GATE_SAMPLES).astype(int)]
+    first = np.repeat(frames[:1], GATE_SAMPLES, 0)
+    likeness = {"gated_ssim": ssim(shown, first), "gated_psnr": 1 - 10 ** (-psnr(shown, first) / 20)}
+    return {name: [float(like[-1] * min(1.0, (1 - like.min()) / GATE))] for name, like in likeness.items()}

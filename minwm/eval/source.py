@@ -13,6 +13,7 @@ from minwm.cameras.track import CameraTrack
 from minwm.core.config import UserError
 from minwm.core.media import read_video
 from minwm.eval.camera.recover import RecoveredCamera, recover
+from minwm.session.batch import read_turns
 
 Array = np.ndarray
 Frames = UInt8[Array, "n h w 3"]
@@ -29,10 +30,14 @@ class Video:
     """The commanded one of every frame."""
     reference: Frames | None = None
     """What the video should show: a recording, or a true render."""
+    truth: Frames | None = None
+    """A true video of the same task, with which sets are compared; of a start from text it shows another scene."""
     first_depth: Float[Array, "h w"] | None = None
     """z-depth of the first frame in units of the camera, inf or NaN where it is unknown."""
     chunks: tuple[Sequence[tuple[int, int]], int] | None = None
     """Of a video that was made in chunks: their frames [start, stop), as `chunk_spans`, and the frames per latent."""
+    turns: Sequence[int] = ()
+    """Of a benchmark of turns: the first frame of each, and the number of frames."""
     task: Mapping[str, str] = field(default_factory=dict)
     """What else was asked for, such as its prompt; videos of other tasks are not compared."""
 
@@ -87,10 +92,13 @@ def folder_source(folder: Path) -> VideoSource:
     if not names:
         raise UserError(f"{folder} holds no mp4 files; make some with minwm generate --list")
 
+    turns = read_turns(folder)
+
     def read(name: str) -> Video:
         frames, fps = read_video(folder / f"{name}.mp4")
         poses = folder / f"{name}.json"
-        return Video(name, frames, fps, CameraTrack.load(poses) if poses.exists() else None)
+        camera = CameraTrack.load(poses) if poses.exists() else None
+        return Video(name, frames, fps, camera, turns=turns.get(name, ()))
 
     return VideoSource(names, read)
 

@@ -8,7 +8,7 @@ from minwm.core.media import contact_sheet, write_image
 from minwm.data.clips import read_manifest
 from minwm.data.remote import data_folder
 from minwm.eval.cases import Videos
-from minwm.eval.image import chunk_spans, flicker, seam_ratio
+from minwm.eval.image import chunk_spans, flicker, seam
 from minwm.eval.metrics import METRICS, measure
 from minwm.eval.recorded import recorded_source, recordings
 from minwm.eval.source import VideoSource
@@ -55,12 +55,11 @@ def compare_looks(shown: Videos, true: Videos, config: ModelConfig) -> dict[str,
     range of the colours of a pixel), flicker and seam (`Quality`). A text start shows another scene than the truth."""
     change, colours = (lambda x: np.abs(np.diff(x.astype(np.float32), axis=1)).mean()), np.ptp
     spans = chunk_spans(shown.shape[1], config.stream.first_chunk_frames, config.stream.chunk, config.motion.stride)
-    seams = [seam_ratio(x, spans, config.motion.stride) for x in (shown, true)]
+    at_borders = seam(shown, true, spans, config.motion.stride)
     ratios = {
         "motion": (change(shown), change(true)),
         "saturation": (colours(shown, axis=-1).mean(), colours(true, axis=-1).mean()),
         "flicker": (flicker(shown), flicker(true)),
     }
-    if seams[0] is not None and seams[1] is not None:
-        ratios["seam"] = (seams[0], seams[1])
-    return {name: float(a / max(b, 1e-6)) for name, (a, b) in ratios.items()}
+    found = {name: float(a / max(b, 1e-6)) for name, (a, b) in ratios.items()}
+    return found if at_borders is None else {**found, "seam": at_borders}

@@ -25,7 +25,7 @@ from minwm.core.runtime import git_commit, rank, versions
 from minwm.session.generate import check_start, generate_pieces, whole_chunks
 from minwm.store.model import Model
 
-MANIFEST = "manifest.json"
+MANIFEST, TURNS = "manifest.json", "turns.json"
 TURN_SECONDS = 4.0
 """Length of a turn of WBench."""
 ARROWS = {"→": "right", "←": "left", "↑": "up", "↓": "down", "stop": "static"}
@@ -229,13 +229,24 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
             write_json(path, {**plan, "commit": git_commit(), "versions": versions()})
             turns = {r["name"]: r["turns"] for r in plan["requests"] if r["turns"]}
             if turns:
-                write_json(folder / "turns.json", _wbench_turns(plan["fps"], turns))
+                write_json(folder / TURNS, _wbench_turns(plan["fps"], turns))
 
 
 def _wbench_turns(fps: float, turns: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """WBench's file of the first frames of turns."""
     names = {name: name.removeprefix("case_").removesuffix("_combined") for name in turns}
     return {"fps": fps, "cases": {names[name]: {"turn_frames": list(frames)} for name, frames in turns.items()}}
+
+
+def read_turns(folder: Path) -> dict[str, tuple[int, ...]]:
+    """`Request.turns` of the videos of a folder by name; of a folder that holds no benchmark of turns, nothing."""
+    if not (path := folder / TURNS).exists():
+        return {}
+    found = dict[str, tuple[int, ...]]()
+    for case, about in read_json(path, {"cases": dict})["cases"].items():
+        check_shape(about, {"turn_frames": list}, f"{path}: case {case}")
+        found[f"case_{case}_combined"] = tuple(about["turn_frames"])
+    return found
 
 
 def generate_batch(

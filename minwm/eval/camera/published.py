@@ -72,11 +72,16 @@ def _aligned(shown: Path, commanded: Path) -> Path:
     return rigid(R @ shown[:, :3, :3], scale * a @ R.T + b.mean(0) - scale * R @ a.mean(0))
 
 
-def turns_of(commanded: Path) -> list[Turn]:
-    """The turns of a path: steps during which the same keys seem held. Standing still is none."""
+def turns_of(commanded: Path, ends: Sequence[int], starts: Sequence[int] = ()) -> list[Turn]:
+    """The turns of a path: steps during which the same keys seem held. Standing still is none.
+
+    `ends` are the frames of its poses, `starts` the first frames of the turns, and the number of frames, if the
+    path was commanded in turns: then equal ones in a row are several.
+    """
     keys = [keys_of(step) for step in se3_inverse(commanded[:-1]) @ commanded[1:]]
+    turns = np.searchsorted(starts[:-1], ends[1:], side="right").tolist()
     found, start = list[Turn](), 0
-    for key, run in groupby(keys):
+    for (_, key), run in groupby(zip(turns, keys, strict=True)):
         stop = start + len([*run])
         if key != "static":
             found.append(Turn(start, stop + 1, key))
@@ -101,11 +106,11 @@ BASELINES: dict[str, Callable[[Path], Path]] = {
 """Made from the commanded path."""
 
 
-def score_published(recovered: RecoveredCamera, commanded: CameraTrack) -> Samples:
+def score_published(recovered: RecoveredCamera, commanded: CameraTrack, starts: Sequence[int] = ()) -> Samples:
     """All scores of a video by name, and those of `BASELINES` (`nav_score (static)`). Poses are a second apart; a lost
-    camera stands still."""
+    camera stands still. `starts` as in `turns_of`."""
     goal = se3_inverse(commanded.c2w[0]) @ commanded.c2w[recovered.ends]
-    turns = turns_of(goal)
+    turns = turns_of(goal, recovered.ends, starts)
     found = _scores(recovered.c2w, goal, turns)
     for name, baseline in BASELINES.items():
         found |= {f"{score} ({name})": value for score, value in _scores(baseline(goal), goal, turns).items()}
