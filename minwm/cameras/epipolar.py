@@ -124,6 +124,26 @@ def _residuals(
     return np.abs(sampson(fundamental, pair.a, pair.b)), np.where(moved > PARALLAX, np.where(front, 1.0, -1.0), np.nan)
 
 
+def triangulate(
+    pairs: Sequence[Pair], c2w: Float[Array, "n 4 4"], K: Float[Array, "n 4"], size: tuple[int, int]
+) -> Float[Array, "m 3"]:
+    """World points of pairs that have parallax, meet their epipolar lines to a pixel, and are in front of both."""
+    height, width = size
+    found = [np.zeros((0, 3))]
+    for pair in pairs:
+        residual, side = _residuals(pair, c2w, K, size)
+        T = se3_inverse(c2w[pair.second]) @ c2w[pair.first]
+        a, b = (
+            (points / (width, height) - K[i, 2:]) / K[i, :2]
+            for points, i in ((pair.a, pair.first), (pair.b, pair.second))
+        )
+        away = distances(a, b, T[:3, :3], T[:3, 3])[:, 0]
+        rays = _homogeneous(a) / np.linalg.norm(_homogeneous(a), axis=1, keepdims=True)
+        good = (side > 0) & (residual < RESIDUAL)
+        found.append((away[:, None] * rays)[good] @ c2w[pair.first, :3, :3].T + c2w[pair.first, :3, 3])
+    return np.concatenate(found)
+
+
 def sampson(F: Float[Array, "3 3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]) -> Float[Array, " p"]:
     """Signed first-order distance (Sampson) of pairs of points from b^T F a = 0, in the units of the points."""
     one, two = _homogeneous(a), _homogeneous(b)

@@ -45,8 +45,8 @@ DESCRIPTION = """Camera-controlled, streaming video world models: data, training
   minwm generate --model runs/demo/dmd --world 7 --trajectory "w*4,j*4" --out walk.mp4
 
 Bad input gives one line and the exit code 2. An interrupted pipeline, train, ablate, eval --out, generate --list, data
-render, data ingest, data record, data generate, data encode, data copy or data trajectories continues when it is run
-again."""
+render, data ingest, data splat, data record, data generate, data encode, data copy or data trajectories continues when
+it is run again."""
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="write the numbers here too")]
 ModelFolder = Annotated[Path, arg(metavar="DIR|USER/NAME", help="model folder, such as runs/demo/dmd, or on the Hub")]
@@ -100,7 +100,7 @@ DETAILS: dict[tuple[str, ...], Details] = {}
 RESUMABLE: dict[Verb, str | None] = {}
 """Verbs that go on where an interrupted call of them ended; all such calls, or those with this option."""
 GROUPS = {
-    "data": "Training clips: render, ingest, record, generate, encode, trajectories, copy, check, report.",
+    "data": "Training clips: render, ingest, splat, record, generate, encode, trajectories, copy, check, report.",
     "camera": "Poses and trajectories: check or convert a file, show a path.",
 }
 

@@ -62,6 +62,34 @@ def data_ingest(
     return report_refused(out, made["refused"], f"{made['videos']} videos")
 
 
+def list_splat_fields(_words: list[str]) -> None:
+    from minwm.data.splat import SplatConfig
+
+    print_fields(SplatConfig(source_license="unknown"), "data splat")
+
+
+@command("data", "splat", details=list_splat_fields, resumable=True)
+def data_splat(
+    captures: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...", help="pictures with a camera file")],
+    out: Out,
+    source_license: Annotated[str, arg(metavar="NAME", help="licence of the pictures, such as CC-BY-4.0")],
+    ray: RayFlag = False,
+    json: Json = None,
+    show: Show = False,
+    fields: Fields = (),
+) -> None:
+    """Turn captured scenes into 3D Gaussians, and render clips along prescribed cameras that stay in what was seen."""
+    from minwm.data.splat import SplatConfig, splat_captures
+
+    cfg = override(SplatConfig(source_license=source_license), parse_fields(fields))
+    if show:
+        return echo(dumps(cfg))
+    made = splat_captures(captures, out, cfg, ray)
+    numbers({"captures": made["videos"], **{name: made[name] for name in ("clips", "dropped", "examples")}}, None)
+    write_numbers(made, json)
+    return report_refused(out, made["refused"], f"{made['videos']} captures")
+
+
 def report_refused(out: Path, reasons: list[str], every: str) -> None:
     """Print what could not be used, and raise UserError if there is any."""
     for reason in reasons:

@@ -184,7 +184,7 @@ def read_grey(path: str | Path, rows: int = 360) -> tuple[list[UInt8[np.ndarray,
     return frames, float(fps)
 
 
-def reduced(image: UInt8[np.ndarray, "h w 3"], rows: int) -> UInt8[np.ndarray, "h w 3"]:
+def reduced(image: UInt8[np.ndarray, "h w 3"], rows: int) -> UInt8[np.ndarray, "H W 3"]:
     """A picture with at most so many pixels on its shorter side."""
     part = rows / min(image.shape[:2])
     if part >= 1:

@@ -1,10 +1,13 @@
 """Scenes: those of the package, and the smallest one there can be."""
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from minwm.cameras.track import CameraTrack
 from minwm.render.base import Rendered, Scenes
+from minwm.render.captured import CapturedScene
+from minwm.render.gaussians import Gaussians
 from minwm.render.place import Place
 from minwm.render.worlds import World
 
@@ -38,4 +41,14 @@ class Wall:
         return Rendered(np.stack(frames), np.stack(depths))
 
 
-SCENES: dict[str, Scenes] = {"world": World, "place": Place, "wall": Wall}
+def cloud(seed: int) -> CapturedScene:
+    """Coloured Gaussians in front of where they were seen from."""
+    draws = torch.Generator().manual_seed(seed)
+    means = torch.rand(200, 3, generator=draws) * 4 + torch.tensor([-2.0, -2, 2])
+    sizes, turns = torch.full((200, 3), -1.0), torch.randn(200, 4, generator=draws)
+    colours = torch.randn(200, 1, 3, generator=draws)
+    gaussians = Gaussians(means, sizes, turns, torch.full((200,), 3.0), colours)
+    return CapturedScene(gaussians, np.eye(4)[None], means.double().numpy(), 1.0, "a cloud of spots")
+
+
+SCENES: dict[str, Scenes] = {"world": World, "place": Place, "wall": Wall, "captured": cloud}

@@ -6,11 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-import numpy as np
-
 from minwm.cameras.estimate.base import Estimate, EstimateError, Pictures, Seconds, chosen, filled, median_depth
 from minwm.cameras.formats.base import Given
-from minwm.cameras.formats.colmap import from_reconstruction, load_pycolmap
+from minwm.cameras.formats.colmap import from_reconstruction, load_pycolmap, points_of
 from minwm.core.config import ConfigError
 from minwm.core.media import write_image
 
@@ -60,7 +58,7 @@ class Colmap:
             raise EstimateError(f"points miss their places by {error:.2g} pixels (limit {self.residual:g})")
         cameras = from_reconstruction(model, Given(fps=fps))
         at = [int(Path(name).stem) for name in cameras.names]
-        points = np.array([point.xyz for point in model.points3D.values()]).reshape(-1, 3)
+        points = points_of(model)
         quality = {
             "registered": len(names) / len(used),
             "reprojection_px": error,

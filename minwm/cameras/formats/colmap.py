@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from jaxtyping import Float
 
 from minwm.cameras.formats.base import (
     CameraFile,
@@ -32,6 +33,20 @@ def load_pycolmap() -> ModuleType:
 
 def read(path: Path, given: Given) -> CameraFile:
     """A model folder."""
+    return from_reconstruction(_open(path), given)
+
+
+def read_points(path: Path) -> Float[np.ndarray, "m 3"]:
+    """The points of a model folder, in its world."""
+    return points_of(_open(path))
+
+
+def points_of(model: "pycolmap.Reconstruction") -> Float[np.ndarray, "m 3"]:  # noqa: F821
+    """The points of a pycolmap model."""
+    return np.array([point.xyz for point in model.points3D.values()]).reshape(-1, 3)
+
+
+def _open(path: Path) -> "pycolmap.Reconstruction":  # noqa: F821
     pycolmap = load_pycolmap()
     if not any((path / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):
         raise CameraError(
@@ -40,7 +55,7 @@ def read(path: Path, given: Given) -> CameraFile:
     if (path / "images.bin").is_file():
         _check_images(path / "images.bin")
     try:
-        return from_reconstruction(pycolmap.Reconstruction(str(path)), given)
+        return pycolmap.Reconstruction(str(path))
     except (ValueError, RuntimeError, IndexError) as error:
         raise CameraError(f"pycolmap cannot read it: {str(error).splitlines()[0]}") from error
 
