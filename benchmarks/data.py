@@ -1,16 +1,21 @@
-"""What data construction costs, and how good estimated poses are, for `results/data.json`.
+"""What data construction costs, and how good estimated poses and captured scenes are, for `results/data.json`.
 
-    python benchmarks/data.py results/data.json minwm/assets/demo/codec [FOLDER ...] --clips 24 --rows 128 256
+    python benchmarks/data.py results/data.json poses --clips 10
+    python benchmarks/data.py results/data.json cost --clips 10
+    python benchmarks/data.py results/data.json splats
+    python benchmarks/data.py results/data.json streaming
 
-Clips of procedural worlds, and of folders of raw clips with true poses, are posed by COLMAP and compared with the
-truth; and they are ingested and encoded. Times are CPU seconds of one thread.
+Experiments that are not named stay as they are. Times are CPU seconds of one thread, where nothing else is said.
 """
 
 import argparse
+import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,21 +25,37 @@ import torch
 
 from minwm.cameras.estimate.base import EstimateError
 from minwm.cameras.estimate.colmap import Colmap
-from minwm.cameras.track import CameraTrack, rotation_degrees
+from minwm.cameras.formats.base import CameraFile
+from minwm.cameras.formats.table import write_cameras
+from minwm.cameras.track import CameraTrack, intrinsics, rotation_degrees
+from minwm.cameras.trajectory import Motion, parse
 from minwm.core.files import write_json
-from minwm.core.media import write_video
+from minwm.core.media import write_image, write_video
 from minwm.core.runtime import git_commit, versions
-from minwm.data.clips import ClipFolder
-from minwm.data.encode import encode_clips
+from minwm.data.clips import ClipFolder, read_manifest, write_manifest
+from minwm.data.dataset import ShardDataset, loader
+from minwm.data.doom import DoomConfig
+from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.ingest import IngestConfig, ingest
+from minwm.data.record import record
 from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.data.shards import ShardRecord, list_shards, read_index, read_record, write_shard
+from minwm.data.splat import SplatConfig, read_capture, splat_captures
+from minwm.eval.image import psnr
+from minwm.experiments.ablate import camera_start
+from minwm.experiments.ablations import camera_run, shipped
 from minwm.nets.text import WordText
+from minwm.render.splat_fit import FitConfig
+from minwm.render.worlds import World
 from minwm.store.folder import load_codec
+from minwm.train.build import train
 
 LATENTS = 13
 STANDS = 0.05
 """Units: a shorter path is that of a camera that only turns, or stands."""
-PLAN_CLIPS, PLAN_CORES = 1_000_000, (16, 64, 256, 1024)
+PLANNED, PLAN_CORES = 1_000_000, (16, 64, 256, 1024)
+READS = 100
+"""Batches that are read with an empty page cache."""
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -86,25 +107,25 @@ def colmap_row(clips: ClipFolder, focal_known: bool) -> dict[str, Any]:
 def footage(clips: ClipFolder, folder: Path, cameras: bool) -> None:
     """Clips as videos with captions, and with camera files or without."""
     for clip in clips.ids():
-        record = clips.record(clip)
-        write_video(folder / f"{clip}.mp4", clips.frames(clip), record.track.fps, crf=16)
-        (folder / f"{clip}.txt").write_text(record.caption)
+        one = clips.record(clip)
+        write_video(folder / f"{clip}.mp4", clips.frames(clip), one.track.fps, crf=16)
+        (folder / f"{clip}.txt").write_text(one.caption)
         if cameras:
-            record.track.save(folder / f"{clip}.camera.json")
+            one.track.save(folder / f"{clip}.camera.json")
 
 
 def ingest_rows(clips: ClipFolder, root: Path) -> Iterator[dict[str, Any]]:
     """Ingest of the clips as videos, with cameras and without."""
-    record = clips.record(clips.ids()[0])
+    first = clips.record(clips.ids()[0])
     for cameras in (True, False):
         folder, out = root / f"videos-{cameras}", root / f"ingested-{cameras}"
         footage(clips, folder, cameras)
         cfg = IngestConfig(
             source_license="CC0-1.0",
             latents=LATENTS,
-            height=record.hw[0],
-            width=record.hw[1],
-            estimator=Colmap(focal=float(record.track.K[0, 0])),
+            height=first.hw[0],
+            width=first.hw[1],
+            estimator=Colmap(focal=float(first.track.K[0, 0])),
         )
         made, seconds = measured(lambda folder=folder, out=out, cfg=cfg: ingest(folder, out, cfg))
         size = sum(file.stat().st_size for file in (out / "clips").iterdir())
@@ -132,49 +153,191 @@ def encode_row(raw: Path, out: Path, codec: Path) -> dict[str, Any]:
     }
 
 
-def plan(steps: dict[str, float]) -> list[dict[str, Any]]:
-    """Hours for a million clips on so many cores, from CPU seconds per clip; every clip is independent."""
-    return [
-        {"cores": cores, **{f"{name}_hours": PLAN_CLIPS * seconds / cores / 3600 for name, seconds in steps.items()}}
+def worlds(root: Path, rows: int, clips: int) -> ClipFolder:
+    cfg = RenderConfig(latents=LATENTS, height=rows, width=rows * 5 // 4, seed=9)
+    return render_worlds(root / f"raw-{rows}", cfg, clips=clips)
+
+
+def poses(root: Path, clips: int) -> dict[str, Any]:
+    """COLMAP's poses of procedural worlds, and of walks through Freedoom's map01, against the true ones."""
+    doom = DoomConfig(latents=LATENTS, height=256, width=320, units=128.0, seed=3)
+    folders = {
+        **{f"procedural worlds, {rows * 5 // 4}x{rows}": worlds(root, rows, clips) for rows in (128, 256)},
+        "Freedoom's map01, 320x256": record(root / "doom", doom, clips=clips),
+    }
+    rows = {name: [colmap_row(folder, known) for known in (True, False)] for name, folder in folders.items()}
+    return {"frames": 4 * (LATENTS - 1) + 1, "rows": rows}
+
+
+def cost(root: Path, clips: int) -> dict[str, Any]:
+    """Ingest of videos with camera files and without, and encoding with the demo's codec; and a plan from them."""
+    raw = worlds(root, 256, clips)
+    ingested, encoded = [*ingest_rows(raw, root)], encode_row(raw.path, root / "latents", shipped("codec"))
+    steps = {
+        "videos_ingested": ingested[0]["cpu_seconds_per_video"],
+        "videos_ingested_with_colmap": ingested[1]["cpu_seconds_per_video"],
+        "clips_encoded": encoded["cpu_seconds_per_clip"],
+    }
+    hours = [
+        {"cores": cores, **{name: PLANNED * seconds / cores / 3600 for name, seconds in steps.items()}}
         for cores in PLAN_CORES
     ]
+    return {
+        "ingest": ingested,
+        "encode": encoded,
+        "core_hours_per_1000": {name: seconds * 1000 / 3600 for name, seconds in steps.items()},
+        f"hours_for_{PLANNED}": hours,
+    }
 
 
-def main() -> None:
+# ---------------------------------------------------------------------------------------------
+# Captured scenes
+
+WALK = "d*6,l*4,w*3,j*8,a*6,l*4,s*3"
+SPLATS = SplatConfig(
+    source_license="CC0-1.0",
+    rows=96,
+    height=96,
+    width=96,
+    clips=8,
+    psnr=0.0,
+    fit=FitConfig(gaussians=12_000, steps=400),
+)
+
+
+def write_capture(folder: Path, track: CameraTrack, frames: np.ndarray, caption: str) -> Path:
+    names = tuple(f"images/{i:05d}.png" for i in range(len(frames)))
+    for name, frame in zip(names, frames, strict=True):
+        write_image(folder / name, frame)
+    write_cameras(folder / "transforms.json", "nerfstudio", CameraFile(track, size=frames.shape[1:3], names=names))
+    (folder / "caption.txt").write_text(caption)
+    return folder
+
+
+def splat_row(capture: Path, root: Path, world: World | None) -> dict[str, Any]:
+    """A capture as Gaussians: PSNR of pictures held out; of a world, also of clips against it along their new paths."""
+    made, seconds = measured(lambda: splat_captures((capture,), root / f"{capture.name}-clips", SPLATS))
+    clips, (pictures, factor) = ClipFolder(root / f"{capture.name}-clips"), read_capture(capture, SPLATS)
+    row = {"pictures": len(pictures.frames), "points": len(pictures.points), "clips": made["clips"]}
+    row |= {"dropped": made["dropped"], "refused": made["refused"], "cpu_seconds": seconds}
+    records = [clips.record(clip) for clip in clips.ids()]
+    if records:
+        row["psnr_held_out"] = records[0].quality["psnr"]
+    if world:
+        found = list[float]()
+        for one in records:
+            assert one.origin is not None
+            path = one.track.transformed(one.origin).scaled(1 / factor)
+            found += psnr(world.render(path, *one.hw).frames, clips.frames(one.id)).tolist()
+        row["psnr_of_clips"] = float(np.mean(found))
+    return row
+
+
+def splats(root: Path, _clips: int) -> dict[str, Any]:
+    """Two procedural worlds and a part of Freedoom's map01, each seen along WALK."""
+    rows = {}
+    for seed in (3, 7):
+        world, track = World(seed), parse(WALK).track(Motion(), intrinsics(70.0, 96, 96))
+        origin = world.spawn(np.random.default_rng(0), track)
+        assert origin is not None
+        track = track.transformed(origin)
+        capture = write_capture(root / f"world-{seed}", track, world.render(track, 96, 96).frames, world.caption)
+        rows[f"procedural world {seed}"] = splat_row(capture, root, world)
+    latents = parse(WALK).latents + 1
+    doom = DoomConfig(latents=latents, height=96, width=96, units=128.0, trajectories=(WALK,), seed=3)
+    folder = record(root / "doom", doom, clips=1)
+    (clip,) = folder.ids()
+    one = folder.record(clip)
+    capture = write_capture(root / clip, one.track, folder.frames(clip), one.caption)
+    rows["Freedoom's map01"] = splat_row(capture, root, None)
+    return {"pixels": 96, "gaussians": SPLATS.fit.gaussians, "steps": SPLATS.fit.steps, "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------
+# Data larger than memory
+
+STREAMED = 32768
+"""Records: over the gigabyte up to which data stays in memory."""
+
+
+def forget(folder: Path) -> None:
+    """Drop the shards of a folder from the page cache, as if other files had taken its place."""
+    for shard in list_shards(folder):
+        handle = os.open(shard, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def enlarged(latents: Path, out: Path) -> Path:
+    """The training records of a folder again and again under new names."""
+    (shard,) = [path for path in list_shards(latents) if path.name.startswith("train")]
+    index = read_index(shard)
+    records = [read_record(shard, entry) for entry in index.records]
+    for number in range(STREAMED // 1024):
+        chosen = ((i, records[i % len(records)]) for i in range(number * 1024, (number + 1) * 1024))
+        part = [ShardRecord(f"x-{i:06d}", {**meta, "id": f"x-{i:06d}"}, tensors) for i, (meta, tensors) in chosen]
+        write_shard(out / f"train-0000-{number:06d}.tar", part, index.summary)
+    write_manifest(out, {**read_manifest(latents, ""), "counts": {"train": STREAMED}})
+    return out
+
+
+def streaming(root: Path, clips: int) -> dict[str, Any]:
+    """Clips per second that come from a disk whose cache is empty, and those that the demo's camera stage trains on
+    meanwhile, with the share of its time that it waits for them; wall times."""
+    raw = render_worlds(root / "raw", RenderConfig(), clips=clips)
+    encode_clips(raw.path, root / "few", load_codec(shipped("codec")), WordText(), cfg=EncodeConfig(val=0))
+    folder = enlarged(root / "few", root / "latents")
+    data = ShardDataset(folder, "train")
+    assert not data.in_memory
+    batches = loader(data, batch=8)
+    begun = time.perf_counter()
+    for _ in range(READS):
+        forget(folder)
+        next(batches)
+    alone = 8 * READS / (time.perf_counter() - begun)
+    megabytes = sum(shard.stat().st_size for shard in list_shards(folder)) / 1e6
+    camera_start(root / "start")
+    run = replace(camera_run(root, "run", steps=30), data=str(folder))
+    forget(folder)
+    train(run, root / "run")
+    steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()][5:]
+    return {
+        "megabytes": megabytes,
+        "records": len(data),
+        "clips_per_s_read": alone,
+        "megabytes_per_s_read": alone * megabytes / len(data),
+        "clips_per_s_trained": float(np.median([step["clips_per_s"] for step in steps])),
+        "longest_wait_s": max(step["data_wait_s"] for step in steps),
+        "mean_wait_s": float(np.mean([step["data_wait_s"] for step in steps])),
+    }
+
+
+EXPERIMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "poses": poses,
+    "cost": cost,
+    "splats": splats,
+    "streaming": streaming,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("codec", type=Path)
-    parser.add_argument("folders", type=Path, nargs="*")
-    parser.add_argument("--clips", type=int, default=24)
-    parser.add_argument("--rows", type=int, nargs="+", default=[128, 256])
-    given = parser.parse_args()
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--clips", type=int, default=10)
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+    with tempfile.TemporaryDirectory() as root:
+        found = EXPERIMENTS[given.experiment](Path(root), given.clips)
+    about = {
+        "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "versions": versions(),
-        "frames": 4 * (LATENTS - 1) + 1,
+        "clips": given.clips,
     }
-    with tempfile.TemporaryDirectory() as name:
-        root, folders = Path(name), dict[str, ClipFolder]()
-        for rows in given.rows:
-            cfg = RenderConfig(latents=LATENTS, height=rows, width=rows * 5 // 4, seed=9)
-            folders[f"procedural worlds, {cfg.width}x{rows}"] = render_worlds(
-                root / f"raw-{rows}", cfg, clips=given.clips
-            )
-        last = [*folders.values()][-1]
-        folders |= {path.name: ClipFolder(path) for path in given.folders}
-        found["poses_by_colmap"] = {
-            name: [colmap_row(folder, known) for known in (True, False)] for name, folder in folders.items()
-        }
-        found["ingest"] = [*ingest_rows(last, root)]
-        found["encode"] = encode_row(last.path, root / "latents", given.codec)
-    camera_files, colmap = (row["cpu_seconds_per_video"] for row in found["ingest"])
-    steps = {"ingest": camera_files, "ingest_with_colmap": colmap, "encode": found["encode"]["cpu_seconds_per_clip"]}
-    found["core_hours_per_1000_clips"] = {name: seconds * 1000 / 3600 for name, seconds in steps.items()}
-    found[f"plan_for_{PLAN_CLIPS}_clips"] = plan(steps)
-    write_json(given.out, found)
+    before = json.loads(given.out.read_text()) if given.out.exists() else {}
+    write_json(given.out, {**before, given.experiment: {**about, **found}})
 
 
 if __name__ == "__main__":

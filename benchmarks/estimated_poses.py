@@ -1,6 +1,6 @@
 """Camera control learnt from COLMAP's poses against that learnt from true ones, for `results/estimated-poses.json`.
 
-    python benchmarks/estimated_poses.py results/estimated-poses.json FOLDER --clips 240 --seeds 4
+    python benchmarks/estimated_poses.py results/estimated-poses.json FOLDER --clips 120 --seeds 2
 
 Procedural clips are posed by COLMAP from pictures of 256 rows, its scale set by the median depth as `minwm data ingest`
 does, and by ingest's rules kept or dropped. The demo's camera model, whose camera branch was taken away, then relearns
@@ -40,8 +40,8 @@ from minwm.store.folder import load_codec, load_model
 from minwm.train.build import train
 
 PIXELS, SEED = 256, 12
-STEPS, BATCH = 300, 8
-EVALUATION = EvalConfig(clips=24, counterfactual=(), revisits=0, walks=0, seeds=0, bench_repeats=0)
+STEPS, BATCH = 200, 8
+EVALUATION = EvalConfig(clips=16, counterfactual=(), revisits=0, walks=0, seeds=0, bench_repeats=0)
 TRUE, COLMAP = "true poses", "poses by COLMAP"
 
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
     out, codec, model = given.out, load_codec(shipped("codec")), tiny_model()
