@@ -1,22 +1,23 @@
-"""Everything that shows whether a machine reaches the targets, as parts in processes of their own.
+"""Everything that shows whether a machine reaches the targets, as parts (`parts.py`) in processes of their own.
 
-Each part is a command of minwm with a time limit. What it wrote, how it ended and its last lines stand in OUT/PART.json
-as soon as it has ended; OUT/page.md is written anew after each. A part that crashes, hangs or runs out of memory is
-named there, and the others go on. Run again, it repeats only what did not succeed.
+What a part wrote, how it ended and its last lines stand in OUT/PART.json as soon as it has ended; OUT/page.md is
+written anew after each. A part that crashes, hangs or runs out of memory is named there, and the others go on. Run
+again, it repeats only what did not succeed.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from minwm.bench.target import Target
+from minwm.bench.parts import REFERENCE, Part
 from minwm.core.config import UserError
 from minwm.core.files import locked, read_json, write_json, write_text
 from minwm.core.runtime import git_commit, versions
@@ -24,23 +25,10 @@ from minwm.core.runtime import git_commit, versions
 State = Literal["done", "failed", "timed out", "left out"]
 BUDGET = 480.0
 """Seconds of all parts together."""
+GRACE = 5.0
+"""Seconds that a part has to end what it started elsewhere, such as the workers of torchrun."""
 TAIL = 2000
 """Characters kept of what a part printed last."""
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
-    words: tuple[str, ...]
-    """Of the command `python -m ...`. Where `writes`, it is followed by --json FILE."""
-    seconds: float
-    gib: float = 0.0
-    """GPU memory that it needs."""
-    targets: Mapping[str, Target] = field(default_factory=dict)
-    """By the field of its JSON: names joined by dots (docs/performance.md)."""
-    writes: bool = True
-    planned_by: str = ""
-    """The part whose `minwm plan` says what memory this one should need."""
 
 
 @dataclass(frozen=True)
@@ -55,73 +43,6 @@ class Outcome:
     """What the part wrote."""
 
 
-FAST = ("--compile", "--kernels", "--graphs", "--attention", "fastest", "--decode", "compile", "--overlap")
-DEVICE_TESTS = ("tests/test_kernels.py", "tests/test_engine.py", "tests/test_fp8.py", "tests/test_decode.py")
-
-
-def _bench(preset: str, *options: str) -> tuple[str, ...]:
-    return ("minwm", "bench", "--preset", preset, "--random-weights", "--repeats", "3", *options)
-
-
-GPU = (
-    Part(
-        "wan-fast",
-        _bench("wan2.1-1.3b", *FAST),
-        120,
-        20,
-        {
-            "first_chunk.median_ms": Target("T1: Wan M1, ms", 270),
-            "chunk.median_ms": Target("T2: Wan M2, ms", 850),
-            "fps": Target("T4: Wan M3, frames per second", 18, at_least=True),
-            "first_pixel.median_ms": Target("T6: Wan M4, ms", 450),
-            "recompiles": Target("T12: recompiles", 0),
-            "allocated_gb": Target("T11: Wan memory, GB", 18),
-        },
-    ),
-    Part("device-tests", ("pytest", "-q", "-x", "-p", "no:cacheprovider", *DEVICE_TESTS), 90, writes=False),
-    Part(
-        "self-forcing",
-        _bench("self-forcing", *FAST),
-        60,
-        20,
-        {"chunk.median_ms": Target("T7: Self-Forcing's setting, M2, ms", 300)},
-    ),
-    Part(
-        "hunyuan-fast",
-        _bench("hunyuan1.5-8b", *FAST),
-        120,
-        60,
-        {
-            "first_chunk.median_ms": Target("T8: HunyuanVideo M1, ms", 640),
-            "chunk.median_ms": Target("T9: HunyuanVideo M2, ms", 2050),
-        },
-    ),
-    Part("wan-plain", _bench("wan2.1-1.3b", "--chunks", "5"), 60, 20, planned_by="wan-plan"),
-    Part("wan-fp8", _bench("wan2.1-1.3b", *FAST, "--fp8", "all"), 90, 20),
-    Part(
-        "wan-training",
-        ("minwm", "bench-train", "wan2.1-1.3b", "--steps", "1", "--warmup", "1"),
-        120,
-        80,
-        planned_by="wan-plan",
-    ),
-    Part("wan-plan", ("minwm", "plan", "--preset", "wan2.1-1.3b"), 90),
-)
-"""On a CUDA GPU; the first minutes give the most."""
-SMALL = (
-    Part(
-        "small",
-        ("minwm", "bench", "--preset", "smoke", "--random-weights", "--repeats", "1", "--chunks", "2"),
-        60,
-        targets={"fps": Target("frames per second", 1, at_least=True), "recompiles": Target("recompiles", 0)},
-        planned_by="small-plan",
-    ),
-    Part("small-training", ("minwm", "bench-train", "smoke/ar", "--steps", "1", "--warmup", "1"), 60),
-    Part("small-plan", ("minwm", "plan", "--preset", "smoke/dmd"), 60),
-)
-"""On a CPU: every kind of part, with a small model."""
-
-
 def gpu_memory_gib() -> float:
     """Of the first CUDA GPU, as its driver says; UserError without one."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -133,13 +54,19 @@ def gpu_memory_gib() -> float:
 
 
 def selftest(
-    parts: Sequence[Part], out: Path, gib: float, log: Callable[[str], None], budget: float = BUDGET
+    parts: Sequence[Part],
+    out: Path,
+    gib: float,
+    log: Callable[[str], None],
+    budget: float = BUDGET,
+    reference: Path = Path(),
 ) -> list[Outcome]:
-    """Run the parts, in order, each after the other; `gib` is the GPU memory there is."""
+    """Run the parts, in order, each after the other; `gib` is the GPU memory there is, `reference` the checkout that
+    parts which are `beside` others run in."""
     outcomes, end = list[Outcome](), time.monotonic() + budget
     with locked(out):
         for part in parts:
-            outcome = _finished(part, out) or _run(part, out, gib, end - time.monotonic())
+            outcome = _finished(part, out) or _run(part, out, gib, end - time.monotonic(), reference)
             log(f"{part.name}: {outcome.state} ({outcome.seconds:.0f} s)")
             outcomes.append(outcome)
             write_text(out / "page.md", page(outcomes))
@@ -159,17 +86,18 @@ def finished(parts: Sequence[Part], out: Path) -> list[Outcome]:
     return [_finished(part, out) or Outcome(part, "left out", 0.0, "", {}) for part in parts]
 
 
-def _run(part: Part, out: Path, gib: float, left: float) -> Outcome:
+def _run(part: Part, out: Path, gib: float, left: float, reference: Path) -> Outcome:
     result, output = out / f"{part.name}.result.json", out / f"{part.name}.log"
     result.unlink(missing_ok=True)
     seconds, state = 0.0, "left out"
     reason = f"it needs {part.gib:g} GiB of GPU memory, there are {gib:.1f}" if part.gib > gib else ""
     reason = reason or ("no time is left" if left <= 0 else "")
     if not reason:
-        words = [sys.executable, "-m", *part.words, *(["--json", str(result)] if part.writes else [])]
+        words = [str(reference) if word == REFERENCE else word for word in part.words]
+        words = [sys.executable, "-m", *words, *(["--json", str(result)] if part.writes else [])]
         began = time.monotonic()
         with output.open("w") as file:
-            state = _wait(subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True), part, left)
+            state = _wait(subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True), part, left, file)
         seconds = time.monotonic() - began
     tail = reason or output.read_text(errors="replace")[-TAIL:]
     found = read_json(result) if state == "done" and part.writes else {}
@@ -180,23 +108,27 @@ def _run(part: Part, out: Path, gib: float, left: float) -> Outcome:
     return outcome
 
 
-def _wait(process: "subprocess.Popen[bytes]", part: Part, left: float) -> State:
-    """Wait for a process and kill it, with all that it started, at its limit."""
+def _wait(process: "subprocess.Popen[bytes]", part: Part, left: float, output: IO[str]) -> State:
+    """Wait for a process; at its limit it is ended, with all that it started, and killed if it does not end."""
     try:
-        return "done" if process.wait(min(part.seconds, left)) == 0 else "failed"
+        if (code := process.wait(min(part.seconds, left))) < 0:
+            output.write(f"\nended by {signal.Signals(-code).name} (SIGKILL: mostly the system, for want of memory)\n")
+        return "done" if code == 0 else "failed"
     except subprocess.TimeoutExpired:
         return "timed out"
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        for sent, grace in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+            if process.poll() is None:
+                os.killpg(process.pid, sent)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
     """Measured against target, memory against its plan, and what failed and why, as Markdown."""
     lines = ["# Self-test", "", "| part | state | seconds |", "|---|---|---|"]
     lines += [f"| {o.part.name} | {o.state} | {o.seconds:.0f} |" for o in outcomes]
-    for table in (target_table(outcomes), plan_table(outcomes)):
+    for table in (target_table(outcomes), reference_table(outcomes), plan_table(outcomes)):
         lines += ["", table] if table else []
     for outcome in outcomes:
         if outcome.state != "done":
@@ -224,6 +156,19 @@ def _found(outcome: Outcome, name: str) -> float | None:
     for key in name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, int | float) else None
+
+
+def reference_table(outcomes: Sequence[Outcome]) -> str:
+    """What the reference's own inference takes, beside ours."""
+    by_name, rows = {outcome.part.name: outcome for outcome in outcomes}, list[str]()
+    for outcome in outcomes:
+        ours = by_name.get(outcome.part.beside)
+        for name, what in {"first_chunk.median_ms": "M1, ms", "fps": "frames per second"}.items():
+            found = [None if one is None else _found(one, name) for one in (outcome, ours)]
+            if found[0] and found[1] and ours:
+                shown = " | ".join(f"{value:.4g}" for value in found if value)
+                rows.append(f"| {ours.part.name}: {what} | {shown} | {found[1] / found[0]:.2f} |")
+    return "\n".join(["| | minWM | here | here / minWM |", "|---|--:|--:|--:|", *rows]) if rows else ""
 
 
 def plan_table(outcomes: Sequence[Outcome]) -> str:

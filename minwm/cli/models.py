@@ -25,7 +25,7 @@ from minwm.cli.base import (
     print_fields,
     write_numbers,
 )
-from minwm.core.config import UserError, dumps, override, to_dict
+from minwm.core.config import UserError, dumps, lookup, override, to_dict
 
 if TYPE_CHECKING:
     from minwm.store.model import Model, ModelConfig
@@ -184,6 +184,7 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the stages and their bounds")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="A.json B.json", help="only compare two results")] = None,
+    reference: Annotated[Path | None, arg(metavar="DIR", help="measure minWM's own inference in this checkout")] = None,
     fields: Fields = (),
 ) -> None:
     """Measure latency and frames per second, and how near they are to what the machine can do.
@@ -195,6 +196,10 @@ def bench(
     from minwm.core.files import read_json, write_text
     from minwm.store.folder import tiny_decoder
 
+    if reference:
+        if not preset or model or random_weights or fields:
+            raise UserError(f"--reference {reference}: give besides only --preset NAME and --json")
+        return _bench_reference(reference, preset, json)
     if compare:
         return echo("\n".join(report.compare(*(read_json(path) for path in compare))))
     if model and not (preset or random_weights or fields):
@@ -218,6 +223,12 @@ def bench(
         write_text(plot, report.plot(result))
     numbers(to_dict(result), json)
     return None if latency is None else report.check_latency(result, latency)
+
+
+def _bench_reference(folder: Path, preset: str, json: Path | None) -> None:
+    from minwm.bench.reference import SCRIPTS, run_reference
+
+    numbers(to_dict(run_reference(folder, lookup(SCRIPTS, preset, "model of minWM"))), json)
 
 
 def with_steps(model: "Model", steps: int | None) -> "Model":
