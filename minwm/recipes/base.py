@@ -22,7 +22,7 @@ from minwm.data.dataset import BatchSource, ShardDataset, Split
 from minwm.data.noise import PoseNoise
 from minwm.nets.backbone import Backbone
 from minwm.nets.chunks import StreamConfig
-from minwm.recipes.ops import sample_start
+from minwm.recipes.ops import random_part, sample_start
 from minwm.store.card import write_card
 from minwm.store.folder import save_model
 from minwm.store.model import AnyCodec, ModelConfig
@@ -125,9 +125,16 @@ class RecipeConfig(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartConfig(RecipeConfig):
-    """Fields of stages whose clips start with nothing, an image, or a video that is given."""
+class ClipConfig(RecipeConfig):
+    """Fields of stages that take any part of a clip, which starts with nothing, an image, or a video that is given."""
 
+    latents: int = 0
+    """Latents of a random part of each clip that a step takes, for many quick steps at first; 0: the whole clip. The
+    first latent of a part from the middle stands for as many frames as the others; in streams with a sink it is any
+    before these, as the sink is later on."""
+    latents_apart: int = 1
+    """Most latents from one of a part to the next, drawn per batch. Neighbours are mostly copies of each other; far
+    views teach what is where, which a network needs that shall know one place."""
     image_start: float = 1.0
     """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
     video_start: float = 0.0
@@ -136,16 +143,35 @@ class StartConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         check_probabilities(self, "image_start", "video_start")
+        if self.latents_apart < 1 or (self.latents_apart > 1 and not self.latents):
+            raise ConfigError(
+                f"{self.kind}.latents_apart={self.latents_apart}: give at least 1, and 1 for whole clips (latents=0)"
+            )
 
     def check(self, model: ModelConfig) -> None:
+        lead, chunk = model.stream.first_chunk_frames, model.stream.chunk
+        step = chunk if self.teacher_forced or self.self_rollout else 1
+        fits = range(lead + chunk, model.latents + 1, step)
+        if self.latents and self.latents not in fits:
+            raise ConfigError(f"{self.kind}.latents={self.latents}: give 0, or one of {', '.join(map(str, fits))}")
+        if self.latents and model.image_start and "image_states" in model.text.shapes:
+            raise ConfigError(
+                f"{self.kind}.latents={self.latents}: a part of a clip starts with another frame than the one whose "
+                "states its shard holds; give 0, for whole clips"
+            )
         if self.video_start and len(model.stream.chunks(self.clip_latents(model))) < 2:
             raise ConfigError(
                 f"{self.kind}.video_start={self.video_start}: a clip of {self.clip_latents(model)} latents is a single "
                 "chunk, after which nothing is left to generate; give 0, or longer clips"
             )
 
-    def sample_start(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
-        """The clip with what is given of it."""
+    def clip_latents(self, model: ModelConfig) -> int:
+        return self.latents or model.latents
+
+    def sample_clip(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
+        """A random part of the clip, or all of it, with what is given of it."""
+        if self.latents:
+            clip = random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
         return sample_start(clip, self.image_start, self.video_start, stream, generator)
 
 

@@ -12,7 +12,7 @@ from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context, teacher_forced
 from minwm.nets.chunks import Geometry
 from minwm.nets.lora import copy_network, update_average
-from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
+from minwm.recipes.base import ClipConfig, Loss, Recipe, check_probabilities
 from minwm.recipes.ops import (
     Per,
     bernoulli,
@@ -27,7 +27,7 @@ from minwm.store.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig(StartConfig):
+class ConsistencyConfig(ClipConfig):
     kind: ClassVar[str] = "consistency"
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     grid: int = 50
@@ -93,7 +93,7 @@ class Consistency(Recipe[Backbone]):
         if step != self.target_step:  # once per step, however many micro-batches it has
             update_average(target, student, self.cfg.target_decay)  # nothing before the student's first step
             self.target_step = step
-        clip = self.cfg.sample_start(clip, self.geometry, generator)
+        clip = self.cfg.sample_clip(clip, self.geometry, generator)
         t, t_next = self._sample_times(clip.latents, generator)
         eps = noise_like(clip.latents, generator)
         x_t = interpolate(clip.latents, eps, t.to(eps))

@@ -14,7 +14,7 @@ from minwm.core.types import Clip, Condition
 from minwm.nets.attention import Masked, chunk_causal
 from minwm.nets.backbone import Backbone, keep_first_clean, teacher_forced
 from minwm.nets.chunks import StreamConfig
-from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
+from minwm.recipes.base import ClipConfig, Loss, Recipe, check_probabilities
 from minwm.recipes.ops import (
     bernoulli,
     drop_text,
@@ -22,7 +22,6 @@ from minwm.recipes.ops import (
     loss_mask,
     noise_like,
     random_index,
-    random_part,
     remembered_part,
     self_conditioned_context,
     teacher_context,
@@ -69,7 +68,7 @@ class TimeLaw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(StartConfig):
+class DiffusionConfig(ClipConfig):
     """Fields shared by both flow-matching stages."""
 
     time: TimeLaw = TimeLaw()
@@ -78,46 +77,18 @@ class DiffusionConfig(StartConfig):
     dropped_prompt: str | None = None
     """Prompt in place of a dropped one, such as "" for Wan; None: states of zeros. Never the negative prompt, which
     belongs to sampling."""
-    latents: int = 0
-    """Latents of a random part of each clip that a step takes, for many quick steps at first; 0: the whole clip. The
-    first latent of a part from the middle stands for as many frames as the others; in streams with a sink it is any
-    before these, as the sink is later on."""
-    latents_apart: int = 1
-    """Most latents from one of a part to the next, drawn per batch. Neighbours are mostly copies of each other; far
-    views teach what is where, which a network needs that shall know one place."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probabilities(self, "text_dropout")
-        if self.latents_apart < 1 or (self.latents_apart > 1 and not self.latents):
-            raise ConfigError(
-                f"{self.kind}.latents_apart={self.latents_apart}: give at least 1, and 1 for whole clips (latents=0)"
-            )
-
-    def check(self, model: ModelConfig) -> None:
-        super().check(model)
-        lead, chunk = model.stream.first_chunk_frames, model.stream.chunk
-        fits = [n for n in range(lead + chunk, model.latents + 1) if not self.teacher_forced or (n - lead) % chunk == 0]
-        if self.latents and self.latents not in fits:
-            raise ConfigError(f"{self.kind}.latents={self.latents}: give 0, or one of {', '.join(map(str, fits))}")
-        if self.latents and model.image_start and "image_states" in model.text.shapes:
-            raise ConfigError(
-                f"{self.kind}.latents={self.latents}: a part of a clip starts with another frame than the one whose "
-                "states its shard holds; give 0, for whole clips"
-            )
-
-    def clip_latents(self, model: ModelConfig) -> int:
-        return self.latents or model.latents
 
     def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
         return None if self.dropped_prompt is None else model.text.encode([self.dropped_prompt])["text"][0]
 
     def augment(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
-        """Take a random part of the clip; drop prompts and what is given at random."""
-        if self.latents:
-            clip = random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
+        """Drop prompts at random; take a random part of the clip, with what is given of it."""
         clip = replace(clip, cond=drop_text(clip.cond, self.text_dropout, generator))
-        return self.sample_start(clip, stream, generator)
+        return self.sample_clip(clip, stream, generator)
 
 
 @dataclass(frozen=True, kw_only=True)

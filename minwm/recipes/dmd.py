@@ -13,7 +13,7 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, shift, velocity, x0_from_velocity
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, keep_first_clean
-from minwm.recipes.base import Loss, Recipe, StartConfig, check_probabilities
+from minwm.recipes.base import ClipConfig, Loss, Recipe, check_probabilities
 from minwm.recipes.ops import (
     bernoulli,
     frame_mse,
@@ -29,7 +29,7 @@ from minwm.stream.solvers import Noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class DmdConfig(StartConfig):
+class DmdConfig(ClipConfig):
     """The student's times, and the shift of the times at which scores are compared, are those of `model.sampler`."""
 
     kind: ClassVar[str] = "dmd"
@@ -139,7 +139,7 @@ class Dmd(Recipe[Backbone]):
     cfg: DmdConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        clip = self.cfg.sample_start(clip, self.geometry, generator)
+        clip = self.cfg.sample_clip(clip, self.geometry, generator)
         clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
         role = self.cfg.turn[step % len(self.cfg.turn)]
         return {"student": self.student_loss, "critic": self.critic_loss}[role](clip, step, generator)

@@ -310,8 +310,11 @@ def test_a_random_part_of_a_clip_is_a_clip() -> None:
     assert random_part(clip(image=False), 3, seeded()).cond.first_latent is None
 
 
-@pytest.mark.parametrize(("name", "seen"), [("bidirectional", 3), ("autoregressive", 6)])
+@pytest.mark.parametrize(
+    ("name", "seen"), [("bidirectional", 3), ("autoregressive", 6), ("consistency", 6), ("dmd", 2)]
+)
 def test_a_step_may_take_parts_of_clips(name: str, seen: int) -> None:
+    """The student of `dmd` has a chunk of 2 to generate after the image."""
     assert times_of(make(name, latents=3)).shape[1] == seen
     with pytest.raises(ConfigError, match=rf"{name}\.latents={FRAMES + 1}: give 0, or one of .*\b{FRAMES}$"):
         make(name, latents=FRAMES + 1).cfg.check(MODEL)
@@ -319,7 +322,7 @@ def test_a_step_may_take_parts_of_clips(name: str, seen: int) -> None:
         with pytest.raises(ConfigError, match=r"latents_apart=[02]: give at least 1, and 1 for whole clips"):
             make(name, **wrong)
     uneven = make(name, latents=4).cfg
-    if name == "autoregressive":
+    if name != "bidirectional":
         with pytest.raises(ConfigError, match=r"latents=4: give 0, or one of 3, 5"):
             uneven.check(MODEL)
     else:

@@ -66,6 +66,8 @@ def _adapted(run: Run) -> Run:
         model = replace(model, sampler=replace(model.sampler, steps=8, guidance=1.0))
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
         recipe = replace(recipe, guidance=1.0)
+    if isinstance(recipe, ConsistencyConfig | DmdConfig):
+        recipe = replace(recipe, latents=9, latents_apart=2)
     if isinstance(recipe, DiffusionConfig):
         latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (9, 2, 3e-3), "ar": (9, 2, 2e-3)}[run.name]
         time = replace(recipe.time, weight="clean")
