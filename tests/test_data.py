@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 
 from minwm.cameras.track import intrinsics, latent_cameras
 from minwm.cameras.trajectory import Motion, parse
@@ -25,6 +26,7 @@ from minwm.data import clips as clips_module
 from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet
 from minwm.data.dataset import RawDataset, ShardDataset, check_shards
 from minwm.data.encode import EncodeConfig, encode_clips
+from minwm.data.quality import QualityConfig, check_quality
 from minwm.data.shards import index_path, list_shards, read_index
 from minwm.data.source import produce
 from minwm.data.trajectories import collect_trajectories
@@ -248,13 +250,34 @@ def test_check_sees_jumps_and_lost_clips(raw: Path) -> None:
     assert first.startswith("noise-000: frame 6: a step") and second.startswith("manifest: 12 clips")
 
 
-def test_report_counts_and_shows(made: Path) -> None:
+def test_any_raw_clips_are_judged_by_the_rules_for_footage(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ClipFolder(Path(shutil.copytree(made / "raw", tmp_path / "raw")))
+    assert run("data", "check", folder.path, "--quality") == 0
+    record = replace(folder.record("noise-003"), caption="")
+    folder.write(record, folder.frames("noise-003") // 20)
+    found = check_quality(folder, QualityConfig())
+    assert [line.split(": ")[:2] for line in (found[0], found[-1])] == [
+        ["noise-003", r] for r in ("exposure", "caption")
+    ]
+    assert len({line.split(": ")[0] for line in found}) == 1
+    folder.write(replace(record, caption="noise"), folder.frames("noise-003"))
+    capsys.readouterr()
+    assert run("data", "check", folder.path) == 0 and run("data", "check", folder.path, "--quality") == 2
+    assert "noise-003: exposure" in capsys.readouterr().out
+
+
+def test_report_counts_and_shows(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = report(made / "raw")
     assert (found["clips"], found["frames"], found["scenes"]) == (12, 108, 6)
     assert found["actions"] == {"forward+turn left": 12, "right": 12}
     assert found["licences"] == {"CC0-1.0": 12} and found["path_length"]["median"] == pytest.approx(0.25)
     json.dumps(found)
-    assert sheet(made / "raw", rows=3).shape[0] >= 3 * 16
+    whole = sheet(made / "raw", rows=3)
+    assert whole.shape[0] >= 3 * 16
+    monkeypatch.setattr(clips_module, "SHEET_PIXELS", 8)
+    assert whole.shape[1] - sheet(made / "raw", rows=3).shape[1] == 3 * 8, "three frames of 16 pixels"
 
 
 # ---------------------------------------------------------------------------------------------

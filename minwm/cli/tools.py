@@ -286,11 +286,13 @@ def data_prompts(
 def data_check(
     folder: Folder,
     model: Annotated[Path | None, arg(metavar="DIR", help="compare them with what this model is trained on")] = None,
+    quality: Annotated[Flag, arg(help="also judge raw clips by the rules of data ingest")] = False,
     json: Json = None,
 ) -> None:
     """Look for anything wrong in raw clips or latent shards."""
     from minwm.data.clips import LATENT_SHARDS, ClipFolder, check, read_manifest
     from minwm.data.dataset import check_fit, check_shards
+    from minwm.data.quality import QualityConfig, check_quality
     from minwm.data.rerender import check_renders
     from minwm.store.folder import load_config
 
@@ -298,6 +300,8 @@ def data_check(
         problems = check_shards(folder)
     else:
         problems = check(folder) or check_renders(ClipFolder(folder))
+        if quality and not problems:
+            problems = check_quality(ClipFolder(folder), QualityConfig())
     if model and not problems:
         problems = check_fit(folder, load_config(model).clip_spec)
     write_numbers({"problems": problems}, json)

@@ -25,7 +25,7 @@ from minwm.cameras.check import speeds
 from minwm.cameras.track import CameraTrack, so3_log
 from minwm.core.config import UserError
 from minwm.core.files import check_shape, read_json, read_text, write_json, write_text
-from minwm.core.media import contact_sheet, read_video, write_video
+from minwm.core.media import contact_sheet, read_video, reduced, write_video
 from minwm.core.runtime import git_commit, versions
 from minwm.render.place import SceneKind
 
@@ -39,6 +39,8 @@ MOTION_WORDS = re.compile(
     re.IGNORECASE,
 )
 """Words that a caption must not hold: it describes the scene; camera motion in it would leak control into the text."""
+SHEET_PIXELS = 96
+"""On the shorter side of the pictures of a contact sheet, at most."""
 PIXELS_PER_LATENT = 8
 """The least of all codecs."""
 MAX_MOVE = 30.0
@@ -423,4 +425,5 @@ def sheet(path: Path, rows: int = 8, every: int = 4) -> np.ndarray:
     if not ids:
         raise DataError(f"{path}: no finished clips; run `minwm data render` again")
     chosen = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int))]
-    return contact_sheet([folder.frames(clip) for clip in chosen], every=every, labels=chosen)
+    frames = [np.stack([reduced(frame, SHEET_PIXELS) for frame in folder.frames(clip)]) for clip in chosen]
+    return contact_sheet(frames, every=every, labels=chosen)

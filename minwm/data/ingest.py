@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minwm.cameras.estimate.base import EstimateError
+from minwm.cameras.estimate.base import EstimateError, PoseEstimator
 from minwm.cameras.estimate.colmap import Colmap
 from minwm.cameras.estimate.depth_anything import DepthAnything3
 from minwm.cameras.formats.base import CameraFile, Given
@@ -242,9 +242,10 @@ def _read(window: Window, cameras: CameraFile, cfg: IngestConfig) -> _Posed | Fa
 
 
 def _estimated(window: Window, cfg: IngestConfig) -> _Posed | Failure:
-    assert cfg.estimator and window.whole is not None
+    estimator: PoseEstimator | None = cfg.estimator
+    assert estimator and window.whole is not None
     try:
-        found = cfg.estimator(window.whole, window.times, cfg.fps)
+        found = estimator(window.whole, window.times, cfg.fps)
         factor = found.scale(cfg.depth)
     except EstimateError as error:
         return Failure("no poses", str(error))

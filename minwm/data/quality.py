@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from minwm.cameras.check import Limits, check_video, faults, steps
 from minwm.cameras.track import CameraTrack
-from minwm.data.clips import MOTION_WORDS
+from minwm.data.clips import MOTION_WORDS, ClipFolder
 
 EDGE, UNCHANGED, CHANGING = 20.0, 3.0, 12.0
 """Brightness: gradient of an edge, and standard deviations over time of pixels that stay and that change."""
@@ -74,6 +74,16 @@ def caption_failures(caption: str, cfg: QualityConfig) -> list[Failure]:
     if match := MOTION_WORDS.search(caption):
         return [Failure("caption", f"it speaks of motion: {match[0]!r}")]
     return []
+
+
+def check_quality(folder: ClipFolder, cfg: QualityConfig) -> list[str]:
+    """Every rule that a raw clip does not meet, one line each with the clip's id."""
+    lines = []
+    for clip in folder.ids():
+        record = folder.record(clip)
+        found = failures(Candidate(folder.frames(clip), record.track), cfg) + caption_failures(record.caption, cfg)
+        lines += [f"{clip}: {failure.rule}: {failure.reason}" for failure in found]
+    return lines
 
 
 def _exposure(clip: Candidate, cfg: QualityConfig) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -35,7 +35,6 @@ class Estimate:
         return depth / self.depth
 
 
-@runtime_checkable
 class PoseEstimator(Protocol):
     """Finds the cameras of a clip from its pictures alone."""
 
