@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from backbones import SMALL
 from recipes import CASES, MODEL, clip
+from test_adamw8bit import Matrix
+from test_train_loop import run_loop
 from tiny_presets import tiny_preset
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -163,6 +165,7 @@ def same_steps(folder: Path, names: list[str], parallel: ParallelConfig) -> None
 
 
 MUON = OptimConfig(optimizer="muon", lr=1e-3)
+EIGHT_BIT = OptimConfig(optimizer="adamw8bit", lr=1e-3)
 
 
 def train_to(
@@ -196,6 +199,25 @@ def resumed(out: Path, parallel: ParallelConfig) -> None:
     saved = read_state(out / "state" / "000002")
     assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
     train_to(3, out, parallel)
+
+
+def eight_bit(step: int, out: Path) -> nn.Module:
+    """A matrix whose moments are 8-bit numbers, trained to a step."""
+    return run_loop(Matrix(), out, steps=step, accumulate=4, save_every=2, optim=EIGHT_BIT, ema=0.0)
+
+
+def eight_bit_resumed(whole_run: Mapping[str, Tensor], out: Path) -> None:
+    """Codes and scales of two processes are read bit for bit, and training goes on as in one process."""
+    recipe, here = Matrix(), Parallel(ParallelConfig(), torch.device("cpu"))
+    here.place(recipe, {})
+    networks, optimizers = recipe.networks, [*EIGHT_BIT.build(recipe.networks["student"]).values()]
+    States(out).load(2, networks, optimizers)
+    found = {name: whole(x) for name, x in state_tensors(networks, optimizers).items()}
+    saved = read_state(out / "state" / "000002")
+    assert any(name.endswith("exp_avg.codes") for name in found)
+    assert all(torch.equal(x, saved[name]) for name, x in found.items())
+    for name, x in eight_bit(4, out).state_dict().items():
+        torch.testing.assert_close(whole(x), whole_run[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -279,12 +301,14 @@ def two(out: Path) -> None:
         sent_as_planned(family, ParallelConfig())
     same_steps(out, [name for name in RUNS if not name.startswith("hunyuan")], ParallelConfig())
     train_to(2, out / "parts", ParallelConfig())
+    eight_bit(2, out / "eight")
     stopped(out / "stopped", ParallelConfig())
 
 
-def four(out: Path) -> None:
+def four(eight: Mapping[str, Tensor], out: Path) -> None:
     """Copies of the weights in pairs of ranks, which share the clips."""
     parallel = PAIRS
+    eight_bit_resumed(eight, out / "eight")
     for family in MODELS:
         sent_as_planned(family, parallel)
     same_steps(out, [name for name in RUNS if name.startswith("hunyuan")], parallel)
@@ -316,11 +340,12 @@ def main(out: Path) -> None:
     for name in RUNS:
         torch.save(list(steps(name, ParallelConfig())), out / f"{name}.pt")
     train_to(3, out / "whole", ParallelConfig())
+    eight = eight_bit(4, out / "eight-whole").state_dict()
     world(2, partial(two, out))
     for parts in ("parts1", "parts4"):
         shutil.copytree(out / "parts", out / parts)
     world(1, partial(resumed, out / "parts1", ParallelConfig()))
-    world(4, partial(four, out))
+    world(4, partial(four, eight, out))
     world(2, partial(piped, out / "pipeline"))
     for parts in ("parts1", "parts4"):
         for one, many in zip(read_metrics(out / "whole"), read_metrics(out / parts), strict=True):

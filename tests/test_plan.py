@@ -10,7 +10,7 @@ from planning import MODEL, RECIPE, REMEMBERING, allocated, item, micro_batch, r
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from minwm.bench.memory import plan_inference, plan_training
+from minwm.bench.memory import plan_inference, plan_optimisers, plan_training
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.families.hunyuan.transformer import HunyuanConfig
@@ -20,9 +20,10 @@ from minwm.store.model import ModelConfig
 from minwm.stream.memory import seen_points
 from minwm.stream.rollout import Stream
 from minwm.stream.solvers import AutoregressiveSampler, BidirectionalSampler, FewStepSampler
-from minwm.train.config import Init
+from minwm.train.adamw8bit import stored
+from minwm.train.config import Init, OptimConfig
 from minwm.train.loop import Ema, Trainer
-from minwm.train.parallel import Parallel
+from minwm.train.parallel import Parallel, ParallelConfig, process_group
 
 
 def bytes_of(net: nn.Module) -> int:
@@ -210,3 +211,46 @@ def test_planning_leaves_nothing_behind() -> None:
         stream.prepare_chunk(cond), torch.zeros(MODEL.latent_shape(1, MODEL.stream.chunk))
     )  # no table without data is used
     assert type(stream.arena.kv) is Tensor and bool(stream.arena.kv.isfinite().all())
+
+
+# ------------------------------------------------------------------------------------------------ 8 bits, and the CPU
+
+
+def test_8_bit_moments_take_what_is_planned() -> None:
+    """On a CPU, where the update is not compiled."""
+    net = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 256), nn.Linear(256, 64))
+    optim = OptimConfig(optimizer="adamw8bit")
+    held, update = plan_optimisers("student", optim.split(net))
+    optimizers = optim.build(net)
+    optimizers["adamw"].param_groups[0]["foreach"] = True  # as on a GPU
+
+    def step() -> None:
+        for optimizer in optimizers.values():
+            optimizer.step()
+
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    step()
+    states = [moment for optimizer in optimizers.values() for x in optimizer.state.values() for moment in x.values()]
+    moments = sum(x.nbytes for moment in states for x in stored(moment).values() if x.ndim)
+    tables = 2 * 2 * 4 * 256
+    assert held.bytes == moments + tables < 0.7 * 8 * sum(p.numel() for p in net.parameters())
+    gradients = sum(p.nbytes for p in net.parameters())
+    assert update.bytes == pytest.approx(gradients + allocated(step), rel=0.1)
+
+
+def test_what_stays_on_the_gpu_while_the_rest_waits_on_the_cpu() -> None:
+    """FSDP as on a GPU, and gradients of a micro-batch before, so that all that comes is what the GPU would have."""
+    model = replace(MODEL, network=FAMILIES["wan"], height=64, width=64)
+    run = stage("autoregressive", model=model, batch=1, accumulate=2, parallel=ParallelConfig(cpu_offload=True))
+    plan = plan_training(run)
+    assert [one.name for one in plan.host] == [
+        "student weights", "averaged student weights", "student optimiser", "update: student",
+    ]  # fmt: skip
+    seen_points()
+    with process_group(60, alone=True):
+        trainer = Trainer(run, real_recipe(run), Parallel(run.parallel, torch.device("cpu")))
+        trainer.micro_batches = range(1)
+        clips = repeat(run.recipe.example_batch(run.model, run.batch))
+        trainer.gradients(0, clips)
+        assert plan.total == pytest.approx(allocated(lambda: trainer.gradients(1, clips)), rel=0.1)

@@ -71,7 +71,10 @@ def test_what_would_help_while_playing(config: ModelConfig, expected: set[str]) 
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (stage("autoregressive"), {"checkpointing", "bfloat16", "--batch 1 --accumulate 3", "clips of 3 latents"}),
+        (
+            stage("autoregressive"),
+            {"checkpointing", "bfloat16", "--batch 1 --accumulate 3", "clips of 3 latents", "cpu_offload"},
+        ),
         (
             stage(
                 "autoregressive",
@@ -80,9 +83,9 @@ def test_what_would_help_while_playing(config: ModelConfig, expected: set[str]) 
                 precision="bfloat16",
                 model=replace(MODEL, latents=17),
             ),
-            {"clips of 9 latents"},
+            {"clips of 9 latents", "cpu_offload"},
         ),
-        (stage("codec"), {"--batch 1 --accumulate 3", "clips of 3 latents", "bfloat16"}),
+        (stage("codec"), {"cpu_offload", "--batch 1 --accumulate 3", "clips of 3 latents", "bfloat16"}),
     ],
     ids=["autoregressive", "frugal", "codec"],
 )
@@ -113,6 +116,13 @@ def test_a_self_rollout_needs_no_more_slots_than_it_fills() -> None:
     assert plan_training(*offered[what]).total < plan_training(wide).total
     ring = replace(wide.model, stream=replace(wide.model.stream, window=1, sink=1))
     assert not any("checkpoint" in what for what, _ in done_by(stage("dmd", model=replace(ring, latents=5))))
+
+
+def test_8_bit_moments_are_offered_where_rows_are_wide() -> None:
+    wide = stage("bidirectional", model=replace(MODEL, network=replace(MODEL.network, dim=256, layers=8)))
+    offered = dict(done_by(wide))["--optim.optimizer adamw8bit"]
+    assert plan_training(*offered).total < plan_training(wide).total
+    assert not any("adamw8bit" in what for what, _ in done_by(stage("bidirectional")))
 
 
 def done_by(run: Run) -> list[tuple[str, tuple[Any, ...]]]:

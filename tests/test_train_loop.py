@@ -36,7 +36,7 @@ class Numbers:
         return self.table[list(indices)]
 
 
-class Dot(Recipe[nn.Linear]):
+class Dot(Recipe[nn.Module]):
     """Loss: mean of w . x, whose gradient is the mean of x whatever w is."""
 
     def __init__(self, change: Callable[[int, Tensor], Tensor] = lambda _, loss: loss) -> None:
@@ -44,7 +44,7 @@ class Dot(Recipe[nn.Linear]):
         self.cfg, self.networks = BidirectionalConfig(), {"student": self.net}
 
     def loss(self, clip: Tensor, step: int, generator: torch.Generator) -> Loss:
-        self.seen.append((clip, self.net.weight.detach().clone()))
+        self.seen.append((clip, next(self.net.parameters()).detach().clone()))
         total = self.change(step, self.net(clip).mean())
         return Loss(total, "student", {"loss": total.detach()})
 

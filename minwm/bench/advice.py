@@ -4,10 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from minwm.bench.memory import Plan
 from minwm.nets.lora import LoraConfig
 from minwm.nets.taehv import TAEHV
 from minwm.store.model import ModelConfig
+from minwm.train.adamw8bit import fits_8bit
 from minwm.train.config import Run
 
 
@@ -93,6 +96,25 @@ def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
     return what, (replace(run, checkpointing=True),)
 
 
+def _adamw8bit(run: Run) -> tuple[str, tuple[Run]] | None:
+    if run.optim.optimizer != "adamw" or run.parallel.cpu_offload or run.lora:
+        return None
+    with torch.device("meta"):
+        if not any(fits_8bit(p) for p in run.recipe.network(run.model).parameters()):
+            return None
+    parts = {"optim": run.optim} | ({"critic": run.critic} if "critic" in run.recipe.trained else {})
+    changed = {name: replace(optim, optimizer="adamw8bit") for name, optim in parts.items()}
+    return " ".join(f"--{name}.optimizer adamw8bit" for name in parts), (replace(run, **changed),)
+
+
+def _cpu_offload(run: Run) -> tuple[str, tuple[Run]] | None:
+    eight = "adamw8bit" in (run.optim.optimizer, run.critic.optimizer)
+    if run.parallel.cpu_offload or eight:
+        return None
+    what = "--parallel.cpu_offload true: weights, gradients and moments wait in the CPU's memory; slower"
+    return what, (replace(run, parallel=replace(run.parallel, cpu_offload=True)),)
+
+
 def _bfloat16(run: Run) -> tuple[str, tuple[Run]] | None:
     changed = replace(run, precision="bfloat16")
     return None if run.precision == "bfloat16" else ("--precision bfloat16", (changed,))
@@ -105,7 +127,8 @@ def _one_clip(run: Run) -> tuple[str, tuple[Run]] | None:
 
 
 def _lora(run: Run) -> tuple[str, tuple[Run]] | None:
-    if run.lora or not (run.recipe.trains_backbone and run.init.student):
+    eight = "adamw8bit" in (run.optim.optimizer, run.critic.optimizer)  # additions are too narrow for it
+    if run.lora or eight or not (run.recipe.trains_backbone and run.init.student):
         return None
     lora = LoraConfig()
     return f"--lora.rank {lora.rank}: additions are trained, to weights that all roles share", (
@@ -137,4 +160,13 @@ def _chunks(run: Run) -> int:
 
 
 PLAYING: tuple[Option, ...] = (_unguided, _smaller_window, _shorter_clip, _tiny_codec)
-TRAINING: tuple[Option, ...] = (_lora, _checkpointing, _bfloat16, _one_clip, _shorter_clips, _smaller_ring)
+TRAINING: tuple[Option, ...] = (
+    _lora,
+    _checkpointing,
+    _bfloat16,
+    _one_clip,
+    _shorter_clips,
+    _smaller_ring,
+    _cpu_offload,
+    _adamw8bit,
+)

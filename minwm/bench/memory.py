@@ -9,8 +9,11 @@ playing    held      weights    parameters x bytes of the dtype
            in turn   the network making a chunk (a whole clip, if bidirectional) · decoding it
 training   held      weights    of every role, and of the average (EMA): 4 bytes a parameter; 2 where it is frozen and
                                 precision is bfloat16; with LoRA the frozen ones once for all roles
-                     optimiser  8 bytes a trained parameter: the two moments of AdamW
+                     optimiser  8 bytes a trained parameter: the two moments of AdamW; about 2 in 8 bits
            in turn   forward and backward of every trained role · its update, with all gradients
+
+With `parallel.cpu_offload` what training holds, gradients and updates are in the memory of the CPU, and on the GPU, of
+each network that passes, the weights outside of its blocks and those of two blocks.
 
 A plan needs what is held plus the largest of what comes in turn. Branches are 2 with guidance, else 1. The text
 encoder is not there: prompts are encoded before, and their states kept in files. What kernels use inside is not seen
@@ -28,21 +31,26 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minwm.core.memory import MemoryMeter, ShapeOnlyMode
 from minwm.nets import layers
 from minwm.recipes.base import Recipe, random_clip
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
+from minwm.train.adamw8bit import nbytes_8bit
 from minwm.train.config import Run
 from minwm.train.loop import autocast
+from minwm.train.parallel import sharded_units
 from minwm.train.roles import build_recipe
 
 GIB = 2**30
 """A card sold with "24 GB" has 24 of these."""
 CONTEXT = GIB
 """What CUDA and its libraries take before the first tensor: code, handles, workspaces."""
+TRANSIENT_8BIT = 53
+"""Bytes for each number of a matrix that the update of its 8-bit moments takes as it is, on a CPU; compiled it takes
+less."""
 FRAGMENTATION = 0.08
 """Share of a GPU that is lost in gaps between tensors, and inside kernels."""
 
@@ -63,6 +71,8 @@ class Plan:
 
     held: tuple[Item, ...]
     turns: tuple[Item, ...]
+    host: tuple[Item, ...] = ()
+    """What waits in the memory of the CPU."""
 
     @property
     def turn(self) -> Item:
@@ -187,22 +197,53 @@ def plan_training(run: Run) -> Plan:
         held += [_weights(role, net, shared) for role, net in nets.items()]
         held.append(_weights("averaged student", nets["student"], shared))
         for role in run.recipe.trained:
-            optim = {"student": run.optim, "critic": run.critic}[role]
-            split = optim.split(nets[role])
+            split = {"student": run.optim, "critic": run.critic}[role].split(nets[role])
+            optimiser, update = plan_optimisers(role, split)
+            held.append(optimiser)
             trained = [p for weights in split.values() for p in weights]
-            adamw, muon = (sum(p.numel() for p in split.get(name, ())) for name in ("adamw", "muon"))
-            twice = f"2 x {adamw:,} trained parameters x 4 bytes"
-            once = f" + {muon:,} x 4 bytes" if muon else ""
-            both = "AdamW, and one of Muon for matrices" if muon else "AdamW"
-            held.append(Item(f"{role} optimiser", 8 * adamw + 4 * muon, f"moments of {both}: {twice}{once}"))
-            turns.append(_activations(run, recipe, role, trained))
-            turns.append(Item(f"update: {role}", 8 * adamw + 4 * muon, f"gradients and roots: {twice}{once}"))
+            turns += [_activations(run, recipe, role, trained), update]
+        if run.parallel.cpu_offload:
+            update = max(turns[1::2], key=lambda item: item.bytes)
+            return Plan((_gathered(run, nets.values()),), tuple(turns[::2]), (*held, update))
     return Plan(tuple(held), tuple(turns))
+
+
+def plan_optimisers(role: str, split: Mapping[str, list[nn.Parameter]]) -> tuple[Item, Item]:
+    """What the optimisers of a role hold; and its update, with all gradients."""
+    sizes = {name: sum(p.numel() for p in weights) for name, weights in split.items()}
+    held = {"adamw": 8, "muon": 4}
+    moments = {name: held[name] * count for name, count in sizes.items() if name in held}
+    why = [f"{name}: {held[name]} bytes x {sizes[name]:,} trained parameters" for name in moments]
+    extra = 4 * sizes.get("adamw", 0)
+    if eight := split.get("adamw8bit"):
+        moments["adamw8bit"] = sum(nbytes_8bit(p) for p in eight)
+        why.append(f"adamw8bit: codes, scales and tables of {sizes['adamw8bit']:,}")
+        extra = max(extra, TRANSIENT_8BIT * max(p.numel() for p in eight))
+    update = Item(f"update: {role}", 4 * sum(sizes.values()) + extra, "gradients, and roots or 8-bit moments in float32")
+    return Item(f"{role} optimiser", sum(moments.values()), "; ".join(why)), update
+
+
+def _gathered(run: Run, networks: Iterable[nn.Module]) -> Item:
+    """What FSDP has on a GPU of the network that passes: what is outside of its blocks, a block, and the next one."""
+    most = 0
+    for net in networks:
+        *blocks, whole = ([*unit.parameters()] for unit in sharded_units(net))
+        inner = {p for block in blocks for p in block}
+        sizes = sorted(_gathered_bytes(run, block) for block in blocks)
+        most = max(most, _gathered_bytes(run, (p for p in whole if p not in inner)) + sum(sizes[-2:]))
+    return Item("gathered weights", most, "of the network that passes: all outside of its blocks, and two blocks")
+
+
+def _gathered_bytes(run: Run, weights: Iterable[nn.Parameter]) -> int:
+    widest = 2 if run.parallel.gather == "bfloat16" else 4
+    return sum(p.numel() * min(p.itemsize, widest) for p in weights)
 
 
 def _activations(run: Run, recipe: Recipe[Any], role: str, trained: list[nn.Parameter]) -> Item:
     """A micro-batch forward and backward; unless it is the only one, gradients of others are there before."""
-    if run.accumulate > 1:
+    offload = run.parallel.cpu_offload
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained if offload]
+    if run.accumulate > 1 and not offload:
         for p in trained:
             p.grad = torch.zeros_like(p)
     before = sum(p.grad.nbytes for p in trained if p.grad is not None)
@@ -212,11 +253,18 @@ def _activations(run: Run, recipe: Recipe[Any], role: str, trained: list[nn.Para
             loss = recipe.loss(run.recipe.example_batch(run.model, run.batch), step, torch.Generator())
         graph = memory.live
         loss.total.backward()
+    for hook in hooks:
+        hook.remove()
     for p in trained:
         p.grad = None
     clips = f"{run.batch} clip{'s' * (run.batch > 1)} x {run.recipe.describe_clip(run.model)}"
     why = f"{clips}; {size(graph)} kept for the backward pass"
     return Item(f"activations: {role}", before + memory.peak, why + (", gradients come on top" if before else ""))
+
+
+def _drop_gradient(p: Tensor) -> None:
+    """It is sent to the memory of the CPU as soon as it is there."""
+    p.grad = None
 
 
 # ------------------------------------------------------------------------------------------------ without data

@@ -126,11 +126,12 @@ def scale(run: Run, gpus: int, cluster: Cluster) -> Scaling:
     sequence = math.ceil(gpus / clips)
     if gpus % sequence or clips % (gpus // sequence) or gpus % shard:
         raise ConfigError(f"{run.name}: {clips} clips of a step cannot be dealt out to {gpus} GPUs evenly")
-    one = replace(run, batch=1, accumulate=clips, parallel=ParallelConfig(gather=run.parallel.gather))
+    parallel = ParallelConfig(gather=run.parallel.gather, cpu_offload=run.parallel.cpu_offload)
+    one = replace(run, batch=1, accumulate=clips, parallel=parallel)
     parts = {"shard": shard, "copies": gpus // shard, "sequence": sequence}
     steps = {role: plan_step(one, role, cluster, **parts) for role in run.recipe.trained}
     plan = plan_training(one)
-    held = sum(item.bytes for item in plan.held) / shard
+    held = 0 if plan.host else sum(item.bytes for item in plan.held) / shard  # then it is units that are gathered
     turns = (item.bytes / (sequence if item.name.startswith("activations") else shard) for item in plan.turns)
     micro_batches = (count_uses(one, role, sequence) for role in run.recipe.trained)
     largest = sorted(unit.gathered(1) for micro in micro_batches for unit in micro.units if unit.forward)[-2:]

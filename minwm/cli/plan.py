@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from minwm.cli.base import Json, command, write_numbers
-from minwm.core.config import UserError, to_dict
+from minwm.cli.base import Fields, Json, command, parse_fields, write_numbers
+from minwm.core.config import UserError, override, to_dict
 
 if TYPE_CHECKING:
     from minwm.bench.memory import Plan
@@ -29,8 +29,12 @@ def plan(
     node_gbytes: Annotated[float, arg(metavar="GB/S", help="with --gpus: sent by one to others of 8")] = 450.0,
     network_gbytes: Annotated[float, arg(metavar="GB/S", help="with --gpus: sent by one to other nodes")] = 50.0,
     json: Json = None,
+    fields: Fields = (),
 ) -> None:
-    """Say by arithmetic what training and playing need of a GPU, whether it fits, and what would help."""
+    """Say by arithmetic what training and playing need of a GPU, whether it fits, and what would help.
+
+    Any field of the stage can be set: --optim.optimizer adamw8bit --parallel.cpu_offload true --lora.rank 32.
+    """
     from minwm.bench.memory import GIB, reserve, size
     from minwm.experiments import presets
 
@@ -40,19 +44,23 @@ def plan(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140
+    changes = parse_fields(fields)
+    if "/" in preset:
+        runs = [override(presets.stage(preset, Path("runs")), changes)]
+    else:
+        pipeline = presets.pipeline(preset, Path("runs"))
+        runs = [override(run, changes) for run in (pipeline.codec, *pipeline.stages) if run]
     left = f"{size(reserve(budget))} are left to CUDA and to gaps between tensors"
     if gpus is not None:
         from minwm.bench.scaling import Cluster
 
         cluster = Cluster(tflops=tflops, mfu=mfu, node_gbytes=node_gbytes, network_gbytes=network_gbytes)
-        values = _scale(console, preset, gpus, cluster, budget)
+        values = _scale(console, runs, gpus, cluster, budget)
     elif "/" in preset:
-        run = presets.stage(preset, Path("runs"))
+        run = runs[0]
         console.print(f"{gpu_memory:g} GiB, of which {left}")
         values = {run.name: {kind: _explain(console, preset, kind, run, budget) for kind in _kinds(run)}}
     else:
-        pipeline = presets.pipeline(preset, Path("runs"))
-        runs = [run for run in (pipeline.codec, *pipeline.stages) if run]
         values = _overview(console, preset, runs, budget)
         console.print(
             f"of {gpu_memory:g} GiB {left}\n--preset {preset}/STAGE says what takes so much, and what would help"
@@ -60,19 +68,17 @@ def plan(
     write_numbers({"gpu_memory_gib": gpu_memory, "stages": values}, json)
 
 
-def _scale(console: Console, preset: str, gpus: int, cluster: "Cluster", budget: int) -> dict[str, Any]:
+def _scale(console: Console, runs: list["Run"], gpus: int, cluster: "Cluster", budget: int) -> dict[str, Any]:
     """A table for each stage of the network: a line for 1, 2, 4, ... GPUs."""
     from minwm.bench.memory import reserve, size
     from minwm.bench.scaling import scale
-    from minwm.experiments import presets
 
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: give how many there are at most, such as 8")
-    runs = [presets.stage(preset, Path("runs"))] if "/" in preset else presets.pipeline(preset, Path("runs")).stages
     rates = f"{cluster.node_gbytes:g} GB/s within {cluster.node} GPUs, {cluster.network_gbytes:g} beyond"
     console.print(f"{cluster.tflops:g} TFLOP/s, of which {100 * cluster.mfu:g}% are reached; {rates}; sent by each GPU")
     values: dict[str, Any] = {}
-    for run in runs:
+    for run in (run for run in runs if run.recipe.trains_backbone):
         table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", title=run.name, title_justify="left")
         for title in (
             "GPUs",
@@ -154,7 +160,7 @@ def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) 
         console.print(f"  saves {size(change.saves):>9}   {change.what}")
     console.print(f"  with all of that {size(advice.plan.total)}: {_verdict(advice.plan, budget)}")
     shards = advice.plan.shards(budget)
-    if kind == "training" and shards and shards > 1:
+    if kind == "training" and shards and shards > 1 and not advice.plan.host:
         console.print(f"  {shards} GPUs could hold it if they shared what is there all the time (docs/train.md)")
     changes = {"changes": [to_dict(change) for change in advice.changes], "changed": _values(advice.plan, budget)}
     return _values(made, budget) | changes
@@ -167,7 +173,8 @@ def _lines(made: "Plan") -> Table:
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
     table.add_column(style="dim")
-    for title, items in (("all the time", made.held), ("in turn, of which the largest counts", made.turns)):
+    groups = {"all the time": made.held, "in turn, of which the largest counts": made.turns, "on the CPU": made.host}
+    for title, items in groups.items() if made.host else [*groups.items()][:2]:
         table.add_row(f"[dim]{title}[/]")
         for item in items:
             table.add_row(f"  {item.name}", size(item.bytes), item.why)

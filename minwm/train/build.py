@@ -51,7 +51,7 @@ def train(run: Run, out: Path, videos: SampleVideos | None = None) -> Summary:
     Raises ConfigError if `out` holds a run with another config, DataError if the data are not those of the model, and
     UserError while another process trains in `out`. All processes of torchrun call it.
     """
-    with locked(out) if rank() == 0 else nullcontext(), process_group(run.parallel.timeout):
+    with locked(out) if rank() == 0 else nullcontext(), process_group(run.parallel.timeout, run.parallel.cpu_offload):
         if rank() == 0:
             _remove_leftovers(out)
         return _train(run, out, videos)

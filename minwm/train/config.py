@@ -18,6 +18,7 @@ from minwm.recipes.diffusion import AutoregressiveConfig, BidirectionalConfig
 from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ode import OdeConfig
 from minwm.store.model import ModelConfig
+from minwm.train.adamw8bit import adamw_8bit, fits_8bit
 from minwm.train.parallel import ParallelConfig
 
 AnyRecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | OdeConfig | ConsistencyConfig | DmdConfig
@@ -28,9 +29,10 @@ AnyRecipeConfig = CodecTraining | BidirectionalConfig | AutoregressiveConfig | O
 class OptimConfig:
     """Optimiser of a network's float32 weights."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, as Wan was trained; or Muon for matrices, as HunyuanVideo 1.5 was, and AdamW for the rest:
-    biases, norms, modulation, convolutions. Muon's updates are scaled to the size of AdamW's, for the same lr."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """AdamW for all weights, as Wan was trained; the same with the moments of large matrices in 8 bits (torchao), a
+    quarter of the memory; or Muon for matrices, as HunyuanVideo 1.5 was, and AdamW for the rest: biases, norms,
+    modulation, convolutions. Muon's updates are scaled to the size of AdamW's, for the same lr."""
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
@@ -60,16 +62,23 @@ class OptimConfig:
         betas, decay = (self.beta1, self.beta2), self.weight_decay
         make = {
             "adamw": lambda weights: torch.optim.AdamW(weights, self.lr, betas, weight_decay=decay),
+            "adamw8bit": lambda weights: adamw_8bit(weights, self.lr, betas, decay),
             "muon": lambda weights: torch.optim.Muon(weights, self.lr, decay, adjust_lr_fn="match_rms_adamw"),
         }
         return {name: make[name](weights) for name, weights in self.split(net).items()}
 
     def split(self, net: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters of each optimiser: of Muon those with two dimensions."""
-        trained = [p for p in net.parameters() if p.requires_grad]
-        muon = [p for p in trained if p.ndim == 2] if self.optimizer == "muon" else []
-        adamw = [p for p in trained if p.ndim != 2] if self.optimizer == "muon" else trained
-        return {name: weights for name, weights in {"adamw": adamw, "muon": muon}.items() if weights}
+        """The trained parameters of each optimiser: AdamW has those that another one cannot have."""
+        takes = {"adamw": lambda p: False, "adamw8bit": fits_8bit, "muon": lambda p: p.ndim == 2}[self.optimizer]
+        split: dict[str, list[nn.Parameter]] = {}
+        for p in net.parameters():
+            if p.requires_grad:
+                split.setdefault(self.optimizer if takes(p) else "adamw", []).append(p)
+        if self.optimizer not in {"adamw", *split}:
+            raise ConfigError(
+                f"optim.optimizer={self.optimizer}: {type(net).__name__} has no weight for it; give adamw"
+            )
+        return split
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step; a function of the step alone, so resuming needs no scheduler state."""
@@ -153,6 +162,11 @@ class Run:
         self.recipe.check(self.model)
         if not self.recipe.trains_backbone and (self.checkpointing or self.compile):
             raise ConfigError(f"run {self.name}: checkpointing and compile are of transformer blocks; a codec has none")
+        if self.parallel.cpu_offload and "adamw8bit" in (self.optim.optimizer, self.critic.optimizer):
+            raise ConfigError(
+                f"run {self.name}: parallel.cpu_offload has the moments in the memory of the CPU, where torchao's "
+                "8-bit update is slow; give optim.optimizer=adamw, or no offload"
+            )
         if self.lora and not (self.recipe.trains_backbone and self.init.student):
             raise ConfigError(f"run {self.name}: lora needs a network, and init.student, the folder of its base")
 

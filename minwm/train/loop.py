@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from minwm.core.config import UserError
@@ -104,7 +104,7 @@ class Trainer:
             return 0.0
         rate = settings.rate(step, self.run.steps)
         for optimizer in self.optimizers[role].values():
-            optimizer.param_groups[0]["lr"] = rate
+            _set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if role == "student":
@@ -119,6 +119,15 @@ class Trainer:
     @property
     def all_optimizers(self) -> list[torch.optim.Optimizer]:
         return [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers.values()]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; a compiled update has it in a tensor."""
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def loop(

@@ -67,19 +67,21 @@ class ParallelConfig:
 
 
 @contextmanager
-def process_group(timeout: float) -> Iterator[None]:
-    """The group of the processes that torchrun started; without torchrun, or inside of another one, nothing.
+def process_group(timeout: float, alone: bool = False) -> Iterator[None]:
+    """The group of the processes that torchrun started; without torchrun nothing, or of this process `alone`; inside of
+    another one nothing.
 
     UserError if another process is lost. After an error it is left as it is: others may hang, and this process ends.
     """
-    if dist.is_initialized() or "RANK" not in os.environ:
+    if dist.is_initialized() or not (alone or "RANK" in os.environ):
         yield
         return
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    single = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **single)
     try:
         yield
     except RuntimeError as error:
@@ -163,7 +165,8 @@ class Parallel:
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last ones
         dtype = torch.bfloat16 if self.cfg.gather == "bfloat16" else None
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        offload = CPUOffloadPolicy() if self.cfg.cpu_offload else OffloadPolicy()
+        pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        offload = pinned if self.cfg.cpu_offload else OffloadPolicy()
         methods = [*net.forward_methods()] if isinstance(net, Backbone) else []
         for module in sharded_units(net):
             fully_shard(

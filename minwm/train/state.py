@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from minwm.core.config import UserError
 from minwm.core.files import check_shape, read_json, write_json
 from minwm.core.runtime import rank
+from minwm.train.adamw8bit import stored
 
 T = TypeVar("T")
 EXTRA = {"step": int, "seconds": float, "data": dict, "files": dict}
@@ -133,7 +134,8 @@ def state_tensors(networks: Mapping[str, nn.Module], optimizers: Iterable[torch.
     names = _names(networks)
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
-            tensors |= {f"optimizer.{names[parameter]}.{name}": x for name, x in values.items()}
+            for name, value in values.items():
+                tensors |= {f"optimizer.{names[parameter]}.{name}{end}": x for end, x in stored(value).items()}
     return tensors
 
 
@@ -144,7 +146,7 @@ def _names(networks: Mapping[str, nn.Module]) -> dict[Tensor, str]:
 def _prepare_optimizers(
     networks: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer], saved: Mapping[str, Any]
 ) -> None:
-    """Give each optimiser tensors for what is saved of its parameters, to be read into."""
+    """Give each optimiser tensors for what is saved of its parameters, to be read into; 8-bit moments are there."""
     found: dict[str, dict[str, torch.Size]] = {}
     for key, about in saved.items():
         parameter, _, name = key.removeprefix("optimizer.").rpartition(".")
@@ -153,6 +155,8 @@ def _prepare_optimizers(
     names = _names(networks)
     for optimizer in optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if any(len(stored(value)) > 1 for value in optimizer.state[parameter].values()):
+                continue
             optimizer.state[parameter] = {
                 name: torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size)
                 for name, size in found.get(names[parameter], {}).items()
