@@ -53,14 +53,9 @@ def run_loop(recipe: Dot, out: Path, held_out: Sequence[Tensor] = (), **changes:
     run = Run(name="dot", model=tiny_model(), recipe=BidirectionalConfig(), data="", tensorboard=False)
     run = replace(run, **{"steps": 6, "batch": 2, "optim": OptimConfig(lr=0.1, clip=1e9), **changes})
     table = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-    return loop(
-        run,
-        out,
-        recipe,
-        loader(Numbers(table), run.batch, run.seed),
-        Parallel(run.parallel, torch.device("cpu")),
-        held_out,
-    )
+    here = Parallel(run.parallel, torch.device("cpu"))
+    clips = loader(Numbers(table), run.batch, run.seed, here.data_rank, here.data_ranks)
+    return loop(run, out, recipe, clips, here, held_out)
 
 
 def test_accumulation_averages_gradients(tmp_path: Path) -> None:

@@ -219,7 +219,9 @@ def plan_optimisers(role: str, split: Mapping[str, list[nn.Parameter]]) -> tuple
         moments["adamw8bit"] = sum(nbytes_8bit(p) for p in eight)
         why.append(f"adamw8bit: codes, scales and tables of {sizes['adamw8bit']:,}")
         extra = max(extra, TRANSIENT_8BIT * max(p.numel() for p in eight))
-    update = Item(f"update: {role}", 4 * sum(sizes.values()) + extra, "gradients, and roots or 8-bit moments in float32")
+    update = Item(
+        f"update: {role}", 4 * sum(sizes.values()) + extra, "gradients, and roots or 8-bit moments in float32"
+    )
     return Item(f"{role} optimiser", sum(moments.values()), "; ".join(why)), update
 
 

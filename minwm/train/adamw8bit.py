@@ -82,6 +82,4 @@ def _as_rows_of(whole: Tensor, local: Tensor, shape: torch.Size) -> Tensor:
     if not isinstance(whole, DTensor):
         return local
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride
-    )
+    return DTensor.from_local(local, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
