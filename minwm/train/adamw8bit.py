@@ -1,7 +1,7 @@
 """AdamW whose moments are held in 8 bits (Dettmers et al., arXiv 2110.02861), by torchao.
 
-A moment is a code of 8 bits for each number, and a float32 scale for each block of 256 in a row. Blocks lie within rows,
-which FSDP deals out whole: so a state is the same on any number of processes, bit for bit.
+A moment is a code of 8 bits for each number, and a float32 scale for each block of 256 in a row. Blocks lie within
+rows, which FSDP deals out whole: so a state is the same on any number of processes, bit for bit.
 """
 
 import math
@@ -68,7 +68,7 @@ def _zeros(weight: Tensor, signed: bool) -> Tensor:
 
 
 def stored(moment: Tensor) -> dict[str, Tensor]:
-    """What holds a moment, by the end of its name: itself, or the codes and the scales of its rows, to be written into."""
+    """What holds a moment, by the end of its name: itself, or the codes and the scales of its rows (no copies)."""
     local = moment.to_local() if isinstance(moment, DTensor) else moment
     if not is_traceable_wrapper_subclass(local):
         return {"": moment}

@@ -69,7 +69,7 @@ class OptimConfig:
 
     def split(self, net: nn.Module) -> dict[str, list[nn.Parameter]]:
         """The trained parameters of each optimiser: AdamW has those that another one cannot have."""
-        takes = {"adamw": lambda p: False, "adamw8bit": fits_8bit, "muon": lambda p: p.ndim == 2}[self.optimizer]
+        takes = {"adamw": lambda _: True, "adamw8bit": fits_8bit, "muon": lambda p: p.ndim == 2}[self.optimizer]
         split: dict[str, list[nn.Parameter]] = {}
         for p in net.parameters():
             if p.requires_grad:
