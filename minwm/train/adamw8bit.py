@@ -6,6 +6,7 @@ rows, which FSDP deals out whole: so a state is the same on any number of proces
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +73,10 @@ def stored(moment: Tensor) -> dict[str, Tensor]:
     local = moment.to_local() if isinstance(moment, DTensor) else moment
     if not is_traceable_wrapper_subclass(local):
         return {"": moment}
+    state: Any = local
     rows, *row = moment.shape
-    scale, shape = local.scale.view(len(local), -1), torch.Size((rows, math.prod(row) // BLOCK))
-    return {".codes": _as_rows_of(moment, local.codes, moment.shape), ".scale": _as_rows_of(moment, scale, shape)}
+    scale, shape = state.scale.view(len(state), -1), torch.Size((rows, math.prod(row) // BLOCK))
+    return {".codes": _as_rows_of(moment, state.codes, moment.shape), ".scale": _as_rows_of(moment, scale, shape)}
 
 
 def _as_rows_of(whole: Tensor, local: Tensor, shape: torch.Size) -> Tensor:

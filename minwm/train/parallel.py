@@ -80,8 +80,8 @@ def process_group(timeout: float, alone: bool = False) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    single = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **single)
+    here = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **({} if "RANK" in os.environ else here))
     try:
         yield
     except RuntimeError as error:
