@@ -16,6 +16,7 @@ from minwm.render.splats import Drawn, draw
 CLEARANCE = 0.1
 """Least distance of a camera from the points that are known, world units."""
 SPAWNS = 64
+"""Cameras of the capture from which a path is tried."""
 CELL = 8
 """Pixels: side of the cells in which drawn depths are compared with those of known points."""
 NEARER = 0.5
@@ -58,7 +59,7 @@ class CapturedScene:
         fine = self.views(track, height * supersample, width * supersample)
         frames = [drawn.frame(supersample) for drawn in fine]
         plain = self.views(track, height, width)
-        depths = [torch.where(drawn.alpha < 0.5, torch.inf, drawn.depth).cpu().numpy() for drawn in plain]
+        depths = [drawn.surface().cpu().numpy() for drawn in plain]
         return Rendered(np.stack(frames), np.stack(depths))
 
     def floaters(self, drawn: Drawn, track: CameraTrack, i: int) -> float:
@@ -71,7 +72,7 @@ class CapturedScene:
         np.minimum.at(nearest, cell, seen[:, 2])
         known = np.flatnonzero(np.isfinite(nearest))
         padded = np.full((rows * CELL, columns * CELL), np.nan)
-        padded[:height, :width] = drawn.depth.cpu().numpy()
+        padded[:height, :width] = drawn.surface().cpu().numpy()
         shown = np.nanmedian(
             padded.reshape(rows, CELL, columns, CELL).transpose(0, 2, 1, 3).reshape(-1, CELL**2)[known], 1
         )

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minwm.cameras.track import CameraTrack
+from minwm.cameras.track import CameraTrack, se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.runtime import generator, progress
 from minwm.render.gaussians import Y0, Gaussians, SplatError
@@ -26,7 +26,9 @@ GAP = 1 / 6
 FAR = 3.0
 """That distance, in multiples of the 95th percentile of the depths of points."""
 LEAST_POINTS = 32
-CHUNK = 1024
+"""Known points of a capture, below which depths cannot be told."""
+CHUNK = 256
+"""Points whose distances to all others are held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ def in_view(
 def view_of(track: CameraTrack, i: int, size: tuple[int, int], device: torch.device | str = "cpu") -> View:
     """Camera i of a track, for pictures of this size (h, w)."""
     height, width = size
-    w2c = torch.from_numpy(track.w2c()[i]).float().to(device)
+    w2c = torch.from_numpy(se3_inverse(track.c2w[i])).float().to(device)
     K = torch.from_numpy(track.K[i] * (width, height, width, height)).float().to(device)
     return View(w2c, K, height, width)
 

@@ -52,6 +52,10 @@ class Drawn:
     depth: Float[Tensor, "h w"]
     """z-depth, the mean over what is seen; 0 where nothing is."""
 
+    def surface(self) -> Float[Tensor, "h w"]:
+        """z-depth; inf where less than half of a pixel is covered."""
+        return self.depth.where(self.alpha >= 0.5, torch.inf)
+
     def frame(self, supersample: int = 1) -> UInt8[np.ndarray, "H W 3"]:
         """The picture, area-averaged over squares of pixels."""
         pixels = avg_pool2d(self.colour.permute(2, 0, 1).clamp(0, 1), supersample)
