@@ -65,6 +65,8 @@ def test_raw_clips_are_the_truth_of_models_that_start_from_their_frames(project:
     model, rows = found["videos"]["image"], found["baselines"]
     assert [*model["tasks"]] == [ids[0], ids[-1]] and rows.keys() == {"recording", "static camera", "codec"}
     assert model["scores"].keys() >= {"camera", "likeness", "flip"} and model["skipped"].keys() >= NETWORKS
+    cameras = [row["scores"]["camera"].keys() for row in (model, rows["recording"])]
+    assert all("speed_ratio" in found and "relative_speed" not in found for found in cameras), "depth can be rendered"
     assert model["tasks"] == rows["codec"]["tasks"]
     assert rows["recording"]["scores"].keys() == {"camera", "published", "texture"}
     still = rows["static camera"]["scores"]["likeness"]["psnr@1"]["videos"]

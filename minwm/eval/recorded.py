@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from minwm.cameras.track import CameraTrack
 from minwm.core.media import to_frames, write_image
-from minwm.data.clips import LATENT_SHARDS, ClipRecord, DataError, read_manifest
+from minwm.data.clips import LATENT_SHARDS, RENDERED, ClipRecord, DataError, read_manifest
 from minwm.data.dataset import RawDataset, ShardDataset, Split
 from minwm.data.encode import identity
+from minwm.data.rerender import reproduce
 from minwm.eval.cases import reconstruct
 from minwm.eval.source import Frames, Video, VideoSource, folder_source
 from minwm.eval.suite import chunks_of
@@ -47,9 +49,15 @@ def recordings(data: Path, model: Model, split: Split, limit: int | None = None)
     def video(name: str) -> Video:
         record, frames = read[name]()
         _check(record, config, f"{data}: clip {name}")
-        return Video(name, frames, record.track.fps, record.track, task={"prompt": record.caption, "clip": name})
+        task = {"prompt": record.caption, "clip": name}
+        return Video(name, frames, record.track.fps, record.track, first_depth=_first_depth(record), task=task)
 
     return VideoSource(names, video)
+
+
+def _first_depth(record: ClipRecord) -> Float[np.ndarray, "h w"] | None:
+    """Of a clip that can be rendered again."""
+    return reproduce(record, record.track.slice(0, 1)).depth[0] if record.source in RENDERED else None
 
 
 Read = Callable[[], tuple[ClipRecord, Frames]]
@@ -110,10 +118,11 @@ def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Ma
 
     def scored(name: str) -> Video:
         truth = recorded.video(name)
-        reference = truth.frames if config.image_start else None
+        reference, depth = (truth.frames, truth.first_depth) if config.image_start else (None, None)
         chunks = chunks_of(config, len(truth.frames))
         frames = made.video(name).frames
-        return replace(truth, frames=frames, reference=reference, truth=truth.frames, chunks=chunks)
+        known = {"reference": reference, "first_depth": depth, "truth": truth.frames}
+        return replace(truth, frames=frames, chunks=chunks, **known)
 
     return VideoSource(recorded.names, scored)
 

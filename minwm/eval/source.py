@@ -86,8 +86,14 @@ class VideoSource:
         return map(self.video, self.names)
 
 
+def depth_file(folder: Path, name: str) -> Path:
+    """Where a folder of videos has the z-depth of a first frame, an array h w, if that is known."""
+    return folder / "starts" / f"{name}.depth.npy"
+
+
 def folder_source(folder: Path) -> VideoSource:
-    """The mp4 files of a folder, each with the cameras of NAME.json (`CameraTrack.save`) if that is there."""
+    """The mp4 files of a folder, each with the cameras of NAME.json (`CameraTrack.save`) and its `depth_file`, if they
+    are there."""
     names = sorted(path.stem for path in folder.glob("*.mp4"))
     if not names:
         raise UserError(f"{folder} holds no mp4 files; make some with minwm generate --list")
@@ -97,8 +103,9 @@ def folder_source(folder: Path) -> VideoSource:
     def read(name: str) -> Video:
         frames, fps = read_video(folder / f"{name}.mp4")
         poses = folder / f"{name}.json"
-        camera = CameraTrack.load(poses) if poses.exists() else None
-        return Video(name, frames, fps, camera, turns=turns.get(name, ()))
+        camera, known = CameraTrack.load(poses) if poses.exists() else None, depth_file(folder, name)
+        depth = np.load(known) if known.exists() else None
+        return Video(name, frames, fps, camera, first_depth=depth, turns=turns.get(name, ()))
 
     return VideoSource(names, read)
 

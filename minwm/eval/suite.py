@@ -12,7 +12,7 @@ from minwm.core.files import read_text
 from minwm.core.media import read_image, write_image
 from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, TRIES
 from minwm.eval.image import chunk_spans
-from minwm.eval.source import Video, VideoSource, digest, folder_source
+from minwm.eval.source import Video, VideoSource, depth_file, digest, folder_source
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
 
@@ -67,7 +67,8 @@ def requests(
     """One request per trajectory (None: `suite`), which take prompts and images in turn.
 
     The prompt of an image is in NAME.txt beside it, unless there are `prompts`. A model that starts from images and is
-    given none starts from views of held-out scenes, written to `folder`, with their captions; so do prompts.
+    given none starts from views of held-out scenes, written to `folder` with their depth, with their captions; so do
+    prompts.
     """
     if images is not None and not config.image_start:
         raise UserError(f"--images {images}: this model starts from its prompt alone; give --prompts FILE")
@@ -112,9 +113,10 @@ def _held_out(config: ModelConfig, folder: Path, paths: Sequence[str]) -> list[S
         if origin is None:
             raise UserError(f"scene {i} of the suite has no free place; give --images DIR")
         image = folder / "starts" / f"{i:03d}.png" if config.image_start else None
-        if image and not image.exists():
+        if image and not (image.exists() and depth_file(folder, image.stem).exists()):
             view = scene.render(track.slice(0, 1).transformed(origin), config.height, config.width)
             write_image(image, view.frames[0])
+            np.save(depth_file(folder, image.stem), view.depth[0])
         starts.append((scene.caption, image))
     return starts
 
