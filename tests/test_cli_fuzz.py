@@ -93,6 +93,7 @@ LONG = [
     ("minwm.bench.stream", "bench_model"),
     ("minwm.data.rerender", "render_worlds"),
     ("minwm.data.record", "record"),
+    ("minwm.data.splat", "splat_captures"),
 ]
 
 COMMANDS = {
@@ -108,6 +109,7 @@ COMMANDS = {
     ("play",): "--model {project}/dmd --world 3 --port 0",
     ("data", "render"): "--out {out} --clips 2 --latents 3",
     ("data", "ingest"): "{project}/files --out {out} --source-license CC0-1.0",
+    ("data", "splat"): "{project}/files --out {out} --source-license CC0-1.0",
     ("data", "record"): "--out {out} --clips 1 --latents 3",
     ("data", "generate"): "{project}/files/prompts.txt --model {project}/dmd --out {out} --source-license CC0-1.0",
     ("data", "encode"): "{project}/raw --codec {project}/codec --out {out}",
