@@ -329,22 +329,52 @@ def test_the_page_shows_how_far_recovered_cameras_are_off() -> None:
             assert abs(row["speed_ratio"]["value"] - SPEEDS[video.partition(", ")[2]]) < 0.15
 
 
-def recorded_table() -> str:
-    """The rows of docs/evaluation.md: the shipped models against clips of held-out worlds, as any recorded ones."""
-    results = json.loads((ROOT / "results" / "world-recorded.json").read_text())
-    columns = {"camera": ("lost", "rot_err_deg", "direction_err_deg", "turn_ratio"), "likeness": ("psnr", "ssim")}
-    columns["flip"] = ("flip",)
-    rows = ["| | lost | rotation, ° | direction, ° | turn ratio | PSNR, dB | SSIM | FLIP |", "|---" + "|--:" * 7 + "|"]
-    for name, row in {**results["baselines"], **results["videos"]}.items():
-        found = [row["scores"].get(metric, {}).get(x) for metric, names in columns.items() for x in names]
-        cells = [f"{x['mean']['value']:.2f}" if x else "" for x in found]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+CAMERA = {"lost": "lost", "rotation, °": "rot_err_deg", "direction, °": "direction_err_deg"}
+CAMERA |= {"speed ratio": "speed_ratio", "turn ratio": "turn_ratio"}
+LIKENESS = {"PSNR, dB": "psnr", "SSIM": "ssim", "FLIP": "flip"}
+SUITE = {"NavScore": "nav_score", "WorldScore": "worldscore", "revisits gain, dB": "gain", "seams": "seam"}
+
+
+def scores_table(rows: dict[str, dict[str, dict]], columns: dict[str, str]) -> str:
+    """Means by row and quantity."""
+    lines = [f"| | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
+    for row, found in rows.items():
+        means = [found[name]["mean"]["value"] if name in found else None for name in columns.values()]
+        lines.append(f"| {row} | {' | '.join('' if x is None else f'{x:.2f}' for x in means)} |")
+    return "\n".join(lines)
+
+
+def quantities(rows: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """Of all metrics, by row."""
+    return {name: {q: x for found in row["scores"].values() for q, x in found.items()} for name, row in rows.items()}
+
+
+def recorded_table(file: str, *columns: str) -> str:
+    """The rows of docs/evaluation.md: shipped models against clips of scenes not seen, as any recorded ones."""
+    results = json.loads((ROOT / "results" / file).read_text())
+    every = {**CAMERA, **LIKENESS}
+    rows = quantities({**results["baselines"], **results["videos"]})
+    return scores_table(rows, {name: every[name] for name in columns or every})
+
+
+def suite_table() -> str:
+    """The rows of docs/evaluation.md: the shipped models along the suite, and what wrong paths would score."""
+    results = json.loads((ROOT / "results" / "suite.json").read_text())
+    rows = quantities(results["videos"])
+    last = [*rows.values()][-1]
+    for wrong in ("static", "opposite", "half speed"):
+        rows[f"*{wrong}*"] = {name: last[f"{name} ({wrong})"] for name in ("nav_score", "worldscore")}
+    return scores_table(rows, {**CAMERA, **SUITE})
 
 
 def test_the_page_shows_what_recorded_clips_say_of_the_shipped_models() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    assert recorded_table() in page
+    columns = [name for name in (*CAMERA, *LIKENESS) if name != "speed ratio"]
+    assert recorded_table("world-recorded.json", *columns) in page and recorded_table("place-recorded.json") in page
+    assert suite_table() in page and suite_table() in (ROOT / "README.md").read_text()
+    suite = quantities(json.loads((ROOT / "results" / "suite.json").read_text())["videos"])
+    every = [row["lost"]["mean"]["value"] for row in suite.values()]
+    assert f"In {100 * min(every):.0f} to {100 * max(every):.0f} % of the seconds" in page
     recorded, aligned = (
         json.loads((ROOT / "results" / f"world-{name}.json").read_text()) for name in ("recorded", "64")
     )

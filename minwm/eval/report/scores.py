@@ -20,6 +20,8 @@ CAVEATS = (
     "a camera is lost, and charged as standing still.",
     "The published scores fit the scale of the path: a static video gets half of WBench's marks, half speed nearly "
     "all. Read them beside turn_ratio, speed_ratio and the baselines below them.",
+    "gated_psnr and gated_ssim cannot be compared with WBench's gated spatial consistency, which takes likeness from "
+    "DreamSim.",
 )
 
 
