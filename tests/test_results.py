@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from world_record import draw as draw_training
@@ -182,14 +183,30 @@ def test_the_page_on_performance_shows_the_committed_results() -> None:
     assert race_table() in page and speed_table() in page and options_table() in page and train_table() in page
 
 
-def test_the_page_shows_what_data_cost() -> None:
+def splat_rows(found: dict[str, Any]) -> list[str]:
+    """The rows of docs/customise.md on captured scenes, of the experiment `splats`."""
+    rows = []
+    for name, row in found["rows"].items():
+        novel = f"{row['psnr_of_clips']:.1f} dB" if "psnr_of_clips" in row else ""
+        dropped = ", ".join(f"{n} {rule}" for rule, n in row["dropped"].items())
+        numbers = f"{row['pictures']} | {row['points']} | {row['psnr_held_out']:.1f} dB | {novel}"
+        rows.append(f"| {name} | {numbers} | {row['clips']} | {dropped} |")
+    return rows
+
+
+def test_the_page_shows_what_data_are_worth_and_cost() -> None:
     found = json.loads((ROOT / "results" / "data.json").read_text())
-    page = " ".join((ROOT / "docs" / "customise.md").read_text().split())
+    page = (ROOT / "docs" / "customise.md").read_text()
+    text, stream = " ".join(page.split()), found["streaming"]
+    assert "\n".join(splat_rows(found["splats"])) in page
+    assert f"{stream['clips_per_s_read']:.0f} clips a second" in text
+    assert f"trained on {stream['clips_per_s_trained']:.1f}" in text
+    assert f"waited {1000 * stream['longest_wait_s']:.0f} ms at most" in text
     known, solved = found["poses_by_colmap"]["procedural worlds, 160x128"]
-    assert f"lost {known['moving_lost']} of {known['moving_clips']} clips" in page
-    assert f"{known['rotation_deg_50']:.1f} and {solved['rotation_deg_50']:.1f} degrees" in page
+    assert f"lost {known['moving_lost']} of {known['moving_clips']} clips" in text
+    assert f"{known['rotation_deg_50']:.1f} and {solved['rotation_deg_50']:.1f} degrees" in text
     hours = found["core_hours_per_1000_clips"]
-    assert f"{hours['ingest']:.2f} core hours" in page and f"{hours['ingest_with_colmap']:.2f} with COLMAP" in page
+    assert f"{hours['ingest']:.2f} core hours" in text and f"{hours['ingest_with_colmap']:.2f} with COLMAP" in text
 
 
 def test_the_page_on_the_place_shows_the_committed_results() -> None:

@@ -92,7 +92,8 @@ def splat_captures(captures: tuple[Path, ...], out: Path, cfg: SplatConfig, ray:
     folder = ClipFolder.create(out, "splat", to_dict(cfg))
     with locked(out / "ingested" / str(rank())):
         todo = [path for path in captures[rank() :: world_size()] if not _note(out, path).exists()]
-        for _ in each(partial(splat_capture, folder=folder, cfg=cfg), todo, "captures", ray):
+        gpus = int(pick_device().type == "cuda")
+        for _ in each(partial(splat_capture, folder=folder, cfg=cfg), todo, "captures", ray, gpus):
             pass
     folder.finish()
     return summary(out)
