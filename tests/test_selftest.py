@@ -92,6 +92,21 @@ def test_the_parts_of_a_gpu_name_what_exists() -> None:
             assert not word.startswith("tests/") or Path(__file__).parents[1].joinpath(word).exists()
 
 
+def test_what_a_part_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even what does not listen, once the part has had time to end it itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minwm.bench.selftest.GRACE", 0.3)
+    deaf = "trap '' TERM; while true; do echo >> beats; sleep 0.02; done"
+    body = f"import subprocess\nsubprocess.Popen(['sh', '-c', {deaf!r}])\n"
+    for name, rest, state in (("hangs", "import time; time.sleep(60)", "timed out"), ("ends", "", "done")):
+        part = Part(name, script(tmp_path, name, body + rest), 2.0, writes=False)
+        (outcome,) = selftest([part], tmp_path / "out", 0.0, lambda _: None)
+        assert outcome.state == state
+        beats = (tmp_path / "beats").stat().st_size
+        time.sleep(0.1)
+        assert (tmp_path / "beats").stat().st_size == beats
+
+
 def test_the_whole_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert run("selftest", "--out", tmp_path / "out") == 0
     text = (tmp_path / "out" / "page.md").read_text()
@@ -126,6 +141,7 @@ def test_the_references_own_inference_stands_beside_ours(tmp_path: Path, line: C
     words = ("bench", "--preset", "wan2.1-1.3b", "--reference")
     assert run(*words, path.parents[3]) == 2 and "ended with 3, 0 videos and no line of timing" in line()
     assert run(*words, tmp_path) == 2 and "give a checkout of minWM" in line()
+    assert run("selftest", "--reference", tmp_path / "none") == 2 and "there is no such folder" in line()
 
 
 def test_the_page_on_performance_holds_what_was_committed(tmp_path: Path) -> None:

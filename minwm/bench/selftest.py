@@ -109,7 +109,7 @@ def _run(part: Part, out: Path, gib: float, left: float, reference: Path) -> Out
 
 
 def _wait(process: "subprocess.Popen[bytes]", part: Part, left: float, output: IO[str]) -> State:
-    """Wait for a process; at its limit it is ended, with all that it started, and killed if it does not end."""
+    """Wait for a process; at its end, or at its limit, what it has started is ended too."""
     try:
         if (code := process.wait(min(part.seconds, left))) < 0:
             output.write(f"\nended by {signal.Signals(-code).name} (SIGKILL: mostly the system, for want of memory)\n")
@@ -117,11 +117,21 @@ def _wait(process: "subprocess.Popen[bytes]", part: Part, left: float, output: I
     except subprocess.TimeoutExpired:
         return "timed out"
     finally:
-        for sent, grace in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
-            if process.poll() is None:
-                os.killpg(process.pid, sent)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(grace)
+        with contextlib.suppress(ProcessLookupError):
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the processes of its group, and kill those that are left after `GRACE`; ProcessLookupError once there are
+    none."""
+    os.killpg(process.pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end:
+        process.poll()  # or it would stay in the group
+        os.killpg(process.pid, 0)
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
