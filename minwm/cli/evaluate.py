@@ -63,6 +63,7 @@ class AnyScene:
     def check(self, models: Sequence[Path]) -> None:
         """UserError for what cannot be asked for at once, before any work."""
         from minwm.eval.metrics import METRICS
+        from minwm.session.batch import TURNS
 
         if self.videos and (models or self.along_suite or self.data):
             raise UserError("--videos DIR is scored as it is; leave out the models and what is made with them")
@@ -70,11 +71,13 @@ class AnyScene:
             raise UserError("--data DIR has prompts, first frames and cameras; leave out those of the suite")
         if self.asked and not self.data and (self.limit is not None or self.split != "val"):
             raise UserError("--split and --limit are of --data; add --data DIR, or leave them out")
-        if self.wbench and not self.videos:
-            raise UserError(
-                "--wbench REPORT.json is of videos of WBench's cases; give --videos DIR, or --hub FILE.yaml"
-            )
         if self.wbench:
+            if not self.videos:
+                raise UserError("--wbench REPORT.json is of videos of WBench's cases; give --videos DIR")
+            if not (self.videos / TURNS).exists():
+                raise UserError(
+                    f"--wbench: {self.videos} has no {TURNS}; make it with minwm generate --list of its cases"
+                )
             refuse_existing(self.wbench, ".json", "wbench")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")

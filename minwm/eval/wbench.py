@@ -58,8 +58,8 @@ def navigation_report(model: str, scores: Mapping[str, Score]) -> dict[str, Any]
             found[f"navigation_{name}"] = {"mean": round(float(np.mean([*videos])), 4), "n": len(videos)}
     if len(found) < 2:
         raise UserError(
-            f"--wbench: the videos of {model} have no score of navigation; give a folder that minwm generate --list "
-            "has made of WBench's cases, and among --metrics published"
+            f"--wbench: the videos of {model} have no score of navigation; give cases with two turns of equal or "
+            "opposite keys, and among --metrics published"
         )
     accuracy, consistency = found["navigation_accuracy"], found["navigation_consistency"]
     found["navigation_trajectory"] = {
