@@ -133,7 +133,7 @@ def damaged(how: Callable[[Path], None]) -> Callable[[Run, Path, Path], dict[str
             time.sleep(0.05)
         os.kill(child, signal.SIGKILL)
         finish([child])
-        newest = States(out).folder / f"{States(out).latest():06d}"
+        newest = out / "state" / f"{States(out).latest():06d}"
         how(newest / "__0_0.distcp")
         codes = finish(start(keeping, out))
         found = {"exit_codes": codes, "message": message(out)}

@@ -203,10 +203,10 @@ def test_training_states_restore_everything(tmp_path: Path) -> None:
         step(*part)
     assert torch.equal(one[0].weight, two[0].weight)
     states.save(2, {"student": one[0]}, [one[1]], {"seconds": 2.0, "data": {}})
-    assert states.latest() == 2 and [path.name for path in states.folder.iterdir()] == ["000002"]
+    assert states.latest() == 2 and [path.name for path in (tmp_path / "state").iterdir()] == ["000002"]
     States(tmp_path, keep=2).save(3, {"student": one[0]}, [one[1]], {"seconds": 3.0, "data": {}})
     assert states.steps() == [2, 3]
-    part = states.folder / "000003" / "__0_0.distcp"
+    part = tmp_path / "state" / "000003" / "__0_0.distcp"
     damaged = bytearray(part.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     part.write_bytes(damaged)

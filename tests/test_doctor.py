@@ -59,12 +59,14 @@ def found(run: Run, out: Path) -> dict[str, str]:
 
 def test_a_healthy_run_has_no_verdict(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found(run, tmp_path) == {}
+    assert not [line for line in capsys.readouterr().err.splitlines() if ": red: " in line or ": yellow: " in line]
     assert main(["doctor", str(tmp_path)]) == 0
     assert "nothing wrong" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_move(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found(replace(run, optim=OptimConfig(lr=1e-12), steps=3), tmp_path)["weights not moving"] == "red"
+    assert "red: weights not moving: after 3 updates 100.0 %" in capsys.readouterr().err, "while it trains, too"
     assert main(["doctor", str(tmp_path)]) == 2
     assert "bit for bit the first ones; raise optim.lr" in capsys.readouterr().out
 
@@ -80,10 +82,13 @@ def test_an_average_that_does_not_follow(run: Run, tmp_path: Path, monkeypatch: 
     assert found(replace(run, steps=10), tmp_path) == {"average is stale": "red"}
 
 
-def test_a_camera_that_is_ignored(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A camera branch starts at zero; whoever has seen few steps only may go on."""
+def test_a_camera_that_is_ignored(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A camera branch starts at zero; whoever has seen few steps only may go on. It is told while it trains, too."""
     fresh = replace(run, init=replace(run.init, student=None), optim=OptimConfig(lr=1e-12), steps=2)
     assert found(fresh, tmp_path) == {"camera ignored": "yellow"}
+    assert "yellow: camera ignored: with cameras that stand still" in capsys.readouterr().err
     monkeypatch.setitem(doctor.CAMERA_ONSET, "small", 2)
     assert {verdict.name: verdict.level for verdict in examine(tmp_path)} == {"camera ignored": "red"}
 

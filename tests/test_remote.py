@@ -1,8 +1,10 @@
-"""Datasets in a store: copied there and back, and shards read where they lie, by a real S3 server on this machine."""
+"""Datasets and training states in a store: copied there and back, read and written where they lie, by a real S3 server
+on this machine."""
 
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,17 @@ import pytest
 import torch
 from commands import run
 from test_data import codec, made  # noqa: F401  (fixtures)
+from test_train_loop import Dot, run_loop
 
+from minwm.core.config import ConfigError, UserError, from_dict
+from minwm.core.metrics import read_metrics
 from minwm.data import remote
 from minwm.data.dataset import Loader, ShardDataset, check_shards
 from minwm.data.remote import StoreError, copy, data_folder
+from minwm.train.build import train
+from minwm.train.config import Run
+from minwm.train.state import States
+from minwm.train.state_places import StateStore
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -109,6 +118,62 @@ def test_what_is_not_there_is_named(made: Path, bucket: str, tmp_path: Path) -> 
     assert "missing though its index is there" in check_shards(data_folder(address))[0]
     fs.rm(f"{root}/{dataset.entries[0][0].name}.idx.json")
     assert check_shards(data_folder(address)) == [], "an index that is gone there is gone here"
+
+
+# ---------------------------------------------------------------------------------------------
+# Training states
+
+
+def trained(address: str, out: Path, steps: int, **changes: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return run_loop(Dot(), out, steps=steps, save_every=2, keep=2, states=address, **changes)
+
+
+def test_training_goes_on_from_states_in_a_store(bucket: str, tmp_path: Path) -> None:
+    """On another machine, too, whose folder is empty; bit for bit."""
+    address = f"{bucket}/run"
+    torch.manual_seed(0)
+    whole = run_loop(Dot(), tmp_path / "local", steps=8).state_dict()
+    trained(address, tmp_path / "one", 6)
+    states = States(tmp_path / "none", address=address)
+    assert states.steps() == [4, 6] and not list(tmp_path.glob("one/state/*"))
+    resumed = trained(address, tmp_path / "two", 8).state_dict()
+    assert [line["step"] for line in read_metrics(tmp_path / "two")] == [6, 7]
+    assert states.steps() == [6, 8] and all(torch.equal(resumed[name], x) for name, x in whole.items())
+
+
+def test_a_half_written_state_in_a_store_is_none(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"{bucket}/half"
+    trained(address, tmp_path, 2)
+    states, finish = States(tmp_path, address=address), StateStore.finish
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # killed before the last file, and unable to tidy up
+        patch.setattr(StateStore, "finish", killed)
+        patch.setattr(StateStore, "clear", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            trained(address, tmp_path, 4)
+    assert StateStore.finish is finish and states.steps() == [2]
+    fs, root = remote._filesystem(address)
+    assert fs.exists(f"{root}/000004/.metadata"), "all but its record is there"
+    trained(address, tmp_path, 4)
+    assert states.steps() == [2, 4] and [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    part = f"{root}/000004/__0_0.distcp"
+    fs.pipe_file(part, fs.cat_file(part)[:-9])
+    with pytest.raises(UserError, match=r"s3://clips/half/000004 is damaged; delete it.* \(__0_0.distcp: another\)"):
+        trained(address, tmp_path, 6)
+
+
+def test_states_of_another_run_are_refused(bucket: str, tmp_path: Path) -> None:
+    address = f"{bucket}/other"
+    trained(address, tmp_path, 2)
+    run = from_dict(Run, States(tmp_path, address=address).extra(2)["run"])
+    with pytest.raises(ConfigError, match="s3://clips/other holds a run with another seed; give another --states"):
+        train(replace(run, seed=1), tmp_path / "new")
+    with pytest.raises(ConfigError, match="states=runs/x: give the address of a store"):
+        replace(run, states="runs/x")
 
 
 # ---------------------------------------------------------------------------------------------

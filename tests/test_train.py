@@ -288,8 +288,9 @@ def test_roles_that_cannot_be_filled_are_named(project: Path, tmp_path: Path) ->
 
 def test_costs_are_logged_beside_the_loss(project: Path, tmp_path: Path) -> None:
     for name, rates in {"ode": {"tokens_per_s", "tflops"}, "codec": set()}.items():
-        train(stage(name, project, steps=2, accumulate=2), tmp_path / name)
+        train(stage(name, project, steps=2, accumulate=2, peak_tflops=0.5), tmp_path / name)
         for line in read_metrics(tmp_path / name):
+            assert line.get("mfu", 0) == pytest.approx(200 * line.get("tflops", 0))
             costs = {key: line[key] for key in line.keys() & set(COSTS)}
             assert costs.keys() == {"clips_per_s", "data_wait_s", "peak_memory_gb", *rates}
             assert min(costs.values()) > 0 and line["data_wait_s"] < 4 / line["clips_per_s"]

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from minwm.core.config import ConfigError, UserError, loads, parse_json
+from minwm.core.runtime import rank
 
 T = TypeVar("T")
 
@@ -108,13 +109,18 @@ def read_config(cls: type[T] | UnionType, path: Path) -> T:
 
 def read_json(path: Path, shape: Mapping[str, Any] = {}) -> dict[str, Any]:
     """The object in a JSON file; UserError if it holds anything else, or lacks what `shape` says (`check_shape`)."""
+    return json_object(read_text(path), str(path), shape)
+
+
+def json_object(text: str, where: str, shape: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The object that a JSON text holds; UserError as by `read_json`, which names `where`."""
     try:
-        content = parse_json(read_text(path))
+        content = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
+        raise UserError(f"{where} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    check_shape(content, shape, str(path))
+        raise UserError(f"{where} holds a JSON {type(content).__name__}, not an object")
+    check_shape(content, shape, where)
     return content
 
 
@@ -158,6 +164,11 @@ def locked(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise UserError(f"{folder}: another process writes here; wait for it, or give another --out") from error
+
+
+def locked_together(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """`locked` for all processes of torchrun: the first one holds it."""
+    return locked(folder) if rank() == 0 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def data_folder(place: str) -> Path:
 def mirror(address: str) -> Path:
     """Manifest and indices of latent shards in a store, fetched where they are new; StoreError if there are none."""
     folder = cache_folder() / "data" / hashlib.sha256(address.encode()).hexdigest()[:16]
-    with _opened(address) as (fs, root):
+    with opened(address) as (fs, root):
         sizes = _files(fs, root)
         if LAST not in sizes:
             raise StoreError(
@@ -75,7 +75,7 @@ def read_range(file: Path, start: int, stop: int) -> bytes:
         with file.open("rb") as stream:
             stream.seek(start)
             return stream.read(stop - start)
-    with _opened(note["address"]) as (fs, root):
+    with opened(note["address"]) as (fs, root):
         return bytes(fs.cat_file(f"{root}/{file.name}", start=start, end=stop))
 
 
@@ -84,7 +84,7 @@ def copy(source: str, target: str) -> int:
 
     Files of the same size are taken as copied. An interrupted copy has no manifest, and goes on when called again.
     """
-    with _opened(source) as (fs, root), _opened(target) as (fs_out, root_out):
+    with opened(source) as (fs, root), opened(target) as (fs_out, root_out):
         sizes, there = _files(fs, root), _files(fs_out, root_out)
         if LAST not in sizes:
             raise StoreError(f"{source} holds no dataset (no {LAST})")
@@ -126,7 +126,7 @@ def _files(fs: Any, root: str) -> dict[str, int]:
 
 
 @contextmanager
-def _opened(place: str) -> Iterator[tuple[Any, str]]:
+def opened(place: str) -> Iterator[tuple[Any, str]]:
     """The file system of an address or path, and the path in it; StoreError for whatever goes wrong there."""
     try:
         fs, root = _filesystem(place)

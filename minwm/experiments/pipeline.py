@@ -5,7 +5,6 @@ Under torchrun the processes share encoding, trajectories and training; the firs
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from minwm.core.config import ConfigError, UserError, dumps, to_dict
-from minwm.core.files import locked, read_config, write_text
+from minwm.core.files import locked_together, read_config, write_text
 from minwm.core.runtime import pick_device, rank
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
@@ -50,7 +49,7 @@ def run_pipeline(pipeline: Pipeline, out: Path, log: Log, until: str | None = No
     should (a red verdict of the doctor), unless it is to go on `after_red`. All processes of torchrun call it.
     """
     timeout = pipeline.stages[0].parallel.timeout
-    with locked(out) if rank() == 0 else nullcontext(), process_group(timeout):
+    with locked_together(out), process_group(timeout):
         part = PipelinePart(out, log if rank() == 0 else lambda _line: None)
         _run_parts(pipeline, out, part, until, after_red)
 

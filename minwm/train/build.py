@@ -4,7 +4,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minwm.core.config import ConfigError, UserError, dumps, from_dict, to_dict
-from minwm.core.files import locked, read_config, read_json, write_json, write_text
+from minwm.core.files import locked_together, read_config, read_json, write_json, write_text
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import git_commit, pick_device, rank, versions
 from minwm.data.clips import read_manifest
@@ -33,7 +32,7 @@ from minwm.train.state import States
 
 VALIDATION_CLIPS = 24
 """Clips of the validation split on which the loss is logged."""
-NO_RESULT = ("parallel", "keep", "tensorboard", "tracker", "sample_every", "samples", "price")
+NO_RESULT = ("parallel", "keep", "tensorboard", "tracker", "sample_every", "samples", "price", "peak_tflops")
 """Fields of a run that its result does not depend on: they may change while it goes on."""
 MANIFEST_FIELDS = ("kind", "raw", "counts", "clips", "licences")
 """What `run.json` keeps of the data's manifest, for the model card."""
@@ -51,7 +50,7 @@ def train(run: Run, out: Path, videos: SampleVideos | None = None) -> Summary:
     Raises ConfigError if `out` holds a run with another config, DataError if the data are not those of the model, and
     UserError while another process trains in `out`. All processes of torchrun call it.
     """
-    with locked(out) if rank() == 0 else nullcontext(), process_group(run.parallel.timeout, run.parallel.cpu_offload):
+    with locked_together(out), process_group(run.parallel.timeout, run.parallel.cpu_offload):
         if rank() == 0:
             _remove_leftovers(out)
         return _train(run, out, videos)
@@ -59,12 +58,12 @@ def train(run: Run, out: Path, videos: SampleVideos | None = None) -> Summary:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what a killed process was writing, or removing."""
-    for left in (*out.glob(".*.tmp"), *States(out).folder.glob(".*.tmp")):
+    for left in (*out.glob(".*.tmp"), *(out / "state").glob(".*.tmp")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _train(run: Run, out: Path, videos: SampleVideos | None) -> Summary:
-    done, states = out / "summary.json", States(out)
+    done, states = out / "summary.json", States(out, address=run.states)
     _check_same(run, out)
     if done.exists() and (summary := read_config(Summary, done)).steps == run.steps:
         return summary
@@ -169,20 +168,26 @@ def _check_codec(run: Run, codec: AnyCodec) -> None:
 
 
 def _check_same(run: Run, out: Path) -> None:
-    """Raise ConfigError if `out` was started with another config. More steps than before lengthen the run."""
-    if not (path := out / "run.json").exists():
-        return
-    try:
-        old = from_dict(Run, read_json(path, {"run": dict})["run"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; give another --out, or delete {out}") from error
-    changed = [key for key, value in vars(run).items() if vars(old)[key] != value and key not in NO_RESULT]
-    if changed == ["steps"]:
-        if run.steps > old.steps:
-            return
-        raise ConfigError(f"{out} holds a run of {old.steps} steps, not {run.steps}: it can only be made longer")
-    if changed:
-        raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; give another --out, or delete it")
+    """Raise ConfigError if `out`, or what is at `run.states`, was started with another config.
+
+    More steps than before lengthen the run.
+    """
+    records = dict[tuple[str, str], dict[str, Any]]()
+    if (path := out / "run.json").exists():
+        records["--out", str(out)] = read_json(path, {"run": dict})["run"]
+    if run.states and (step := (states := States(out, address=run.states)).latest()):
+        records["--states", run.states] = states.extra(step)["run"]
+    for (option, place), record in records.items():
+        try:
+            old = from_dict(Run, record)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}; give another {option}, or delete it") from error
+        changed = [key for key, value in vars(run).items() if vars(old)[key] != value and key not in NO_RESULT]
+        if changed == ["steps"] and run.steps < old.steps:
+            raise ConfigError(f"{place} holds a run of {old.steps} steps, not {run.steps}: it can only be made longer")
+        if changed not in ([], ["steps"]):
+            others = ", ".join(changed)
+            raise ConfigError(f"{place} holds a run with another {others}; give another {option}, or delete it")
 
 
 def _write_record(run: Run, out: Path) -> None:
@@ -207,7 +212,7 @@ def _summary(run: Run, out: Path, parameters: int) -> Summary:
         raise UserError(f"{out}/metrics.jsonl has lost the losses of this run; delete the folder and train again")
     tenth = max(1, len(lines) // 10)
     first, last = (sum(line[loss] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
-    extra = States(out).extra(run.steps)
+    extra = States(out, address=run.states).extra(run.steps)
     seconds, hours = extra["seconds"], extra.get("gpu_hours")
     return Summary(
         steps=run.steps, seconds=seconds, gpu_hours=hours, first_loss=first, last_loss=last, parameters=parameters

@@ -1,6 +1,5 @@
 """Collecting a teacher's ODE trajectories: its model folder and latent shards in, shards with trajectories out."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minwm.core.config import ConfigError, to_dict
-from minwm.core.files import locked
-from minwm.core.runtime import generator, pick_device, rank
+from minwm.core.files import locked_together
+from minwm.core.runtime import generator, pick_device
 from minwm.core.types import Clip
 from minwm.data.encode import identity
 from minwm.data.trajectories import collect_trajectories
@@ -70,6 +69,6 @@ def collect(teacher: Model, latents: Path, out: Path, cfg: CollectConfig, studen
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
             return recipe.collect_states(net, clip.to(device), model, noise)
 
-    with locked(out) if rank() == 0 else nullcontext():
+    with locked_together(out):
         about = {"teacher": identity(teacher.net), **to_dict(cfg), "stream": to_dict(model.stream)}
         collect_trajectories(source, out, cfg.clips, states, about, batch=cfg.batch)

@@ -124,6 +124,8 @@ class Run:
     save_every: int = 100
     keep: int = 1
     """States that stay; older ones are removed."""
+    states: str | None = None
+    """Address in a store where they are kept, such as s3://bucket/run; None: in `state/` of the run's folder."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and attention (autocast); weights, optimiser and averages are float32 always."""
     checkpointing: Checkpointing = False
@@ -145,6 +147,8 @@ class Run:
     """Videos at a time."""
     price: float | None = None
     """Of an hour of one GPU: the progress line then says what is still to be paid."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one GPU by its data sheet, such as 989 of an H100 in bfloat16: the log then has the MFU."""
     pose_noise: PoseNoise | None = None
     """Errors on the cameras of the training clips (ablations)."""
 
@@ -157,6 +161,11 @@ class Run:
                 f"run.sample_every={self.sample_every}, run.samples={self.samples}: give 0 or more steps, and 1 video "
                 "or more"
             )
+        for name in ("price", "peak_tflops"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ConfigError(f"run.{name}={value}: must be more than 0, or none")
+        if self.states is not None and "://" not in self.states:
+            raise ConfigError(f"run.states={self.states}: give the address of a store, such as s3://bucket/run")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"run.ema={self.ema}: a decay lies in [0, 1)")
         self.recipe.check(self.model)

@@ -20,6 +20,7 @@ from minwm.core.files import read_json
 from minwm.core.flow import interpolate
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import generator
+from minwm.core.types import Clip
 from minwm.data.remote import data_folder
 from minwm.nets.lora import copy_network
 from minwm.recipes.diffusion import DiffusionConfig
@@ -73,13 +74,14 @@ def examine(folder: Path) -> list[Verdict]:
         raise UserError(f"{folder} holds no training run (no run.json); name the folder of a stage")
     run = from_dict(Run, read_json(folder / "run.json", {"run": dict})["run"])
     found = [*from_log(run, read_metrics(folder)), *from_config(run)]
-    states = States(folder)
+    states = States(folder, address=run.states)
     if (step := states.latest()) and run.recipe.trains_backbone:
         start = first_student(run)
         student, ema = copy_network(start), copy_network(start)
         states.load(step, {"student": student, "ema": ema}, [], alone=True)
         found += from_weights(run, step, start, student, ema)
-        found += from_cameras(run, step, student)
+        clip: Any = run.recipe.dataset(data_folder(run.data), "train", run.model).batch([0])
+        found += from_camera_change(step, student, camera_change(run, student.eval(), clip))
     return found
 
 
@@ -150,6 +152,15 @@ def from_weights(run: Run, step: int, start: nn.Module, student: nn.Module, ema:
     before, now, mean = (_flat(net, names) for net in (start, student, ema))
     same = float((before == now).float().mean())
     if same > UNMOVED:
+        yield from from_unmoved(run, step, same)
+    elif run.ema and (lag := float((mean - now).norm() / (now - before).norm())) > STALE:
+        evidence = f"the average is {lag:.2f} of the way that the student has moved behind it, and it is what is saved"
+        yield Verdict("average is stale", "red", evidence, "lower ema, or train longer; ema=0 saves the student itself")
+
+
+def from_unmoved(run: Run, step: int, same: float) -> Iterator[Verdict]:
+    """Weights that do not move; `same` is the part of them that is what it was."""
+    if same > UNMOVED:
         updates = sum(run.recipe.turn[i % len(run.recipe.turn)] == "student" for i in range(step))
         evidence = f"after {updates} updates {100 * same:.1f} % of the student's weights are bit for bit the first ones"
         if updates <= run.optim.warmup:
@@ -158,18 +169,15 @@ def from_weights(run: Run, step: int, start: nn.Module, student: nn.Module, ema:
         else:
             cure = "raise optim.lr; look whether gradients reach the network (grad_norm in metrics.jsonl)"
             yield Verdict("weights not moving", "red", evidence, cure)
-    elif run.ema and (lag := float((mean - now).norm() / (now - before).norm())) > STALE:
-        evidence = f"the average is {lag:.2f} of the way that the student has moved behind it, and it is what is saved"
-        yield Verdict("average is stale", "red", evidence, "lower ema, or train longer; ema=0 saves the student itself")
 
 
 def _flat(net: nn.Module, names: Sequence[str]) -> Tensor:
     return torch.cat([net.get_parameter(name).detach().flatten() for name in names])
 
 
-def from_cameras(run: Run, step: int, student: nn.Module) -> Iterator[Verdict]:
-    """A network whose velocity does not depend on cameras."""
-    if run.model.network.camera == "none" or (change := _camera_change(run, student.eval())) >= BLIND:
+def from_camera_change(step: int, student: nn.Module, change: float | None) -> Iterator[Verdict]:
+    """A network whose velocity does not depend on cameras, by `camera_change`."""
+    if change is None or change >= BLIND:
         return
     onset = CAMERA_ONSET["large" if sum(p.numel() for p in student.parameters()) > LARGE else "small"]
     evidence = f"with cameras that stand still the velocity changes by {100 * change:.2g} % after {step} steps"
@@ -181,12 +189,17 @@ def from_cameras(run: Run, step: int, student: nn.Module) -> Iterator[Verdict]:
 
 
 @torch.no_grad()
-def _camera_change(run: Run, student: nn.Module) -> float:
-    """Relative change of the velocity on the first training clip when all cameras are put where the first one is."""
-    clip: Any = run.recipe.dataset(data_folder(run.data), "train", run.model).batch([0])
+def camera_change(run: Run, student: nn.Module, clip: Clip) -> float | None:
+    """Relative change of the velocity when all cameras are put where the first one is; None where they are.
+
+    Passes through the network in any case: several processes with clips of their own make the same passes."""
+    if run.model.network.camera == "none":
+        return None
     w2c, _ = clip.cond.cameras
-    t = torch.full(w2c.shape[:2], 0.7)
-    x = interpolate(clip.latents, noise_like(clip.latents, generator(0, "doctor")), t)
+    t = clip.latents.new_full(w2c.shape[:2], 0.7)
+    x = interpolate(clip.latents, noise_like(clip.latents, generator(0, "doctor", device=t.device)), t)
     still = with_action_labels(replace(clip.cond, w2c=w2c[:, :1].expand_as(w2c)))
     v, v_still = (student(x, t, cond) for cond in (clip.cond, still))
+    if torch.equal(w2c, w2c[:, :1].expand_as(w2c)):
+        return None
     return float((v - v_still).norm() / v.norm().clamp_min(1e-9))

@@ -3,27 +3,32 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
-from minwm.core.config import UserError
+from minwm.core.config import UserError, to_dict
 from minwm.core.metrics import metrics_log, read_metrics
 from minwm.core.runtime import Progress, peak_memory_gb, progress
 from minwm.core.runtime import generator as make_generator
 from minwm.data.dataset import Loader
+from minwm.nets.backbone import Backbone
 from minwm.nets.lora import copy_network, update_average
 from minwm.recipes.base import Recipe
 from minwm.train.config import Run
-from minwm.train.doctor import from_log
+from minwm.train.doctor import Verdict, camera_change, from_camera_change, from_log, from_unmoved
 from minwm.train.flops import count_flops
 from minwm.train.parallel import Parallel, Weights, no_weights, termination, whole
 from minwm.train.state import States
+
+SAMPLED = 1024
+"""Numbers of a parameter that are compared with what they were."""
 
 
 class DivergedError(UserError):
@@ -76,13 +81,16 @@ class Trainer:
         self.settings = {"student": run.optim, "critic": run.critic}
         self.optimizers = {role: self.settings[role].build(self.networks[role]) for role in run.recipe.trained}
         """By role, then by name."""
+        self.clip: Any = None
+        """The newest one of this process."""
+        self.first_weights = weights_sample(self.networks["student"]).clone()
 
     def gradients(self, step: int, clips: Iterator[Any]) -> Gradients:
         """Accumulate and clip the gradients of a step; losses are means over all micro-batches of all processes."""
         device, losses, data_wait = self.parallel.device, [], 0.0
         for number in self.micro_batches:
             start = time.perf_counter()
-            clip = next(clips)
+            self.clip = clip = next(clips)
             data_wait += time.perf_counter() - start
             generator = make_generator(self.run.seed, "train", step, number, device=device)
             with autocast(self.run, device):
@@ -146,13 +154,13 @@ def loop(
     a state is saved at the end of the step, and StoppedError raised. `sample` is called every `run.sample_every` steps,
     with the averaged student and the number of steps; what it gives is logged.
     """
-    trainer, states = Trainer(run, recipe, parallel, weights), States(out, run.keep)
+    trainer, states = Trainer(run, recipe, parallel, weights), States(out, run.keep, run.states)
     saved: dict[str, nn.Module] = {**trainer.networks, "ema": trainer.ema.net}
     first_step, extra = states.latest() or 0, dict[str, Any]()
     if first_step:
         extra = states.load(first_step, saved, trainer.all_optimizers)
         clips.load(extra["data"])
-    clock, told_of = Clock(run, first_step, parallel.world, extra), set[str]()
+    clock, told_of = Clock(run, first_step, parallel.world, extra), set[tuple[str, str]]()
     with (
         metrics_log(out, first_step, run.tensorboard, run.tracker) as log,
         progress(run.steps - first_step, run.name) as bar,
@@ -182,8 +190,10 @@ def loop(
             bar.advance(1, f"{progress_text(losses, cost)} {clock.text(step + 1)}")
             stop = parallel.any(told.is_set()) and step + 1 < run.steps
             if save or stop:
-                states.save(step + 1, saved, trainer.all_optimizers, {"data": clips.state(), **clock.spent()})
-                note_verdicts(run, out, bar, told_of)
+                beside = {"run": to_dict(run), "data": clips.state(), **clock.spent()}
+                states.save(step + 1, saved, trainer.all_optimizers, beside)
+                found = [*from_log(run, read_metrics(out)), *live_verdicts(trainer, step + 1)]
+                note_verdicts(run.name, found, bar, told_of)
             if stop:
                 raise StoppedError(f"{run.name}: told to end (SIGTERM); the same command goes on after step {step + 1}")
     return trainer.averaged
@@ -210,30 +220,62 @@ class Clock:
         return f"{hours:.2g} GPU-h, {to_come:.2g} to come{price}"
 
 
-def note_verdicts(run: Run, out: Path, bar: Progress, told_of: set[str]) -> None:
-    """Show the doctor's verdicts on the log so far, each once."""
-    for verdict in from_log(run, read_metrics(out)):
-        if verdict.name not in told_of:
-            told_of.add(verdict.name)
-            bar.note(f"{run.name}: {verdict.level}: {verdict.name}: {verdict.evidence}; {verdict.cure}")
+def live_verdicts(trainer: Trainer, steps: int) -> Iterator[Verdict]:
+    """What the doctor says of the weights after so many steps, by a sample of them and the newest clip of each process;
+    all processes call it."""
+    run, student, parallel = trainer.run, trainer.recipe.networks["student"], trainer.parallel
+    if run.init.student:
+        now, first = weights_sample(trainer.networks["student"]), trainer.first_weights
+        same = (now == first)[first != 0].double().mean()  # zeros, of a branch that is new, move by any update
+        yield from from_unmoved(run, steps, float(parallel.mean(same)))
+    if isinstance(student, Backbone) and trainer.clip is not None:
+        with autocast(run, parallel.device):
+            change = camera_change(run, student, trainer.clip.to(parallel.device))
+        yield from from_camera_change(steps, student, change)
+
+
+def weights_sample(net: nn.Module) -> Tensor:
+    """The first numbers of every trained parameter, of those that this process has."""
+    parts = list[Tensor]()
+    for p in net.parameters():
+        if p.requires_grad:
+            part = p.to_local() if isinstance(p, DTensor) else p
+            parts.append(part.detach().flatten()[:SAMPLED])
+    return torch.cat(parts)
+
+
+def note_verdicts(name: str, verdicts: Iterable[Verdict], bar: Progress, told_of: set[tuple[str, str]]) -> None:
+    """Show the doctor's verdicts, each once."""
+    for verdict in verdicts:
+        if (key := (verdict.name, verdict.level)) not in told_of:
+            told_of.add(key)
+            bar.note(f"{name}: {verdict.level}: {verdict.name}: {verdict.evidence}; {verdict.cure}")
 
 
 def progress_text(losses: Mapping[str, float], cost: Mapping[str, float]) -> str:
     """Losses, rates and memory."""
-    units = {"clips_per_s": "clips/s", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s", "peak_memory_gb": "GB"}
+    units = {
+        "clips_per_s": "clips/s",
+        "tokens_per_s": "tokens/s",
+        "tflops": "TFLOP/s",
+        "mfu": "% MFU",
+        "peak_memory_gb": "GB",
+    }
     parts = [f"{name} {value:.4f}" for name, value in losses.items()]
     parts += [f"{cost[name]:.3g} {unit}" for name, unit in units.items() if name in cost]
     return " ".join(parts)
 
 
 def throughput(run: Run, seconds: float, flops: Sequence[int]) -> dict[str, float]:
-    """Rates in a step of that time: clips of all processes, their tokens, and useful FLOPs of this process in 1e12 (MFU
-    is these over its machine's rate, which `minwm bench-train` measures). Validation and saving are not in the time."""
+    """Rates in a step of that time: clips of all processes, their tokens, and useful FLOPs of this process in 1e12;
+    with `run.peak_tflops` also their part of that, in percent (MFU). Validation and saving are not in the time."""
     rates = {"clips_per_s": run.batch * run.accumulate / seconds}
     if run.recipe.trains_backbone:
         rates["tokens_per_s"] = rates["clips_per_s"] * run.recipe.clip_latents(run.model) * run.model.geometry.tokens
     if flops:
         rates["tflops"] = sum(flops) / seconds / 1e12
+        if run.peak_tflops:
+            rates["mfu"] = 100 * rates["tflops"] / run.peak_tflops
     return rates
 
 

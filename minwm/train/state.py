@@ -4,11 +4,10 @@ Every process writes its part of the tensors, and any other number of processes 
 """
 
 import functools
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from minwm.core.config import UserError
-from minwm.core.files import check_shape, read_json, write_json
+from minwm.core.files import check_shape, json_object
 from minwm.core.runtime import rank
 from minwm.train.adamw8bit import stored
+from minwm.train.state_places import RECORD, Place, StateFolder, StateStore
 
 T = TypeVar("T")
 EXTRA = {"step": int, "seconds": float, "data": dict, "files": dict}
@@ -32,15 +31,16 @@ EXTRA = {"step": int, "seconds": float, "data": dict, "files": dict}
 
 
 class States:
-    """The training states of a run: complete folders `state/{step}`, of which the newest counts."""
+    """The training states of a run, in `state/{step}` or at an address in a store; the newest counts."""
 
-    def __init__(self, run: Path, keep: int = 1) -> None:
-        """`keep`: how many of them stay."""
-        self.folder, self.keep = run / "state", keep
+    def __init__(self, run: Path, keep: int = 1, address: str | None = None) -> None:
+        """`keep`: how many of them stay. `address`: where they are kept instead, such as s3://bucket/run."""
+        self.place: Place = StateStore(address) if address else StateFolder(run / "state")
+        self.keep = keep
 
     def steps(self) -> list[int]:
         """Steps done in each state."""
-        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+        return self.place.steps()
 
     def latest(self) -> int | None:
         """Steps done in the newest state."""
@@ -53,40 +53,38 @@ class States:
         optimizers: Iterable[torch.optim.Optimizer],
         extra: Mapping[str, Any],
     ) -> None:
-        """Write the state after `step` steps beside the others, rename it into place, then remove the oldest ones.
+        """Write the state after `step` steps beside the others, let it appear, then remove the oldest ones.
 
         All processes call it. UserError if one of them cannot write; then none has a new state.
         """
-        target, partial = self.folder / f"{step:06d}", self.folder / f".{step:06d}.tmp"
+        place, target = self.place, self.place.name(step)
         if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            place.clear(step)
         try:
             with _named_errors(f"{target} is not written; the state after {self.latest() or 0} steps is untouched"):
                 save(
                     state_tensors(networks, optimizers),
-                    storage_writer=FileSystemWriter(partial),
+                    storage_writer=place.writer(step),
                     no_dist=not dist.is_initialized(),
                 )
-            mine = [path.name for path in partial.glob(f"__{rank()}_*")] + [".metadata"] * (rank() == 0)
-            files = _from_all(_checksums(partial, mine))
+            mine = [name for name in place.files(step, False) if name.startswith(f"__{rank()}_")]
+            mine += [".metadata"] * (rank() == 0)
+            files = _from_all({name: _checksum(place.open(step, name, False)) for name in mine})
             problems = dict[str, str]()
             if rank() == 0:
                 try:
-                    write_json(partial / "state.json", {"step": step, "files": files, **extra})
-                    shutil.rmtree(target, ignore_errors=True)
-                    partial.rename(target)
+                    place.finish(step, {"step": step, "files": files, **extra})
                 except (OSError, UserError) as error:
-                    problems[str(target)] = str(error)
+                    problems[target] = str(error)
             for path, problem in _from_all(problems).items():
                 raise UserError(f"{path} is not written: {problem}")
         except BaseException:
             if rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                place.clear(step)
             raise
         if rank() == 0:
             for old in self.steps()[: -self.keep]:
-                half = self.folder / f".{old:06d}.tmp"  # never seen half removed
-                shutil.rmtree((self.folder / f"{old:06d}").rename(half))
+                place.remove(old)
 
     def load(
         self,
@@ -98,23 +96,21 @@ class States:
         """Load everything in place; returns `extra`. All processes call it, unless one does it `alone`, whose networks
         are whole. UserError for a damaged state."""
         alone = alone or not dist.is_initialized()
-        folder = self.folder / f"{step:06d}"
-        extra, problem = (
-            self.extra(step),
-            f"{folder} is damaged; delete it, and the run goes on from what was before it",
-        )
-        self._check_files(folder, extra["files"], problem, alone)
-        reader = FileSystemReader(folder)
+        extra = self.extra(step)
+        problem = f"{self.place.name(step)} is damaged; delete it, and the run goes on from what was before it"
+        self._check_files(step, extra["files"], problem, alone)
+        reader = self.place.reader(step)
         with _named_errors(problem):
             _prepare_optimizers(networks, optimizers, reader.read_metadata().state_dict_metadata)
             tensors = state_tensors(networks, optimizers)
             load(tensors, storage_reader=reader, no_dist=alone)
         return extra
 
-    def _check_files(self, folder: Path, sums: Mapping[str, int], problem: str, alone: bool) -> None:
+    def _check_files(self, step: int, sums: Mapping[str, int], problem: str, alone: bool) -> None:
         """UserError on every process if a file is not what was written; each looks at some."""
         mine = sorted(sums) if alone else sorted(sums)[rank() :: dist.get_world_size()]
-        there = _checksums(folder, (name for name in mine if (folder / name).exists()))
+        names = set(self.place.files(step, True)).intersection(mine)
+        there = {name: _checksum(self.place.open(step, name, True)) for name in names}
         found = {name: "another" if name in there else "gone" for name in mine if there.get(name) != sums[name]}
         wrong = found if alone else _from_all(found)
         if wrong:
@@ -122,9 +118,9 @@ class States:
 
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside: position in the data, seconds of training."""
-        path = self.folder / f"{step:06d}" / "state.json"
-        extra = read_json(path, EXTRA)
-        check_shape(extra["files"], dict.fromkeys(extra["files"], int), f"{path}: files")
+        where = f"{self.place.name(step)}/{RECORD}"
+        extra = json_object(self.place.record(step), where, EXTRA)
+        check_shape(extra["files"], dict.fromkeys(extra["files"], int), f"{where}: files")
         return extra
 
 
@@ -163,14 +159,9 @@ def _prepare_optimizers(
             }
 
 
-def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    sums = dict[str, int]()
-    for name in names:
-        with (folder / name).open("rb") as file:
-            sums[name] = functools.reduce(
-                lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(2**24), b""), 0
-            )
-    return sums
+def _checksum(opened: AbstractContextManager[Any]) -> int:
+    with opened as file:
+        return functools.reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(2**24), b""), 0)
 
 
 def _from_all(mine: dict[str, T]) -> dict[str, T]:
