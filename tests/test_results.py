@@ -205,8 +205,24 @@ def test_the_page_shows_what_data_are_worth_and_cost() -> None:
     known, solved = found["poses_by_colmap"]["procedural worlds, 160x128"]
     assert f"lost {known['moving_lost']} of {known['moving_clips']} clips" in text
     assert f"{known['rotation_deg_50']:.1f} and {solved['rotation_deg_50']:.1f} degrees" in text
-    hours = found["core_hours_per_1000_clips"]
-    assert f"{hours['ingest']:.2f} core hours" in text and f"{hours['ingest_with_colmap']:.2f} with COLMAP" in text
+    hours = found["cost"]["core_hours_per_1000"]
+    assert f"{hours['videos_ingested']:.2f} core hours with camera files" in text
+    assert f"{hours['videos_ingested_with_colmap']:.2f} with COLMAP" in text
+    assert f"{hours['clips_encoded']:.2f} to encode" in text
+
+
+def test_the_page_on_ablations_shows_what_estimated_poses_are_worth() -> None:
+    found = json.loads((ROOT / "results" / "estimated-poses.json").read_text())
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text().split())
+    poses = found["poses"]
+    assert (
+        f"of {poses['clips']} clips of 256x256 pixels COLMAP placed {poses['placed']}, and {poses['kept']} of" in page
+    )
+    assert f"{poses['rotation_deg'][1]:.1f} degrees and {100 * poses['path_share'][1]:.1f} % of the path" in page
+    assert f"over {poses['rotation_deg'][2]:.1f} degrees and {100 * poses['path_share'][2]:.1f} %" in page
+    assert f"{poses['length_ratio'][0]:.2f} to {poses['length_ratio'][2]:.2f} times as long" in page
+    for one in (*found["camera_score"].values(), found["true_minus_colmap"]):
+        assert f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" in page
 
 
 def test_the_page_on_the_place_shows_the_committed_results() -> None:
