@@ -28,15 +28,16 @@ POINTS = 20
 
 
 def curve(run: Run, folder: Path, steps: int) -> dict[str, Any]:
-    """Losses of a run's first steps, and the time that they took."""
+    """Losses of a run's first steps, of the critic where there is one, and the time that they took."""
     rows = [row for row in read_metrics(folder) if row["step"] < steps]
-    parts = np.array_split([row["loss"] for row in rows], POINTS)
+    name = "critic" if "critic" in run.recipe.trained else "loss"
+    parts = np.array_split([row[name] for row in rows if name in row], POINTS)
     return {
         "steps": steps,
         "of": run.steps,
         "batch": run.batch,
         "seconds": round(sum(run.batch * run.accumulate / row["clips_per_s"] for row in rows)),
-        f"loss_in_{POINTS}_equal_parts": [round(float(np.mean(part)), 4) for part in parts],
+        f"{name}_in_{POINTS}_equal_parts": [round(float(np.mean(part)), 4) for part in parts],
         "held_out_loss": [[row["step"] + 1, round(row["val"], 4)] for row in rows if "val" in row],
     }
 

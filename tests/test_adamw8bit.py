@@ -62,7 +62,7 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
         OptimConfig(optimizer="adamw8bit").build(nn.Linear(100, 100))
     with pytest.raises(ConfigError, match="no update for meta; give adamw"):
         OptimConfig(optimizer="adamw8bit").build(nn.Linear(256, 64, device="meta"))
-    with pytest.raises(ConfigError, match=r"cpu_offload.* give optim.optimizer=adamw"):
+    with pytest.raises(ConfigError, match=r"cpu_offload.* give adamw"):
         run_loop(Dot(), tmp_path, parallel=ParallelConfig(cpu_offload=True), optim=OptimConfig(optimizer="adamw8bit"))
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(MissingExtraError, match=r"torchao.optim is not installed; run: pip install 'minwm\[quant\]'"):

@@ -120,7 +120,7 @@ def test_a_self_rollout_needs_no_more_slots_than_it_fills() -> None:
 
 def test_8_bit_moments_are_offered_where_rows_are_wide() -> None:
     wide = stage("bidirectional", model=replace(MODEL, network=replace(MODEL.network, dim=256, layers=8)))
-    offered = dict(done_by(wide))["--optim.optimizer adamw8bit"]
+    offered = next(done for what, done in done_by(wide) if "adamw8bit" in what)
     assert plan_training(*offered).total < plan_training(wide).total
     assert not any("adamw8bit" in what for what, _ in done_by(stage("bidirectional")))
 

@@ -78,7 +78,7 @@ def test_videos_of_its_cases_give_its_report_of_navigation(tmp_path: Path, line:
     assert run(*words, "published") == 2 and "has no turns.json" in line()
     turns = {case: {"turn_frames": [0, 5, 9, 13, 17]} for case in ("7", "e_5")}
     (videos / "turns.json").write_text(json.dumps({"fps": motion.fps, "cases": turns}))
-    assert run(*words, "texture") == 2 and "among --metrics published" in line()
+    assert run(*words, "texture") == 2 and "those of published; add it to --metrics" in line()
     assert run(*words, "published") == 0
     found = parse_json(file.read_text())
     assert found.keys() == {"model", "made_by", "n_cases", "n_navi", "full", "navi"} and found["n_navi"] == 2

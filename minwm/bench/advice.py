@@ -96,20 +96,26 @@ def _checkpointing(run: Run) -> tuple[str, tuple[Run]] | None:
     return what, (replace(run, checkpointing=True),)
 
 
+def _in_8_bits(run: Run) -> bool:
+    return "adamw8bit" in (run.optim.optimizer, run.critic.optimizer)
+
+
 def _adamw8bit(run: Run) -> tuple[str, tuple[Run]] | None:
     if run.optim.optimizer != "adamw" or run.parallel.cpu_offload or run.lora:
         return None
     with torch.device("meta"):
         if not any(fits_8bit(p) for p in run.recipe.network(run.model).parameters()):
             return None
-    parts = {"optim": run.optim} | ({"critic": run.critic} if "critic" in run.recipe.trained else {})
+    critic = "critic" in run.recipe.trained and run.critic.optimizer == "adamw"
+    parts = {"optim": run.optim} | ({"critic": run.critic} if critic else {})
     changed = {name: replace(optim, optimizer="adamw8bit") for name, optim in parts.items()}
-    return " ".join(f"--{name}.optimizer adamw8bit" for name in parts), (replace(run, **changed),)
+    return " ".join(f"--{name}.optimizer adamw8bit" for name in parts) + ": instead of offload and LoRA", (
+        replace(run, **changed),
+    )
 
 
 def _cpu_offload(run: Run) -> tuple[str, tuple[Run]] | None:
-    eight = "adamw8bit" in (run.optim.optimizer, run.critic.optimizer)
-    if run.parallel.cpu_offload or eight:
+    if run.parallel.cpu_offload or _in_8_bits(run):
         return None
     what = "--parallel.cpu_offload true: weights, gradients and moments wait in the CPU's memory; slower"
     return what, (replace(run, parallel=replace(run.parallel, cpu_offload=True)),)
@@ -127,8 +133,8 @@ def _one_clip(run: Run) -> tuple[str, tuple[Run]] | None:
 
 
 def _lora(run: Run) -> tuple[str, tuple[Run]] | None:
-    eight = "adamw8bit" in (run.optim.optimizer, run.critic.optimizer)  # additions are too narrow for it
-    if run.lora or eight or not (run.recipe.trains_backbone and run.init.student):
+    # additions are too narrow for moments in 8 bits
+    if run.lora or _in_8_bits(run) or not (run.recipe.trains_backbone and run.init.student):
         return None
     lora = LoraConfig()
     return f"--lora.rank {lora.rank}: additions are trained, to weights that all roles share", (

@@ -49,8 +49,8 @@ GIB = 2**30
 CONTEXT = GIB
 """What CUDA and its libraries take before the first tensor: code, handles, workspaces."""
 TRANSIENT_8BIT = 53
-"""Bytes for each number of a matrix that the update of its 8-bit moments takes as it is, on a CPU; compiled it takes
-less."""
+"""Bytes for each number of a matrix that the update of its 8-bit moments takes on a CPU
+(tests/test_plan.py); compiled, on a GPU, it is not measured."""
 FRAGMENTATION = 0.08
 """Share of a GPU that is lost in gaps between tensors, and inside kernels."""
 
@@ -183,7 +183,7 @@ def _held_by(stream: Stream, times: int) -> Iterator[Item]:
 @cache
 def plan_training(run: Run) -> Plan:
     """A stage as the loop of train/loop.py runs it on one GPU. No folder that the run names has to exist."""
-    held, turns = [], []
+    held, turns, updates = [], [], []
     with no_data():
         # fused kernels keep less: this is an upper bound
         run = replace(run, compile=False, model=_newest_chunks(run.model))
@@ -201,11 +201,12 @@ def plan_training(run: Run) -> Plan:
             optimiser, update = plan_optimisers(role, split)
             held.append(optimiser)
             trained = [p for weights in split.values() for p in weights]
-            turns += [_activations(run, recipe, role, trained), update]
+            turns.append(_activations(run, recipe, role, trained))
+            updates.append(update)
         if run.parallel.cpu_offload:
-            update = max(turns[1::2], key=lambda item: item.bytes)
-            return Plan((_gathered(run, nets.values()),), tuple(turns[::2]), (*held, update))
-    return Plan(tuple(held), tuple(turns))
+            update = max(updates, key=lambda item: item.bytes)
+            return Plan((_gathered(run, nets.values()),), tuple(turns), (*held, update))
+    return Plan(tuple(held), (*turns, *updates))
 
 
 def plan_optimisers(role: str, split: Mapping[str, list[nn.Parameter]]) -> tuple[Item, Item]:

@@ -62,11 +62,12 @@ def selftest(
     reference: Path = Path(),
 ) -> list[Outcome]:
     """Run the parts, in order, each after the other; `gib` is the GPU memory there is, `reference` the checkout that
-    parts which are `beside` others run in."""
+    parts which are `beside` others run in, whose time is kept for them."""
     outcomes, end = list[Outcome](), time.monotonic() + budget
     with locked(out):
         for part in parts:
-            outcome = _finished(part, out) or _run(part, out, gib, end - time.monotonic(), reference)
+            kept = 0.0 if part.beside else sum(other.seconds for other in parts if other.beside)
+            outcome = _finished(part, out) or _run(part, out, gib, end - kept - time.monotonic(), reference)
             log(f"{part.name}: {outcome.state} ({outcome.seconds:.0f} s)")
             outcomes.append(outcome)
             write_text(out / "page.md", page(outcomes))

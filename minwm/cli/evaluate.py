@@ -78,6 +78,8 @@ class AnyScene:
                 raise UserError(
                     f"--wbench: {self.videos} has no {TURNS}; make it with minwm generate --list of its cases"
                 )
+            if self.metrics is not None and "published" not in self.metrics:
+                raise UserError("--wbench: its scores are those of published; add it to --metrics, or leave that out")
             refuse_existing(self.wbench, ".json", "wbench")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")
@@ -120,11 +122,12 @@ def evaluate(
     --compare sets two results in any scene side by side. The exit code is 1 if anything is significantly worse.
     """
     if compare:
-        if model or html or sheet or quick or out or fields or scene != AnyScene():
+        if model or html or sheet or quick or out or fields or hub or scene != AnyScene():
             raise UserError("--compare A.json B.json measures nothing; give besides only --json")
         return _compare(*compare, json)
     if hub:
-        if scene != AnyScene(wbench=scene.wbench) or not scene.wbench or model:
+        others = model or json or html or sheet or quick or out or fields
+        if others or scene != AnyScene(wbench=scene.wbench) or not scene.wbench:
             raise UserError("--hub FILE.yaml measures nothing; give besides only --wbench REPORT.json of WBench itself")
         return _write_hub_results(scene.wbench, hub)
     if not (scene.videos or model):
@@ -166,8 +169,8 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
     rows = {"videos": results, "baselines": baselines}
     write_numbers({kind: {name: to_dict(x) for name, x in found.items()} for kind, found in rows.items()}, json)
     if scene.wbench:
-        for name, result in results.items():
-            write_json(scene.wbench, navigation_report(name, result.scores.get("published", {})))
+        ((name, result),) = results.items()
+        write_json(scene.wbench, navigation_report(name, result.scores.get("published", {})))
 
 
 def _sources(models: Mapping[str, Path], scene: AnyScene, out: Path) -> "Iterator[tuple[str, VideoSource]]":

@@ -197,7 +197,7 @@ def bench(
     from minwm.store.folder import tiny_decoder
 
     if reference:
-        if not preset or model or random_weights or fields:
+        if not preset or model or random_weights or fields or compare or plot or latency is not None:
             raise UserError(f"--reference {reference}: give besides only --preset NAME and --json")
         return _bench_reference(reference, preset, json)
     if compare:

@@ -33,7 +33,7 @@ def plan(
 ) -> None:
     """Say by arithmetic what training and playing need of a GPU, whether it fits, and what would help.
 
-    Any field of the stage can be set: --optim.optimizer adamw8bit --parallel.cpu_offload true --lora.rank 32.
+    Any field of the stage can be set: --precision bfloat16 --optim.optimizer adamw8bit.
     """
     from minwm.bench.memory import GIB, reserve, size
     from minwm.experiments import presets
@@ -75,10 +75,13 @@ def _scale(console: Console, runs: list["Run"], gpus: int, cluster: "Cluster", b
 
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: give how many there are at most, such as 8")
+    runs = [run for run in runs if run.recipe.trains_backbone]
+    if not runs:
+        raise UserError("--gpus is of stages that train the network; name one, or leave it out")
     rates = f"{cluster.node_gbytes:g} GB/s within {cluster.node} GPUs, {cluster.network_gbytes:g} beyond"
     console.print(f"{cluster.tflops:g} TFLOP/s, of which {100 * cluster.mfu:g}% are reached; {rates}; sent by each GPU")
     values: dict[str, Any] = {}
-    for run in (run for run in runs if run.recipe.trains_backbone):
+    for run in runs:
         table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", title=run.name, title_justify="left")
         for title in (
             "GPUs",
@@ -158,7 +161,7 @@ def _explain(console: Console, preset: str, kind: str, run: "Run", budget: int) 
         advice = advise(make, subject, options, bar.advance)
     for change in advice.changes:
         console.print(f"  saves {size(change.saves):>9}   {change.what}")
-    console.print(f"  with all of that {size(advice.plan.total)}: {_verdict(advice.plan, budget)}")
+    console.print(f"  with all of that which goes together {size(advice.plan.total)}: {_verdict(advice.plan, budget)}")
     shards = advice.plan.shards(budget)
     if kind == "training" and shards and shards > 1 and not advice.plan.host:
         console.print(f"  {shards} GPUs could hold it if they shared what is there all the time (docs/train.md)")
@@ -174,7 +177,9 @@ def _lines(made: "Plan") -> Table:
     table.add_column(no_wrap=True, justify="right")
     table.add_column(style="dim")
     groups = {"all the time": made.held, "in turn, of which the largest counts": made.turns, "on the CPU": made.host}
-    for title, items in groups.items() if made.host else [*groups.items()][:2]:
+    for title, items in groups.items():
+        if not items:
+            continue
         table.add_row(f"[dim]{title}[/]")
         for item in items:
             table.add_row(f"  {item.name}", size(item.bytes), item.why)

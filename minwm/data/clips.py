@@ -425,5 +425,5 @@ def sheet(path: Path, rows: int = 8, every: int = 4) -> np.ndarray:
     if not ids:
         raise DataError(f"{path}: no finished clips; run `minwm data render` again")
     chosen = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int))]
-    frames = [np.stack([reduced(frame, SHEET_PIXELS) for frame in folder.frames(clip)]) for clip in chosen]
-    return contact_sheet(frames, every=every, labels=chosen)
+    frames = [np.stack([reduced(frame, SHEET_PIXELS) for frame in folder.frames(clip)[::every]]) for clip in chosen]
+    return contact_sheet(frames, every=1, labels=chosen)

@@ -19,10 +19,10 @@ TURN_AWAY = 72.0
 """Degrees of the long revisits: nothing of the first view is left in the picture."""
 AWAY_DEGREES, AWAY_UNITS = 10.0, 0.25
 """How far a path goes, at least, before coming back is a return."""
-GATE_SAMPLES, GATE = 10, 0.15
-"""Frames that are compared with the first, and the change that one of them has to show."""
 SAME = 0.02
 """Share of that within which two poses are the same."""
+GATE_SAMPLES, GATE = 10, 0.15
+"""Frames that are compared with the first, and the change that one of them has to show."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def measure_gated(frames: UInt8[np.ndarray, "n h w 3"], track: CameraTrack) -> S
         return {}
     shown = frames[np.linspace(0, len(frames) - 1, GATE_SAMPLES).astype(int)]
     first = np.repeat(frames[:1], GATE_SAMPLES, 0)
-    likeness = {"gated_ssim": ssim(shown, first), "gated_psnr": 1 - 10 ** (-psnr(shown, first) / 20)}
+    likeness = {"gated_ssim": np.maximum(ssim(shown, first), 0), "gated_psnr": 1 - 10 ** (-psnr(shown, first) / 20)}
     return {name: [float(like[-1] * min(1.0, (1 - like.min()) / GATE))] for name, like in likeness.items()}

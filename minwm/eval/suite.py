@@ -8,7 +8,7 @@ import numpy as np
 
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import UserError
-from minwm.core.files import read_text
+from minwm.core.files import atomic, read_text
 from minwm.core.media import read_image, write_image
 from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, TRIES
 from minwm.eval.image import chunk_spans
@@ -116,7 +116,8 @@ def _held_out(config: ModelConfig, folder: Path, paths: Sequence[str]) -> list[S
         if image and not (image.exists() and depth_file(folder, image.stem).exists()):
             view = scene.render(track.slice(0, 1).transformed(origin), config.height, config.width)
             write_image(image, view.frames[0])
-            np.save(depth_file(folder, image.stem), view.depth[0])
+            with atomic(depth_file(folder, image.stem)) as partial, partial.open("wb") as file:
+                np.save(file, view.depth[0])
         starts.append((scene.caption, image))
     return starts
 

@@ -59,7 +59,7 @@ def navigation_report(model: str, scores: Mapping[str, Score]) -> dict[str, Any]
     if len(found) < 2:
         raise UserError(
             f"--wbench: the videos of {model} have no score of navigation; give cases with two turns of equal or "
-            "opposite keys, and among --metrics published"
+            "opposite keys"
         )
     accuracy, consistency = found["navigation_accuracy"], found["navigation_consistency"]
     found["navigation_trajectory"] = {

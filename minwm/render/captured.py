@@ -38,8 +38,9 @@ class CapturedScene:
 
     def free(self, points: Float[np.ndarray, "*n 3"]) -> Bool[np.ndarray, "*n"]:
         """Whether a camera may be there: clear of the known points, and within reach of where it was seen from."""
-        clear = _nearest(points, self.points) >= CLEARANCE
-        return clear & (_nearest(points, self.cameras[:, :3, 3]) <= self.reach)
+        free = np.asarray(_nearest(points, self.cameras[:, :3, 3]) <= self.reach)
+        free[free] = _nearest(points[free], self.points) >= CLEARANCE
+        return free
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack) -> Float[np.ndarray, "4 4"] | None:
         """One of the poses from which it was seen, such that the whole path is free."""

@@ -112,8 +112,9 @@ class FitConfig:
             raise ConfigError("fit: gaussians from 100, steps from 1, held_out from 2")
 
 
-def start(capture: Capture, chosen: list[int], cfg: FitConfig) -> Gaussians:
-    """Pixels of the chosen pictures as Gaussians, each as large as its distance to its neighbours."""
+def start(capture: Capture, chosen: list[int], cfg: FitConfig, device: torch.device | str = "cpu") -> Gaussians:
+    """Pixels of the chosen pictures as Gaussians, each as large as its distance to its neighbours
+    (found on `device`)."""
     rng, (height, width) = np.random.default_rng(cfg.seed), capture.size
     means, colours = [], []
     far = FAR * float(np.percentile(np.concatenate([capture.seen(i)[:, 2] for i in chosen]), 95))
@@ -131,7 +132,7 @@ def start(capture: Capture, chosen: list[int], cfg: FitConfig) -> Gaussians:
         means.append((depth[:, None] * rays) @ c2w[:3, :3].T + c2w[:3, 3])
         colours.append(capture.frames[i, row, column] / 255)
     positions = torch.from_numpy(np.concatenate(means)).float()
-    size = spacing(positions).clamp(min=1e-6)
+    size = spacing(positions.to(device)).cpu().clamp(min=1e-6)
     count = len(positions)
     return Gaussians(
         means=positions,
@@ -159,8 +160,8 @@ def held_out(capture: Capture, cfg: FitConfig) -> list[int]:
 def fit(capture: Capture, cfg: FitConfig, device: torch.device | str = "cpu") -> Gaussians:
     """Gaussians that show the pictures which are not held out."""
     shown = sorted({*range(len(capture.frames))} - {*held_out(capture, cfg)})
-    first = start(capture, shown, cfg).to(device)
-    unit = spacing(first.means)[:, None]
+    first = start(capture, shown, cfg, device).to(device)
+    unit = first.log_scales[:, :1].exp()  # the spacing that `start` has measured
     offset = torch.zeros_like(first.means, requires_grad=True)
     others = [x.requires_grad_() for x in (first.log_scales, first.rotations, first.opacities, first.sh)]
     rates = (cfg.position_lr, cfg.scale_lr, cfg.rotation_lr, cfg.opacity_lr, cfg.colour_lr)

@@ -40,7 +40,7 @@ def adamw_8bit(
 ) -> torch.optim.Optimizer:
     """The optimiser of weights that `fits_8bit` takes, its moments zero.
 
-    torchao compiles the update, which on a GPU is one kernel for each shape; on a CPU it runs as it is. Raises
+    torchao compiles the update on a GPU; on a CPU it runs as it is. Raises
     MissingExtraError without torchao, and ConfigError for another device, or a process that has no row of a weight.
     """
     torchao = require("torchao.optim", EXTRA)

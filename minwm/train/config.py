@@ -174,7 +174,7 @@ class Run:
         if self.parallel.cpu_offload and "adamw8bit" in (self.optim.optimizer, self.critic.optimizer):
             raise ConfigError(
                 f"run {self.name}: parallel.cpu_offload has the moments in the memory of the CPU, where torchao's "
-                "8-bit update is slow; give optim.optimizer=adamw, or no offload"
+                "8-bit update is slow; give adamw as optim.optimizer and critic.optimizer, or no offload"
             )
         if self.lora and not (self.recipe.trains_backbone and self.init.student):
             raise ConfigError(f"run {self.name}: lora needs a network, and init.student, the folder of its base")

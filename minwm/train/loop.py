@@ -83,7 +83,7 @@ class Trainer:
         """By role, then by name."""
         self.clip: Any = None
         """The newest one of this process."""
-        self.first_weights = weights_sample(self.networks["student"]).clone()
+        self.first_weights = weights_sample(self.networks["student"])
 
     def gradients(self, step: int, clips: Iterator[Any]) -> Gradients:
         """Accumulate and clip the gradients of a step; losses are means over all micro-batches of all processes."""
@@ -228,7 +228,7 @@ def live_verdicts(trainer: Trainer, steps: int) -> Iterator[Verdict]:
         now, first = weights_sample(trainer.networks["student"]), trainer.first_weights
         same = (now == first)[first != 0].double().mean()  # zeros, of a branch that is new, move by any update
         yield from from_unmoved(run, steps, float(parallel.mean(same)))
-    if isinstance(student, Backbone) and trainer.clip is not None:
+    if isinstance(student, Backbone):
         with autocast(run, parallel.device):
             change = camera_change(run, student, trainer.clip.to(parallel.device))
         yield from from_camera_change(steps, student, change)
