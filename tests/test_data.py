@@ -23,7 +23,7 @@ from minwm.core.files import locked
 from minwm.core.media import to_pixels
 from minwm.core.types import Clip
 from minwm.data import clips as clips_module
-from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, report, sheet
+from minwm.data.clips import ClipFolder, ClipRecord, DataError, check, read_manifest, report, sheet
 from minwm.data.dataset import RawDataset, ShardDataset, check_shards
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.quality import QualityConfig, check_quality
@@ -348,6 +348,21 @@ def test_encoding_continues_and_refuses_another_codec(
         encode_clips(raw, out, SmallCodecConfig(channels=4, width=8, fine=8, finest=8).build(), TEXT, cfg=CFG)
     with pytest.raises(DataError, match="another text"):
         encode_clips(raw, out, codec, replace(TEXT, length=20), cfg=CFG)
+
+
+def test_ranks_write_the_shards_of_one_process(
+    made: Path, tmp_path: Path, codec: SmallCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is first, and after an interruption, too; the manifest is complete when all shards are."""
+    for world, ranks in (("2", "1"), ("3", "102")):  # of two the first is killed, and three go on
+        monkeypatch.setenv("WORLD_SIZE", world)
+        for rank in ranks:
+            monkeypatch.setenv("RANK", rank)
+            manifest = encode_clips(made / "raw", tmp_path, codec, TEXT, cfg=CFG)
+            files = {p.name: p.read_bytes() for p in tmp_path.glob("*.tar*")}
+            assert manifest["complete"] == (len(files) == len([*(made / "shards").glob("*.tar*")]))
+    assert files == {p.name: p.read_bytes() for p in (made / "shards").glob("*.tar*")} and len(files) > 6
+    assert {**manifest, "command": ""} == {**read_manifest(made / "shards", ""), "command": ""}
 
 
 def test_half_precision_is_read_as_float32(made: Path, tmp_path: Path, codec: SmallCodec) -> None:

@@ -202,8 +202,8 @@ def data_encode(
     show: Show = False,
     fields: Fields = (),
 ) -> None:
-    """Turn raw clips into latent shards."""
-    from minwm.core.runtime import pick_device
+    """Turn raw clips into latent shards. Under torchrun every process encodes its part of them."""
+    from minwm.core.runtime import pick_device, rank
     from minwm.data.encode import EncodeConfig, encode_clips
     from minwm.nets.text import WordText
     from minwm.store.folder import load_codec, load_config
@@ -213,6 +213,8 @@ def data_encode(
         return echo(dumps(cfg))
     text = load_config(codec).text if (codec / "model.json").exists() else WordText()
     made = encode_clips(raw, out, load_codec(codec), text, device, cfg, ray)
+    if not made["complete"]:
+        return echo(f"{out}: process {rank()} has written its shards; others go on")
     return echo(f"{out}: {made['counts']} clips; the codec reaches {made['codec_psnr']:.2f} dB")
 
 

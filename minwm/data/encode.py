@@ -1,14 +1,15 @@
 """Raw clips to latent shards: clips through the codec, captions and first frames through the text encoder.
 
-Resumable and distributed: clip i belongs to rank `i % world`, and is done when a shard index lists it. An interruption
-loses at most the shard being filled.
+Resumable and distributed: a clip is done when a shard index lists it, and an interruption loses at most the shards
+being filled. Shards are the same whoever writes them: clips that are not done go, in order, into the numbers that are
+missing, and shard n belongs to rank `n % world`. Other ranks may finish theirs meanwhile: that moves no other clip.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from minwm.core.media import to_pixels
 from minwm.core.runtime import rank, world_size
 from minwm.data.clips import LATENT_SHARDS, ClipFolder, ClipRecord, DataError, read_manifest, split_of, write_manifest
 from minwm.data.distribute import each
-from minwm.data.shards import SHARD_NAME, ShardRecord, list_shards, read_index, shard_stats, write_shard
+from minwm.data.shards import ShardRecord, list_shards, read_index, shard_stats, write_shard
 from minwm.nets.codec import VideoCodec
 from minwm.nets.text import TextEncoder
 
@@ -56,9 +57,10 @@ def encode_clips(
     cfg: EncodeConfig = EncodeConfig(),
     ray: bool = False,
 ) -> dict[str, Any]:
-    """Encode the clips of `raw` that `out` lacks; returns the manifest of `out`.
+    """Encode the clips of `raw` that `out` lacks; returns the manifest of `out`, complete if no other rank is at work.
 
-    With `ray` the workers of a cluster do, a shard each at a time, with a GPU if `device` is one.
+    Under torchrun every rank takes its part of the shards; with `ray` the workers of a cluster do, a shard each at a
+    time, with a GPU if `device` is one.
 
     Raises DataError if `out` was encoded with another codec, text encoder or config.
     """
@@ -73,20 +75,34 @@ def encode_clips(
         "raw": {"kind": folder.manifest()["kind"], "config": folder.manifest()["config"]},
     }
     _check_settings(out, settings)
-    done = {entry.id for shard in list_shards(out) for entry in read_index(shard).records}
-    mine = folder.ids()[rank() :: world_size()]
-    records = [folder.record(clip) for clip in mine if clip not in done]
-    if records:  # all at once: a large encoder is loaded once for the captions that are not in its cache
-        text.encode(sorted({r.caption for r in records}))
+    clips = folder.ids()
+    parts = _missing_shards(folder, clips, out, cfg)
+    if captions := {record.caption for _, records in parts for record in records}:
+        text.encode(sorted(captions))  # all at once: a large encoder is loaded once for those that are not in its cache
     encoder = _Encoder(folder, codec, text, torch.device(device), cfg)
+    for _ in each(encoder.write, parts, "shards", ray, gpus=int(encoder.device.type == "cuda")):
+        pass
+    _finish(out, settings, set(clips))
+    return read_manifest(out, "minwm data encode")
+
+
+def _missing_shards(
+    folder: ClipFolder, clips: Sequence[str], out: Path, cfg: EncodeConfig
+) -> list[tuple[Path, list[ClipRecord]]]:
+    """The shards that this rank is to write, with their records."""
+    shards = list_shards(out)
+    taken = {shard.name for shard in shards}
+    done = {entry.id for shard in shards for entry in read_index(shard).records}
+    records = [folder.record(clip) for clip in clips if clip not in done]
     parts = list[tuple[Path, list[ClipRecord]]]()
     for split in ("train", "val"):
         group = [r for r in records if split_of(r.split_key, cfg.val) == split]
-        groups = [group[start : start + cfg.shard_size] for start in range(0, len(group), cfg.shard_size)]
-        parts += zip(_new_names(out, split, len(groups)), groups, strict=True)
-    for _ in each(encoder.write, parts, "shards", ray, gpus=int(encoder.device.type == "cuda")):
-        pass
-    return _finish(out, settings)
+        names = ((number, f"{split}-0000-{number:06d}.tar") for number in count())
+        missing = (one for one in names if one[1] not in taken)
+        for start, (number, name) in zip(range(0, len(group), cfg.shard_size), missing, strict=False):
+            if number % world_size() == rank():
+                parts.append((out / name, group[start : start + cfg.shard_size]))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -153,16 +169,6 @@ def _trimmed(state: Float[Tensor, "l d"]) -> Float[Tensor, "m d"]:
     return state[: int(used.max()) + 1 if len(used) else 0]
 
 
-def _new_names(out: Path, split: str, count: int) -> list[Path]:
-    """Paths of the next shards of this split and rank; a shard without an index is overwritten."""
-    numbers = [-1]
-    for shard in list_shards(out):
-        match = SHARD_NAME.fullmatch(shard.name)
-        if match and match[1] == split and int(match[2]) == rank():
-            numbers.append(int(match[3]))
-    return [out / f"{split}-{rank():04d}-{max(numbers) + 1 + i:06d}.tar" for i in range(count)]
-
-
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the manifest of a new folder; DataError if an existing one has other settings."""
     if not (out / "manifest.json").exists():
@@ -178,12 +184,14 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the totals of all shard indices into the manifest. Every rank calls it; the last one counts everything."""
+def _finish(out: Path, settings: dict[str, Any], clips: set[str]) -> None:
+    """Write the totals of all shard indices into the manifest, if they list all clips: whichever rank is last does."""
     shards = list_shards(out)
     indices = [read_index(shard) for shard in shards]
-    if not indices:
+    if not (indices or clips):
         raise DataError(f"{out}: nothing to encode; render clips first with `minwm data render`")
+    if not clips <= {entry.id for index in indices for entry in index.records}:
+        return
     counts: Counter[str] = Counter()
     for shard, index in zip(shards, indices, strict=True):
         counts[shard.name.split("-")[0]] += len(index.records)
@@ -198,7 +206,6 @@ def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "licences": sorted({name for i in indices for name in i.summary.licences}),
     }
     write_manifest(out, {"kind": LATENT_SHARDS, **settings, **sums})
-    return read_manifest(out, "minwm data encode")
 
 
 def identity(part: object) -> dict[str, str]:

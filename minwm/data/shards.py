@@ -1,7 +1,9 @@
 """Shards: tar files of `{id}.json` and `{id}.safetensors`, each with an index file of byte offsets.
 
-{split}-{rank:04d}-{n:06d}.tar             an ordinary tar file, read by seeking
-{split}-{rank:04d}-{n:06d}.tar.idx.json    offsets, sizes, crc32; written last: a tar without it is ignored
+{split}-0000-{n:06d}.tar             an ordinary tar file, read by seeking
+{split}-0000-{n:06d}.tar.idx.json    offsets, sizes, crc32; written last: a tar without it is ignored
+
+Other numbers than 0000 are read, too: once every rank counted its own shards.
 """
 
 import io
@@ -24,7 +26,7 @@ from minwm.data.clips import DataError
 from minwm.data.remote import read_range, size_of
 
 SCHEMA = 1
-SHARD_NAME = re.compile(r"(train|val)-(\d{4})-(\d{6})\.tar")
+SHARD_NAME = re.compile(r"(train|val)-\d{4}-\d{6}\.tar")
 HINT = "delete the shard with its .idx.json and run `minwm data encode` again"
 
 
