@@ -21,6 +21,7 @@ import torch
 from minwm.cameras.track import CameraTrack, rigid, se3_inverse, so3_exp
 from minwm.core.runtime import git_commit, versions
 from minwm.eval.camera.align import blurred
+from minwm.eval.camera.estimators import ESTIMATORS
 from minwm.eval.cases import Case, Clips
 from minwm.eval.metrics import measure
 from minwm.eval.source import Frames, Video, VideoSource
@@ -68,9 +69,9 @@ MOTIONS = {
 }
 
 
-def scored(videos: Mapping[str, Video]) -> dict[str, dict[str, float]]:
+def scored(videos: Mapping[str, Video], estimator: str = "klt") -> dict[str, dict[str, float]]:
     """Mean and 95% interval of what holds for all seconds."""
-    found = measure(VideoSource([*videos], videos.__getitem__), ["camera"]).scores["camera"]
+    found = measure(VideoSource([*videos], videos.__getitem__), ["camera"], estimator=estimator).scores["camera"]
     return {name: vars(score.mean) for name, score in found.items() if not set(name) & set("[@")}
 
 
@@ -85,13 +86,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=[*CONDITIONS])
+    parser.add_argument("--motions", choices=MOTIONS, nargs="+", default=[*MOTIONS])
+    parser.add_argument("--estimator", choices=ESTIMATORS, default="klt")
     given = parser.parse_args()
     config = replace(presets.demo.tiny_model(), latents=17)
     cases = Clips.make(config, [PATTERNS[i % len(PATTERNS)] for i in range(given.clips)], World).cases
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    for size, condition, (name, shown) in product(given.sizes, CONDITIONS, MOTIONS.items()):
-        videos = {f"{i}": rendered(case, size, shown(case.track), f"{i}", condition) for i, case in enumerate(cases)}
-        rows[f"{size} {condition}, {name}"] = scored(videos)
+    for size, condition, name in product(given.sizes, given.conditions, given.motions):
+        shown = [MOTIONS[name](case.track) for case in cases]
+        videos = {f"{i}": rendered(case, size, shown[i], f"{i}", condition) for i, case in enumerate(cases)}
+        rows[f"{size} {condition}, {name}"] = scored(videos, given.estimator)
     about = {
         "what": WHAT,
         "command": " ".join(["python", *sys.argv]),

@@ -56,6 +56,10 @@ def test_results_of_other_clips_are_refused_by_name(tmp_path: Path, line: Callab
     changed["videos"]["mine"]["tasks"]["3"]["reference"] = "another"
     (tmp_path / "c.json").write_text(json.dumps(changed))
     assert run("eval", "--compare", ours, tmp_path / "c.json") == 2 and "video 3: its reference is" in line()
+    changed = json.loads(ours.read_text())
+    changed["videos"]["mine"]["estimator"] = "colmap"
+    (tmp_path / "c.json").write_text(json.dumps(changed))
+    assert run("eval", "--compare", ours, tmp_path / "c.json") == 2 and "by klt and by colmap" in line()
     changed["videos"] = {"x": changed["videos"]["mine"], "y": changed["videos"]["mine"]}
     (tmp_path / "c.json").write_text(json.dumps(changed))
     assert run("eval", "--compare", ours, tmp_path / "c.json") == 2 and "no model is in both" in line()

@@ -99,6 +99,7 @@ def test_bad_files_are_refused_before_any_work(tmp_path: Path, line: Callable[[]
         assert run(*words, weights) == 2 and message in line()
     write_video(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 4.0)
     assert run(*words, f"lpips={tmp_path}/notes.pt") == 2 and "is no TorchScript file" in line()
+    assert run("eval", "--videos", tmp_path, "--estimator", "colmp") == 2 and "did you mean 'colmap'" in line()
     assert run("eval", "--model", tmp_path, "--metrics", "flip") == 2 and "are of --suite" in line()
     assert run(*words[:-1], "--metrics", "texture", "lpips", "--json", tmp_path / "a.json") == 0
     (found,) = parse_json((tmp_path / "a.json").read_text())["videos"].values()

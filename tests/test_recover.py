@@ -10,13 +10,15 @@ import pytest
 from commands import error_line, run
 from numpy.testing import assert_allclose
 from test_batch import CONFIG
+from test_ingest import walk
 from tiny_presets import tiny_model
 
 from minwm.bench.stream import random_model
-from minwm.cameras.track import CameraTrack, intrinsics, rigid, se3_exp, se3_inverse, so3_exp, so3_log
+from minwm.cameras.track import CameraError, CameraTrack, intrinsics, rigid, se3_exp, se3_inverse, so3_exp, so3_log
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import ConfigError, UserError, parse_json
 from minwm.core.media import write_video
+from minwm.eval.camera.estimators import recover_by_colmap
 from minwm.eval.camera.points import distances, moved_camera
 from minwm.eval.camera.recover import RecoveredCamera, recover
 from minwm.eval.camera.score import keys_of, score_camera
@@ -99,6 +101,31 @@ def test_noise_is_lost_and_charged(rng: np.random.Generator) -> None:
     found = score_camera(recover(noise, K, FPS), path("w*4"))
     assert found["lost"] == [1.0, 1.0] and found["direction_err_deg"] == [90.0, 90.0]
     assert found["speed_ratio"] == [0.0, 0.0] or found["relative_speed"] == [0.0, 0.0]
+
+
+def test_colmap_is_asked_where_a_camera_moves() -> None:
+    true, pictures = walk()
+    depth = World(2).render(CameraTrack(true.c2w[:1], true.K[:1], true.fps), *pictures.shape[1:3]).depth[0]
+    found = recover_by_colmap(pictures, true.K[0], true.fps, depth)
+    assert found.kinds == ["move"] and found.anchored and not found.failure
+    scores = score_camera(found, true)
+    assert scores["rot_err_deg"][0] < 2 and scores["direction_err_deg"][0] < 10 and scores["failed"] == [0.0]
+    assert scores["speed_ratio"][0] == pytest.approx(1, abs=0.2)
+    scene, origin = place()
+    turn = scene.render(path("l*4").transformed(origin), SIZE, SIZE).frames
+    assert recover_by_colmap(turn, K, FPS).kinds == ["turn"] * 2, "without parallax COLMAP has no poses"
+
+
+def test_what_colmap_loses_is_counted_and_said(rng: np.random.Generator) -> None:
+    video = Video("noise", rng.integers(0, 256, (17, 64, 64, 3), dtype=np.uint8), FPS, path("w*4"))
+    log = list[str]()
+    result = measure(VideoSource(["noise"], lambda _: video), ["camera"], log.append, estimator="colmap")
+    found = result.scores["camera"]
+    assert found["failed"].videos == found["lost"].videos == {"noise": 1.0} and result.estimator == "colmap"
+    assert found["direction_err_deg"].mean.value == 90
+    assert len(log) == 1 and log[0].startswith("noise: no camera was found: COLMAP places 0 of 9 pictures")
+    with pytest.raises(CameraError, match=r"square pixels.*give --estimator klt"):
+        recover_by_colmap(video.frames[:, :32], K, FPS)
 
 
 def test_a_motion_is_found_among_wrong_pairs(rng: np.random.Generator) -> None:

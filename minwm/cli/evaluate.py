@@ -49,6 +49,7 @@ class AnyScene:
     limit: Annotated[int | None, arg(metavar="N", help="of --data: so many clips, spread over the split")] = None
     metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME", help="in any scene; all if not given")] = None
     weights: Annotated[tuple[str, ...], arg(metavar="METRIC=FILE", help="TorchScript files of lpips, ...")] = ()
+    estimator: Annotated[str, arg(metavar="klt|colmap", help="what recovers the cameras from pixels")] = "klt"
     wbench: Annotated[Path | None, arg(metavar="REPORT.json", help="of --videos: WBench's report of navigation")] = None
 
     @property
@@ -62,6 +63,8 @@ class AnyScene:
 
     def check(self, models: Sequence[Path]) -> None:
         """UserError for what cannot be asked for at once, before any work."""
+        from minwm.cameras.formats.colmap import load_pycolmap
+        from minwm.eval.camera.estimators import ESTIMATORS
         from minwm.eval.metrics import METRICS
         from minwm.session.batch import TURNS
 
@@ -83,6 +86,9 @@ class AnyScene:
             refuse_existing(self.wbench, ".json", "wbench")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")
+        lookup(ESTIMATORS, self.estimator, "estimator")
+        if self.estimator == "colmap":
+            load_pycolmap()
         for metric in self.metrics or ():
             lookup(METRICS, metric, "metric")
         for metric, file in self.files.items():
@@ -135,8 +141,8 @@ def evaluate(
     if not scene.asked:
         if scene != AnyScene():
             raise UserError(
-                "--metrics and --weights are of --suite, --data and --videos, --wbench of --videos, --split and "
-                "--limit of --data; add one"
+                "--metrics, --weights and --estimator are of --suite, --data and --videos, --wbench of --videos, "
+                "--split and --limit of --data; add one"
             )
         return _in_rendered_scenes(model, json, html, sheet, quick, out, fields)
     if sheet or quick or fields:
@@ -158,11 +164,12 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
     results, baselines, sources = {}, {}, {}
     with TemporaryDirectory() as temporary:
         for name, source in _sources(_names(models), scene, out or Path(temporary)):
-            sources[name], results[name] = source, measure(source, scene.metrics, partial(_say, name), scene.files)
+            log = partial(_say, name)
+            sources[name], results[name] = source, measure(source, scene.metrics, log, scene.files, scene.estimator)
             _say_scores(name, results[name])
         for name, source in _baselines(models, scene):
             fit = (metric for metric in scene.metrics or METRICS if METRICS[metric].compares == (name != RECORDING))
-            baselines[name] = measure(source, [*fit], weights=scene.files)
+            baselines[name] = measure(source, [*fit], partial(_say, name), scene.files, scene.estimator)
             _say_scores(name, baselines[name])
         if html:
             echo(f"page: {write_scores(html, results, baselines, sources, _facts(), command_line())}")

@@ -68,7 +68,7 @@ def compare(before: Path, after: Path) -> dict[str, list[Difference]]:
         raise UserError(f"{before} has {', '.join(one)}, {after} has {', '.join(two)}: no model is in both")
     for pair in pairs.values():
         _check_same_tasks(before, after, pair)
-        _check_same_weights(pair)
+        _check_same_means(pair)
     return {name: judged([*_differences(*pair)]) for name, pair in pairs.items()}
 
 
@@ -86,7 +86,11 @@ def _check_same_tasks(before: Path, after: Path, pair: tuple[Scores, Scores]) ->
                 )
 
 
-def _check_same_weights(pair: tuple[Scores, Scores]) -> None:
+def _check_same_means(pair: tuple[Scores, Scores]) -> None:
+    """Of the weights of metrics, and of the estimator of cameras."""
+    by = [scores.estimator for scores in pair]
+    if by[0] != by[1]:
+        raise UserError(f"cameras were recovered by {by[0]} and by {by[1]}; measure both with one --estimator")
     one, two = (scores.weights for scores in pair)
     for metric in one.keys() & two.keys():
         if one[metric] != two[metric]:

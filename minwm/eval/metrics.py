@@ -84,6 +84,8 @@ class Scores:
     """`Video.described` by name."""
     weights: dict[str, str]
     """Digest of the file of each metric that has one."""
+    estimator: str = "klt"
+    """What recovered the cameras from pixels; a name of `ESTIMATORS`."""
 
 
 def measure(
@@ -91,8 +93,10 @@ def measure(
     names: Collection[str] | None = None,
     log: Log = lambda _line: None,
     weights: Mapping[str, Path] = {},
+    estimator: str = "klt",
 ) -> Scores:
-    """Score a source by the metrics of these names; None: by all. `weights` are TorchScript files by metric."""
+    """Score a source by the metrics of these names; None: by all. `weights` are TorchScript files by metric;
+    `estimator` recovers the cameras. `log` is given what was skipped, and videos without a camera."""
     chosen = {name: lookup(METRICS, name, "metric") for name in (METRICS if names is None else names)}
     skipped = {
         name: f"skipped: it needs weights, --weights {name}=FILE: {metric.network}"
@@ -104,13 +108,15 @@ def measure(
     found: dict[str, dict[str, Any]] = {name: {} for name in ready}
     missing: dict[str, dict[str, int]] = {name: {} for name in ready}
     tasks = dict[str, dict[str, str]]()
-    for video in source:
+    for video in (replace(video, estimator=estimator) for video in source):
         tasks[video.name] = video.described()
         for name, metric in ready.items():
             if lacking := metric.lacks(video):
                 missing[name][lacking[0]] = missing[name].get(lacking[0], 0) + 1
             else:
                 found[name][video.name] = metric.measure(video)
+        if {"camera", "published"} & ready.keys() and video.camera and (reason := video.recovered.failure):
+            log(f"{video.name}: no camera was found: {reason}")
     scores = {name: ready[name].summarise(by_video) for name, by_video in found.items() if by_video}
     skipped |= {name: "skipped: these videos have nothing to judge" for name, score in scores.items() if not score}
     skipped |= {name: _reason(counts, len(source)) for name, counts in missing.items() if counts}
@@ -118,7 +124,7 @@ def measure(
         log(f"{name}: {reason}")
     scores = {name: score for name, score in scores.items() if score}
     digests = {name: digest(np.fromfile(weights[name], np.uint8)) for name in networks}
-    return Scores(scores, skipped, tasks, digests)
+    return Scores(scores, skipped, tasks, digests, estimator)
 
 
 def _reason(counts: Mapping[str, int], videos: int) -> str:

@@ -12,7 +12,8 @@ from jaxtyping import Float, UInt8
 from minwm.cameras.track import CameraTrack
 from minwm.core.config import UserError
 from minwm.core.media import read_video
-from minwm.eval.camera.recover import RecoveredCamera, recover
+from minwm.eval.camera.estimators import ESTIMATORS
+from minwm.eval.camera.recover import RecoveredCamera
 from minwm.session.batch import read_turns
 
 Array = np.ndarray
@@ -40,6 +41,8 @@ class Video:
     """Of a benchmark of turns: the first frame of each, and the number of frames."""
     task: Mapping[str, str] = field(default_factory=dict)
     """What else was asked for, such as its prompt; videos of other tasks are not compared."""
+    estimator: str = "klt"
+    """What recovers the camera from pixels; a name of `ESTIMATORS`."""
 
     def __post_init__(self) -> None:
         if self.camera is not None and len(self.camera) != len(self.frames):
@@ -65,7 +68,7 @@ class Video:
         """The camera that its pixels show."""
         if self.camera is None:
             raise UserError(f"{self.name}: without a pose file the lens is not known, and no camera can be recovered")
-        return recover(self.frames, self.camera.K[0], self.fps, self.first_depth)
+        return ESTIMATORS[self.estimator](self.frames, self.camera.K[0], self.fps, self.first_depth)
 
 
 def digest(values: Array) -> str:

@@ -27,6 +27,8 @@ class Estimate:
     """Median depth of what the pictures show, in units of the track."""
     quality: dict[str, float] = field(default_factory=dict)
     """What the estimator says of its work, by name."""
+    points: Float[np.ndarray, "m 3"] = field(default_factory=lambda: np.zeros((0, 3)))
+    """Points that the first picture shows, in the coordinates of its camera; of estimators that find points."""
 
     def scale(self, depth: float) -> float:
         """What the median depth becomes `depth` by: equal steps then move the pictures of all clips alike."""

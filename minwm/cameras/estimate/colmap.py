@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from minwm.cameras.estimate.base import Estimate, EstimateError, Pictures, Seconds, chosen, filled, median_depth
 from minwm.cameras.formats.base import Given
-from minwm.cameras.formats.colmap import from_reconstruction, load_pycolmap, points_of
+from minwm.cameras.formats.colmap import from_reconstruction, load_pycolmap, points_of, points_seen
 from minwm.core.config import ConfigError
 from minwm.core.media import write_image
 
@@ -64,7 +64,8 @@ class Colmap:
             "reprojection_px": error,
             "focal": float(cameras.track.K[0, 0]),
         }
-        return Estimate(filled(cameras.track, at, seconds), median_depth(points, cameras.track), quality)
+        track = filled(cameras.track, at, seconds)
+        return Estimate(track, median_depth(points, cameras.track), quality, points_seen(model, cameras.names[0]))
 
     def _model(self, pycolmap: ModuleType, folder: Path, size: tuple[int, int]) -> Any:
         """The largest pycolmap.Reconstruction of the pictures in a folder; None if there is none."""

@@ -46,6 +46,13 @@ def points_of(model: "pycolmap.Reconstruction") -> Float[np.ndarray, "m 3"]:  # 
     return np.array([point.xyz for point in model.points3D.values()]).reshape(-1, 3)
 
 
+def points_seen(model: "pycolmap.Reconstruction", name: str) -> Float[np.ndarray, "m 3"]:  # noqa: F821
+    """The points that an image of a pycolmap model shows, in the coordinates of its camera."""
+    image = next(image for image in model.images.values() if image.name == name)
+    points = [model.points3D[point.point3D_id].xyz for point in image.points2D if point.has_point3D()]
+    return np.array([image.cam_from_world() * point for point in points]).reshape(-1, 3)
+
+
 def _open(path: Path) -> "pycolmap.Reconstruction":  # noqa: F821
     pycolmap = load_pycolmap()
     if not any((path / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):

@@ -76,6 +76,8 @@ class RecoveredCamera:
     """Whether the distance is in those units; no way was found where it is not, and the distance is 1."""
     anchored: bool
     """Whether the unit is that of the first frame's depth; or nothing moves, and none is needed."""
+    failure: str = ""
+    """Why no camera was found in the whole video, if an estimator says so."""
 
     @property
     def c2w(self) -> Float[Array, "k 4 4"]:
@@ -168,12 +170,15 @@ def _rotation(a: Float[Array, "p 2"], b: Float[Array, "p 2"], pixel: float) -> t
     return R, errors
 
 
+def depth_at(rays: Float[Array, "p 2"], K: Intrinsics, depth: Float[Array, "h w"]) -> Float[Array, " p"]:
+    """The z-depth that a depth map has where these rays (x/z, y/z) meet its picture."""
+    column, row = ((rays * K[:2] + K[2:]) * depth.shape[::-1]).astype(int).T
+    return depth[row.clip(0, depth.shape[0] - 1), column.clip(0, depth.shape[1] - 1)]
+
+
 def _known_distances(view: View, K: Intrinsics, depth: Float[Array, "h w"]) -> dict[tuple[int, int], float]:
     """Of points from the first camera, by (0, point), where the depth of the first frame is known."""
-    place = (view.rays * K[:2] + K[2:]) * depth.shape[::-1]
-    column, row = (place.astype(int)).T
-    at = depth[row.clip(0, depth.shape[0] - 1), column.clip(0, depth.shape[1] - 1)]
-    at = at * np.sqrt(1 + (view.rays**2).sum(1))
+    at = depth_at(view.rays, K, depth) * np.sqrt(1 + (view.rays**2).sum(1))
     return {(0, int(i)): float(z) for i, z in zip(view.ids, at, strict=True) if np.isfinite(z)}
 
 

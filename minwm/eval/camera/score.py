@@ -26,7 +26,7 @@ def score_camera(recovered: RecoveredCamera, commanded: CameraTrack) -> Samples:
     """Samples by quantity, over all seconds, and those of the keys held (`rot_err_deg[w+j]`) and of each second
     (`rot_err_deg@2`).
 
-    - lost: seconds without a camera, charged as standing still
+    - lost: seconds without a camera, charged as standing still; failed: whether they are all of the video
     - rot_err_deg: error of the rotation; turn_ratio: shown over commanded rotation, about its axis
     - direction_err_deg: angle between the directions of movement; strays: seconds that move where none was commanded
     - speed_ratio (with the depth of the first frame) or relative_speed (without): shown over commanded way
@@ -36,6 +36,8 @@ def score_camera(recovered: RecoveredCamera, commanded: CameraTrack) -> Samples:
     scale = 1.0 if recovered.anchored else _fitted_scale(recovered, steps)
     speed = "speed_ratio" if recovered.anchored else "relative_speed"
     samples = defaultdict[str, list[float]](list)
+    if recovered.kinds:
+        samples["failed"] = [float(set(recovered.kinds) == {"lost"})]
     for second, step in enumerate(steps):
         values = _second(recovered, second, step)
         if speed_known(recovered, second) and np.linalg.norm(step[:3, 3]) >= MIN_UNITS and scale is not None:
