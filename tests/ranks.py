@@ -5,6 +5,7 @@ finds without torch.distributed.
 """
 
 import copy
+import itertools
 import math
 import os
 import shutil
@@ -167,6 +168,8 @@ def same_steps(folder: Path, names: list[str], parallel: ParallelConfig) -> None
 
 MUON = OptimConfig(optimizer="muon", lr=1e-3)
 EIGHT_BIT = OptimConfig(optimizer="adamw8bit", lr=1e-3)
+RESUMED = {"parts": "wan-dmd", "adapted": "wan-lora-dmd"}
+"""Runs of two processes that others go on with, by folder."""
 
 
 def train_to(
@@ -190,16 +193,16 @@ def stopped(out: Path, parallel: ParallelConfig) -> None:
     assert States(out).latest() == 1
 
 
-def resumed(out: Path, parallel: ParallelConfig) -> None:
+def resumed(out: Path, parallel: ParallelConfig, name: str = "wan-dmd") -> None:
     """A state of another number of processes is read bit for bit, and training goes on as in one process."""
-    run, recipe = configured("wan-dmd", parallel, optim=MUON)
+    run, recipe = configured(name, parallel, optim=MUON)
     trainer = Trainer(run, recipe, Parallel(parallel, torch.device("cpu")))
     networks = {**trainer.networks, "ema": trainer.ema.net}
     States(out).load(2, networks, trainer.all_optimizers)
-    found = {name: whole(x) for name, x in state_tensors(networks, trainer.all_optimizers).items()}
+    found = {key: whole(x) for key, x in state_tensors(networks, trainer.all_optimizers).items()}
     saved = read_state(out / "state" / "000002")
-    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
-    train_to(3, out, parallel)
+    assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
+    train_to(3, out, parallel, name)
 
 
 def eight_bit(step: int, out: Path) -> nn.Module:
@@ -301,7 +304,8 @@ def two(out: Path) -> None:
     for family in MODELS:
         sent_as_planned(family, ParallelConfig())
     same_steps(out, [name for name in RUNS if not name.startswith("hunyuan")], ParallelConfig())
-    train_to(2, out / "parts", ParallelConfig())
+    for parts, name in RESUMED.items():
+        train_to(2, out / parts, ParallelConfig(), name)
     eight_bit(2, out / "eight")
     stopped(out / "stopped", ParallelConfig())
 
@@ -313,7 +317,8 @@ def four(eight: Mapping[str, Tensor], out: Path) -> None:
     for family in MODELS:
         sent_as_planned(family, parallel)
     same_steps(out, [name for name in RUNS if name.startswith("hunyuan")], parallel)
-    resumed(out / "parts4", parallel)
+    for parts, name in RESUMED.items():
+        resumed(out / f"{parts}4", parallel, name)
 
 
 def piped(out: Path) -> None:
@@ -346,16 +351,18 @@ def main(out: Path) -> None:
     save_model(out / "base", BASE, BASE.network.build(), BASE.codec.build())
     for name in RUNS:
         torch.save(list(steps(name, ParallelConfig())), out / f"{name}.pt")
-    train_to(3, out / "whole", ParallelConfig())
+    for parts, name in RESUMED.items():
+        train_to(3, out / f"{parts}-whole", ParallelConfig(), name)
     eight = eight_bit(4, out / "eight-whole").state_dict()
     world(2, partial(two, out))
-    for parts in ("parts1", "parts4"):
-        shutil.copytree(out / "parts", out / parts)
-    world(1, partial(resumed, out / "parts1", ParallelConfig()))
+    for parts, name in RESUMED.items():
+        for size in (1, 4):
+            shutil.copytree(out / parts, out / f"{parts}{size}")
+        world(1, partial(resumed, out / f"{parts}1", ParallelConfig(), name))
     world(4, partial(four, eight, out))
     world(2, partial(piped, out / "pipeline"))
-    for parts in ("parts1", "parts4"):
-        for one, many in zip(read_metrics(out / "whole"), read_metrics(out / parts), strict=True):
+    for parts, size in itertools.product(RESUMED, (1, 4)):
+        for one, many in zip(read_metrics(out / f"{parts}-whole"), read_metrics(out / f"{parts}{size}"), strict=True):
             assert all(math.isclose(one[name], many[name], rel_tol=1e-4) for name in ("grad_norm", LOSS[one["trains"]]))
 
 

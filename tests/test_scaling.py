@@ -1,17 +1,22 @@
 """Plans for many GPUs; what a real group of processes sends is compared in tests/ranks.py."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from planning import stage
 
-from minwm.bench.memory import plan_training
-from minwm.bench.scaling import Cluster, count_uses, scale
+from minwm.bench.memory import plan_training, size
+from minwm.bench.scaling import Cluster, Step, count_uses, gpu_hours, plan_step, scale
 from minwm.cli import main
 from minwm.core.config import ConfigError
+from minwm.experiments import presets
 
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "train.md").read_text()
 RUN = stage("autoregressive", batch=1, accumulate=4)
 
 
@@ -29,6 +34,13 @@ def test_gpus_share_what_is_held_then_clips() -> None:
     copies = scale(replace(RUN, parallel=replace(RUN.parallel, shard=2)), 4, cluster)
     for role, step in scale(RUN, 4, cluster).steps.items():  # weights stay in the node, gradients alone leave it
         assert step.copy == 0 < copies.steps[role].copy < copies.steps[role].shard < step.shard
+
+
+def test_gpu_hours_are_those_of_each_role_in_its_turn() -> None:
+    """Seven steps: the student, 4 times the critic, the student, the critic."""
+    none = Step(flops=0, shard=0, copy=0, sequence=0, compute_s=0, transfer_s=0)
+    steps = {"student": replace(none, compute_s=900, transfer_s=180), "critic": replace(none, compute_s=360)}
+    assert gpu_hours(stage("dmd", steps=7), 2, steps) == pytest.approx((2.0, 2.2))
 
 
 def test_more_layers_are_as_many_times_one() -> None:
@@ -49,6 +61,34 @@ def test_the_command_writes_every_line(tmp_path: Path, capsys: pytest.CaptureFix
     rows = json.loads((tmp_path / "plan.json").read_text())["stages"]["camera"]
     assert [row["gpus"] for row in rows] == [1, 2, 4] and all(row["fits"] for row in rows)
     assert "450 GB/s within 8 GPUs" in capsys.readouterr().out
+
+
+def committed(name: str = "plan-wan") -> dict[str, list[dict[str, Any]]]:
+    """Rows of the stages of Wan, by `minwm plan`."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())["stages"]
+
+
+def test_the_page_on_training_shows_the_committed_plan() -> None:
+    lines, totals = list[str](), defaultdict[tuple[int, int], float](float)
+    for name, rows in committed().items():
+        run, cells = presets.stage(f"wan2.1-1.3b/{name}", Path()), list[str]()
+        for row in (row for row in rows if row["gpus"] in (1, 8, 16)):
+            steps = {role: Step(**step) for role, step in row["steps"].items()}
+            hours = gpu_hours(run, row["gpus"], steps)
+            for i, hour in enumerate(hours):
+                totals[row["gpus"], i] += hour
+            cells += [size(row["bytes"]), "{:.0f} to {:.0f}".format(*hours)]
+        lines.append(f"| {name} | {run.steps:,} | {' | '.join(cells)} |")
+    total = " | | ".join(f"{totals[gpus, 0]:.0f} to {totals[gpus, 1]:.0f}" for gpus in (1, 8, 16))
+    assert "\n".join([*lines, f"| all | | | {total} |"]) in PAGE
+    (adapted,) = committed("plan-wan-lora")["camera"]
+    assert adapted["fits"] and f"`camera` needs {size(adapted['bytes'])}, which fits" in PAGE
+
+
+def test_the_committed_plan_is_that_of_the_preset_as_it_is() -> None:
+    run = presets.stage("wan2.1-1.3b/camera", Path())
+    (saved,) = [row for row in committed()["camera"] if row["gpus"] == 8]
+    assert vars(plan_step(run, "student", Cluster(), shard=8, copies=1, sequence=1)) == saved["steps"]["student"]
 
 
 def test_what_cannot_be_dealt_out_is_named() -> None:

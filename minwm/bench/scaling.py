@@ -117,6 +117,8 @@ class Scaling:
     """Memory of each GPU."""
     steps: Mapping[str, Step]
     """By role."""
+    gpu_hours: tuple[float, float]
+    """Of the whole stage, at least and at most."""
 
 
 def scale(run: Run, gpus: int, cluster: Cluster) -> Scaling:
@@ -135,7 +137,15 @@ def scale(run: Run, gpus: int, cluster: Cluster) -> Scaling:
     turns = (item.bytes / (sequence if item.name.startswith("activations") else shard) for item in plan.turns)
     micro_batches = (count_uses(one, role, sequence) for role in run.recipe.trained)
     largest = sorted(unit.gathered(1) for micro in micro_batches for unit in micro.units if unit.forward)[-2:]
-    return Scaling(gpus, sequence, shard, int(held + max(turns) + sum(largest)), steps)
+    memory = int(held + max(turns) + sum(largest))
+    return Scaling(gpus, sequence, shard, memory, steps, gpu_hours(run, gpus, steps))
+
+
+def gpu_hours(run: Run, gpus: int, steps: Mapping[str, Step]) -> tuple[float, float]:
+    """Of a whole stage, at least and at most: its steps train one role after the other."""
+    turn = run.recipe.turn
+    low, high = zip(*(steps[turn[i % len(turn)]].seconds for i in range(run.steps)), strict=True)
+    return gpus * sum(low) / 3600, gpus * sum(high) / 3600
 
 
 def plan_step(run: Run, role: str, cluster: Cluster, *, shard: int, copies: int, sequence: int) -> Step:

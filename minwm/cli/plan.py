@@ -93,6 +93,7 @@ def _scale(console: Console, runs: list["Run"], gpus: int, cluster: "Cluster", b
             "copies",
             "attention",
             "seconds",
+            "GPU-hours",
         ):
             table.add_column(title, no_wrap=True)
         values[run.name] = []
@@ -101,10 +102,11 @@ def _scale(console: Console, runs: list["Run"], gpus: int, cluster: "Cluster", b
             room = budget - reserve(budget) - found.bytes
             fits = "[green]fits[/]" if room >= 0 else f"[red]{size(-room)} too much[/]"
             cells = [str(count), str(found.sequence), size(found.bytes), fits]
+            hours = "{:.4g} to {:.4g}".format(*found.gpu_hours)
             for role, step in found.steps.items():
                 sent = [size(int(x)) if x else "" for x in (step.shard, step.copy, step.sequence)]
-                table.add_row(*cells, role, *sent, "{:.3g} to {:.3g}".format(*step.seconds))
-                cells = [""] * len(cells)
+                table.add_row(*cells, role, *sent, "{:.3g} to {:.3g}".format(*step.seconds), hours)
+                cells, hours = [""] * len(cells), ""
             values[run.name].append(to_dict(found) | {"fits": room >= 0})
         console.print(table)
     return values
