@@ -362,6 +362,18 @@ SPEEDS = {"exact": 1.0, "0.8x speed": 0.8, "0.5x speed": 0.5, "static": 0.0, "op
 """Of videos whose motion is not the commanded one, over the commanded speed."""
 
 
+def test_the_page_shows_which_estimator_of_cameras_is_nearer_to_the_truth() -> None:
+    by = {name: f"camera-recovery{suffix}.json" for name, suffix in (("colmap", "-colmap"), ("klt", ""))}
+    rows = {name: json.loads((ROOT / "results" / file).read_text())["rows"] for name, file in by.items()}
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for video, row in rows["colmap"].items():
+        for name in by:
+            assert f"| {video.removesuffix(', exact')} | {name} | {recovery_cells(rows[name][video])} |" in page
+        assert row["failed"]["value"] == row["lost"]["value"] == 0
+        assert row["rot_err_deg"]["value"] > 8 * rows["klt"][video]["rot_err_deg"]["value"]
+        assert row["rot_err_deg"]["low"] > rows["klt"][video]["rot_err_deg"]["high"], "or the page must say otherwise"
+
+
 def test_the_page_shows_how_far_recovered_cameras_are_off() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
     assert all(table in page for table in recovery_tables())
