@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from minwm.play.scenario import Scenario
     from minwm.store.model import Model, ModelConfig
 
-WORLD = 7
-"""The world whose first frame a model starts from by default."""
+SCENE = {"worlds": 7, "place": 16}
+"""By kind, the scene whose first frame a model starts from by default."""
 LAST_STAGE = "dmd"
 
 
@@ -106,7 +106,7 @@ def _model_scenario(
             "this model starts from its prompt alone, or goes on from a video; leave out --world and images"
         )
     if first is None and cfg.image_start:
-        truth = spawn_world(WORLD if world is None else world, cfg)
+        truth = spawn_world(SCENE[cfg.scenes] if world is None else world, cfg)
         first, prompt = truth.start()[0], prompt or truth.scene.caption
     if not prompt:
         raise UserError("give --prompt TEXT: a description of the scene")
