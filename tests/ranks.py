@@ -26,6 +26,7 @@ import torch
 from backbones import SMALL
 from recipes import CASES, MODEL, clip
 from test_adamw8bit import Matrix
+from test_batch import CONFIG
 from test_train_loop import run_loop
 from tiny_presets import tiny_preset
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minwm.bench.scaling import Cluster, count_uses, plan_step
+from minwm.cli import main as command
+from minwm.core.config import parse_json
 from minwm.core.metrics import read_metrics
-from minwm.core.runtime import rank
+from minwm.core.runtime import rank, world_size
 from minwm.core.types import Clip
 from minwm.core.weights import load_safetensors
 from minwm.data.clips import read_manifest
@@ -48,6 +51,7 @@ from minwm.families.wan.transformer import Wan
 from minwm.nets.lora import LoraConfig, copy_network
 from minwm.recipes.base import Recipe
 from minwm.recipes.codec import CodecTraining
+from minwm.session import batch
 from minwm.store.folder import load_codec, save_model
 from minwm.train.config import Init, OptimConfig, Run
 from minwm.train.loop import StoppedError, Trainer, loop
@@ -304,6 +308,7 @@ def two(out: Path) -> None:
     for family in MODELS:
         sent_as_planned(family, ParallelConfig())
     same_steps(out, [name for name in RUNS if not name.startswith("hunyuan")], ParallelConfig())
+    same_steps(out, ["wan-bidirectional"], ParallelConfig(cpu_offload=True))
     for parts, name in RESUMED.items():
         train_to(2, out / parts, ParallelConfig(), name)
     eight_bit(2, out / "eight")
@@ -343,6 +348,27 @@ def piped(out: Path) -> None:
         assert alone == latents and len(alone) >= 4
 
 
+def evaluated(out: Path, name: str) -> None:
+    """A model is scored along three paths; the processes share its videos."""
+    made, write_video = list[Path](), batch.write_video
+    batch.write_video = lambda path, *args: (made.append(path), write_video(path, *args))
+    words = f"eval --model {out}/scored --trajectories {out}/paths.txt --metrics texture --out {out}/{name}"
+    assert command([*words.split(), "--json", f"{out}/{name}.json"]) == 0
+    assert len(made) == len(range(rank(), 3, world_size()))
+
+
+def same_scores(out: Path) -> None:
+    """Of two processes and of one."""
+    save_model(out / "scored", CONFIG, CONFIG.network.build(), CONFIG.codec.build())
+    (out / "paths.txt").write_text("w*4\ns*4\nl*4\n")
+    world(2, partial(evaluated, out, "shared"))
+    evaluated(out, "alone")
+    one, many = (parse_json((out / f"{x}.json").read_text())["videos"]["scored"] for x in ("alone", "shared"))
+    assert one["tasks"] == many["tasks"] and len(one["tasks"]) == 3
+    sharp, found = (list(x["scores"]["texture"]["sharpness"]["videos"].values()) for x in (one, many))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(sharp), rtol=0.01, atol=0.0)
+
+
 def main(out: Path) -> None:
     for parallel in (ParallelConfig(), PAIRS):  # counted once, for all processes
         for run in (sending(family, parallel) for family in MODELS):
@@ -361,6 +387,7 @@ def main(out: Path) -> None:
         world(1, partial(resumed, out / f"{parts}1", ParallelConfig(), name))
     world(4, partial(four, eight, out))
     world(2, partial(piped, out / "pipeline"))
+    same_scores(out)
     for parts, size in itertools.product(RESUMED, (1, 4)):
         for one, many in zip(read_metrics(out / f"{parts}-whole"), read_metrics(out / f"{parts}{size}"), strict=True):
             assert all(math.isclose(one[name], many[name], rel_tol=1e-4) for name in ("grad_norm", LOSS[one["trains"]]))

@@ -99,3 +99,14 @@ def test_clips_that_do_not_fit_are_refused(project: Path, tmp_path: Path, line: 
     assert run(*words, tmp_path / "small") == 2 and "its height is 32, the model's 16" in line()
     assert run(*words, project / "image", "--suite") == 2 and "leave out those of the suite" in line()
     assert run(*words, project / "image", "--limit", "0") == 2 and "--limit 0" in line()
+
+
+def test_processes_share_nothing_but_videos(
+    project: Path, line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they do share is compared with one process in tests/ranks.py."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ("eval", "--model", project / "image")
+    for alone in (["--quick"], ["--videos", project]):
+        assert run(*words, *alone) == 2 and "2 processes cannot share this: they share the videos of --suite" in line()
+    assert run(*words, "--suite") == 2 and "give --out DIR" in line()

@@ -126,7 +126,10 @@ def evaluate(
     --suite (or --prompts, --images, --trajectories), --data or --videos, in any scene, from pixels alone.
 
     --compare sets two results in any scene side by side. The exit code is 1 if anything is significantly worse.
+
+    Under torchrun, every process makes its part of the videos of --suite and --data, and the first one measures.
     """
+    _check_shared(scene, out)
     if compare:
         if model or html or sheet or quick or out or fields or hub or scene != AnyScene():
             raise UserError("--compare A.json B.json measures nothing; give besides only --json")
@@ -151,22 +154,41 @@ def evaluate(
     return _in_any_scene(model, scene, json, html, out)
 
 
+def _check_shared(scene: AnyScene, out: Path | None) -> None:
+    """UserError for what several processes cannot share."""
+    from minwm.core.runtime import world_size
+
+    if world_size() > 1 and not (scene.along_suite or scene.data):
+        raise UserError(
+            f"{world_size()} processes cannot share this: they share the videos of --suite (--prompts, --images, "
+            "--trajectories) and --data; start minwm eval without torchrun"
+        )
+    if world_size() > 1 and not out:
+        raise UserError(f"{world_size()} processes share videos through a folder: give --out DIR")
+
+
 def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: Path | None, out: Path | None) -> None:
     """Score a folder of videos, or those of models along the suite or in place of recorded clips."""
     from tempfile import TemporaryDirectory
 
     from minwm.core.files import write_json
+    from minwm.core.runtime import rank
     from minwm.eval.metrics import METRICS, measure
     from minwm.eval.recorded import RECORDING
     from minwm.eval.report.scores import write_scores
     from minwm.eval.wbench import navigation_report
+    from minwm.train.parallel import LONG_WAIT, process_group
 
     results, baselines, sources = {}, {}, {}
-    with TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary, process_group(LONG_WAIT):
         for name, source in _sources(_names(models), scene, out or Path(temporary)):
+            if rank():
+                continue
             log = partial(_say, name)
             sources[name], results[name] = source, measure(source, scene.metrics, log, scene.files, scene.estimator)
             _say_scores(name, results[name])
+        if rank():
+            return
         for name, source in _baselines(models, scene):
             fit = (metric for metric in scene.metrics or METRICS if METRICS[metric].compares == (name != RECORDING))
             baselines[name] = measure(source, [*fit], partial(_say, name), scene.files, scene.estimator)
@@ -181,22 +203,27 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
 
 
 def _sources(models: Mapping[str, Path], scene: AnyScene, out: Path) -> "Iterator[tuple[str, VideoSource]]":
+    from minwm.core.runtime import rank, world_size
     from minwm.eval.recorded import recorded_source
     from minwm.eval.source import folder_source
     from minwm.eval.suite import model_source, read_lines, requests
+    from minwm.train.parallel import first_process_first
 
+    part = rank(), world_size()
     if scene.videos:
         yield str(scene.videos), folder_source(scene.videos)
     for name, path in models.items():
         folder = out / name.strip("/")
         if scene.data:
             loaded, recorded = _open_with_data(path, scene)
-            yield name, recorded_source(loaded, recorded, folder, {"model": str(path), "data": str(scene.data)})
+            about = {"model": str(path), "data": str(scene.data)}
+            yield name, recorded_source(loaded, recorded, folder, about, part)
         else:
             loaded = open_model(path)
             routes, texts = (read_lines(file) if file else None for file in (scene.trajectories, scene.prompts))
-            wanted = requests(loaded.config, folder, routes, texts, scene.images)
-            yield name, model_source(loaded, wanted, folder, str(path))
+            with first_process_first(part):
+                wanted = requests(loaded.config, folder, routes, texts, scene.images)
+            yield name, model_source(loaded, wanted, folder, str(path), part)
 
 
 def _baselines(models: list[Path], scene: AnyScene) -> "Iterator[tuple[str, VideoSource]]":

@@ -24,6 +24,7 @@ from minwm.eval.suite import chunks_of
 from minwm.nets.codec import VideoCodec
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
+from minwm.train.parallel import first_process_first, wait_for_all
 
 RECORDING, STATIC, CODEC = "recording", "static camera", "codec"
 """Baselines: the clips themselves, their first frames held, and the clips encoded and decoded."""
@@ -95,25 +96,30 @@ def _check(record: ClipRecord, config: ModelConfig, where: str) -> None:
     spec.check_clip(record, where)
 
 
-def recorded_source(model: Model, recorded: VideoSource, folder: Path, about: Mapping[str, str]) -> VideoSource:
-    """The videos of a model along the cameras of recordings, made in `folder` unless they are there.
+def recorded_source(
+    model: Model, recorded: VideoSource, folder: Path, about: Mapping[str, str], part: tuple[int, int] = (0, 1)
+) -> VideoSource:
+    """The videos of a model along the cameras of recordings, made in `folder` unless they are there; `part` (i, n): by
+    n processes, which wait for each other.
 
     They start from the first frames, with the recordings as reference; those of a model that starts from text show
     other scenes, and have none: only the sets of both are compared. `about` is what the manifest of the folder
     says.
     """
     config, tracks, wanted = model.config, dict[str, CameraTrack](), list[Request]()
-    for seed, video in enumerate(recorded):
-        assert video.camera is not None
-        tracks[video.name] = video.camera.relative_to_first()
-        image = folder / "starts" / f"{video.name}.png" if config.image_start else None
-        if image and not image.exists():
-            write_image(image, video.frames[0])
-        poses = folder / "starts" / f"{video.name}.json"
-        tracks[video.name].save(poses)
-        prompt = video.task["prompt"]
-        wanted.append(Request(name=video.name, prompt=prompt, image=image, trajectory=str(poses), seed=seed))
-    generate_all(model, wanted, lambda request: tracks[request.name], folder, about)
+    with first_process_first(part):
+        for seed, video in enumerate(recorded):
+            assert video.camera is not None
+            tracks[video.name] = video.camera.relative_to_first()
+            image = folder / "starts" / f"{video.name}.png" if config.image_start else None
+            if image and not image.exists():
+                write_image(image, video.frames[0])
+            poses = folder / "starts" / f"{video.name}.json"
+            tracks[video.name].save(poses)
+            prompt = video.task["prompt"]
+            wanted.append(Request(name=video.name, prompt=prompt, image=image, trajectory=str(poses), seed=seed))
+    generate_all(model, wanted, lambda request: tracks[request.name], folder, about, part)
+    wait_for_all(part)
     made = folder_source(folder)
 
     def scored(name: str) -> Video:

@@ -15,6 +15,7 @@ from minwm.eval.image import chunk_spans
 from minwm.eval.source import Video, VideoSource, depth_file, digest, folder_source
 from minwm.session.batch import Request, generate_all
 from minwm.store.model import Model, ModelConfig
+from minwm.train.parallel import wait_for_all
 
 PATHS = ("w", "s", "a", "d", "j", "l", "i", "k", "w+j", "w+l", "d+j", "a+l", "w,s", "l,j", "w,l", "static")
 """Keys held one after the other, each for an equal part of the time: every key alone, chords, there and back, a corner,
@@ -122,8 +123,11 @@ def _held_out(config: ModelConfig, folder: Path, paths: Sequence[str]) -> list[S
     return starts
 
 
-def model_source(model: Model, wanted: Sequence[Request], folder: Path, name: str) -> VideoSource:
-    """The videos of a model, made in `folder` unless they are there."""
+def model_source(
+    model: Model, wanted: Sequence[Request], folder: Path, name: str, part: tuple[int, int] = (0, 1)
+) -> VideoSource:
+    """The videos of a model, made in `folder` unless they are there; `part` (i, n): by n processes, which wait for each
+    other."""
     cfg = model.config
     generate_all(
         model,
@@ -131,7 +135,9 @@ def model_source(model: Model, wanted: Sequence[Request], folder: Path, name: st
         lambda request: parse(request.trajectory, stride=cfg.motion.stride).track(cfg.motion, cfg.intrinsics),
         folder,
         {"model": name},
+        part,
     )
+    wait_for_all(part)
     made, tasks = folder_source(folder), {request.name: _task(request) for request in wanted}
 
     def video(name: str) -> Video:

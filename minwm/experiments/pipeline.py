@@ -29,7 +29,7 @@ from minwm.train.build import train
 from minwm.train.collect import CollectConfig, collect
 from minwm.train.config import Run, Summary
 from minwm.train.doctor import examine
-from minwm.train.parallel import process_group
+from minwm.train.parallel import LONG_WAIT, process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class PipelinePart:
         self.folder, self.log = out / "parts", log
         self.group: Any = None
         if dist.is_initialized():  # who waits for a long part of another process waits longer than in training
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=LONG_WAIT))
 
     def wait(self) -> None:
         if self.group:

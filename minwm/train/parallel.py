@@ -95,6 +95,26 @@ def process_group(timeout: float, alone: bool = False) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+LONG_WAIT = 4 * 7 * 24 * 3600.0
+"""Seconds that processes wait for each other where their parts are not steps of a training: four weeks."""
+
+
+def wait_for_all(part: tuple[int, int]) -> None:
+    """Process i of n, as `part` says, waits for the others, which all call it; alone it does nothing."""
+    if part[1] > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU: by gloo, whatever the backend of GPUs
+
+
+@contextmanager
+def first_process_first(part: tuple[int, int]) -> Iterator[None]:
+    """Process 0 does it before the others do, which then find the files that it has written."""
+    if part[0] > 0:
+        wait_for_all(part)
+    yield
+    if part[0] == 0:
+        wait_for_all(part)
+
+
 class Parallel:
     """The place of this process in a training: alone, or one rank of torchrun's."""
 
