@@ -64,11 +64,11 @@ def test_the_command_writes_every_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def committed(name: str = "plan-wan") -> dict[str, list[dict[str, Any]]]:
-    """Rows of the stages of Wan, by `minwm plan`."""
+    """Rows of each stage, by `minwm plan`."""
     return json.loads((ROOT / "results" / f"{name}.json").read_text())["stages"]
 
 
-def test_the_page_on_training_shows_the_committed_plan() -> None:
+def test_pages_show_the_committed_plans() -> None:
     lines, totals = list[str](), defaultdict[tuple[int, int], float](float)
     for name, rows in committed().items():
         run, cells = presets.stage(f"wan2.1-1.3b/{name}", Path()), list[str]()
@@ -82,6 +82,10 @@ def test_the_page_on_training_shows_the_committed_plan() -> None:
     total = " | | ".join(f"{totals[gpus, 0]:.0f} to {totals[gpus, 1]:.0f}" for gpus in (1, 8, 16))
     assert "\n".join([*lines, f"| all | | | {total} |"]) in PAGE
     (adapted,) = committed("plan-wan-lora")["camera"]
+    (eight,) = [row for row in committed("plan-hunyuan")["camera"] if row["gpus"] == 8]
+    said = "{:.0f} to {:.0f} GPU-hours on 8 H100".format(*eight["gpu_hours"])
+    hunyuan = (ROOT / "docs" / "hunyuan.md").read_text()
+    assert eight["fits"] and said in hunyuan and f"with {size(eight['bytes'])} on each" in hunyuan
     assert adapted["fits"] and f"`camera` needs {size(adapted['bytes'])}, which fits" in PAGE
 
 
