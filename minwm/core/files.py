@@ -13,7 +13,6 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from minwm.core.config import ConfigError, UserError, loads, parse_json
-from minwm.core.runtime import rank
 
 T = TypeVar("T")
 
@@ -168,6 +167,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def locked_together(folder: Path) -> contextlib.AbstractContextManager[None]:
     """`locked` for all processes of torchrun: the first one holds it."""
+    from minwm.core.runtime import rank  # which imports torch, too slow for --help
+
     return locked(folder) if rank() == 0 else contextlib.nullcontext()
 
 
