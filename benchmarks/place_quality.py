@@ -1,14 +1,16 @@
 """How like the truth a model's clips are on held-out walks through the place, and what its codec alone would give.
 
-    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--few-steps 4] [--far 1 4 8] [--json FILE]
+    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--few-steps 4] [--far 1 4 8] [--still 1 20] [--json FILE]
 
 MODEL is a model or codec folder, RAW a folder of clips (`minwm data render`) whose held-out part is used: the first
 frame is given, with the true cameras; all later ones are the model's, of a bidirectional one as many as it was trained
 on. `--far` asks how well the model knows the place: for a view so many latents away, given the first frame alone.
+`--still` asks what is left of the first frame after so many seconds without a key.
 """
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minwm.cameras.trajectory import parse
 from minwm.core.media import to_frames, to_pixels
 from minwm.core.runtime import git_commit, versions
 from minwm.data.clips import ClipRecord
@@ -53,6 +56,18 @@ def far_views(
     return found
 
 
+def still_views(
+    model: Model, truth: np.ndarray, records: list[ClipRecord], still: list[int], seed: int
+) -> dict[int, float]:
+    """PSNR to the first frame after so many seconds in which the camera stands still."""
+    motion = model.config.motion
+    latents = math.ceil(max(still) * motion.fps / motion.stride)
+    track = parse(f"static*{latents}", stride=motion.stride).track(motion, model.config.intrinsics)
+    made = generate(model, truth[:, 0], [r.caption for r in records], [track] * len(records), seed)
+    values = psnr(made, np.broadcast_to(truth[:, :1], made.shape))
+    return {second: round(float(values[:, round(second * motion.fps)].mean()), 2) for second in still}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -61,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--few-steps", type=int)
     parser.add_argument("--far", type=int, nargs="+", default=[])
+    parser.add_argument("--still", type=int, nargs="+", default=[])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     codec, data = load_codec(options.model), RawDataset(options.raw, "val")
@@ -87,6 +103,8 @@ def main() -> None:
             found[name] = {"frames": frames, "steps": sampler.steps, **measured(np.stack(made), truth[:, :frames], fps)}
         if options.far:
             found["far_views"] = far_views(model, truth, records, options.far, options.seed)
+        if options.still:
+            found["still"] = still_views(model, truth, records, options.still, options.seed)
     about = {"command": shlex.join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat()}
     text = json.dumps({**about, "commit": git_commit(), **found, "versions": versions()}, indent=1)
     if options.json:

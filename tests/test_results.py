@@ -251,6 +251,20 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
         after = " / ".join(f"{value:.1f}" for value in found[row]["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * found[row]['sharpness']:.0f} % |" in page
     assert stages_table("place", times=False) in page and place_targets() in page
+    dmd = json.loads((ROOT / "results" / "place-dmd.json").read_text())
+    after, still = (
+        " / ".join(f"{x:.1f}" for x in of) for of in (dmd["model"]["psnr_at_seconds"], dmd["still"].values())
+    )
+    assert (
+        f"| {after} dB | {100 * dmd['model']['sharpness']:.0f} % |" in page and f"{still} dB after 1, 5 and 20" in page
+    )
+    runs = json.loads((ROOT / "results" / "place-training.json").read_text())
+    steps = {name: run["steps"] for name, run in runs.items()}
+    said = " ".join(page.split())
+    for name in ("foundation-1", "foundation-2", "camera-1", "ar-5", "consistency-1", "dmd-1"):
+        assert f"`{name}` ({steps[name]:,}" in said
+    before, last = (dict(runs["foundation-3"]["held_out_loss"])[step] for step in (4900, 12000))
+    assert f"(from {before:.3f} to {last:.3f})" in said
 
 
 def place_targets() -> str:

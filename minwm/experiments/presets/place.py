@@ -68,6 +68,8 @@ def _adapted(run: Run) -> Run:
         recipe = replace(recipe, guidance=1.0)
     if isinstance(recipe, ConsistencyConfig | DmdConfig):
         recipe = replace(recipe, latents=9, latents_apart=2)
+    if isinstance(recipe, DmdConfig):  # without these a camera that stands still dissolves
+        recipe = replace(recipe, static_cameras=0.2, long_rollouts=0.3)
     if isinstance(recipe, DiffusionConfig):
         latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (9, 2, 3e-3), "ar": (9, 2, 2e-3)}[run.name]
         time = replace(recipe.time, weight="clean")
