@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from test_data import codec, made  # noqa: F401  (fixtures)
+from noise_clips import codec, made  # noqa: F401  (fixtures)
 from test_train_loop import Dot, run_loop
 
 from minwm.core.config import ConfigError, UserError, from_dict
