@@ -23,8 +23,9 @@ RUN = stage("autoregressive", batch=1, accumulate=4)
 def test_gpus_share_what_is_held_then_clips() -> None:
     cluster = Cluster(node=2)
     one, two, eight = (scale(RUN, gpus, cluster) for gpus in (1, 2, 8))
-    held = sum(item.bytes for item in plan_training(RUN).held)
-    assert one.bytes - two.bytes > 0.4 * held
+    plan = plan_training(RUN)
+    held = sum(item.bytes for item in plan.held)
+    assert one.bytes == plan.total and 0.1 * held < one.bytes - two.bytes < 0.5 * held  # two gathers units, too
     assert (one.sequence, two.sequence, eight.sequence) == (1, 1, 2)
     for role, step in one.steps.items():
         assert step.shard == step.copy == step.sequence == step.transfer_s == 0

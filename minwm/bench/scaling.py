@@ -133,11 +133,13 @@ def scale(run: Run, gpus: int, cluster: Cluster) -> Scaling:
     parts = {"shard": shard, "copies": gpus // shard, "sequence": sequence}
     steps = {role: plan_step(one, role, cluster, **parts) for role in run.recipe.trained}
     plan = plan_training(one)
-    held = 0 if plan.host else sum(item.bytes for item in plan.held) / shard  # then it is units that are gathered
+    held = sum(item.bytes for item in plan.held)
+    if shard > 1 and not plan.host:  # with CPU offload, gathered units are what is held
+        micro_batches = (count_uses(one, role, sequence) for role in run.recipe.trained)
+        units = sorted(unit.gathered(1) for micro in micro_batches for unit in micro.units if unit.forward)
+        held = held / shard + sum(units[-2:])
     turns = (item.bytes / (sequence if item.name.startswith("activations") else shard) for item in plan.turns)
-    micro_batches = (count_uses(one, role, sequence) for role in run.recipe.trained)
-    largest = sorted(unit.gathered(1) for micro in micro_batches for unit in micro.units if unit.forward)[-2:]
-    memory = int(held + max(turns) + sum(largest))
+    memory = int(held + max(turns))
     return Scaling(gpus, sequence, shard, memory, steps, gpu_hours(run, gpus, steps))
 
 
