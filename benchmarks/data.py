@@ -4,24 +4,24 @@
     python benchmarks/data.py results/data.json cost --clips 10
     python benchmarks/data.py results/data.json splats
     python benchmarks/data.py results/data.json streaming
+    python benchmarks/data.py results/data.json streaming_wan
 
 Experiments that are not named stay as they are. Times are CPU seconds of one thread, where nothing else is said.
 """
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from streaming import streaming, streaming_wan
 
 from minwm.cameras.estimate.base import EstimateError
 from minwm.cameras.estimate.colmap import Colmap
@@ -32,30 +32,24 @@ from minwm.cameras.trajectory import Motion, parse
 from minwm.core.files import write_json
 from minwm.core.media import write_image, write_video
 from minwm.core.runtime import git_commit, versions
-from minwm.data.clips import ClipFolder, read_manifest, write_manifest
-from minwm.data.dataset import ShardDataset, loader
+from minwm.data.clips import ClipFolder
 from minwm.data.doom import DoomConfig
-from minwm.data.encode import EncodeConfig, encode_clips
+from minwm.data.encode import encode_clips
 from minwm.data.ingest import IngestConfig, ingest
 from minwm.data.record import record
 from minwm.data.rerender import RenderConfig, render_worlds
-from minwm.data.shards import ShardRecord, list_shards, read_index, read_record, write_shard
 from minwm.data.splat import SplatConfig, read_capture, splat_captures
 from minwm.eval.image import psnr
-from minwm.experiments.ablate import camera_start
-from minwm.experiments.ablations import camera_run, shipped
+from minwm.experiments.ablations import shipped
 from minwm.nets.text import WordText
 from minwm.render.splat_fit import FitConfig
 from minwm.render.worlds import World
 from minwm.store.folder import load_codec
-from minwm.train.build import train
 
 LATENTS = 13
 STANDS = 0.05
 """Units: a shorter path is that of a camera that only turns, or stands."""
 PLANNED, PLAN_CORES = 1_000_000, (16, 64, 256, 1024)
-READS = 100
-"""Batches that are read with an empty page cache."""
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -253,70 +247,12 @@ def splats(root: Path, _clips: int) -> dict[str, Any]:
     return {"pixels": 96, "gaussians": SPLATS.fit.gaussians, "steps": SPLATS.fit.steps, "rows": rows}
 
 
-# ---------------------------------------------------------------------------------------------
-# Data larger than memory
-
-STREAMED = 32768
-"""Records: over the gigabyte up to which data stays in memory."""
-
-
-def forget(folder: Path) -> None:
-    """Drop the shards of a folder from the page cache, as if other files had taken its place."""
-    for shard in list_shards(folder):
-        handle = os.open(shard, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-
-
-def enlarged(latents: Path, out: Path) -> Path:
-    """The training records of a folder again and again under new names."""
-    (shard,) = [path for path in list_shards(latents) if path.name.startswith("train")]
-    index = read_index(shard)
-    records = [read_record(shard, entry) for entry in index.records]
-    for number in range(STREAMED // 1024):
-        chosen = ((i, records[i % len(records)]) for i in range(number * 1024, (number + 1) * 1024))
-        part = [ShardRecord(f"x-{i:06d}", {**meta, "id": f"x-{i:06d}"}, tensors) for i, (meta, tensors) in chosen]
-        write_shard(out / f"train-0000-{number:06d}.tar", part, index.summary)
-    write_manifest(out, {**read_manifest(latents, ""), "counts": {"train": STREAMED}})
-    return out
-
-
-def streaming(root: Path, clips: int) -> dict[str, Any]:
-    """Clips per second that come from a disk whose cache is empty, and those that the demo's camera stage trains on
-    meanwhile, with the share of its time that it waits for them; wall times."""
-    raw = render_worlds(root / "raw", RenderConfig(), clips=clips)
-    encode_clips(raw.path, root / "few", load_codec(shipped("codec")), WordText(), cfg=EncodeConfig(val=0))
-    folder = enlarged(root / "few", root / "latents")
-    data = ShardDataset(folder, "train")
-    assert not data.in_memory
-    batches = loader(data, batch=8)
-    begun = time.perf_counter()
-    for _ in range(READS):
-        forget(folder)
-        next(batches)
-    alone = 8 * READS / (time.perf_counter() - begun)
-    megabytes = sum(shard.stat().st_size for shard in list_shards(folder)) / 1e6
-    camera_start(root / "start")
-    run = replace(camera_run(root, "run", steps=30), data=str(folder))
-    forget(folder)
-    train(run, root / "run")
-    steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()][5:]
-    return {
-        "megabytes": megabytes,
-        "records": len(data),
-        "clips_per_s_read": alone,
-        "megabytes_per_s_read": alone * megabytes / len(data),
-        "clips_per_s_trained": float(np.median([step["clips_per_s"] for step in steps])),
-        "longest_wait_s": max(step["data_wait_s"] for step in steps),
-        "mean_wait_s": float(np.mean([step["data_wait_s"] for step in steps])),
-    }
-
-
 EXPERIMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "poses": poses,
     "cost": cost,
     "splats": splats,
     "streaming": streaming,
+    "streaming_wan": streaming_wan,
 }
 
 
