@@ -209,6 +209,12 @@ def test_the_page_shows_what_data_are_worth_and_cost() -> None:
     assert f"{stream['clips_per_s_read']:.0f} clips a second" in text
     assert f"trained on {stream['clips_per_s_trained']:.1f}" in text
     assert f"waited {1000 * stream['longest_wait_s']:.0f} ms at most" in text
+    wan = found["streaming_wan"]
+    assert f"latents of {'x'.join(map(str, wan['latents']))}" in text
+    assert f"{wan['megabytes'] / wan['records']:.0f} MB, not compressed" in text
+    assert f"{wan['clips_per_s_read']:.1f} a second, {wan['megabytes_per_s_read']:.0f} MB/s" in text
+    assert f"on {wan['clips_per_s_trained_by_plan']:.2f} a second by `minwm plan`" in text
+    assert f"waited for {1000 * wan['longest_wait_s']:.0f} ms at most" in text
     assert "\n".join(poses_rows(found["poses"])) in page
     hours = found["cost"]["core_hours_per_1000"]
     assert f"{hours['videos_ingested']:.2f} core hours with camera files" in text
