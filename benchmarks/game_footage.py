@@ -73,7 +73,7 @@ def camera_recovery(clips: int) -> dict[str, Any]:
     rows = {}
     for size in (64, 128, 256):
         cfg = DoomConfig(height=size, width=size, latents=17, trajectories=PATTERNS)
-        rows[f"{size} game"] = scored(
+        rows[f"{size} game"], _ = scored(
             {one.id: Video(one.id, frames, one.track.fps, one.track) for one, frames in game_clips(cfg, clips)}
         )
     return {"seconds": 4, "rows": rows}

@@ -26,6 +26,7 @@ from minwm.core.config import UserError, lookup, override, to_dict
 if TYPE_CHECKING:
     from minwm.eval.metrics import Scores
     from minwm.eval.source import VideoSource
+    from minwm.eval.witness import Witness
     from minwm.store.model import Model
 
 
@@ -49,7 +50,9 @@ class AnyScene:
     limit: Annotated[int | None, arg(metavar="N", help="of --data: so many clips, spread over the split")] = None
     metrics: Annotated[tuple[str, ...] | None, arg(metavar="NAME", help="in any scene; all if not given")] = None
     weights: Annotated[tuple[str, ...], arg(metavar="METRIC=FILE", help="TorchScript files of lpips, ...")] = ()
-    estimator: Annotated[str, arg(metavar="klt|colmap", help="what recovers the cameras from pixels")] = "klt"
+    estimator: Annotated[
+        tuple[str, ...], arg(metavar="klt|colmap", help="what recovers cameras from pixels; a second is set beside it")
+    ] = ("klt",)
     wbench: Annotated[Path | None, arg(metavar="REPORT.json", help="of --videos: WBench's report of navigation")] = None
 
     @property
@@ -65,7 +68,7 @@ class AnyScene:
         """UserError for what cannot be asked for at once, before any work."""
         from minwm.cameras.formats.colmap import load_pycolmap
         from minwm.eval.camera.estimators import ESTIMATORS
-        from minwm.eval.metrics import METRICS
+        from minwm.eval.metrics import METRICS, RECOVERED
         from minwm.session.batch import TURNS
 
         if self.videos and (models or self.along_suite or self.data):
@@ -86,11 +89,16 @@ class AnyScene:
             refuse_existing(self.wbench, ".json", "wbench")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: give at least 1")
-        lookup(ESTIMATORS, self.estimator, "estimator")
-        if self.estimator == "colmap":
+        for name in self.estimator:
+            lookup(ESTIMATORS, name, "estimator")
+        if not 1 <= len(self.estimator) == len({*self.estimator}) <= 2:
+            raise UserError(f"--estimator {' '.join(self.estimator)}: give one, or two that differ")
+        if "colmap" in self.estimator:
             load_pycolmap()
         for metric in self.metrics or ():
             lookup(METRICS, metric, "metric")
+        if len(self.estimator) == 2 and self.metrics is not None and not {*RECOVERED}.intersection(self.metrics):
+            raise UserError(f"--estimator: two are compared by their {' or '.join(RECOVERED)}; add it to --metrics")
         for metric, file in self.files.items():
             if not lookup(METRICS, metric, "metric").network:
                 raise UserError(f"--weights {metric}={file}: {metric} takes none")
@@ -173,33 +181,46 @@ def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: 
 
     from minwm.core.files import write_json
     from minwm.core.runtime import rank
-    from minwm.eval.metrics import METRICS, measure
+    from minwm.eval.metrics import METRICS
     from minwm.eval.recorded import RECORDING
     from minwm.eval.report.scores import write_scores
     from minwm.eval.wbench import navigation_report
     from minwm.train.parallel import LONG_WAIT, process_group
 
-    results, baselines, sources = {}, {}, {}
+    results, baselines, sources, witnesses = {}, {}, {}, {}
     with TemporaryDirectory() as temporary, process_group(LONG_WAIT):
         for name, source in _sources(_names(models), scene, out or Path(temporary)):
             if rank():
                 continue
-            log = partial(_say, name)
-            sources[name], results[name] = source, measure(source, scene.metrics, log, scene.files, scene.estimator)
-            _say_scores(name, results[name])
+            sources[name], results[name] = source, _score(name, source, scene, scene.metrics, witnesses)
         if rank():
             return
         for name, source in _baselines(models, scene):
             fit = (metric for metric in scene.metrics or METRICS if METRICS[metric].compares == (name != RECORDING))
-            baselines[name] = measure(source, [*fit], partial(_say, name), scene.files, scene.estimator)
-            _say_scores(name, baselines[name])
+            baselines[name] = _score(name, source, scene, [*fit], witnesses)
         if html:
-            echo(f"page: {write_scores(html, results, baselines, sources, _facts(), command_line())}")
-    rows = {"videos": results, "baselines": baselines}
+            echo(f"page: {write_scores(html, results, baselines, witnesses, sources, _facts(), command_line())}")
+    rows = {"videos": results, "baselines": baselines, "witnesses": witnesses}
     write_numbers({kind: {name: to_dict(x) for name, x in found.items()} for kind, found in rows.items()}, json)
     if scene.wbench:
         ((name, result),) = results.items()
         write_json(scene.wbench, navigation_report(name, result.scores.get("published", {})))
+
+
+def _score(
+    name: str, source: "VideoSource", scene: AnyScene, metrics: Sequence[str] | None, witnesses: "dict[str, Witness]"
+) -> "Scores":
+    """The scores of one source, and what a second estimator says of it, if there is one, added to `witnesses`."""
+    from minwm.eval.metrics import RECOVERED, measure
+    from minwm.eval.witness import call_witness
+
+    first, *second = scene.estimator
+    found = measure(source, metrics, partial(_say, name), scene.files, first)
+    _say_scores(name, found)
+    if second and {*RECOVERED} & found.scores.keys():
+        witnesses[name] = call_witness(source, found, second[0], partial(_say, f"{name}, {second[0]}"))
+        _say_differences(name, f"{first} and {second[0]}", witnesses[name])
+    return found
 
 
 def _sources(models: Mapping[str, Path], scene: AnyScene, out: Path) -> "Iterator[tuple[str, VideoSource]]":
@@ -252,6 +273,15 @@ def _say_scores(name: str, result: "Scores") -> None:
             if not set(quantity) & set("[@"):
                 mean = score.mean
                 _say(name, f"{metric}: {quantity} {mean.value:.3g} ({mean.low:.3g} to {mean.high:.3g})")
+
+
+def _say_differences(name: str, estimators: str, witness: "Witness") -> None:
+    for metric, differences in witness.differences.items():
+        for quantity, found in differences.items():
+            size = f"{found.median.value:.3g} apart (median of {found.videos} videos)" if found.median else "no video"
+            beyond = "" if found.limit is None else f", {len(found.beyond)} by more than {found.limit:g}"
+            alone = f", {len(found.only_one)} known to one of them" if found.only_one else ""
+            _say(name, f"{metric}: {quantity} by {estimators}: {size}{beyond}{alone}")
 
 
 class WorseError(UserError):

@@ -34,6 +34,8 @@ Array = np.ndarray
 Log = Callable[[str], None]
 Better = Literal["more", "less", "one"]
 """What is best: the most, the least, or the nearest to 1."""
+RECOVERED = ("camera", "published")
+"""Metrics of the cameras that an estimator recovers from pixels."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def measure(
                 missing[name][lacking[0]] = missing[name].get(lacking[0], 0) + 1
             else:
                 found[name][video.name] = metric.measure(video)
-        if {"camera", "published"} & ready.keys() and video.camera and (reason := video.recovered.failure):
+        if {*RECOVERED} & ready.keys() and video.camera and (reason := video.recovered.failure):
             log(f"{video.name}: no camera was found: {reason}")
     scores = {name: ready[name].summarise(by_video) for name, by_video in found.items() if by_video}
     skipped |= {name: "skipped: these videos have nothing to judge" for name, score in scores.items() if not score}

@@ -13,6 +13,7 @@ from minwm.eval.report.charts import Series, line_chart
 from minwm.eval.report.gallery import EXAMPLES, Example, gallery
 from minwm.eval.report.page import Section, caveats, commands, interval, table, write_page
 from minwm.eval.source import Video, VideoSource
+from minwm.eval.witness import Witness
 
 Rows = Mapping[str, Scores]
 CAVEATS = (
@@ -26,10 +27,16 @@ CAVEATS = (
 
 
 def write_scores(
-    path: Path, models: Rows, baselines: Rows, sources: Mapping[str, VideoSource], facts: Mapping[str, str], line: str
+    path: Path,
+    models: Rows,
+    baselines: Rows,
+    witnesses: Mapping[str, Witness],
+    sources: Mapping[str, VideoSource],
+    facts: Mapping[str, str],
+    line: str,
 ) -> Path:
-    """Write the page and return its path. `sources` are those of the models; `line` is the command that made the
-    numbers."""
+    """Write the page and return its path. `witnesses` are those of rows that have one, `sources` those of the models;
+    `line` is the command that made the numbers."""
     rows = {**models, **baselines}
     metrics = dict.fromkeys(metric for scores in rows.values() for metric in scores.scores)
     curves = "".join(_curves(metric, rows) for metric in metrics)
@@ -44,6 +51,7 @@ def write_scores(
             Section("scores", "Scores", "".join(_table(metric, rows) for metric in metrics)),
             Section("time", "Over time", f'<div class="curves">{curves}</div>' if curves else ""),
             Section("keys", "By the keys held", "".join(_keys(name, scores) for name, scores in models.items())),
+            Section("estimators", "Two estimators of cameras", _witnesses(rows, witnesses)),
             gallery([*_examples(sources)], _first(sources).fps, "Videos"),
             Section("skipped", "What was not measured", _skipped(models)),
             commands({"These numbers again": line}),
@@ -105,6 +113,21 @@ def _keys(model: str, scores: Scores) -> str:
     names = [*dict.fromkeys(name for by_name in found.values() for name in by_name)]
     body = {keys: [_cell(by_name.get(name)) for name in names] for keys, by_name in found.items()}
     return f"<h3>{escape(model)}</h3>" + table(["keys", *names], body) if body else ""
+
+
+def _witnesses(rows: Rows, witnesses: Mapping[str, Witness]) -> str:
+    tables = ""
+    for row, witness in witnesses.items():
+        one, two, body = rows[row], witness.scores, dict[str, list[str]]()
+        for metric, differences in witness.differences.items():
+            for name, found in differences.items():
+                beyond = "" if found.limit is None else f"{len(found.beyond)} by more than {found.limit:g}"
+                cells = [_cell(scores.scores[metric].get(name)) for scores in (one, two)]
+                cells += [interval(found.median, 3), beyond, str(found.videos), str(len(found.only_one))]
+                body[f"{metric}: {name}"] = cells
+        head = ["", one.estimator, two.estimator, "median difference", "videos that differ", "of", "known to one"]
+        tables += f"<h3>{escape(row)}</h3>" + table(head, body)
+    return tables
 
 
 def _examples(sources: Mapping[str, VideoSource]) -> Iterator[Example]:
