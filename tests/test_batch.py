@@ -14,11 +14,12 @@ from minwm.bench.stream import random_model
 from minwm.cameras.track import CameraTrack
 from minwm.cameras.trajectory import Motion, parse
 from minwm.core.config import UserError
-from minwm.core.media import read_video, write_image
+from minwm.core.media import read_video, write_image, write_video
 from minwm.experiments import presets
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
 from minwm.session.batch import generate_all, read_requests
+from minwm.session.clips import GenerateConfig, plan_requests
 from minwm.session.generate import generate
 from minwm.store.folder import save_model
 from minwm.stream.solvers import FewStepSampler
@@ -78,6 +79,7 @@ def test_benchmarks_of_minwm_and_wbench_are_read(tmp_path: Path) -> None:
         ([{"id": 1, "prompt": "x", "trajectory": "w*2"}] * 2, "the id '1' is given twice"),
         ([], "holds no request"),
         ([3], "an entry is an object"),
+        ([{"prompt": "x", "trajectory": "w*2", "start_poses": "list.json"}], "has start_poses; give an image, or"),
         ([{"prompt": "x", "trajectory": "w*2", "image": 5}], "5 is no path of a file"),
         ([{**WBENCH, "interactions": 5}], "has 5 for 'interactions', where list is expected"),
         ([{**WBENCH, "interactions": ["W"]}], "an interaction is an object"),
@@ -117,6 +119,31 @@ def test_a_list_is_made_once_by_one_command(tmp_path: Path, line: Callable[[], s
     assert run(*words, "--seed", 3) == 2
     assert "holds videos of another list, with other requests" in line()
     assert run(*words, "--world", 3) == 2 and "give besides only" in line()
+
+
+def test_an_entry_goes_on_from_a_video(tmp_path: Path, line: Callable[[], str]) -> None:
+    """With its cameras; its frames come first in the new one."""
+    config = replace(CONFIG, network=replace(CONFIG.network, camera="dual"))
+    model = random_model(config)
+    save_model(tmp_path / "model", config, model.net, model.codec)
+    gray, past = np.full((17, 32, 32, 3), 90, np.uint8), parse("d*4").track(MOTION, CONFIG.intrinsics)
+    write_video(tmp_path / "past.mp4", gray, MOTION.fps, crf=0)
+    past.save(tmp_path / "cameras.json")
+    entry = {"id": "on", "prompt": "a red tower", "start": "past.mp4", "trajectory": "l*2"}
+    listed = write(tmp_path / "list.json", {**entry, "start_poses": "cameras.json"})
+    words = ("generate", "--model", tmp_path / "model", "--list", listed, "--out", tmp_path / "out")
+    assert run(*words) == 0
+    track = CameraTrack.load(tmp_path / "out" / "on.json")
+    commanded = past.continued(parse("l*2").track(CONFIG.motion, CONFIG.intrinsics))
+    np.testing.assert_allclose(track.c2w, commanded.c2w, atol=1e-12)
+    frames = read_video(tmp_path / "out" / "on.mp4")[0].astype(int)
+    own = generate(model, gray[None], ["a red tower"], [commanded], seed=[0])[0].astype(int)
+    other = generate(model, 255 - gray[None], ["a red tower"], [commanded], seed=[0])[0].astype(int)
+    assert np.abs(frames - own).mean() < 10 < np.abs(frames - other).mean()
+    write(listed, entry)
+    assert run(*words) == 2 and "on: " in (said := line()) and "past.json is missing, and cameras are not" in said
+    with pytest.raises(UserError, match=r"on goes on from .*past.mp4; training clips are made from images"):
+        plan_requests(listed, config, GenerateConfig())
 
 
 def test_processes_share_a_list_and_nothing_is_made_of_a_bad_one(tmp_path: Path) -> None:

@@ -147,19 +147,11 @@ def read_start(
     path: Path | None, poses: Path | None, cfg: "ModelConfig"
 ) -> "UInt8[np.ndarray, 'h w 3'] | StartVideo | None":
     """What --start and --start-poses say: a picture, or a video with the cameras of its frames."""
-    from minwm.cameras.track import CameraTrack
     from minwm.core.media import VIDEO_SUFFIXES, read_image, resize_and_crop
-    from minwm.session.start import read_start_video
+    from minwm.session.start import open_start_video
 
     if path is not None and path.suffix.lower() in VIDEO_SUFFIXES:
-        track, poses = None, poses or path.with_suffix(".json")
-        if cfg.network.camera != "none":
-            if not poses.exists():
-                raise UserError(
-                    f"--start {path}: {poses} is missing, and cameras are not guessed; give --start-poses FILE"
-                )
-            track = CameraTrack.load(poses)
-        video = read_start_video(path, track, cfg)
+        video = open_start_video(path, poses, cfg)
         echo(f"{path}: goes on from its last {len(video.frames)} frames")
         return video
     if poses:

@@ -23,6 +23,7 @@ from minwm.core.files import check_shape, locked, read_json, read_text, write_js
 from minwm.core.media import read_first_frame, resize_and_crop, write_video
 from minwm.core.runtime import git_commit, rank, versions
 from minwm.session.generate import check_start, generate_pieces, whole_chunks
+from minwm.session.start import StartVideo, open_start_video
 from minwm.store.model import Model
 
 MANIFEST, TURNS = "manifest.json", "turns.json"
@@ -31,7 +32,7 @@ TURN_SECONDS = 4.0
 ARROWS = {"→": "right", "←": "left", "↑": "up", "↓": "down", "stop": "static"}
 """What WBench calls keys, where the grammar of trajectories has another word."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-FIELDS = {"id", "prompt", "caption", "image", "trajectory", "seed"}
+FIELDS = {"id", "prompt", "caption", "image", "start", "start_poses", "trajectory", "seed"}
 """Of an entry; `caption` is minWM's word for the prompt."""
 
 
@@ -43,7 +44,11 @@ class Request:
     """Of its files, without suffix."""
     prompt: str
     image: Path | None = None
-    """A picture, or a video whose first frame is meant; None: from the prompt alone."""
+    """A picture, or a video whose first frame is meant; None: from the prompt alone, or from `start`."""
+    start: Path | None = None
+    """A video to go on from, whose frames come first in the one that is made."""
+    start_poses: Path | None = None
+    """Its cameras; None: those of START.json."""
     trajectory: str
     """Keys, or the path of a pose file."""
     seed: int
@@ -55,11 +60,11 @@ class Request:
 def read_requests(path: Path, motion: Motion, seed: int = 0) -> list[Request]:
     """Requests of a JSON file, or of all JSON files in a folder.
 
-    A file holds one entry or a list of them: {"id", "prompt", "image", "trajectory", "seed"}, of which image and seed
-    may be missing (the seed of entry i is then `seed + i`); minWM's benchmark, which says "caption" for the prompt; or
-    cases of WBench, whose turns last `TURN_SECONDS` each. Cases of WBench without any navigation are left out: they are
-    not for models that are steered by cameras. Images and pose files are looked for beside the file, then in the folder
-    above. Raises UserError, naming file and entry, for anything else.
+    A file holds one entry or a list of them: {"id", "prompt", "image" or "start" and "start_poses", "trajectory",
+    "seed"}, of which only prompt and trajectory must be there (the seed of entry i is else `seed + i`); minWM's
+    benchmark, which says "caption" for the prompt; or cases of WBench, whose turns last `TURN_SECONDS` each. Cases of
+    WBench without any navigation are left out: they are not for models that are steered by cameras. Files are looked
+    for beside the list, then in the folder above. Raises UserError, naming file and entry, for anything else.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     requests = list[Request]()
@@ -100,9 +105,16 @@ def _plain(entry: Mapping[str, Any], folder: Path, seed: int, where: str) -> Req
         raise UserError(f"{where}: seed {given!r} is no whole number")
     if trajectory.lower().endswith(".json"):
         trajectory = str(_beside(trajectory, folder, where))
-    image = _beside(entry["image"], folder, where) if entry.get("image") else None
+    files = {x: _beside(entry[x], folder, where) for x in ("image", "start", "start_poses") if entry.get(x)}
+    if files.keys() not in (set(), {"image"}, {"start"}, {"start", "start_poses"}):
+        raise UserError(
+            f"{where} has {', '.join(files)}; give an image, or the video start, with start_poses or without"
+        )
     name = _file_name(entry.get("id", seed), where)
-    return Request(name=name, prompt=prompt, image=image, trajectory=trajectory, seed=given)
+    image, start, poses = map(files.get, ("image", "start", "start_poses"))
+    return Request(
+        name=name, prompt=prompt, image=image, start=start, start_poses=poses, trajectory=trajectory, seed=given
+    )
 
 
 def _wbench(entry: Mapping[str, Any], folder: Path, motion: Motion, seed: int, where: str) -> Request | None:
@@ -169,14 +181,16 @@ def naming(request: Request) -> Iterator[None]:
 def plan_tracks(
     model: Model, requests: Sequence[Request], track_of: Callable[[Request], CameraTrack]
 ) -> list[CameraTrack]:
-    """The pixel-rate tracks of requests; UserError, naming it, for one that the model cannot fulfil, whatever its
-    image holds."""
+    """The pixel-rate tracks of requests, from the first frame of a video that one goes on from; UserError, naming it,
+    for one that the model cannot fulfil, whatever its image holds."""
     tracks = list[CameraTrack]()
     for request in requests:
         with naming(request):
-            tracks.append(track_of(request))
+            track, video = track_of(request), start_video(model, request)
+            tracks.append(video.track.continued(track) if video else track)
             _padded(model, tracks[-1])
-            check_start(model.config, request.image is not None)
+            if video is None:
+                check_start(model.config, request.image is not None)
     return tracks
 
 
@@ -208,7 +222,8 @@ def generate_all(
     for request, track in [*zip(requests, tracks, strict=True)][index::count]:
         poses = folder / f"{request.name}.json"
         if not poses.exists():
-            pieces = generate_batch(model, [request], [track], [start_image(model, request)])
+            start = video.frames if (video := start_video(model, request)) else start_image(model, request)
+            pieces = generate_batch(model, [request], [track], [start])
             video = (frame for (piece,) in pieces for frame in piece)
             write_video(folder / f"{request.name}.mp4", video, model.config.motion.fps)
             track.save(poses)
@@ -250,13 +265,14 @@ def read_turns(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def generate_batch(
-    model: Model, requests: Sequence[Request], tracks: Sequence[CameraTrack], images: Sequence[np.ndarray | None]
+    model: Model, requests: Sequence[Request], tracks: Sequence[CameraTrack], starts: Sequence[np.ndarray | None]
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """Frames of requests whose tracks are equally long, all at once, as they are finished.
 
-    A video is the same in any batch. `images` are those of `start_image`: given for all requests, or for none.
+    A video is the same in any batch. `starts` are images of `start_image` or frames of `start_video`: of one shape for
+    all requests, or None for all.
     """
-    first = np.stack([image for image in images if image is not None]) if images[0] is not None else None
+    first = np.stack([start for start in starts if start is not None]) if starts[0] is not None else None
     prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
     left = len(tracks[0])
     for piece in generate_pieces(model, first, prompts, [_padded(model, track) for track in tracks], seeds):
@@ -269,6 +285,11 @@ def start_image(model: Model, request: Request) -> UInt8[np.ndarray, "h w 3"] | 
     """The image that a request starts from, as large as the model's; UserError if it cannot be read."""
     size = model.config.height, model.config.width
     return None if request.image is None else resize_and_crop(read_first_frame(request.image), *size)
+
+
+def start_video(model: Model, request: Request) -> StartVideo | None:
+    """The video that a request goes on from; UserError as `open_start_video`."""
+    return None if request.start is None else open_start_video(request.start, request.start_poses, model.config)
 
 
 def _padded(model: Model, track: CameraTrack) -> CameraTrack:

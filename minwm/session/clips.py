@@ -90,7 +90,10 @@ def plan_requests(starts: Path, model: ModelConfig, cfg: GenerateConfig) -> list
     What is made of a start depends on its name and the config alone, so that others may be added.
     """
     if starts.suffix == ".json":
-        return read_requests(starts, model.motion, cfg.seed)
+        requests = read_requests(starts, model.motion, cfg.seed)
+        if given := next((request for request in requests if request.start), None):
+            raise UserError(f"{starts}: {given.name} goes on from {given.start}; training clips are made from images")
+        return requests
     if starts.suffix == ".txt":
         prompts = [line.strip() for line in read_text(starts).splitlines() if line.strip()]
         return [request for prompt in prompts for request in _from_start(prompt, prompt, None, model, cfg)]

@@ -21,7 +21,7 @@ from minwm.stream.rollout import generate_latents, sample_noise, stream_latents
 from minwm.stream.solvers import Noise
 
 Images = UInt8[np.ndarray, "b H W 3"]
-Start = Images | UInt8[np.ndarray, "b n H W 3"]
+Start = Images | UInt8[np.ndarray, "b past H W 3"]
 """Images to start from, or videos of whole chunks to go on from."""
 Trajectories = Sequence[str | CameraTrack]
 """Keys such as "w*8", or tracks at pixel rate; all of one length. Those of a video start have its cameras first."""

@@ -25,6 +25,18 @@ class StartVideo:
             raise UserError(f"a start of {len(self.frames)} frames has {len(self.track)} cameras; give one for each")
 
 
+def open_start_video(path: Path, poses: Path | None, cfg: ModelConfig) -> StartVideo:
+    """`read_start_video` with the cameras of `poses`, or of VIDEO.json if None; UserError if that file is missing."""
+    if cfg.network.camera == "none":
+        return read_start_video(path, None, cfg)
+    poses = poses or path.with_suffix(".json")
+    if not poses.exists():
+        raise UserError(
+            f"{path}: {poses} is missing, and cameras are not guessed; give --start-poses, or start_poses in a list"
+        )
+    return read_start_video(path, CameraTrack.load(poses), cfg)
+
+
 def read_start_video(path: Path, track: CameraTrack | None, cfg: ModelConfig) -> StartVideo:
     """The newest frames of a video that are whole chunks of a model, cropped and resized, with K, to its size.
 
