@@ -1,17 +1,17 @@
 """Camera control learnt from COLMAP's poses against that learnt from true ones, for `results/estimated-poses.json`.
 
-    python benchmarks/estimated_poses.py results/estimated-poses.json FOLDER --clips 120 --seeds 2
+    python benchmarks/estimated_poses.py results/estimated-poses.json FOLDER --clips 120 --seeds 1
+    python benchmarks/estimated_poses.py results/estimated-poses.json FOLDER --footage game --clips 105 --seeds 1
 
-Procedural clips are posed by COLMAP from pictures of 256 rows, its scale set by the median depth as `minwm data ingest`
-does, and by ingest's rules kept or dropped. The demo's camera model, whose camera branch was taken away, then relearns
-control from these clips: with COLMAP's poses and with the true ones, equally long and with the same seeds. What FOLDER
-holds is kept.
+Clips of 256 rows are posed by COLMAP, its scale set by the median depth as `minwm data ingest` does, and by ingest's
+rules kept or dropped. The demo's camera model, whose camera branch was taken away, then relearns control from these
+clips: with COLMAP's poses and with the true ones, equally long and with the same seeds. What FOLDER holds is kept.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,116 +22,268 @@ from data import STANDS, pose_errors
 
 from minwm.cameras.estimate.base import EstimateError
 from minwm.cameras.estimate.colmap import Colmap
-from minwm.core.files import read_json, write_json
+from minwm.cameras.track import CameraTrack
+from minwm.cameras.trajectory import parse
+from minwm.core.files import read_json, write_json, write_text
 from minwm.core.media import resize_and_crop
 from minwm.core.runtime import git_commit, versions
-from minwm.data.clips import ClipFolder, DataError
+from minwm.data.clips import ClipFolder, ClipRecord, DataError
+from minwm.data.doom import DoomConfig
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.ingest import IngestConfig
 from minwm.data.quality import Candidate, QualityConfig, failures
+from minwm.data.record import record
 from minwm.data.rerender import RenderConfig, render_worlds
-from minwm.eval.camera.follow import FollowResult
+from minwm.eval.image import psnr
+from minwm.eval.metrics import measure
+from minwm.eval.recorded import baselines, recorded_source, recordings
 from minwm.eval.run import EvalConfig, HeldOut, measure_model
+from minwm.eval.source import VideoSource
 from minwm.eval.stats import Bootstrap
-from minwm.experiments.ablate import camera_start
+from minwm.experiments.ablate import camera_losses, camera_start
 from minwm.experiments.ablations import camera_run, shipped
 from minwm.experiments.presets.demo import tiny_model
 from minwm.store.folder import load_codec, load_model
+from minwm.store.model import Model
 from minwm.train.build import train
+from minwm.train.config import Run
 
-PIXELS, SEED = 256, 12
-STEPS, BATCH = 200, 8
-EVALUATION = EvalConfig(clips=16, counterfactual=(), revisits=0, walks=0, seeds=0, bench_repeats=0)
+PIXELS, SEED, BATCH = 256, 12, 8
 TRUE, COLMAP = "true poses", "poses by COLMAP"
+Scores = dict[str, np.ndarray]
+"""A value per clip, by quantity."""
 
 
-def pose_clips(large: ClipFolder, folders: dict[str, ClipFolder]) -> dict[str, Any]:
-    """Write the clips that COLMAP places and that ingest and the model take, reduced to its size, with each kind of
-    poses; returns counts, and quartiles over clips of `pose_errors` and of the path's length over the true one."""
-    errors, placed, ids, model = list[tuple[float, ...]](), 0, large.ids(), tiny_model()
-    for clip in ids:
-        record, frames = large.record(clip), large.frames(clip)
-        true, estimator = record.track, Colmap(focal=float(record.track.K[0, 0]))
-        try:
-            found = estimator(frames, np.arange(len(true)) / true.fps, true.fps)
-            track = found.track.relative_to_first().scaled(found.scale(IngestConfig.depth))
-        except EstimateError:
+@dataclass(frozen=True, kw_only=True)
+class Footage:
+    """Clips whose cameras are known, and what is measured of a model that learnt from them."""
+
+    make: Callable[[Path, int, int], ClipFolder]
+    """Makes so many clips in a folder, with a seed."""
+    depth: float
+    """Median depth of the pictures in world units, to which COLMAP's poses are scaled."""
+    steps: int
+    """Of training."""
+    judge: Callable[[Path, Mapping[str, Sequence[Run]]], dict[str, Any]]
+    """Given FOLDER and the trained runs by arm, one per seed."""
+
+
+# ---------------------------------------------------------------------------------------------- poses
+
+
+def estimates(large: ClipFolder, clips: Sequence[str], out: Path) -> dict[str, CameraTrack]:
+    """COLMAP's poses by clip, in units of the median depth; `out` keeps them, and why other clips have none."""
+    for clip in clips:
+        if (out / f"{clip}.json").exists() or (out / f"{clip}.txt").exists():
             continue
-        placed += 1
-        few = replace(record, hw=(model.height, model.width))
-        posed = replace(few, track=track, pose_kind="estimated")
+        true = large.record(clip).track
+        try:
+            found = Colmap(focal=float(true.K[0, 0]))(large.frames(clip), np.arange(len(true)) / true.fps, true.fps)
+            found.track.relative_to_first().scaled(found.scale(1.0)).save(out / f"{clip}.json")
+        except EstimateError as error:
+            write_text(out / f"{clip}.txt", f"{error}\n")
+    return {clip: CameraTrack.load(out / f"{clip}.json") for clip in clips if (out / f"{clip}.json").exists()}
+
+
+def write_arms(
+    large: ClipFolder, moving: Sequence[str], found: Mapping[str, CameraTrack], folders: Mapping[str, ClipFolder]
+) -> dict[str, Any]:
+    """Write the clips that COLMAP places and that ingest and the model take, reduced to its size, with each kind of
+    poses; returns counts, the moving clips that were lost, and quartiles over clips of `pose_errors` and of the path's
+    length over the true one."""
+    errors, model = list[tuple[float, ...]](), tiny_model()
+    for clip in found:
+        one, track = large.record(clip), found[clip]
+        small, frames = reduced(large, clip)
+        posed = replace(small, track=track, pose_kind="estimated")
         try:
             model.clip_spec.check_clip(posed, clip)
         except DataError:
             continue
-        if true.path_length() > STANDS and not failures(Candidate(frames, track), QualityConfig()):
-            errors.append((*pose_errors(track, true), track.path_length() / true.path_length()))
-            small = np.stack([resize_and_crop(frame, *few.hw) for frame in frames])
-            folders[TRUE].write(few, small)
-            folders[COLMAP].write(posed, small)
+        if not failures(Candidate(large.frames(clip), track), QualityConfig()):
+            length = track.path_length() / one.track.path_length()
+            errors.append((*pose_errors(track, one.track), length))
+            folders[TRUE].write(small, frames)
+            folders[COLMAP].write(posed, frames)
     for folder in folders.values():
         folder.finish()
     quartiles = np.percentile(np.array(errors), (25, 50, 75), axis=0).T.tolist()
     names = ("rotation_deg", "path_share", "length_ratio")
-    return {"clips": len(ids), "placed": placed, "kept": len(errors), **dict(zip(names, quartiles, strict=True))}
+    return {
+        "moving": len(moving),
+        "placed": len(found),
+        "kept": len(errors),
+        "lost": [clip for clip in moving if clip not in found],
+        **dict(zip(names, quartiles, strict=True)),
+    }
 
 
-def trained(out: Path, data: Path, seed: int, held: HeldOut) -> FollowResult:
-    """Camera following of a model that relearnt control from these latents."""
-    run = replace(camera_run(out, data.name, steps=STEPS, batch=BATCH), data=str(data / "latents"), seed=seed)
-    folder = data / f"seed-{seed}"
+def reduced(large: ClipFolder, clip: str) -> tuple[ClipRecord, np.ndarray]:
+    """A clip at the model's size."""
+    size = tiny_model().height, tiny_model().width
+    frames = np.stack([resize_and_crop(frame, *size) for frame in large.frames(clip)])
+    return replace(large.record(clip), hw=size), frames
+
+
+# ---------------------------------------------------------------------------------------------- control
+
+
+def trained(run: Run, folder: Path) -> Run:
+    """What trains on from the run's weights."""
     train(run, folder)
-    model = load_model(folder).ready()
-    sampler = replace(model.config.sampler, steps=12, guidance=1.0)  # as `minwm ablate`
-    _, row = measure_model(data.name, replace(model, config=replace(model.config, sampler=sampler)), held)
-    assert row.follow
-    return row.follow
+    return replace(run, init=replace(run.init, student=str(folder)))
 
 
-def clip_errors(rows: Sequence[FollowResult]) -> np.ndarray:
-    """Per clip and seed: 1 - the camera score of that clip."""
-    rotation = [np.array(row.rot_err_per_clip) / row.static_rot_deg for row in rows]
-    translation = [np.array(row.trans_err_per_clip) / row.static_trans_u for row in rows]
-    return (np.stack(rotation, 1) + np.stack(translation, 1)) / 2
+def ready(run: Run) -> Model:
+    """The model of a trained run, as `minwm ablate` measures it."""
+    assert run.init.student
+    model = load_model(Path(run.init.student)).ready()
+    sampler = replace(model.config.sampler, steps=12, guidance=1.0)
+    return replace(model, config=replace(model.config, sampler=sampler))
+
+
+def summary(arms: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
+    """Mean and interval over clips of each quantity, by arm, and of the paired difference; seeds are averaged."""
+    means = {
+        arm: {name: np.mean([s[name] for s in seeds], 0)[:, None] for name in seeds[0]} for arm, seeds in arms.items()
+    }
+    scores, differences = dict[str, Any](), dict[str, Any]()
+    for name, values in means[TRUE].items():
+        interval = Bootstrap(len(values))
+        scores[name] = {arm: asdict(interval.mean(of[name])) for arm, of in means.items()}
+        differences[name] = asdict(interval.mean(values - means[COLMAP][name]))
+    by_seed = {arm: [{name: float(x.mean()) for name, x in s.items()} for s in seeds] for arm, seeds in arms.items()}
+    return {"scores": scores, "true_minus_colmap": differences, "by_seed": by_seed}
+
+
+def judge_worlds(_out: Path, arms: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Camera following on held-out worlds."""
+    cfg, model = EvalConfig(clips=16, counterfactual=(), revisits=0, walks=0, seeds=0, bench_repeats=0), tiny_model()
+    held = HeldOut(model, load_codec(shipped("codec")), cfg, model.scene)
+
+    def scores(run: Run) -> Scores:
+        _, row = measure_model(run.name, ready(run), held)
+        assert row.follow
+        rotation = np.array(row.follow.rot_err_per_clip) / row.follow.static_rot_deg
+        translation = np.array(row.follow.trans_err_per_clip) / row.follow.static_trans_u
+        return {"camera score": 1 - (rotation + translation) / 2}
+
+    return {"evaluated_clips": cfg.clips, **summary({arm: [scores(run) for run in runs] for arm, runs in arms.items()})}
+
+
+COMMANDS, PLACES, OPEN = ("w*8", "s*8", "a*8", "d*8", "j*8", "l*8"), 24, 0.5
+"""What is commanded from each place; places that are tried, and the share of the way that must be free in all."""
+
+
+def held_out(out: Path) -> tuple[ClipFolder, int]:
+    """Recorded clips of the map, one along each of `COMMANDS` from every place where none of them is blocked at once,
+    sorted by place; and the number of places."""
+    cfg = DoomConfig(latents=9, units=128.0, seed=SEED + 1, moved=0.0)
+    made = [record(out / key[0], replace(cfg, trajectories=(key,)), clips=PLACES) for key in COMMANDS]
+    held, places = ClipFolder.create(out / "clips", "vizdoom", {"places": PLACES}), 0
+    ways = [parse(key).track(cfg.motion, cfg.intrinsics).path_length() for key in COMMANDS]
+    for clip in made[0].ids():
+        records = [folder.record(clip) for folder in made]
+        if any(one.track.path_length() < OPEN * way for one, way in zip(records, ways, strict=True)):
+            continue
+        for key, one, folder in zip(COMMANDS, records, made, strict=True):
+            held.write(replace(one, id=f"{places:03d}-{key[0]}"), folder.frames(clip))
+        places += 1
+    held.finish()
+    return held, places
+
+
+def judge_game(out: Path, arms: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Videos along the true cameras of recorded clips of other places, as `minwm eval --data` makes them: which of the
+    recordings from the same place is most like each, and how much more than the others. And reliance, as `minwm
+    ablate`: how much of the loss on these clips depends on their cameras."""
+    held, places = held_out(out / "held")
+    encode_clips(
+        held.path, out / "held" / "latents", load_codec(shipped("codec")), tiny_model().text, cfg=EncodeConfig(val=0)
+    )
+    first = ready(arms[TRUE][0])
+    recorded = recordings(held.path, first, "train")
+
+    def by_place(frames: Iterable[np.ndarray]) -> np.ndarray:
+        return np.stack([*frames]).reshape(places, len(COMMANDS), -1, *held_size)
+
+    held_size = (first.config.height, first.config.width, 3)
+    truth = by_place(video.frames for video in recorded)
+
+    def scores(source: VideoSource) -> Scores:
+        likeness = psnr(by_place(video.frames for video in source)[:, :, None, 1:], truth[:, None, :, 1:]).mean(-1)
+        own = likeness.diagonal(0, 1, 2)
+        others = np.where(np.eye(len(COMMANDS), dtype=bool), -np.inf, likeness).max(2)
+        lost = [*measure(source, ("camera",)).scores["camera"]["lost"].videos.values()]
+        found = {"retrieval": own > others, "psnr_gap": own - others, "psnr": own}
+        return {name: values.mean(1) for name, values in {**found, "lost": np.reshape(lost, own.shape)}.items()}
+
+    def videos(arm: str, seed: int, run: Run) -> VideoSource:
+        folder = out / "videos" / f"{arm}, seed {seed}"
+        return recorded_source(ready(run), recorded, folder, {"arm": arm, "data": str(held.path)})
+
+    rows = {arm: [scores(videos(arm, seed, run)) for seed, run in enumerate(runs)] for arm, runs in arms.items()}
+    latents = str(out / "held" / "latents")
+    losses = {arm: [camera_losses(replace(run, data=latents), "train") for run in runs] for arm, runs in arms.items()}
+    known = baselines(held.path, recorded, first)
+    return {
+        "places": places,
+        "commands": COMMANDS,
+        **summary(rows),
+        "reliance": {arm: [1 - own / other for own, other in pairs] for arm, pairs in losses.items()},
+        "baselines": {name: {k: float(x.mean()) for k, x in scores(source).items()} for name, source in known.items()},
+    }
+
+
+def worlds(out: Path, clips: int, seed: int) -> ClipFolder:
+    return render_worlds(out, RenderConfig(latents=9, height=PIXELS, width=PIXELS, seed=seed), clips=clips)
+
+
+def game(out: Path, clips: int, seed: int) -> ClipFolder:
+    cfg = DoomConfig(latents=9, height=PIXELS, width=PIXELS, units=128.0, seed=seed)
+    return record(out, cfg, clips=clips)
+
+
+FOOTAGE = {
+    "worlds": Footage(make=worlds, depth=IngestConfig.depth, steps=200, judge=judge_worlds),
+    "game": Footage(make=game, depth=0.9, steps=300, judge=judge_game),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--footage", choices=FOOTAGE, default="worlds")
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    out, codec, model = given.out, load_codec(shipped("codec")), tiny_model()
-    large = render_worlds(
-        out / "large", RenderConfig(latents=9, height=PIXELS, width=PIXELS, seed=SEED), clips=given.clips
-    )
-    arms = {TRUE: out / "true", COLMAP: out / "colmap"}
-    folders = {arm: ClipFolder.create(path / "raw", arm, {"clips": given.clips}) for arm, path in arms.items()}
+    out, footage, codec, text = given.out, FOOTAGE[given.footage], load_codec(shipped("codec")), tiny_model().text
+    large = footage.make(out / "large", given.clips, SEED)
+    moving = [clip for clip in large.ids()[: given.clips] if large.record(clip).track.path_length() > STANDS]
+    found = {clip: track.scaled(footage.depth) for clip, track in estimates(large, moving, out / "poses").items()}
+    folders = {arm: ClipFolder.create(out / arm / "raw", arm, {"clips": given.clips}) for arm in (TRUE, COLMAP)}
     if not (out / "poses.json").exists():
-        write_json(out / "poses.json", pose_clips(large, folders))
+        write_json(out / "poses.json", write_arms(large, moving, found, folders))
     camera_start(out / "start")
-    held = HeldOut(model, codec, EVALUATION, model.scene)
-    rows = dict[str, list[FollowResult]]()
-    for arm, path in arms.items():
-        encode_clips(folders[arm].path, path / "latents", codec, model.text, cfg=EncodeConfig(val=0))
-        rows[arm] = [trained(out, path, seed, held) for seed in range(given.seeds)]
-    errors, interval = {arm: clip_errors(results) for arm, results in rows.items()}, Bootstrap(EVALUATION.clips)
-    missed = errors[COLMAP] - errors[TRUE]
-    found = {
+    arms = dict[str, list[Run]]()
+    for arm, folder in folders.items():
+        latents = out / arm / "latents"
+        encode_clips(folder.path, latents, codec, text, cfg=EncodeConfig(val=0))
+        run = replace(camera_run(out, arm, steps=footage.steps, batch=BATCH), data=str(latents))
+        arms[arm] = [trained(replace(run, seed=seed), out / arm / f"seed-{seed}") for seed in range(given.seeds)]
+    result = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "versions": versions(),
         "poses": read_json(out / "poses.json"),
-        "training": {"steps": STEPS, "batch": BATCH, "seeds": given.seeds},
-        "evaluated_clips": EVALUATION.clips,
-        "camera_score": {arm: asdict(interval(lambda x, e=e: 1 - float(e[x].mean()))) for arm, e in errors.items()},
-        "camera_score_by_seed": {arm: (1 - e.mean(0)).tolist() for arm, e in errors.items()},
-        "true_minus_colmap": asdict(interval(lambda drawn: float(missed[drawn].mean()))),
-    }  # fmt: skip
-    write_json(given.json, found)
+        "training": {"steps": footage.steps, "batch": BATCH, "seeds": given.seeds},
+        **footage.judge(out, arms),
+    }
+    before = read_json(given.json) if given.json.exists() else {}
+    write_json(given.json, {**before, given.footage: result})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from minwm.core.config import dumps
 from minwm.core.files import read_config, write_text
 from minwm.core.runtime import generator, pick_device
 from minwm.core.weights import read_weights, write_safetensors
+from minwm.data.dataset import Split
 from minwm.data.encode import encode_clips
 from minwm.data.remote import data_folder
 from minwm.data.rerender import render_worlds
@@ -131,7 +132,7 @@ def _measure(
 ) -> ArmResult:
     """An arm whose last stage left `model` in `folder`."""
     run = arm.runs[-1]
-    losses = _losses(run, folder) if plan.reliance else None
+    losses = camera_losses(replace(run, init=replace(run.init, student=str(folder)))) if plan.reliance else None
     stores = run.recipe.needs_trajectories
     _, row = measure_model(arm.name, model, held)
     return ArmResult(
@@ -152,12 +153,12 @@ def _quick(model: Model, arm: Arm) -> Model:
 
 
 @torch.no_grad()
-def _losses(run: Run, folder: Path, batch: int = 16, batches: int = 6) -> tuple[float, float]:
-    """The recipe's loss on held-out clips with their own cameras, and with those of the clip before in the batch."""
+def camera_losses(run: Run, split: Split = "val", batch: int = 16, batches: int = 6) -> tuple[float, float]:
+    """The recipe's loss on clips with their own cameras, and with those of the clip before in the batch; by the weights
+    that the run starts from."""
     device = pick_device()
-    run = replace(run, init=replace(run.init, student=str(folder)))
     recipe = build_recipe(run, partial(load_role, run, device))
-    data, totals = run.recipe.shards(data_folder(run.data), "val", run.model), [0.0, 0.0]
+    data, totals = run.recipe.shards(data_folder(run.data), split, run.model), [0.0, 0.0]
     for i in range(batches):
         clip = data.batch([j % len(data) for j in range(i * batch, (i + 1) * batch)])
         assert clip.cond.w2c is not None
