@@ -10,7 +10,7 @@ clips: with COLMAP's poses and with the true ones, equally long and with the sam
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,7 @@ from minwm.data.record import record
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.eval.image import psnr
 from minwm.eval.metrics import measure
-from minwm.eval.recorded import baselines, recorded_source, recordings
+from minwm.eval.recorded import RECORDING, baselines, recorded_source, recordings
 from minwm.eval.run import EvalConfig, HeldOut, measure_model
 from minwm.eval.source import VideoSource
 from minwm.eval.stats import Bootstrap
@@ -144,16 +144,21 @@ def ready(run: Run) -> Model:
 
 def summary(arms: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
     """Mean and interval over clips of each quantity, by arm, and of the paired difference; seeds are averaged."""
-    means = {
-        arm: {name: np.mean([s[name] for s in seeds], 0)[:, None] for name in seeds[0]} for arm, seeds in arms.items()
+    means = {arm: {name: np.mean([s[name] for s in seeds], 0) for name in seeds[0]} for arm, seeds in arms.items()}
+    differences = {name: values - means[COLMAP][name] for name, values in means[TRUE].items()}
+    return {
+        "scores": {name: {arm: over_clips(of[name]) for arm, of in means.items()} for name in differences},
+        "true_minus_colmap": {name: over_clips(values) for name, values in differences.items()},
+        "by_seed": {
+            arm: [{name: float(values.mean()) for name, values in scores.items()} for scores in seeds]
+            for arm, seeds in arms.items()
+        },
     }
-    scores, differences = dict[str, Any](), dict[str, Any]()
-    for name, values in means[TRUE].items():
-        interval = Bootstrap(len(values))
-        scores[name] = {arm: asdict(interval.mean(of[name])) for arm, of in means.items()}
-        differences[name] = asdict(interval.mean(values - means[COLMAP][name]))
-    by_seed = {arm: [{name: float(x.mean()) for name, x in s.items()} for s in seeds] for arm, seeds in arms.items()}
-    return {"scores": scores, "true_minus_colmap": differences, "by_seed": by_seed}
+
+
+def over_clips(values: np.ndarray) -> dict[str, float]:
+    """The mean of one value per clip, with its interval."""
+    return asdict(Bootstrap(len(values))(lambda drawn: float(values[drawn].mean())))
 
 
 def judge_worlds(_out: Path, arms: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
@@ -193,45 +198,53 @@ def held_out(out: Path) -> tuple[ClipFolder, int]:
     return held, places
 
 
+def likenesses(videos: np.ndarray, recordings: np.ndarray) -> np.ndarray:
+    """PSNR of each of some videos to each of some recordings, over all frames but the given first one."""
+    shape = len(videos), *recordings.shape
+    return psnr(np.broadcast_to(videos[:, None], shape), np.broadcast_to(recordings, shape))[..., 1:].mean(-1)
+
+
 def judge_game(out: Path, arms: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Videos along the true cameras of recorded clips of other places, as `minwm eval --data` makes them: which of the
-    recordings from the same place is most like each, and how much more than the others. And reliance, as `minwm
-    ablate`: how much of the loss on these clips depends on their cameras."""
+    recordings from the same place is most like each, and by how much. Reliance is that of `minwm ablate`: the part of
+    the loss on these clips that depends on their cameras. And in how many seconds the tracker finds no camera."""
     held, places = held_out(out / "held")
-    encode_clips(
-        held.path, out / "held" / "latents", load_codec(shipped("codec")), tiny_model().text, cfg=EncodeConfig(val=0)
-    )
+    latents, codec, text = out / "held" / "latents", load_codec(shipped("codec")), tiny_model().text
+    encode_clips(held.path, latents, codec, text, cfg=EncodeConfig(val=0))
     first = ready(arms[TRUE][0])
     recorded = recordings(held.path, first, "train")
 
-    def by_place(frames: Iterable[np.ndarray]) -> np.ndarray:
-        return np.stack([*frames]).reshape(places, len(COMMANDS), -1, *held_size)
+    def by_place(source: VideoSource) -> np.ndarray:
+        frames = np.stack([video.frames for video in source])
+        return frames.reshape(places, len(COMMANDS), *frames.shape[1:])
 
-    held_size = (first.config.height, first.config.width, 3)
-    truth = by_place(video.frames for video in recorded)
+    truth = by_place(recorded)
 
     def scores(source: VideoSource) -> Scores:
-        likeness = psnr(by_place(video.frames for video in source)[:, :, None, 1:], truth[:, None, :, 1:]).mean(-1)
+        likeness = np.stack([likenesses(*pair) for pair in zip(by_place(source), truth, strict=True)])
         own = likeness.diagonal(0, 1, 2)
         others = np.where(np.eye(len(COMMANDS), dtype=bool), -np.inf, likeness).max(2)
-        lost = [*measure(source, ("camera",)).scores["camera"]["lost"].videos.values()]
         found = {"retrieval": own > others, "psnr_gap": own - others, "psnr": own}
-        return {name: values.mean(1) for name, values in {**found, "lost": np.reshape(lost, own.shape)}.items()}
+        return {name: values.mean(1) for name, values in found.items()}
 
     def videos(arm: str, seed: int, run: Run) -> VideoSource:
         folder = out / "videos" / f"{arm}, seed {seed}"
         return recorded_source(ready(run), recorded, folder, {"arm": arm, "data": str(held.path)})
 
-    rows = {arm: [scores(videos(arm, seed, run)) for seed, run in enumerate(runs)] for arm, runs in arms.items()}
-    latents = str(out / "held" / "latents")
-    losses = {arm: [camera_losses(replace(run, data=latents), "train") for run in runs] for arm, runs in arms.items()}
+    made = {arm: [videos(arm, seed, run) for seed, run in enumerate(runs)] for arm, runs in arms.items()}
+    losses = {
+        arm: [camera_losses(replace(run, data=str(latents)), "train") for run in runs] for arm, runs in arms.items()
+    }
     known = baselines(held.path, recorded, first)
+    tracked = {RECORDING: recorded, **{arm: sources[0] for arm, sources in made.items()}}
+    lost = {name: measure(source, ("camera",)).scores["camera"]["lost"] for name, source in tracked.items()}
     return {
         "places": places,
         "commands": COMMANDS,
-        **summary(rows),
+        **summary({arm: [scores(source) for source in sources] for arm, sources in made.items()}),
         "reliance": {arm: [1 - own / other for own, other in pairs] for arm, pairs in losses.items()},
         "baselines": {name: {k: float(x.mean()) for k, x in scores(source).items()} for name, source in known.items()},
+        "lost_by_tracker": {name: asdict(score.mean) for name, score in lost.items()},
     }
 
 
