@@ -86,11 +86,10 @@ def estimates(large: ClipFolder, clips: Sequence[str], out: Path) -> dict[str, C
 
 
 def write_arms(
-    large: ClipFolder, moving: Sequence[str], found: Mapping[str, CameraTrack], folders: Mapping[str, ClipFolder]
+    large: ClipFolder, found: Mapping[str, CameraTrack], folders: Mapping[str, ClipFolder]
 ) -> dict[str, Any]:
     """Write the clips that COLMAP places and that ingest and the model take, reduced to its size, with each kind of
-    poses; returns counts, the moving clips that were lost, and quartiles over clips of `pose_errors` and of the path's
-    length over the true one."""
+    poses; returns counts, and quartiles over clips of `pose_errors` and of the path's length over the true one."""
     errors, model = list[tuple[float, ...]](), tiny_model()
     for clip in found:
         one, track = large.record(clip), found[clip]
@@ -110,10 +109,8 @@ def write_arms(
     quartiles = np.percentile(np.array(errors), (25, 50, 75), axis=0).T.tolist()
     names = ("rotation_deg", "path_share", "length_ratio")
     return {
-        "moving": len(moving),
         "placed": len(found),
         "kept": len(errors),
-        "lost": [clip for clip in moving if clip not in found],
         **dict(zip(names, quartiles, strict=True)),
     }
 
@@ -274,11 +271,13 @@ def main() -> None:
     torch.set_num_threads(1)
     out, footage, codec, text = given.out, FOOTAGE[given.footage], load_codec(shipped("codec")), tiny_model().text
     large = footage.make(out / "large", given.clips, SEED)
-    moving = [clip for clip in large.ids()[: given.clips] if large.record(clip).track.path_length() > STANDS]
+    clips = large.ids()[: given.clips]
+    moving = [clip for clip in clips if large.record(clip).track.path_length() > STANDS]
     found = {clip: track.scaled(footage.depth) for clip, track in estimates(large, moving, out / "poses").items()}
     folders = {arm: ClipFolder.create(out / arm / "raw", arm, {"clips": given.clips}) for arm in (TRUE, COLMAP)}
     if not (out / "poses.json").exists():
-        write_json(out / "poses.json", write_arms(large, moving, found, folders))
+        counts = {"clips": len(clips), "moving": len(moving), "lost": [clip for clip in moving if clip not in found]}
+        write_json(out / "poses.json", {**counts, **write_arms(large, found, folders)})
     camera_start(out / "start")
     arms = dict[str, list[Run]]()
     for arm, folder in folders.items():

@@ -7,20 +7,40 @@ from pathlib import Path
 import pytest
 import torch
 from releases import save_text_encoder
-from tiny_presets import tiny_preset
+from tiny_presets import tiny_preset, tiny_run
 
 from minwm.cli.base import parse_fields
 from minwm.core.config import ConfigError
 from minwm.core.files import read_json
 from minwm.core.types import Condition
+from minwm.data.rerender import RenderConfig
 from minwm.experiments.pipeline import evaluate_stages, run_pipeline
 from minwm.experiments.presets import PIPELINES, PUBLISHED
+from minwm.experiments.presets.base import Pipeline
 from minwm.experiments.summary import report
 from minwm.families.wan.transformer import WanConfig
 from minwm.stream.rollout import generate_latents
+from minwm.train.config import Init, OptimConfig, Run
+
+ALIKE = {"wan2.1-14b": "wan2.1-1.3b", "demo": "demo-scratch", "world-64": "world"}
+"""Presets that in miniature are like another one, but for learning rates and what their stages start from."""
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+def miniature(name: str) -> tuple[Pipeline, list[Run]]:
+    """The other parts of a preset, and its stages in miniature."""
+    pipeline = PIPELINES[name](Path("out"))
+    runs = [tiny_run(run, Path("text")) for run in (pipeline.codec, *pipeline.stages) if run]
+    render = pipeline.render and RenderConfig(scenes=pipeline.render.scenes)
+    rest = replace(pipeline, name="", render=render, codec=None, stages=(), clips=0)
+    return rest, [replace(run, init=Init(), optim=OptimConfig()) for run in runs]
+
+
+@pytest.mark.parametrize(("name", "other"), ALIKE.items())
+def test_a_preset_that_is_not_run_is_like_one_that_is(name: str, other: str) -> None:
+    assert other not in ALIKE and miniature(name) == miniature(other)
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ALIKE])
 def test_every_stage_of_a_preset_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINWM_CACHE", str(tmp_path / "cache"))
     save_text_encoder(tmp_path / "text")
