@@ -223,7 +223,7 @@ def test_the_page_shows_what_data_are_worth_and_cost() -> None:
 
 
 def test_the_page_on_ablations_shows_what_estimated_poses_are_worth() -> None:
-    found = json.loads((ROOT / "results" / "estimated-poses.json").read_text())
+    found = json.loads((ROOT / "results" / "estimated-poses.json").read_text())["worlds"]
     page = " ".join((ROOT / "docs" / "ablations.md").read_text().split())
     poses = found["poses"]
     assert (
@@ -232,7 +232,7 @@ def test_the_page_on_ablations_shows_what_estimated_poses_are_worth() -> None:
     assert f"{poses['rotation_deg'][1]:.1f} degrees and {100 * poses['path_share'][1]:.1f} % of the path" in page
     assert f"over {poses['rotation_deg'][2]:.1f} degrees and {100 * poses['path_share'][2]:.1f} %" in page
     assert f"{poses['length_ratio'][0]:.2f} to {poses['length_ratio'][2]:.2f} times as long" in page
-    for one in (*found["camera_score"].values(), found["true_minus_colmap"]):
+    for one in (*found["scores"]["camera score"].values(), found["true_minus_colmap"]["camera score"]):
         assert f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" in page
 
 
