@@ -179,7 +179,7 @@ COMMANDS, PLACES, OPEN = ("w*8", "s*8", "a*8", "d*8", "j*8", "l*8"), 24, 0.5
 
 def held_out(out: Path) -> tuple[ClipFolder, int]:
     """Recorded clips of the map, one along each of `COMMANDS` from every place where none of them is blocked at once,
-    sorted by place; and the number of places."""
+    sorted by place, all in the split `train`; and the number of places."""
     cfg = DoomConfig(latents=9, units=128.0, seed=SEED + 1, moved=0.0)
     made = [record(out / key[0], replace(cfg, trajectories=(key,)), clips=PLACES) for key in COMMANDS]
     held, places = ClipFolder.create(out / "clips", "vizdoom", {"places": PLACES}), 0
@@ -189,7 +189,7 @@ def held_out(out: Path) -> tuple[ClipFolder, int]:
         if any(one.track.path_length() < OPEN * way for one, way in zip(records, ways, strict=True)):
             continue
         for key, one, folder in zip(COMMANDS, records, made, strict=True):
-            held.write(replace(one, id=f"{places:03d}-{key[0]}"), folder.frames(clip))
+            held.write(replace(one, id=f"{places:03d}-{key[0]}", split_key="held out"), folder.frames(clip))
         places += 1
     held.finish()
     return held, places
