@@ -249,18 +249,24 @@ def bench_train(
 ) -> None:
     """Measure the step time of training, with random weights and clips, and how near it is to what the machine can do.
 
-    Any field of the run can be set: --batch 2 --checkpointing attention --compile true --precision bfloat16.
+    Any field of the run can be set: --batch 2 --checkpointing attention --compile true --precision bfloat16. Under
+    torchrun the processes share the clips of a step; the numbers, but for clips and tokens, are of the first one.
     """
     from minwm.bench.training import headline, measure_steps
+    from minwm.core.runtime import rank
     from minwm.experiments import presets
+    from minwm.train.parallel import LONG_WAIT, process_group
 
     pipeline, slash, _ = preset.partition("/")
     runs = [presets.stage(preset, Path())] if slash else presets.pipeline(pipeline, Path()).stages
     measured = {}
-    for run in runs:
-        measured[run.name] = measure_steps(override(run, parse_fields(fields)), steps, warmup, peak)
-        echo("\n".join(headline(f"{pipeline}/{run.name}", measured[run.name])))
-    write_numbers({"stages": {name: to_dict(found) for name, found in measured.items()}}, json)
+    with process_group(LONG_WAIT):
+        for run in runs:
+            measured[run.name] = measure_steps(override(run, parse_fields(fields)), steps, warmup, peak)
+            if not rank():
+                echo("\n".join(headline(f"{pipeline}/{run.name}", measured[run.name])))
+    if not rank():
+        write_numbers({"stages": {name: to_dict(found) for name, found in measured.items()}}, json)
 
 
 def _preset(name: str) -> "ModelConfig":
