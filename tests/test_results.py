@@ -236,6 +236,39 @@ def test_the_page_on_ablations_shows_what_estimated_poses_are_worth() -> None:
         assert f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" in page
 
 
+def test_the_page_on_ablations_shows_what_estimated_poses_of_a_game_are_worth() -> None:
+    found = json.loads((ROOT / "results" / "estimated-poses.json").read_text())["game"]
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    text, poses, scores = " ".join(page.split()), found["poses"], found["scores"]
+    assert (
+        f"of {poses['clips']} clips that a player walks" in text
+        and f"Doom](own-game.md) {poses['moving']} move" in text
+    )
+    assert f"lost one of these, `{poses['lost'][0]}`, and {poses['kept']} moved" in text and len(poses["lost"]) == 1
+    assert f"{poses['rotation_deg'][1]:.1f} degrees and {100 * poses['path_share'][1]:.1f} % of the path" in text
+    assert f"over {poses['rotation_deg'][2]:.1f} degrees and {100 * poses['path_share'][2]:.1f} %" in text
+    assert f"paths {poses['length_ratio'][0]:.2f} to {poses['length_ratio'][2]:.2f} times as long" in text
+    for label, arm in {"true": "true poses", "by COLMAP": "poses by COLMAP"}.items():
+        cells = [
+            *(interval(scores[name][arm]) for name in ("retrieval", "psnr_gap")),
+            f"{scores['psnr'][arm]['value']:.1f}",
+        ]
+        assert f"| {label} | {' | '.join(cells)} | {found['reliance'][arm][0]:.2f} |" in page
+        assert (
+            scores["retrieval"][arm]["low"] > 1 / len(found["commands"]) and found["lost_by_tracker"][arm]["value"] == 1
+        )
+    for label, name in {"*none: the first frame held*": "static camera", "decoded*": "codec"}.items():
+        row = found["baselines"][name]
+        assert f"{label} | {row['retrieval']:.2f} | {row['psnr_gap']:.2f} | {row['psnr']:.1f} | |" in page
+    differences = found["true_minus_colmap"]
+    assert f"larger by {interval(differences['psnr_gap'], ' dB')}, the PSNR by {interval(differences['psnr'])}" in text
+    assert f"and {found['lost_by_tracker']['recording']['value']:.0%}".replace("%", " % of the recordings'") in text
+
+
+def interval(one: dict[str, float], unit: str = "") -> str:
+    return f"{one['value']:.2f}{unit} [{one['low']:.2f}, {one['high']:.2f}]"
+
+
 def test_no_fault_of_a_training_loses_anything() -> None:
     """What docs/train.md says of the committed run of benchmarks/faults.py."""
     faults = json.loads((ROOT / "results" / "faults.json").read_text())["faults"]
