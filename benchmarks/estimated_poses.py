@@ -28,7 +28,7 @@ from minwm.cameras.trajectory import parse
 from minwm.core.files import read_json, write_json, write_text
 from minwm.core.media import resize_and_crop
 from minwm.core.runtime import git_commit, versions
-from minwm.data.clips import ClipFolder, ClipRecord, DataError
+from minwm.data.clips import ClipFolder, DataError
 from minwm.data.doom import DoomConfig
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.ingest import IngestConfig
