@@ -9,7 +9,6 @@ RUN is the run's folder, CODEC that of its codec. OUT can be played and measured
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from minwm.core.config import from_dict
 from minwm.core.files import read_json, write_json
 from minwm.core.metrics import read_metrics
 from minwm.core.runtime import versions
-from minwm.store.folder import load_codec, save_model
+from minwm.store.folder import load_codec
 from minwm.train.config import Run
 from minwm.train.state import States
 
@@ -56,8 +55,7 @@ def main() -> None:
         write_json(options.curve, {**known, run.name: {**about, **curve(run, options.run, steps)}})
     net, codec = run.model.network.build(), load_codec(options.codec)
     states.load(steps, {"ema": net}, [])
-    config = replace(run.model, codec=codec.cfg, latents=run.recipe.clip_latents(run.model))
-    save_model(options.out, config, net.half(), codec.half())
+    run.recipe.save(options.out, run.model, net.half(), codec.half())
     sys.stdout.write(f"{options.out}: after {steps} steps\n")
 
 

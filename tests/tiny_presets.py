@@ -18,6 +18,8 @@ from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
 CLIPS = 8
+VIEWS = 16
+"""Four at each hour."""
 CODEC = {
     "small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1},
     "wan_vae": {"base": 8, "decoder_base": 8, "depth": 1},
@@ -50,8 +52,9 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
     revisits = pipeline.evaluation.revisits if pipeline.evaluation.seeds else 0
     return replace(
         pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1,
+        views=VIEWS if pipeline.views else 0,
         evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1, revisits=revisits),
-        evaluated=tuple(run.name for run in stages if run.name in ("camera", "finetune", "dmd")),
+        evaluated=tuple(name for name in pipeline.evaluated if name in ("camera", "finetune", "dmd")),
     )  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def tiny_run(run: Run, text_encoder: Path) -> Run:
     fields = {name: value for name, value in small.items() if vars(run.recipe).get(name)}
     shipped = {role: None for role, folder in vars(run.init).items() if folder and Path(folder).is_relative_to(ASSETS)}
     model = tiny_model(run.model, text_encoder)
-    if model.stream.retrieved:
+    if model.stream.retrieved and model.stream.sink:
         model = replace(model, stream=replace(model.stream, chunk=2, window=1), latents=8)
     return replace(
         run, model=model, recipe=replace(run.recipe, **fields),

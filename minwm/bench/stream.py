@@ -40,6 +40,7 @@ from minwm.session.engines import ModelEngine
 from minwm.session.generate import sampling_inputs
 from minwm.session.prepare import prepare_model
 from minwm.session.session import Session
+from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import PLAIN, EngineConfig, Fp8Fidelity, KernelTimes
 from minwm.stream.rollout import generate_latents
@@ -213,9 +214,10 @@ class _Step:
 
 def _measure_walk(model: Model, cfg: EngineConfig, repeats: int, chunks: int) -> _Measured:
     """Start a walk several times; then go on until the cache was filled twice and `chunks` steady chunks are made."""
+    views = known_views(model, [Viewpoint(model.config.scene(0), np.eye(4))])
     start, slots = time.perf_counter(), model.config.geometry.slots
     prepared, attention, fp8 = prepare_model(model, cfg)
-    engine = ModelEngine(model, _image(model.config), "a room", engine=prepared)
+    engine = ModelEngine(model, _image(model.config), "a room", engine=prepared, views=views)
     engine.warm_up()
     cold_start, graphs = time.perf_counter() - start, compiled_graphs()
     reset_peak_memory(engine.device)

@@ -100,17 +100,17 @@ def _model_scenario(
     cfg = model.config
     if start[0] and world is not None:
         raise UserError("give --start or --world, not both: each says where the model starts")
-    first, truth = read_start(*start, cfg), None
+    first, spawned = read_start(*start, cfg), None
     if not cfg.image_start and (isinstance(first, np.ndarray) or world is not None):
         raise UserError(
             "this model starts from its prompt alone, or goes on from a video; leave out --world and images"
         )
     if first is None and cfg.image_start:
-        truth = spawn_world(SCENE[cfg.scenes] if world is None else world, cfg)
-        first, prompt = truth.start()[0], prompt or truth.scene.caption
+        spawned = spawn_world(SCENE[cfg.scenes] if world is None else world, cfg)
+        first, prompt = spawned.start()[0], prompt or spawned.scene.caption
     if not prompt:
         raise UserError("give --prompt TEXT: a description of the scene")
-    if compare == "truth" and not truth:
+    if compare == "truth" and not spawned:
         raise UserError("--compare truth needs a model that starts in a procedural world: give --world SEED")
     image, video = (first, None) if isinstance(first, np.ndarray) else (None, first)
     begin, title = StartState(seed=seed, prompt=prompt, image=image, video=video), "/".join(Path(name).parts[-2:])
@@ -123,11 +123,11 @@ def _model_scenario(
         times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in kernels.ms.items() if ms is not None)
         echo(f"attention of a chunk: {times}; {kernels.fastest} is used")
     if compare == "truth":
-        return model_scenario(model, title, begin, truth=truth, engine=chosen)
+        return model_scenario(model, title, begin, world=spawned, truth=True, engine=chosen)
     other = _load(compare, decoder) if compare else None
     if other:
         prepare_model(other, chosen)
-    return model_scenario(model, title, begin, other=other, engine=chosen)
+    return model_scenario(model, title, begin, other=other, world=spawned, engine=chosen)
 
 
 def _warm_up(scenario: "Scenario") -> None:

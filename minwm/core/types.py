@@ -97,6 +97,21 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Views:
+    """Posed pictures of a world, known beforehand, which streams remember."""
+
+    latents: Float[Tensor, "n c h w"]
+    """Each encoded as the first latent of a clip is."""
+    w2c: Float[Tensor, "n 4 4"]
+    """float64."""
+    K: Float[Tensor, "n 4"]
+
+    def transformed(self, pose: Float[Tensor, "4 4"]) -> "Views":
+        """In the frame of a camera at `pose` (c2w)."""
+        return replace(self, w2c=self.w2c @ pose.to(self.w2c))
+
+
+@dataclass(frozen=True)
 class Clip:
     """A training sample: clean latents and what they are conditioned on."""
 
@@ -104,6 +119,8 @@ class Clip:
     cond: Condition
     trajectory: Float[Tensor, "k b f c h w"] | None = None
     """States along the teacher's ODE at the student's times, then its end point (stage 2a)."""
+    views: tuple[Views, ...] = ()
+    """Of the world of each clip of the batch, in the frame of the clip; none: nothing is known of it."""
 
     def to(self, device: torch.device | str) -> "Clip":
         trajectory = self.trajectory if self.trajectory is None else self.trajectory.to(device)

@@ -113,6 +113,11 @@ class ClipRecord:
         if not CLIP_ID.fullmatch(self.id):
             raise DataError(f"clip id {self.id!r}: use up to 80 letters, digits, '-' and '_'")
 
+    @property
+    def world(self) -> str:
+        """Clips with the same one, and with an `origin`, have one world frame."""
+        return f"{self.source} {self.source_id if self.seed is None else self.seed}"
+
     def meta(self) -> dict[str, Any]:
         """The record without its cameras, as JSON values."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "track"}

@@ -9,22 +9,23 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.cameras.track import latent_cameras
+from minwm.cameras.track import latent_cameras, se3_inverse
 from minwm.control.action import with_action_labels
 from minwm.core.config import UserError
 from minwm.core.files import check_shape
 from minwm.core.media import to_pixels
 from minwm.core.runtime import generator
-from minwm.core.types import Clip, Condition
+from minwm.core.types import Clip, Condition, Views
 from minwm.data.clips import LATENT_SHARDS, ClipFolder, ClipRecord, DataError, read_manifest, split_of
 from minwm.data.noise import PoseNoise
 from minwm.data.shards import HINT, IndexEntry, list_shards, read_index, read_record
@@ -65,6 +66,7 @@ class ShardDataset:
         null: Float[Tensor, "l d"] | None = None,
         noise: PoseNoise | None = None,
         spec: ClipSpec | None = None,
+        views: Mapping[str, Views] | None = None,
         cache_bytes: int = 2**30,
     ) -> None:
         """Open a folder of latent shards; DataError if it is unfinished or has no records in `split`.
@@ -72,10 +74,11 @@ class ShardDataset:
         Clips that differ from `spec` are refused: the folder and its first record here, the others when they are read.
 
         `image_start` gives the first frame as a condition. `null` holds the text states of the unconditional
-        branch of guidance (default: zeros). `noise` perturbs the cameras of batches. Decoded records stay in memory
-        if all of them fit into `cache_bytes`.
+        branch of guidance (default: zeros). `noise` perturbs the cameras of batches. `views` are known of the clips'
+        worlds (`read_views`). Decoded records stay in memory if all of them fit into `cache_bytes`.
         """
         self.path, self.image_start, self.null, self.noise, self.spec = path, image_start, null, noise, spec
+        self.views = views
         self.manifest = read_manifest(path, "minwm data encode")
         if self.manifest["kind"] != LATENT_SHARDS:
             kind = self.manifest["kind"]
@@ -157,7 +160,38 @@ class ShardDataset:
         null = None if self.null is None else self.null.expand_as(states["text"])
         cond = Condition(**states, w2c=w2c, K=K, first_latents=latents[:, :1], null=null)
         cond = with_action_labels(cond if self.image_start else cond.without_image())
-        return Clip(latents, cond, trajectory)
+        return Clip(
+            latents, cond, trajectory, tuple(self._views(example) for example in examples) if self.views else ()
+        )
+
+    def _views(self, example: Sample) -> Views:
+        """What is known of the world of a record, in its clip's frame."""
+        assert self.views is not None
+        record = example.record
+        if record.world not in self.views or record.origin is None:
+            raise DataError(f"{self.path}: no views of {record.world!r}, the world of {example.id}; render them too")
+        return self.views[record.world].transformed(torch.from_numpy(record.origin))
+
+
+def read_views(path: Path, spec: ClipSpec) -> dict[str, Views]:
+    """Views by `ClipRecord.world`: the first latents of a folder of latent shards, of clips with an origin."""
+    found: dict[str, list[Sample]] = {}
+    names, splits = [shard.name for shard in list_shards(path)], get_args(Split)
+    for split in (split for split in splits if any(name.startswith(split) for name in names)):
+        data = ShardDataset(path, split, spec=replace(spec, latents=1))
+        for sample in (data[i] for i in range(len(data))):
+            if sample.record.origin is None:
+                raise DataError(
+                    f"{path}: nothing says where {sample.id} stands in its world (origin); give other clips"
+                )
+            found.setdefault(sample.record.world, []).append(sample)
+    return {world: _stacked(samples) for world, samples in found.items()}
+
+
+def _stacked(samples: Sequence[Sample]) -> Views:
+    c2w = np.stack([np.asarray(s.record.origin) @ s.record.track.c2w[0] for s in samples])
+    K = torch.from_numpy(np.stack([s.record.track.K[0] for s in samples])).float()
+    return Views(torch.stack([s.latents[0] for s in samples]), torch.from_numpy(se3_inverse(c2w)), K)
 
 
 class RawDataset:

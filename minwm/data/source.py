@@ -126,7 +126,7 @@ class CaptureConfig:
     """The camera of all clips, and where it goes."""
 
     latents: int = 9
-    """Latents per clip, the first included: stride * (latents - 1) + 1 frames."""
+    """Latents per clip, the first included: stride * (latents - 1) + 1 frames; 1: single pictures."""
     height: int = 64
     """Pixels."""
     width: int = 64
@@ -143,7 +143,7 @@ class CaptureConfig:
     """Other seeds make other clips."""
 
     def __post_init__(self) -> None:
-        self.check_least(latents=2, height=8, width=8, seed=0)
+        self.check_least(latents=1, height=8, width=8, seed=0)
         for text in self.trajectories:
             length = parse(text, stride=self.motion.stride).latents + 1
             if length != self.latents:
@@ -167,6 +167,9 @@ class CaptureConfig:
 
     def path(self, index: int, rng: np.random.Generator) -> tuple[CameraTrack, Trajectory]:
         """Where the camera of clip `index` is to go: a track from the identity, and its keys."""
+        if self.latents == 1:
+            still = Trajectory((), self.motion.stride)
+            return still.track(self.motion, self.intrinsics), still
         if not self.trajectories:
             return random_track(rng, self.frames, self.motion, self.intrinsics)
         trajectory = parse(self.trajectories[index % len(self.trajectories)], stride=self.motion.stride)

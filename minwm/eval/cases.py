@@ -16,6 +16,7 @@ from minwm.core.media import to_frames, to_pixels
 from minwm.nets.codec import VideoCodec
 from minwm.render.base import Scene, Scenes
 from minwm.session.generate import generate
+from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model, ModelConfig
 
 Array = np.ndarray
@@ -51,6 +52,10 @@ class Case:
     """Pose of the first frame in the scene."""
     trajectory: str = ""
     """The command in keys; "" if there is none."""
+
+    @property
+    def start(self) -> Viewpoint:
+        return Viewpoint(self.scene, self.origin)
 
     @property
     def camera(self) -> CameraTrack:
@@ -96,7 +101,8 @@ class Clips:
         """Along the tracks, from the true first frames if the model takes images; `captions` in place of the
         scenes'."""
         images = self.truth[:, 0] if model.config.image_start else None
-        return generate(model, images, captions or self.captions, [case.track for case in self.cases], seed)
+        tracks, views = [case.track for case in self.cases], known_views(model, [case.start for case in self.cases])
+        return generate(model, images, captions or self.captions, tracks, seed, views)
 
     def baseline(self, name: str, codec: VideoCodec) -> Videos:
         """The videos of one of `BASELINES`."""

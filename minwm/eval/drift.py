@@ -25,6 +25,7 @@ from minwm.eval.stats import Bootstrap, Interval
 from minwm.nets.codec import VideoCodec
 from minwm.render.base import Scene, Scenes
 from minwm.session.generate import generate_by_chunk, whole_chunks
+from minwm.session.views import known_views
 from minwm.store.model import Model, ModelConfig
 
 Array = np.ndarray
@@ -95,7 +96,8 @@ class LongRollouts:
         first = self.truth[ROUTES[0]][:, 0] if model.config.image_start else None
         for route, cases in self.cases.items():
             captions, tracks = [case.scene.caption for case in cases], [case.track for case in cases]
-            pieces = enumerate(generate_by_chunk(model, first, captions, tracks, seed))
+            views = known_views(model, [case.start for case in cases])
+            pieces = enumerate(generate_by_chunk(model, first, captions, tracks, seed, views))
             videos[route] = np.concatenate([piece[:, stride - 1 if i else 0 :: stride] for i, piece in pieces], 1)
         return videos
 

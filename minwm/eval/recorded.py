@@ -22,7 +22,9 @@ from minwm.eval.cases import reconstruct
 from minwm.eval.source import Frames, Video, VideoSource, folder_source
 from minwm.eval.suite import chunks_of
 from minwm.nets.codec import VideoCodec
+from minwm.render.place import SCENES
 from minwm.session.batch import Request, generate_all
+from minwm.session.views import Viewpoint
 from minwm.store.model import Model, ModelConfig
 from minwm.train.parallel import first_process_first, wait_for_all
 
@@ -51,9 +53,16 @@ def recordings(data: Path, model: Model, split: Split, limit: int | None = None)
         record, frames = read[name]()
         _check(record, config, f"{data}: clip {name}")
         task = {"prompt": record.caption, "clip": name}
-        return Video(name, frames, record.track.fps, record.track, first_depth=_first_depth(record), task=task)
+        known = {"first_depth": _first_depth(record), "viewpoint": _viewpoint(record)}
+        return Video(name, frames, record.track.fps, record.track, task=task, **known)
 
     return VideoSource(names, video)
+
+
+def _viewpoint(record: ClipRecord) -> Viewpoint | None:
+    if record.source not in RENDERED or record.seed is None or record.origin is None:
+        return None
+    return Viewpoint(SCENES[RENDERED[record.source]](record.seed), record.origin)
 
 
 def _first_depth(record: ClipRecord) -> Float[np.ndarray, "h w"] | None:
@@ -117,7 +126,8 @@ def recorded_source(
             poses = folder / "starts" / f"{video.name}.json"
             tracks[video.name].save(poses)
             prompt = video.task["prompt"]
-            wanted.append(Request(name=video.name, prompt=prompt, image=image, trajectory=str(poses), seed=seed))
+            known = {"image": image, "viewpoint": video.viewpoint}
+            wanted.append(Request(name=video.name, prompt=prompt, trajectory=str(poses), seed=seed, **known))
     generate_all(model, wanted, lambda request: tracks[request.name], folder, about, part)
     wait_for_all(part)
     made = folder_source(folder)

@@ -15,6 +15,7 @@ from minwm.core.media import read_video
 from minwm.eval.camera.estimators import ESTIMATORS
 from minwm.eval.camera.recover import RecoveredCamera
 from minwm.session.batch import read_turns
+from minwm.session.views import Viewpoint
 
 Array = np.ndarray
 Frames = UInt8[Array, "n h w 3"]
@@ -35,6 +36,8 @@ class Video:
     """A true video of the same task, with which sets are compared; of a start from text it shows another scene."""
     first_depth: Float[Array, "h w"] | None = None
     """z-depth of the first frame in units of the camera, inf or NaN where it is unknown."""
+    viewpoint: Viewpoint | None = None
+    """Of the first frame, in a scene that can be rendered."""
     chunks: tuple[Sequence[tuple[int, int]], int] | None = None
     """Of a video that was made in chunks: their frames [start, stop), as `chunk_spans`, and the frames per latent."""
     turns: Sequence[int] = ()

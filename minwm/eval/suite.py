@@ -14,6 +14,7 @@ from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, TRIES
 from minwm.eval.image import chunk_spans
 from minwm.eval.source import Video, VideoSource, depth_file, digest, folder_source
 from minwm.session.batch import Request, generate_all
+from minwm.session.views import Viewpoint
 from minwm.store.model import Model, ModelConfig
 from minwm.train.parallel import wait_for_all
 
@@ -23,8 +24,8 @@ stillness."""
 SECONDS = 5.0
 LONG = (("w,l,w,j", 20.0), ("w+l,w+j", 60.0))
 """Longer paths, of models that stream, beside a full turn."""
-Start = tuple[str, Path | None]
-"""A prompt, and the first frame of models that take one."""
+Start = tuple[str, Path | None, Viewpoint | None]
+"""A prompt; the first frame of models that take one, and from where it is seen, if that is known."""
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -79,14 +80,15 @@ def requests(
     if images is not None:
         starts = _given(images, prompts)
     elif prompts is not None:
-        starts = list[Start]((prompt, None) for prompt in prompts)
+        starts = list[Start]((prompt, None, None) for prompt in prompts)
     else:
         starts = _held_out(config, folder, paths)
     found = []
     for i, path in enumerate(paths):
-        prompt, image = starts[i % len(starts)]
+        prompt, image, viewpoint = starts[i % len(starts)]
         text = prompts[i % len(prompts)] if prompts else prompt
-        found.append(Request(name=f"{i:03d}", prompt=text, image=image, trajectory=path, seed=seed + i))
+        known = {"image": image, "viewpoint": viewpoint}
+        found.append(Request(name=f"{i:03d}", prompt=text, trajectory=path, seed=seed + i, **known))
     return found
 
 
@@ -99,7 +101,7 @@ def _given(images: Path, prompts: Sequence[str] | None) -> list[Start]:
         text = file.with_suffix(".txt")
         if prompts is None and not text.exists():
             raise UserError(f"{file}: it has no prompt; give --prompts FILE, or write one to {text}")
-        starts.append(("" if prompts else read_text(text).strip(), file))
+        starts.append(("" if prompts else read_text(text).strip(), file, None))
     return starts
 
 
@@ -119,7 +121,7 @@ def _held_out(config: ModelConfig, folder: Path, paths: Sequence[str]) -> list[S
             write_image(image, view.frames[0])
             with atomic(depth_file(folder, image.stem)) as partial, partial.open("wb") as file:
                 np.save(file, view.depth[0])
-        starts.append((scene.caption, image))
+        starts.append((scene.caption, image, Viewpoint(scene, origin)))
     return starts
 
 

@@ -10,6 +10,7 @@ from minwm.cameras.trajectory import parse
 from minwm.core.config import UserError
 from minwm.session.engines import Engine, ModelEngine, SceneEngine
 from minwm.session.start import StartVideo
+from minwm.session.views import known_views
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import PLAIN, EngineConfig
 
@@ -68,28 +69,31 @@ def model_scenario(
     title: str,
     start: StartState,
     other: Model | None = None,
-    truth: SceneEngine | None = None,
+    world: SceneEngine | None = None,
+    truth: bool = False,
     engine: EngineConfig = PLAIN,
 ) -> Scenario:
-    """A model, and beside it another model or the world (`truth`) that rendered its start image.
+    """A model, and beside it another model or the world that rendered its start image (`truth`).
 
-    The models must have been made `ready` for `engine`. CUDA graphs are bound to the memory of their engine: with
-    graphs all rollouts share the engines, else each rollout makes new ones, and an idle server holds no cache.
+    A model that remembers views is given those of `world`, and starts nowhere else. The models must have been made
+    `ready` for `engine`. CUDA graphs are bound to the memory of their engine: with graphs all rollouts share the
+    engines, else each rollout makes new ones, and an idle server holds no cache.
     """
     cfg = model.config
     if other:
         _check_comparable(cfg, other.config)
     models = [model, other] if other else [model]
+    views = [known_views(m, [world.viewpoint]) if world else [] for m in models]
     reused: list[ModelEngine] = []
 
     def engines(start: StartState) -> list[Engine]:
         given = start.video or start.image, start.prompt, start.seed
         for one, inputs in zip(reused, [one.encode_inputs(*given) for one in reused], strict=True):
             one.inputs = inputs
-        made = reused or [ModelEngine(m, *given, engine) for m in models]
+        made = reused or [ModelEngine(m, *given, engine, known) for m, known in zip(models, views, strict=True)]
         if engine.graphs:
             reused[:] = made
-        return [*made, truth] if truth else [*made]
+        return [*made, world] if world and truth else [*made]
 
     return Scenario(
         title=title,
@@ -99,7 +103,7 @@ def model_scenario(
         engines=engines,
         takes_camera=cfg.network.camera != "none",
         takes_prompt=True,
-        takes_image=cfg.image_start and truth is None,
+        takes_image=cfg.image_start and not truth and not any(views),
     )
 
 

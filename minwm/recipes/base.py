@@ -18,11 +18,11 @@ from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
 from minwm.core.runtime import generator as make_generator
 from minwm.core.types import Clip, Condition
-from minwm.data.dataset import BatchSource, ShardDataset, Split
+from minwm.data.dataset import BatchSource, ShardDataset, Split, read_views
 from minwm.data.noise import PoseNoise
 from minwm.nets.backbone import Backbone
 from minwm.nets.chunks import StreamConfig
-from minwm.recipes.ops import random_part, sample_start
+from minwm.recipes.ops import random_part, sample_start, with_views
 from minwm.store.card import write_card
 from minwm.store.folder import save_model
 from minwm.store.model import AnyCodec, ModelConfig
@@ -120,7 +120,8 @@ class RecipeConfig(ABC):
     def save(self, out: Path, model: ModelConfig, student: Any, codec: AnyCodec | None) -> None:
         """Write the trained student as a model folder, with the codec of its latents and a model card."""
         assert codec is not None  # the loop is not entered without
-        save_model(out, replace(model, codec=codec.cfg, latents=self.clip_latents(model)), student, codec)
+        latents = model.latents if model.sampler.causal else self.clip_latents(model)  # a stream has no length
+        save_model(out, replace(model, codec=codec.cfg, latents=latents), student, codec)
         write_card(out)
 
 
@@ -135,6 +136,9 @@ class ClipConfig(RecipeConfig):
     latents_apart: int = 1
     """Most latents from one of a part to the next, drawn per batch. Neighbours are mostly copies of each other; far
     views teach what is where, which a network needs that shall know one place."""
+    views: Path | None = None
+    """Latent shards, the first latents of which are pictures of the clips' worlds from known poses. Clips then go on
+    from the `stream.retrieved` of them that are nearest, as streams do that remember them."""
     image_start: float = 1.0
     """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
     video_start: float = 0.0
@@ -166,12 +170,19 @@ class ClipConfig(RecipeConfig):
             )
 
     def clip_latents(self, model: ModelConfig) -> int:
-        return self.latents or model.latents
+        return (self.latents or model.latents) + (model.stream.retrieved if self.views else 0)
+
+    def shards(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> ShardDataset:
+        data = super().shards(path, split, model, noise)
+        data.views = read_views(self.views, model.clip_spec) if self.views else None
+        return data
 
     def sample_clip(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
         """A random part of the clip, or all of it, with what is given of it."""
         if self.latents:
             clip = random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
+        if clip.views:
+            return with_views(clip, stream.retrieved, generator)
         return sample_start(clip, self.image_start, self.video_start, stream, generator)
 
 

@@ -14,14 +14,14 @@ from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, euler, schedule, with_first, x0_from_velocity
 from minwm.core.types import Clip
 from minwm.nets.backbone import Backbone, PreparedCondition, teacher_forced
-from minwm.recipes.base import Loss, Recipe, RecipeConfig
+from minwm.recipes.base import ClipConfig, Loss, Recipe
 from minwm.recipes.ops import Per, frame_mse, loss_mask, noise_like, random_indices, teacher_context
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class OdeConfig(RecipeConfig):
+class OdeConfig(ClipConfig):
     kind: ClassVar[str] = "ode"
     needs_trajectories: ClassVar[bool] = True
     ode_steps: int = 48
@@ -41,6 +41,8 @@ class OdeConfig(RecipeConfig):
         return Ode(self, model, networks)
 
     def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        model.stream.check_one_pass(self.clip_latents(model))
         _ = model.sampler.times  # an error if it is no few-step sampler
 
     def example_batch(self, model: ModelConfig, batch: int) -> Clip:
@@ -58,7 +60,7 @@ class OdeConfig(RecipeConfig):
         context_noise, x = noise_like(clip.latents, generator), noise_like(clip.latents, generator)
         # sinks where the clip has them, and a cache of the real clip instead of the last denoising pass
         geometry = replace(model.geometry, rolling_sink=False, merged_refresh=False)
-        stream, states = Stream(teacher, clip.cond, geometry, self.guidance, reach=None), []
+        stream, states = Stream(teacher, clip.cond, geometry, self.guidance, reach=None, views=clip.views), []
         for a, b in geometry.chunks(x.shape[1]):
             cond = stream.prepare_chunk(clip.cond.frames(a, b))
             states.append(self._chunk_states(stream, cond, x[:, a:b], model))
@@ -91,6 +93,7 @@ class Ode(Recipe[Backbone]):
     cfg: OdeConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
+        clip = self.cfg.sample_clip(clip, self.geometry, generator)
         states, steps = clip.trajectory, self.sampler.most_steps
         if states is None or len(states) != steps + 1:
             found = 0 if states is None else len(states)

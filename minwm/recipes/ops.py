@@ -13,7 +13,7 @@ from minwm.core.flow import Latents, Times, interpolate, shift
 from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context
 from minwm.nets.chunks import Geometry, StreamConfig
-from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other
+from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other, retrieve_views
 from minwm.stream.rollout import sample_noise, self_rollout
 from minwm.stream.solvers import FewStepSampler
 
@@ -43,11 +43,33 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator, apart: int 
         index[0] = random_index(first + step, generator)
     latents = clip.latents[:, index]
     cond = replace(clip.cond, **{name: x[:, index] for name, x in clip.cond.per_frame().items()})
+    views = clip.views
     if cond.w2c is not None:
-        cond = with_action_labels(replace(cond, w2c=cond.w2c @ se3_inverse(cond.w2c[:, :1])))
+        first = se3_inverse(cond.w2c[:, 0])
+        cond = with_action_labels(replace(cond, w2c=cond.w2c @ first[:, None]))
+        views = tuple(known.transformed(pose) for known, pose in zip(views, first, strict=bool(views)))
     if clip.cond.given:
         cond = replace(cond, first_latents=latents[:, :1])
-    return Clip(latents, cond)
+    trajectory = None if clip.trajectory is None else clip.trajectory[:, :, index]
+    return Clip(latents, cond, trajectory, views)
+
+
+def with_views(clip: Clip, count: int, generator: torch.Generator) -> Clip:
+    """The clip after so many views of its world, those nearest to a random one of its latents: as a stream sees it.
+
+    They are given, and the rest of the clip is not; the first of them is the world frame.
+    """
+    w2c, _ = clip.cond.cameras
+    frame = random_index(w2c.shape[1], generator)
+    _, chunks = retrieve_views(clip.views, w2c[:, frame : frame + 1], clip.cond.per_frame(), count)
+    views = one_after_the_other(chunks)
+    frames = {name: torch.cat([views.frames[name].to(x), x], dim=1) for name, x in clip.cond.per_frame().items()}
+    frames["w2c"] = frames["w2c"] @ se3_inverse(frames["w2c"][:, :1])
+    cond = replace(clip.cond, **frames, first_latents=views.x.to(clip.latents))
+    trajectory = clip.trajectory
+    if trajectory is not None:
+        trajectory = torch.cat([views.x.expand(len(trajectory), *views.x.shape).to(trajectory), trajectory], dim=2)
+    return Clip(torch.cat([views.x.to(clip.latents), clip.latents], dim=1), cond, trajectory)
 
 
 def remembered_part(clip: Clip, stream: StreamConfig, chunk: int) -> Clip:

@@ -68,8 +68,8 @@ class Place(World):
     """The place at one of its hours, which go round with the seed; a `World` in all that is done with it."""
 
     def __init__(self, seed: int):
-        name = list(HOURS)[seed % len(HOURS)]
-        mood, hour = HOURS[name], HOURS[name].hour
+        self.hour = list(HOURS)[seed % len(HOURS)]
+        mood, hour = HOURS[self.hour], HOURS[self.hour].hour
         sun = direction(np.radians(mood.azimuth), np.radians(hour.elevation[0]))
         self.solids = tuple(solids(LAMP if hour.glow else GLASS, mood.water))
         light = Light(sun, hour.direct, hour.ambient, haze_colour(hour), mood.haze, hour.glow)
@@ -78,10 +78,17 @@ class Place(World):
         ground = Ground("checkered", 0.8, 0.4, (STONE, PAVING), LAWN, 2.3, shadow, patches(mood.water))
         sky = paint_sky(np.random.default_rng(12), hour, "mountains", sun)
         self.scene = RaycastScene(self.solids, ground, light, sky)
-        self.caption = f"a walled garden by the water with a golden obelisk and a round tower at {name}"
+        self.caption = f"a walled garden by the water with a golden obelisk and a round tower at {self.hour}"
 
     def free(self, points: Float[np.ndarray, "*n 3"]) -> Bool[np.ndarray, "*n"]:
         return np.asarray(self.clearance(points) >= CLEARANCE)
+
+    def viewpoints(self) -> Float[np.ndarray, "n 4 4"]:
+        """c2w of pictures that show all of the place: a unit apart, in 8 directions, those between at every second."""
+        x, z = (grid.flatten() for grid in np.meshgrid(np.arange(-5.0, 6), np.arange(-4.4, 5), indexing="ij"))
+        free = self.free(np.stack([x, np.full(len(x), -EYE), z], 1))
+        places = zip(x[free], z[free], strict=True)
+        return np.stack([pose(*at, 45 * (k + i % 2 / 2)) for i, at in enumerate(places) for k in range(8)])
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 512) -> np.ndarray | None:
         """World pose (4x4) of the first frame of an anchored track, anywhere, that keeps the whole path free."""

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from minwm.core.media import read_first_frame, resize_and_crop, write_video
 from minwm.core.runtime import git_commit, rank, versions
 from minwm.session.generate import check_start, generate_pieces, whole_chunks
 from minwm.session.start import StartVideo, open_start_video
+from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model
 
 MANIFEST, TURNS = "manifest.json", "turns.json"
@@ -53,6 +54,8 @@ class Request:
     """Keys, or the path of a pose file."""
     seed: int
     """Of the noise."""
+    viewpoint: Viewpoint | None = field(default=None, compare=False)
+    """Of the image, where it is known: for models that remember views."""
     turns: tuple[int, ...] = ()
     """First pixel frame of each turn, and the number of frames; empty: not a benchmark of turns."""
 
@@ -275,7 +278,8 @@ def generate_batch(
     first = np.stack([start for start in starts if start is not None]) if starts[0] is not None else None
     prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
     left = len(tracks[0])
-    for piece in generate_pieces(model, first, prompts, [_padded(model, track) for track in tracks], seeds):
+    views = known_views(model, [request.viewpoint for request in requests])
+    for piece in generate_pieces(model, first, prompts, [_padded(model, track) for track in tracks], seeds, views):
         yield piece[:, :left]
         if (left := left - piece.shape[1]) <= 0:
             return

@@ -4,7 +4,7 @@ Both have one interface, so the player, the evaluation and recordings take eithe
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,10 +20,11 @@ from minwm.core.config import UserError
 from minwm.core.flow import FirstLatents, Latents
 from minwm.core.media import to_pixels, to_uint8
 from minwm.core.runtime import StageTimer, generator
-from minwm.core.types import Condition
+from minwm.core.types import Condition, Views
 from minwm.render.base import Scene, Scenes
 from minwm.session.generate import check_finite, check_image, check_start
 from minwm.session.start import StartVideo
+from minwm.session.views import Viewpoint
 from minwm.store.model import Model, ModelConfig
 from minwm.stream.accelerate import (
     PLAIN,
@@ -110,6 +111,10 @@ class SceneEngine:
         size, stream = (cfg.height, cfg.width), cfg.stream
         return cls(scene, origin, track.K[0], cfg.motion, stream.chunk, size, stream.first_chunk_frames)
 
+    @property
+    def viewpoint(self) -> Viewpoint:
+        return Viewpoint(self.scene, self.origin)
+
     def start(self) -> Frames:
         self.timer.restart()
         return self._render(np.eye(4)[None]).repeat(1 + self.motion.stride * (self.first_chunk - 1), axis=0)
@@ -155,8 +160,17 @@ class ModelEngine:
     with `overlap` it starts once decoding was submitted to a second CUDA stream, and both run at once.
     """
 
-    def __init__(self, model: Model, start: Start, prompt: str, seed: int = 0, engine: EngineConfig = PLAIN) -> None:
-        cfg = model.config
+    def __init__(
+        self,
+        model: Model,
+        start: Start,
+        prompt: str,
+        seed: int = 0,
+        engine: EngineConfig = PLAIN,
+        views: Sequence[Views] = (),
+    ) -> None:
+        """`views` are known of the world, in the frame of the start; one of them or none."""
+        cfg, self.views = model.config, views
         if not cfg.sampler.causal:
             raise UserError("a bidirectional model makes whole clips and cannot be steered; take an autoregressive one")
         self.model, self.motion, self.chunk, self.sampler = model, cfg.motion, cfg.stream.chunk, cfg.sampler
@@ -200,7 +214,7 @@ class ModelEngine:
         still = np.eye(4)[None].repeat(geometry.first_chunk_frames, 0)
         if self._stream is None:
             cond, guidance = self.condition(still), self.sampler.guidance
-            self._stream = open_stream(self.engine, self.model.net, cond, geometry, guidance)
+            self._stream = open_stream(self.engine, self.model.net, cond, geometry, guidance, self.views)
         else:
             self._stream.restart(self.condition(still))
         if (start := self.inputs.start) is not None:

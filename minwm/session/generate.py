@@ -15,7 +15,7 @@ from minwm.core.config import UserError
 from minwm.core.media import read_image, resize_and_crop, to_pixels
 from minwm.core.media import to_frames as to_frames
 from minwm.core.runtime import generator
-from minwm.core.types import Condition
+from minwm.core.types import Condition, Views
 from minwm.store.model import Model, ModelConfig, Prompts
 from minwm.stream.rollout import generate_latents, sample_noise, stream_latents
 from minwm.stream.solvers import Noise
@@ -36,12 +36,13 @@ def generate(
     prompts: Prompts,
     trajectories: Trajectories,
     seed: Seed = 0,
+    views: Sequence[Views] = (),
 ) -> UInt8[np.ndarray, "b n H W 3"]:
     """Whole videos along trajectories, with whatever sampler the model has, on its device.
 
     They start with images (files are cropped and resized as `walk` does), or with the frames of videos, from which they
-    go on; without any, from the prompts alone. Raises UserError for frames of another size, videos that are no whole
-    chunks, or a length that the model cannot make.
+    go on; without any, from the prompts alone. `views` are known of the world of each (`session.views`). Raises
+    UserError for frames of another size, videos that are no whole chunks, or a length that the model cannot make.
 
     >>> video = minwm.generate(model, None, ["a red tower"], ["w*8"])[0]       # n h w 3 uint8
     """
@@ -49,33 +50,43 @@ def generate(
         size = model.config.height, model.config.width
         start = np.stack([resize_and_crop(read_image(image), *size) for image in start])
     noise, cond = sampling_inputs(model, start, prompts, trajectories, seed)
-    latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry)
+    latents = generate_latents(model.net, model.config.sampler, noise, cond, model.config.geometry, views)
     check_finite(latents)
     return _frames(model.codec.decode(latents))
 
 
 @torch.no_grad()
 def generate_by_chunk(
-    model: Model, start: Start | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
+    model: Model,
+    start: Start | None,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    seed: Seed = 0,
+    views: Sequence[Views] = (),
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """The same of a causal model, as frames of one chunk after another, so that long videos need not fit in memory."""
     sampler, state = model.config.sampler, None
     if not sampler.causal:
         raise UserError("a bidirectional model makes whole clips, not chunks; take an autoregressive one")
     noise, cond = sampling_inputs(model, start, prompts, trajectories, seed)
-    for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry):
+    for latents in stream_latents(model.net, sampler, noise, cond, model.config.geometry, views):
         check_finite(latents)
         decoded, state = model.codec.decode_next(latents, state)
         yield _frames(decoded)
 
 
 def generate_pieces(
-    model: Model, start: Start | None, prompts: Prompts, trajectories: Trajectories, seed: Seed = 0
+    model: Model,
+    start: Start | None,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    seed: Seed = 0,
+    views: Sequence[Views] = (),
 ) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
     """The frames of `generate` as they are finished: chunk by chunk of a causal model, else all at once."""
     if model.config.sampler.causal:
-        return generate_by_chunk(model, start, prompts, trajectories, seed)
-    return iter((generate(model, start, prompts, trajectories, seed),))
+        return generate_by_chunk(model, start, prompts, trajectories, seed, views)
+    return iter((generate(model, start, prompts, trajectories, seed, views),))
 
 
 def _frames(pixels: Float[Tensor, "b n 3 h w"]) -> UInt8[np.ndarray, "b n H W 3"]:

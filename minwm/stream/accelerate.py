@@ -13,7 +13,7 @@ one for every slot of the window. Nothing else about a chunk is an integer on th
 """
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from minwm.control.plucker import Rays
 from minwm.control.prope import Projection
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
-from minwm.core.types import Condition
+from minwm.core.types import Condition, Views
 from minwm.nets.attention import Cached, KVArena, all_visible
 from minwm.nets.backbone import Backbone, PreparedCondition
 from minwm.nets.chunks import Geometry
@@ -186,11 +186,18 @@ class CudaSideStream:
         return wait
 
 
-def open_stream(cfg: EngineConfig, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0) -> Stream:
+def open_stream(
+    cfg: EngineConfig,
+    net: Backbone,
+    cond: Condition,
+    geometry: Geometry,
+    guidance: float = 1.0,
+    views: Sequence[Views] = (),
+) -> Stream:
     """A stream that runs as the config says, of a network that went through `prepare_network`."""
     if cfg.graphs:
-        return GraphedStream(net, cond, geometry, guidance, capture=CudaGraphs())
-    return Stream(net, cond, geometry, guidance)
+        return GraphedStream(net, cond, geometry, guidance, views=views, capture=CudaGraphs())
+    return Stream(net, cond, geometry, guidance, views=views)
 
 
 @torch.no_grad()

@@ -1,22 +1,25 @@
 """The memory of a stream whose context is recomputed: latents and cameras of all chunks, and which of them are seen.
 
-A chunk sees the sinks, the window, and the `StreamConfig.retrieved` older chunks whose field of view overlaps most with
-its own, as in HY-WorldPlay (`hyvideo/utils/retrieval_context.py`). Overlap is measured on random points around a camera
-as the share of those that it sees which the other sees too; field of view and distance are HY-WorldPlay's.
+A chunk sees the window, and before it as many known views as `StreamConfig.retrieved` says, those whose cameras are
+nearest to its own. Without views it sees the sinks, the window, and as many older chunks whose field of view overlaps
+most with its own, as in HY-WorldPlay (`hyvideo/utils/retrieval_context.py`). Overlap is measured on random points
+around a camera as the share of those that it sees which the other sees too; field of view and distance are
+HY-WorldPlay's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents
+from minwm.core.types import Views
 from minwm.nets.chunks import StreamConfig
 
 POINTS = 50_000
@@ -25,6 +28,8 @@ DISTANCE = 8.0
 """World units up to which a camera sees points: the radius of the ball."""
 FIELD_OF_VIEW = math.radians(60), math.radians(35)
 """Full angles across and down."""
+DEGREES_PER_UNIT = 30.0
+"""Between two cameras: a turn that changes what is seen about as much as a world unit does."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,38 @@ def view_overlap(w2c: Float[Tensor, "q 4 4"], other: Float[Tensor, "k 4 4"]) -> 
     """The share of what each camera sees that each of the others sees too."""
     pose = (other @ se3_inverse(w2c)[:, None]).float()  # q k 4 4: from a camera's coordinates to another's
     return sees(seen_points() @ pose[..., :3, :3].mT + pose[..., None, :3, 3]).float().mean(-1)
+
+
+def nearest_views(w2c: Float[Tensor, "4 4"], views: Float[Tensor, "k 4 4"], count: int) -> Int[Tensor, " n"]:
+    """Indices, in order, of the views whose cameras are nearest to one; DEGREES_PER_UNIT between directions count as a
+    world unit between positions."""
+    a, b = se3_inverse(w2c).to(views), se3_inverse(views)
+    degrees = torch.rad2deg((b[:, :3, 2] @ a[:3, 2]).clamp(-1, 1).acos())
+    far = (b[:, :3, 3] - a[:3, 3]).norm(dim=-1) + degrees / DEGREES_PER_UNIT
+    return far.argsort(stable=True)[:count].sort().values
+
+
+def retrieve_views(
+    views: Sequence[Views], w2c: Float[Tensor, "b f 4 4"], like: Mapping[str, Tensor], count: int
+) -> tuple[list[list[int]], list[RememberedChunk]]:
+    """The views of each clip that are nearest to the last of its cameras: their indices, and as chunks of one latent.
+
+    like: what the frames of a chunk have; a view has no action.
+    """
+    if (least := min(len(known.w2c) for known in views)) < count:
+        raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")
+    chosen = [nearest_views(pose, known.w2c, count).tolist() for pose, known in zip(w2c[:, -1], views, strict=True)]
+    chunks = list[RememberedChunk]()
+    for column in zip(*chosen, strict=True):
+        x, poses, K = (
+            torch.stack([getattr(known, name)[i] for known, i in zip(views, column, strict=True)])[:, None]
+            for name in ("latents", "w2c", "K")
+        )
+        frames = {"w2c": poses, "K": K.to(like["K"])}
+        if "actions" in like:
+            frames["actions"] = torch.zeros_like(like["actions"][:, :1])
+        chunks.append(RememberedChunk(x.to(like["K"].device), 0.0, frames))
+    return chosen, chunks
 
 
 def choose_context(

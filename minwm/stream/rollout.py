@@ -3,7 +3,7 @@
 One rollout serves generation, live play, the collection of ODE trajectories and the self-rollout of DMD.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -15,11 +15,11 @@ from torch import Tensor
 from minwm.cameras.track import se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.flow import FirstLatent, Latents, guide, interpolate, with_first
-from minwm.core.types import Condition
+from minwm.core.types import Condition, Views
 from minwm.nets.attention import FULL, AttentionScope, Cached, ReadOnlyCache
 from minwm.nets.backbone import Backbone, Modulation, PreparedCondition, Timesteps, keep_first_clean
 from minwm.nets.chunks import Geometry
-from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other
+from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other, retrieve_views
 from minwm.stream.solvers import Noise, Sampler, few_step_predictions
 
 
@@ -78,11 +78,22 @@ class Stream:
 
     With `recompute` the past is kept as latents, and what is in the cache before a chunk is made again from those that
     this chunk sees: `chunk` is then its place among them.
+
+    `views` of each clip's world, in its frame, are seen by all chunks, and are kept when the stream restarts.
     """
 
     def __init__(
-        self, net: Backbone, cond: Condition, geometry: Geometry, guidance: float = 1.0, reach: float | None = REACH
+        self,
+        net: Backbone,
+        cond: Condition,
+        geometry: Geometry,
+        guidance: float = 1.0,
+        reach: float | None = REACH,
+        views: Sequence[Views] = (),
     ) -> None:
+        self.views = tuple(views)
+        if views and (geometry.retrieved < 1 or geometry.chunk != 1 or geometry.sink):
+            raise ConfigError("known views are for streams of single latents with stream.retrieved and without sinks")
         self.net, self.guidance, self.reach = net, guidance, reach
         self.text = net.project_text_kv(self._guidance_branches(cond))
         self.arena = net.arena(geometry, len(self._guidance_branches(cond).text))
@@ -99,6 +110,8 @@ class Stream:
         self.first_latent: FirstLatent | None = None
         self.stale = False
         """The cache holds something else than the past."""
+        self.cached_views: list[list[int]] = []
+        """Those of each clip that the cache holds."""
         self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
         self.sink_shift = 0
@@ -131,14 +144,16 @@ class Stream:
         """Follow the prompt of `cond` from the next chunk on; what the cache holds has read the old one."""
         self.text = self.net.project_text_kv(self._guidance_branches(cond))
         self.arena.write_text_kv(self.text)
+        self.cached_views = []  # they have read the old one
 
     def prepare_chunk(self, cond: Condition) -> PreparedCondition:
         """The stream's prompt and the cameras of the current chunk; the cache is moved to where these are."""
         if cond.w2c is not None:
             cond = replace(cond, w2c=cond.w2c.double().cpu())
         if self.geometry.recompute != "never":
-            self.chunk, self.frames = min(len(self.past), self.geometry.slots - 1), cond.per_frame()
-            if self.stale or self.geometry.recomputes(len(self.past)):
+            known = self.geometry.retrieved if self.views else 0
+            self.chunk, self.frames = min(known + len(self.past), self.geometry.slots - 1), cond.per_frame()
+            if self.stale or self._recomputes(len(self.past)):
                 self._recompute_context(cond)
         return self._prepare(cond)
 
@@ -158,19 +173,31 @@ class Stream:
         given = cond.first_latents if whole else None
         return PreparedCondition(self.text, camera, first_latent=self._image(cond), given=given, actions=actions)
 
+    def _recomputes(self, chunk: int) -> bool:
+        return bool(self.views) or self.geometry.recomputes(chunk)
+
+    def _seen(self, cond: Condition) -> tuple[list[RememberedChunk], int]:
+        """What the current chunk sees of the past, and how much of it the cache holds already."""
+        if not self.views:
+            chosen = choose_context(self.past, cond.w2c, self.geometry, len(cond.text))
+            return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], 0
+        chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved)
+        known = len(views) if chosen == self.cached_views and self.geometry.recompute == "causal" else 0
+        self.cached_views = chosen
+        return [*views, *self.past[len(self.past) - self.chunk + len(views) :]], known
+
     @torch.no_grad()
     def _recompute_context(self, cond: Condition) -> None:
         """Write what the current chunk sees of the past into the cache."""
         geometry, arena, place = self.geometry, self.arena, self.chunk
-        chosen = choose_context(self.past, cond.w2c, geometry, len(cond.text))
-        seen = [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)]
-        if seen and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
+        seen, known = self._seen(cond)
+        if seen and not known and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
             self.origin = se3_inverse(seen[0].frames["w2c"][:, 0])
         keeps_image = geometry.sink or len(self.past) == place  # or else it has become a latent as any other
         if geometry.recompute == "full" and seen:
             first_chunk = replace(geometry, first_chunk=geometry.start(place), sink=max(geometry.sink, 1))
             self.arena, seen = arena.with_geometry(first_chunk), [one_after_the_other(seen)]
-        for i, chunk in enumerate(seen):
+        for i, chunk in enumerate(seen[known:], known):
             self.chunk = i
             context = self._prepare(
                 replace(cond, **chunk.frames, first_latents=self.first_latent if keeps_image else None)
@@ -279,7 +306,7 @@ class Stream:
             if geometry.recompute != "never":
                 self.first_latent = self.first_latent if self.past else first
                 self.past.append(RememberedChunk(x, t, self.frames))
-            if geometry.recompute == "never" or not geometry.recomputes(len(self.past)):
+            if geometry.recompute == "never" or not self._recomputes(len(self.past)):
                 self.cache_update_pass(cond, x, self.frame_times(cond, x.shape[1], t))
         self._finish_slot()
         self.chunk += 1
@@ -304,10 +331,15 @@ def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: to
 
 @torch.no_grad()
 def stream_latents(
-    net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry
+    net: Backbone,
+    sampler: Sampler,
+    noise: Noise,
+    cond: Condition,
+    geometry: Geometry,
+    views: Sequence[Views] = (),
 ) -> Iterator[Latents]:
     """Chunks of latents as they are finished."""
-    stream = Stream(net, cond, geometry, sampler.guidance)
+    stream = Stream(net, cond, geometry, sampler.guidance, views=views)
     for a, b in geometry.chunks(noise.shape[2]):
         chunk = stream.prepare_chunk(cond.frames(a, b))
         x = stream.next_chunk(chunk, noise[:, :, a:b], sampler)
@@ -316,10 +348,17 @@ def stream_latents(
 
 
 @torch.no_grad()
-def generate_latents(net: Backbone, sampler: Sampler, noise: Noise, cond: Condition, geometry: Geometry) -> Latents:
+def generate_latents(
+    net: Backbone,
+    sampler: Sampler,
+    noise: Noise,
+    cond: Condition,
+    geometry: Geometry,
+    views: Sequence[Views] = (),
+) -> Latents:
     """A whole clip with any sampler. noise: `sampler.num_noise_samples(geometry)` of them."""
     if sampler.causal:
-        return torch.cat(list(stream_latents(net, sampler, noise, cond, geometry)), dim=1)
+        return torch.cat(list(stream_latents(net, sampler, noise, cond, geometry, views)), dim=1)
     return sample_bidirectional(net, sampler, noise[0], cond)
 
 

@@ -31,6 +31,8 @@ class CollectConfig:
     """Euler steps of the teacher."""
     sampler: FewStepSampler = field(default_factory=FewStepSampler)
     """The student's, at whose times states are kept; on the command line with the teacher's shift unless it is set."""
+    views: Path | None = None
+    """Pictures of the clips' worlds that the teacher remembers (`ClipConfig.views`)."""
     batch: int = 16
     """Clips at once, and in a shard."""
     seed: int = 0
@@ -53,9 +55,8 @@ def collect(teacher: Model, latents: Path, out: Path, cfg: CollectConfig, studen
     """
     if not teacher.config.sampler.causal:
         raise ConfigError("the teacher is a bidirectional model; trajectories are those of an autoregressive one")
-    model, recipe = student or teacher.config, OdeConfig(guidance=cfg.guidance, ode_steps=cfg.ode_steps)
-    model = replace(model, sampler=cfg.sampler)
-    recipe.check(model)
+    recipe = OdeConfig(guidance=cfg.guidance, ode_steps=cfg.ode_steps, views=cfg.views)
+    model = replace(student or teacher.config, sampler=cfg.sampler)
     source, device = recipe.shards(latents, "train", model), pick_device()
     made, has = source.manifest["codec"]["hash"], identity(teacher.codec)["hash"]
     if made != has:

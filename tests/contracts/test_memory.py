@@ -12,13 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from minwm.cameras.track import se3_exp
 from minwm.core.config import ConfigError
 from minwm.core.flow import with_first
-from minwm.core.types import Condition
+from minwm.core.types import Condition, Views
 from minwm.nets.attention import Masked, Rule, chunk_causal
 from minwm.nets.backbone import Context, teacher_forced
 from minwm.nets.chunks import Frames, Geometry, Recompute, StreamConfig
 from minwm.nets.fp8 import Fp8Arena
 from minwm.stream.accelerate import GraphedStream, warm_up
-from minwm.stream.memory import DISTANCE, RememberedChunk, choose_context, seen_points, view_overlap
+from minwm.stream.memory import DISTANCE, RememberedChunk, choose_context, nearest_views, seen_points, view_overlap
 from minwm.stream.rollout import Stream, sample_noise
 from minwm.stream.solvers import FewStepSampler
 
@@ -120,6 +120,39 @@ def test_a_chunk_sees_what_it_chose_as_a_clip_of_nothing_else(name: str, image: 
     rule = chunk_causal(geometry) if recompute == "causal" else full_context(geometry, 8)
     masked = net(x, t, only(cond, kept), Masked(rule, 8))
     torch.testing.assert_close(v, masked[:, -2:], atol=1e-5, rtol=1e-5)
+
+
+def known_views(cond: Condition, frames: int) -> tuple[Views, ...]:
+    """The first frames of each clip, as views of its world."""
+    w2c, K = cond.cameras
+    return tuple(Views(X[i, :frames], w2c[i, :frames].double(), K[i, :frames]) for i in range(len(w2c)))
+
+
+@every_way
+@pytest.mark.parametrize("name", CAMERA)
+@torch.no_grad()
+def test_a_chunk_sees_the_nearest_views_before_its_window(name: str, recompute: Recompute) -> None:
+    """As if they had been the start of its clip; those that are still nearest are not read again."""
+    cond, net = condition(FRAMES, seed=4), small(name)
+    geometry = Geometry(tokens=6, chunk=1, sink=0, window=3, retrieved=2, recompute=recompute)
+    stream = Stream(net, cond, sized(net, geometry), views=known_views(cond, 4))
+    for chunk, frame in enumerate(range(4, 9)):
+        prepared = stream.prepare_chunk(cond.frames(frame, frame + 1))
+        views = [nearest_views(pose[frame].double(), pose[:4], 2).tolist() for pose in cond.cameras[0]]
+        assert stream.cached_views == views
+        window = [*range(frame - min(chunk, 2), frame)]
+        kept = [[*nearest, *window, frame] for nearest in views]
+        last = len(kept[0]) - 1
+        t = torch.tensor([0.0] * last + [0.5], dtype=torch.float64).expand(2, -1)
+        rule = chunk_causal(geometry) if recompute == "causal" else full_context(geometry, last + 1)
+        x = X[torch.arange(2)[:, None], torch.tensor(kept)]
+        seen = only(cond, kept)
+        assert seen.actions is not None
+        seen.actions[:, :2] = 0  # no action has led to a view
+        masked = net(x, t, seen, Masked(rule, last + 1))
+        v = stream.velocity(prepared, X[:, frame : frame + 1], 0.5)
+        torch.testing.assert_close(v, masked[:, -1:], atol=1e-5, rtol=1e-5)
+        stream.update_cache(prepared, X[:, frame : frame + 1])
 
 
 @pytest.mark.parametrize("name", ["wan-dual", "hunyuan-actions"])

@@ -220,7 +220,7 @@ def test_a_video_start_needs_a_chunk_after_it() -> None:
 
 @every_turn
 def test_all_randomness_is_in_the_generator(name: str, step: int) -> None:
-    losses = [float(make(name).loss(clip(), step, seeded(seed)).total.detach()) for seed in (3, 3, 5)]
+    losses = [float(make(name).loss(clip(), step, seeded(seed)).total.detach()) for seed in (3, 3, 6)]
     recipe = make(name)
     state = torch.get_rng_state()
     recipe.loss(clip(), step, seeded())

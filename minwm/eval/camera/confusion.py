@@ -12,6 +12,7 @@ from minwm.eval.cases import HELD_OUT, SCENES_PER_SEED, EvalError, Videos
 from minwm.eval.image import psnr
 from minwm.render.base import Scene, Scenes
 from minwm.session.generate import generate
+from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model
 
 ACTIONS = ("w", "s", "a", "d", "j", "l", "i", "k")
@@ -47,7 +48,10 @@ def counterfactual(model: Model, scenes: Scenes, seed: int) -> Confusion:
     tracks = [trajectory.track(config.motion, config.intrinsics) for trajectory in trajectories]
     scene, origin = _open_scene(scenes, tracks)
     truth = np.stack([scene.render(t.transformed(origin), config.height, config.width).frames for t in tracks])
-    videos: Videos = np.concatenate([generate(model, truth[:1, 0], [scene.caption], [track], seed) for track in tracks])
+    views = known_views(model, [Viewpoint(scene, origin)])
+    videos: Videos = np.concatenate(
+        [generate(model, truth[:1, 0], [scene.caption], [track], seed, views) for track in tracks]
+    )
     return measure_confusion(videos, truth, ACTIONS)
 
 

@@ -17,6 +17,10 @@ from minwm.recipes.ode import OdeConfig
 from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import OptimConfig, Run
 
+VIEWS = 2240
+"""560 viewpoints at four hours."""
+STREAM = StreamConfig(chunk=1, sink=0, window=5, retrieved=4, recompute="causal", context_noise=0.2)
+
 
 def place(out: Path) -> Pipeline:
     """One place that a small network knows by heart, 128x128 pixels, from random weights (docs/place.md).
@@ -33,7 +37,7 @@ def place(out: Path) -> Pipeline:
         world_model(tiny_model().network, 128),
         network=network,
         scenes="place",
-        stream=StreamConfig(chunk=1, sink=1, window=8, context_noise=0.2),
+        stream=StreamConfig(chunk=1, context_noise=0.2),
         codec=SmallCodecConfig(channels=channels, width=128, fine=96, finest=48, energy=4.0),
     )
     steps = {
@@ -52,28 +56,30 @@ def place(out: Path) -> Pipeline:
         pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
     )
     encode = EncodeConfig(dtype="float16")
-    stages = tuple(_adapted(run) for run in pipeline.stages)
-    return replace(pipeline, render=render, codec=codec, encode=encode, stages=stages)
+    stages = tuple(_adapted(run, out / "views") for run in pipeline.stages)
+    causal = tuple(name for name in pipeline.evaluated if name != "camera")  # which makes no walks
+    return replace(pipeline, evaluated=causal, views=VIEWS, render=render, codec=codec, encode=encode, stages=stages)
 
 
-def _adapted(run: Run) -> Run:
+def _adapted(run: Run, views: Path) -> Run:
     """In bfloat16 and by Muon, with cameras in one branch from the first stage on. Diffusion learns from parts of
     clips, in quick steps, of far views above all, and its errors are those of the clean latents. Nothing is guided:
     the first frame says more of what is seen than the caption."""
     model, recipe, optim = run.model, run.recipe, replace(run.optim, warmup=100)
     model = replace(model, network=replace(model.network, camera="single"))
+    if run.name != "foundation":
+        model = replace(model, stream=STREAM)
     if not isinstance(model.sampler, FewStepSampler):
         model = replace(model, sampler=replace(model.sampler, steps=8, guidance=1.0))
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
-        recipe = replace(recipe, guidance=1.0)
-    if isinstance(recipe, ConsistencyConfig | DmdConfig):
-        recipe = replace(recipe, latents=9, latents_apart=2)
-    if isinstance(recipe, DmdConfig):  # without these a camera that stands still dissolves
-        recipe = replace(recipe, static_cameras=0.2, long_rollouts=0.3)
+        recipe = replace(recipe, guidance=1.0, latents=5, latents_apart=2, views=views)
+    if isinstance(recipe, OdeConfig):
+        recipe = replace(recipe, ode_steps=8)
     if isinstance(recipe, DiffusionConfig):
-        latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (9, 2, 3e-3), "ar": (9, 2, 2e-3)}[run.name]
+        latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (5, 2, 3e-3), "ar": (5, 2, 2e-3)}[run.name]
         time = replace(recipe.time, weight="clean")
         recipe = replace(recipe, latents=latents, latents_apart=apart, image_start=0.9, time=time)
+        recipe = replace(recipe, views=None if run.name == "foundation" else views)
         optim = replace(optim, optimizer="muon", lr=lr)
     if isinstance(recipe, AutoregressiveConfig):
         recipe = replace(recipe, self_conditioning=0.8)

@@ -1,0 +1,112 @@
+"""Views that are known of a world: clips go on from the nearest of them, in training as in streams."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backbones import latents
+from recipes import FRAMES, MODEL, clip, every_turn, make, seeded
+
+from minwm.cameras.track import se3_exp, se3_inverse
+from minwm.core.config import ConfigError
+from minwm.core.types import Clip, Views
+from minwm.data.clips import DataError
+from minwm.data.dataset import ShardDataset, read_views
+from minwm.data.encode import EncodeConfig, encode_clips
+from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.nets.chunks import StreamConfig
+from minwm.nets.text import WordText
+from minwm.recipes.ops import random_part, with_views
+from minwm.render.place import HOURS, Place
+from minwm.session.views import Viewpoint, known_views
+from minwm.store.model import Model
+from minwm.stream.memory import nearest_views
+
+REMEMBERS = StreamConfig(chunk=1, sink=0, window=3, retrieved=2, recompute="causal")
+
+
+def scattered(whole: Clip, count: int, seed: int = 0) -> tuple[Views, ...]:
+    """So many views of each clip's world around its cameras, in its frame."""
+    generator, found = seeded(seed), list[Views]()
+    for i, w2c in enumerate(whole.cond.cameras[0]):
+        twists = 0.5 * torch.randn(count, 6, generator=generator, dtype=torch.float64)
+        poses = torch.from_numpy(se3_exp(twists.numpy())) @ w2c[torch.arange(count) % FRAMES].double()
+        K = whole.cond.cameras[1][i, :1].expand(count, 4)
+        found.append(Views(latents(count, 1, seed=50 + i)[0], poses, K))
+    return tuple(found)
+
+
+def test_views_come_before_a_part_of_a_clip_where_they_stand_in_its_world() -> None:
+    whole = clip()
+    whole = replace(whole, views=scattered(whole, 6))
+    for seed in range(9):
+        part = random_part(whole, 3, seeded(seed))
+        seen = with_views(part, 2, seeded(seed))
+        assert seen.cond.given == 2 and torch.equal(seen.latents[:, 2:], part.latents)
+        assert seen.trajectory is not None and part.trajectory is not None
+        assert torch.equal(seen.trajectory[:, :, 2:], part.trajectory)
+        assert torch.equal(seen.trajectory[:, :, :2], seen.latents[None, :, :2].expand(3, -1, -1, -1, -1, -1))
+        for i, known in enumerate(whole.views):
+            chosen = [next(k for k in range(6) if torch.equal(known.latents[k], x)) for x in seen.latents[i, :2]]
+            newest = next(k for k in range(FRAMES) if torch.equal(whole.latents[i, k], part.latents[i, 2]))
+            own, got = whole.cond.cameras[0][i, newest].double(), seen.cond.cameras[0][i].double()
+            there = known.w2c[chosen] @ se3_inverse(own)
+            torch.testing.assert_close(got[:2] @ se3_inverse(got[4]), there, atol=1e-5, rtol=1e-5)
+
+
+def test_near_is_what_is_close_and_looks_the_same_way() -> None:
+    def camera(x: float, degrees: float) -> torch.Tensor:
+        c2w = se3_exp(np.array([0, 0, 0, 0, np.radians(degrees), 0]))
+        c2w[:3, 3] = x, 0, 0
+        return torch.from_numpy(se3_inverse(c2w))
+
+    views = torch.stack([camera(0, 40), camera(1, 0), camera(0.5, 12), camera(0, -180), camera(-3, 0)])
+    assert nearest_views(camera(0, 0), views, 2).tolist() == [1, 2]
+    assert nearest_views(camera(0, 0), views, 3).tolist() == [0, 1, 2], "30 degrees are a unit"
+    assert nearest_views(camera(-3, 170), views, 1).tolist() == [3]
+
+
+@every_turn
+def test_every_recipe_learns_what_comes_after_views(name: str, step: int) -> None:
+    recipe, losses = make(name, replace(MODEL, stream=REMEMBERS), latents=3), []
+    for seed in (0, 0, 1):
+        whole = clip()
+        losses.append(
+            float(recipe.loss(replace(whole, views=scattered(whole, 6, seed)), step, seeded()).total.detach())
+        )
+    assert losses[0] == losses[1] != losses[2], "other views are another clip"
+    whole = clip()
+    with pytest.raises(ConfigError, match=r"stream.retrieved=2, and only 1 views are known"):
+        recipe.loss(replace(whole, views=scattered(whole, 1)), step, seeded())
+
+
+@torch.no_grad()
+def test_models_are_given_the_pictures_that_they_were_trained_with(tmp_path: Path) -> None:
+    """Rendered and encoded as data, or known of the scene at the start: the same views of the same worlds."""
+    network, text = replace(MODEL.network, text_dim=8, text_length=24), WordText(dim=8, length=24)
+    model = replace(MODEL, network=network, text=text, stream=REMEMBERS, scenes="place", height=32, width=32)
+    torch.manual_seed(0)
+    whole = Model(model, model.network.build(), model.codec.build())
+    size = {"height": 32, "width": 32, "focal": model.focal, "motion": model.motion, "scenes": "place"}
+    for name, count, length in (("pictures", 8, 1), ("walks", 4, FRAMES)):
+        raw = tmp_path / f"{name}-raw"
+        render_worlds(raw, RenderConfig(latents=length, **size), clips=count)
+        encode_clips(raw, tmp_path / name, whole.codec, model.text, cfg=EncodeConfig(val=0))
+    views = read_views(tmp_path / "pictures", model.clip_spec)
+    assert sorted(views) == [f"place {hour}" for hour in range(len(HOURS))]
+    walks = ShardDataset(tmp_path / "walks", "train", image_start=True, spec=model.clip_spec, views=views)
+    for i in range(len(walks)):
+        record, given = walks[i].record, walks.batch([i]).views[0]
+        assert record.seed is not None and record.origin is not None
+        (known,) = known_views(whole, [Viewpoint(Place(record.seed), record.origin)])
+        assert len(known.w2c) == 560 and len(given.w2c) == 2
+        torch.testing.assert_close(given.w2c, known.w2c[:2], atol=1e-9, rtol=0)
+        torch.testing.assert_close(given.latents, known.latents[:2], atol=0.05, rtol=0.05)  # one was a video file
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(given.latents, known.latents[2:4], atol=0.05, rtol=0.05)
+    del views["place 2"]
+    with pytest.raises(DataError, match="no views of 'place 2'"):
+        ShardDataset(tmp_path / "walks", "train", spec=model.clip_spec, views=views).batch(range(4))
+    assert not known_views(Model(replace(model, scenes="worlds"), whole.net, whole.codec), [None])
