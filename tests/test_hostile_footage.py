@@ -85,7 +85,7 @@ def linked(path: Path, target: Path | str) -> None:
     path.symlink_to(target)
 
 
-NO_VIDEO = "cannot be read as a video"
+NO_VIDEO, ENDLESS = "cannot be read as a video", "is a pipe or a device"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero bytes": (lambda p: p.write_bytes(b""), NO_VIDEO),
     "noise": (lambda p: p.write_bytes(bytes(range(256)) * 40), NO_VIDEO),
@@ -137,6 +137,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unit of length": (lambda p: change(p, unit=lambda _: "miles"), "unit = 'miles'"),
     "caption in another encoding": (lambda p: p.with_suffix(".txt").write_bytes(b"\xff\xfea\x00"), "not UTF-8"),
     "caption is a folder": (lambda p: (p.with_suffix(".txt").unlink(), p.with_suffix(".txt").mkdir()), "directory"),
+    "caption is a pipe": (lambda p: (p.with_suffix(".txt").unlink(), os.mkfifo(p.with_suffix(".txt"))), ENDLESS),
+    "cameras are a pipe": (lambda p: (cameras(p).unlink(), os.mkfifo(cameras(p))), ENDLESS),
+    "cameras are a device": (lambda p: linked(cameras(p), "/dev/zero"), ENDLESS),
+    "a stream without times": (lambda p: encoded(p.with_suffix(".h264"), walk()[1][:4]).replace(p), "have no times"),
+    "K is no number": (lambda p: change(p, K=lambda _: [float("nan"), 0.9, 0.5, 0.5]), "K = [nan"),
+    "K negative": (lambda p: change(p, K=lambda _: [-0.7, 0.9, 0.5, 0.5]), "K = [-0.7"),
+    "endless rate": (lambda p: change(p, fps=lambda _: float("inf")), "fps = inf"),
+    "bottom row of zeros": (pose(3, 3, 0.0), "the bottom row is [0.0, 0.0, 0.0, 0.0]"),
+    "a later version": (lambda p: change(p, schema=lambda _: 99), "(schema 1, "),
 }
 
 

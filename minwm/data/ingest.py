@@ -30,7 +30,7 @@ from minwm.core.files import find_files, locked, read_json, read_text, write_jso
 from minwm.core.media import VIDEO_SUFFIXES
 from minwm.core.runtime import rank, world_size
 from minwm.data.captions import Endpoint, LocalModel, caption
-from minwm.data.clips import ClipFolder, ClipRecord, PoseKind, readable_id
+from minwm.data.clips import ClipFolder, ClipRecord, DataError, PoseKind, readable_id
 from minwm.data.distribute import each
 from minwm.data.footage import Window, WindowConfig, windows
 from minwm.data.quality import Candidate, Failure, QualityConfig, caption_failures, failures
@@ -201,6 +201,9 @@ def _candidates(path: Path, cfg: IngestConfig) -> Iterator[_Found | str]:
     try:
         text, cameras = path.with_suffix(".txt"), None
         file = path.with_name(cfg.cameras.format(name=path.stem))
+        for beside in (text, file):
+            if beside.exists() and not (beside.is_file() or beside.is_dir()):
+                raise DataError(f"{beside} is a pipe or a device, which may never end; put a file in its place")
         if file.exists() or cfg.estimator is None:
             cameras = read_cameras(file, cfg.camera_format, Given(fps=cfg.camera_fps, size=cfg.camera_size))
         caption = read_text(text).strip() if text.exists() else None
