@@ -240,6 +240,9 @@ def test_the_page_on_ablations_shows_what_estimated_poses_of_a_game_are_worth() 
     found = json.loads((ROOT / "results" / "estimated-poses.json").read_text())["game"]
     page = (ROOT / "docs" / "ablations.md").read_text()
     text, poses, scores = " ".join(page.split()), found["poses"], found["scores"]
+    steps, game = found["training"]["steps"], " ".join((ROOT / "docs" / "own-game.md").read_text().split())
+    assert f"After {steps} steps on these clips, videos were made from {found['places']} other places" in text
+    assert f"after {steps} steps of {found['training']['batch']} clips of the camera stage" in game
     assert (
         f"of {poses['clips']} clips that a player walks" in text
         and f"Doom](own-game.md) {poses['moving']} move" in text
