@@ -242,42 +242,42 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this process sends in collectives of more than a few numbers, by kind of group (bench/scaling.py)."""
+    """Bytes that one of `PAIRS` sends in collectives of more than a few numbers, by kind of group."""
 
-    def __init__(self, parallel: ParallelConfig) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.parallel, self.bytes = parallel, Counter[str]()
+        self.bytes = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         match str(func).removesuffix(".default"):
             case "c10d._allgather_base_" | "c10d._reduce_scatter_base_":
                 self.bytes["shard"] += abs(args[0].nbytes - args[1].nbytes)
             case "c10d.alltoall_base_":
-                self.bytes["sequence"] += args[1].nbytes * (self.parallel.sequence - 1) // self.parallel.sequence
+                self.bytes["sequence"] += args[1].nbytes // 2
             case "c10d.allreduce_" if args[0][0].numel() > 64:  # between two copies
                 self.bytes["copy"] += sum(x.nbytes for x in args[0])
         return func(*args, **(kwargs or {}))
 
 
-def sending(family: str, parallel: ParallelConfig) -> Run:
+def sending(family: str) -> Run:
     cfg = CASES["dmd"]
-    return Run(name="sent", model=MODELS[family], recipe=cfg, data="", batch=1, accumulate=2, parallel=parallel)
+    return Run(name="sent", model=MODELS[family], recipe=cfg, data="", batch=1, accumulate=2, parallel=PAIRS)
 
 
-def sent_as_planned(family: str, parallel: ParallelConfig) -> None:
+def sent_as_planned(family: str) -> None:
     """What `minwm plan --gpus` counts for a step of each role, without any process, is what is sent.
 
     HunyuanVideo sends a little less: text after the last block, and image states of which these clips have none, get no
     gradient. In a network of two blocks that is 6 % of all gradients.
     """
-    run = sending(family, parallel)
+    run = sending(family)
     recipe = build_recipe(run, lambda _: run.recipe.network(run.model))
-    trainer = Trainer(run, recipe, Parallel(parallel, torch.device("cpu")))
+    trainer = Trainer(run, recipe, Parallel(PAIRS, torch.device("cpu")))
     for step, role in enumerate(run.recipe.trained):
-        with Sent(parallel) as sent:
+        with Sent() as sent:
             trainer.gradients(step, repeat(run.recipe.example_batch(run.model, 1)))
-        planned = plan_step(run, role, Cluster(), shard=2, copies=parallel.sequence, sequence=parallel.sequence)
-        assert sent.bytes.keys() == {kind for kind in ("shard", "copy", "sequence") if vars(planned)[kind]}
+        planned = plan_step(run, role, Cluster(), shard=2, copies=2, sequence=2)
+        assert sent.bytes.keys() == {"shard", "copy", "sequence"}
         for kind, found in sent.bytes.items():
             assert math.isclose(found, vars(planned)[kind], rel_tol=0.0 if family == "wan" else 0.06), (role, kind)
 
@@ -305,8 +305,6 @@ def anonymous_memory() -> int:
 
 def two(out: Path) -> None:
     shared_parts(out)
-    for family in MODELS:
-        sent_as_planned(family, ParallelConfig())
     same_steps(out, [name for name in RUNS if not name.startswith("hunyuan")], ParallelConfig())
     same_steps(out, ["wan-bidirectional"], ParallelConfig(cpu_offload=True))
     for parts, name in RESUMED.items():
@@ -320,7 +318,7 @@ def four(eight: Mapping[str, Tensor], out: Path) -> None:
     parallel = PAIRS
     eight_bit_resumed(eight, out / "eight")
     for family in MODELS:
-        sent_as_planned(family, parallel)
+        sent_as_planned(family)
     same_steps(out, [name for name in RUNS if name.startswith("hunyuan")], parallel)
     for parts, name in RESUMED.items():
         resumed(out / f"{parts}4", parallel, name)
@@ -370,10 +368,9 @@ def same_scores(out: Path) -> None:
 
 
 def main(out: Path) -> None:
-    for parallel in (ParallelConfig(), PAIRS):  # counted once, for all processes
-        for run in (sending(family, parallel) for family in MODELS):
-            for role in run.recipe.trained:
-                count_uses(run, role, parallel.sequence)
+    for run in map(sending, MODELS):  # counted once, for all processes
+        for role in run.recipe.trained:
+            count_uses(run, role, PAIRS.sequence)
     save_model(out / "base", BASE, BASE.network.build(), BASE.codec.build())
     for name in RUNS:
         torch.save(list(steps(name, ParallelConfig())), out / f"{name}.pt")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from planning import stage
 
-from minwm.bench.memory import plan_training, size
+from minwm.bench.memory import GIB, plan_training, size
 from minwm.bench.scaling import Cluster, Step, count_uses, gpu_hours, plan_step, scale
 from minwm.cli import main
 from minwm.core.config import ConfigError
@@ -69,25 +69,33 @@ def committed(name: str = "plan-wan") -> dict[str, list[dict[str, Any]]]:
     return json.loads((ROOT / "results" / f"{name}.json").read_text())["stages"]
 
 
-def test_pages_show_the_committed_plans() -> None:
+def table(preset: str, plan: str, counts: tuple[int, ...]) -> str:
+    """Rows of a page: steps of each stage, and for some numbers of GPUs the memory of each and the GPU-hours."""
     lines, totals = list[str](), defaultdict[tuple[int, int], float](float)
-    for name, rows in committed().items():
-        run, cells = presets.stage(f"wan2.1-1.3b/{name}", Path()), list[str]()
-        for row in (row for row in rows if row["gpus"] in (1, 8, 16)):
-            steps = {role: Step(**step) for role, step in row["steps"].items()}
-            hours = gpu_hours(run, row["gpus"], steps)
-            for i, hour in enumerate(hours):
-                totals[row["gpus"], i] += hour
-            cells += [size(row["bytes"]), "{:.0f} to {:.0f}".format(*hours)]
-        lines.append(f"| {name} | {run.steps:,} | {' | '.join(cells)} |")
-    total = " | | ".join(f"{totals[gpus, 0]:.0f} to {totals[gpus, 1]:.0f}" for gpus in (1, 8, 16))
-    assert "\n".join([*lines, f"| all | | | {total} |"]) in PAGE
-    (adapted,) = committed("plan-wan-lora")["camera"]
+    for name, rows in committed(plan).items():
+        cells = [name, f"{presets.stage(f'{preset}/{name}', Path()).steps:,}"]
+        for row in (row for row in rows if row["gpus"] in counts):
+            for i, hours in enumerate(row["gpu_hours"]):
+                totals[row["gpus"], i] += hours
+            cells += [size(row["bytes"]), "{:.0f} to {:.0f}".format(*row["gpu_hours"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    total = " | | ".join(f"{totals[count, 0]:.0f} to {totals[count, 1]:.0f}" for count in counts)
+    return "\n".join([*lines, f"| all | | | {total} |"])
+
+
+def test_pages_show_the_committed_plans() -> None:
+    wan, hunyuan = ((ROOT / "docs" / page).read_text() for page in ("wan.md", "hunyuan.md"))
+    assert table("wan2.1-1.3b", "plan-wan", (1, 8, 16)) in PAGE
+    gib = [rows[0]["bytes"] / GIB for rows in committed().values()]
+    assert f"{min(gib):.0f} to {max(gib):.0f} GiB by stage" in wan
+    lora = [
+        f"| {name} | {size(row['bytes'])}{', fits' * row['fits']} |"
+        for name, (row,) in committed("plan-wan-lora").items()
+    ]
+    assert "\n".join(lora) in PAGE
     (eight,) = [row for row in committed("plan-hunyuan")["camera"] if row["gpus"] == 8]
     said = "{:.0f} to {:.0f} GPU-hours on 8 H100".format(*eight["gpu_hours"])
-    hunyuan = (ROOT / "docs" / "hunyuan.md").read_text()
     assert eight["fits"] and said in hunyuan and f"with {size(eight['bytes'])} on each" in hunyuan
-    assert adapted["fits"] and f"`camera` needs {size(adapted['bytes'])}, which fits" in PAGE
 
 
 def test_the_committed_plan_is_that_of_the_preset_as_it_is() -> None:
