@@ -144,12 +144,12 @@ def triangulate(
     return np.concatenate(found)
 
 
-def sampson(F: Float[Array, "3 3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]) -> Float[Array, " p"]:
+def sampson(F: Float[Array, "*n 3 3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]) -> Float[Array, "*n p"]:
     """Signed first-order distance (Sampson) of pairs of points from b^T F a = 0, in the units of the points."""
     one, two = _homogeneous(a), _homogeneous(b)
-    line_b, line_a = one @ F.T, two @ F
-    slopes = np.sqrt((line_a[:, :2] ** 2).sum(1) + (line_b[:, :2] ** 2).sum(1))
-    return (two * line_b).sum(1) / np.maximum(slopes, 1e-12)
+    line_b, line_a = one @ F.swapaxes(-2, -1), two @ F
+    slopes = np.sqrt((line_a[..., :2] ** 2).sum(-1) + (line_b[..., :2] ** 2).sum(-1))
+    return (two * line_b).sum(-1) / np.maximum(slopes, 1e-12)
 
 
 def distances(

@@ -117,11 +117,12 @@ def moved_camera(
 
 
 def epipolar_errors(
-    R: Float[Array, "3 3"], t: Float[Array, "3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]
-) -> Float[Array, " p"]:
+    R: Float[Array, "*n 3 3"], t: Float[Array, "*n 3"], a: Float[Array, "p 2"], b: Float[Array, "p 2"]
+) -> Float[Array, "*n p"]:
     """Signed first-order distance (Sampson) of pairs of rays from the epipolar constraint of x_b = R x_a + t, in units
     of x/z."""
-    return sampson(np.cross(t, R, axisb=0, axisc=0), a, b)
+    essential = np.cross(t[..., None, :], R.swapaxes(-2, -1)).swapaxes(-2, -1)
+    return sampson(essential, a, b)
 
 
 def refined(
@@ -135,19 +136,22 @@ def refined(
     """The nearest minimum of the epipolar errors, robust (Cauchy) from a quarter of the tolerance on, by Gauss-Newton
     over rotation and direction."""
     step = 1e-6
+    nudges = step * np.eye(6, 5, -1)  # none, then one along each of the five
     for _ in range(iterations):
-        tangent = np.linalg.svd(t[None])[2][1:]  # two directions across t
-
-        def moved(change: Array, R: Array = R, t: Array = t, tangent: Array = tangent) -> tuple[Array, Array]:
-            direction = t + change[3:] @ tangent
-            return so3_exp(change[:3]) @ R, direction / np.linalg.norm(direction)
-
-        errors = epipolar_errors(R, t, a, b)
-        slopes = np.stack([(epipolar_errors(*moved(d), a, b) - errors) / step for d in step * np.eye(5)], 1)
+        errors, *nudged = epipolar_errors(*_moved(R, t, nudges), a, b)
+        slopes = (np.stack(nudged, 1) - errors[:, None]) / step
         weight = 1 / (1 + (4 * errors / tolerance) ** 2)
         normal = (slopes * weight[:, None]).T @ slopes
         change = -np.linalg.solve(normal + 1e-9 * np.trace(normal) * np.eye(5), (slopes * weight[:, None]).T @ errors)
-        R, t = moved(change)
+        R, t = _moved(R, t, change)
         if np.abs(change).max() < 1e-9:
             break
     return R, t
+
+
+def _moved(
+    R: Float[Array, "3 3"], t: Float[Array, "3"], change: Float[Array, "*n 5"]
+) -> tuple[Float[Array, "*n 3 3"], Float[Array, "*n 3"]]:
+    """A rotation and a direction, changed by a rotation vector and by two steps across the direction."""
+    direction = t + change[..., 3:] @ np.linalg.svd(t[None])[2][1:]
+    return so3_exp(change[..., :3]) @ R, direction / np.linalg.norm(direction, axis=-1, keepdims=True)
