@@ -26,7 +26,9 @@ from minwm.core.runtime import git_commit, versions
 from minwm.data.clips import ClipRecord
 from minwm.data.dataset import RawDataset
 from minwm.eval.image import at_seconds, psnr, sharpness
+from minwm.render.place import Place
 from minwm.session.generate import generate
+from minwm.session.views import Viewpoint, known_views
 from minwm.store.folder import load_codec, load_model
 from minwm.store.model import Model
 from minwm.stream.solvers import FewStepSampler
@@ -42,6 +44,11 @@ def measured(made: np.ndarray, truth: np.ndarray, fps: float) -> dict[str, objec
     }
 
 
+def viewpoint(record: ClipRecord) -> Viewpoint:
+    assert record.seed is not None and record.origin is not None
+    return Viewpoint(Place(record.seed), record.origin)
+
+
 def far_views(
     model: Model, truth: np.ndarray, records: list[ClipRecord], far: list[int], seed: int
 ) -> dict[int, float]:
@@ -51,7 +58,8 @@ def far_views(
         last = model.config.motion.stride * k
         frames = [0, *range(last - model.config.motion.stride + 1, last + 1)]
         tracks = [replace(r.track, c2w=r.track.c2w[frames], K=r.track.K[frames]) for r in records]
-        made = generate(two_latents, truth[:, 0], [r.caption for r in records], tracks, seed)
+        views = known_views(model, [viewpoint(record) for record in records])
+        made = generate(two_latents, truth[:, 0], [r.caption for r in records], tracks, seed, views)
         found[k] = round(float(psnr(made, truth[:, frames])[:, 1:].mean()), 2)
     return found
 
@@ -63,7 +71,8 @@ def still_views(
     motion = model.config.motion
     latents = math.ceil(max(still) * motion.fps / motion.stride)
     track = parse(f"static*{latents}", stride=motion.stride).track(motion, model.config.intrinsics)
-    made = generate(model, truth[:, 0], [r.caption for r in records], [track] * len(records), seed)
+    views = known_views(model, [viewpoint(record) for record in records])
+    made = generate(model, truth[:, 0], [r.caption for r in records], [track] * len(records), seed, views)
     values = psnr(made, np.broadcast_to(truth[:, :1], made.shape))
     return {second: round(float(values[:, round(second * motion.fps)].mean()), 2) for second in still}
 
@@ -97,7 +106,14 @@ def main() -> None:
         for name, sampler in samplers.items():
             sampled = replace(model, config=replace(model.config, sampler=sampler))
             made = [
-                generate(sampled, clip[:1], [r.caption], [r.track.slice(0, frames)], options.seed)[0]
+                generate(
+                    sampled,
+                    clip[:1],
+                    [r.caption],
+                    [r.track.slice(0, frames)],
+                    options.seed,
+                    known_views(model, [viewpoint(r)]),
+                )[0]
                 for r, clip in zip(records, truth, strict=True)
             ]
             found[name] = {"frames": frames, "steps": sampler.steps, **measured(np.stack(made), truth[:, :frames], fps)}

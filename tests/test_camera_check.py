@@ -2,16 +2,20 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from commands import run
+from viser.transforms import SO3
 from wrong_cameras import WRONG, Poses, noisy
 
 from minwm.cameras.check import check_video, faults
+from minwm.cameras.frusta import serve
 from minwm.cameras.track import (
     CameraTrack,
     intrinsics,
@@ -130,3 +134,24 @@ def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "fault: the poses are world-to-camera" in told.out
     assert "bad.json: faults found, 1 in all" in told.err
     assert "world-to-camera" in json.loads((tmp_path / "n.json").read_text())["faults"][0]
+
+
+def test_cameras_are_shown_in_the_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    track, _ = clip()
+    server = serve(track)
+    shown = {name: node for name, node in server.scene._handle_from_node_name.items() if name.startswith("/cameras/")}
+    own = track.relative_to_first()
+    assert len(shown) == 13
+    for name, node in shown.items():
+        c2w = own.c2w[int(name.rpartition("/")[2])]
+        np.testing.assert_allclose(node.position, c2w[:3, 3], atol=1e-5)
+        np.testing.assert_allclose(SO3(node.wxyz).as_matrix(), c2w[:3, :3], atol=1e-5)
+        assert np.degrees(node.fov) == pytest.approx(70.0) and node.aspect == pytest.approx(1)
+    server.stop()
+    track.save(tmp_path / "track.json")
+    monkeypatch.setattr(type(server), "sleep_forever", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run("camera", "check", tmp_path / "track.json", "--view") == 0
+    assert re.search(r"http://127.0.0.1:[1-9][0-9]* shows them", capsys.readouterr().out)
+    monkeypatch.setitem(sys.modules, "viser", None)
+    assert run("camera", "check", tmp_path / "track.json", "--view") == 2
+    assert 'pip install "minwm[view]"' in capsys.readouterr().err

@@ -1,12 +1,14 @@
-"""A picture of a camera path and of what its cameras look at: from above, and from the side."""
+"""A camera path and what its cameras look at: a picture from above and from the side, or a page in 3D (viser)."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from minwm.cameras.track import CameraTrack
+from minwm.core.config import UserError
 
 SIDE = 480
 """Pixels of each of the two views."""
@@ -45,6 +47,33 @@ def picture(track: CameraTrack) -> UInt8[np.ndarray, "h w 3"]:
     text = f"{len(track)} poses, {track.path_length():.3g} {track.unit} units long"
     draw.text((8, SIDE - 22), text, "black", font)
     return np.array(image)
+
+
+def serve(track: CameraTrack) -> Any:
+    """A `viser.ViserServer` that shows the same in the browser, where one turns it; its `stop` ends it.
+
+    At any free port. UserError without viser (extra `view`).
+    """
+    try:
+        import viser
+        from viser.transforms import SO3
+    except ImportError as error:
+        raise UserError('--view needs viser: pip install "minwm[view]"') from error
+    track = track.relative_to_first()
+    size = 0.06 * (float(np.ptp(track.c2w[:, :3, 3], axis=0).max()) or 1.0)
+    server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
+    server.scene.set_up_direction("-y")
+    for i in np.unique(np.linspace(0, len(track) - 1, CAMERAS).round().astype(int)).tolist():
+        fx, fy, *_ = track.K[i].tolist()
+        server.scene.add_camera_frustum(
+            f"/cameras/{i}", fov=2 * np.arctan(0.5 / fy), aspect=fy / fx, scale=size, color=_colour(i, len(track)),
+            wxyz=SO3.from_matrix(track.c2w[i, :3, :3]).wxyz, position=track.c2w[i, :3, 3],
+        )  # fmt: skip
+    segments = np.stack([track.c2w[:-1, :3, 3], track.c2w[1:, :3, 3]], axis=1)
+    if len(segments):
+        colours = np.array([[_colour(i, len(track))] * 2 for i in range(len(segments))], np.uint8)
+        server.scene.add_line_segments("/path", points=segments, colors=colours)
+    return server
 
 
 def _corners(track: CameraTrack, frame: int, depth: float) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Verbs about cameras: convert between formats, check, show."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from minwm.cli.base import Json, command, echo, numbers, read_track, refuse_existing, write_numbers
+from minwm.cli.base import Flag, Json, command, echo, numbers, read_track, refuse_existing, write_numbers
 from minwm.core.config import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def camera_check(
     video: Annotated[Path | None, arg(metavar="FILE.mp4", help="the video that they belong to")] = None,
     model: Annotated[Path | None, arg(metavar="DIR", help="compare them with what this model is trained on")] = None,
     plot: Annotated[Path | None, arg(metavar="PNG", help="draw the path and what the cameras see")] = None,
+    view: Annotated[Flag, arg(help="show them in the browser, until Ctrl+C (extra `view`)")] = False,
     fps: Rate = None,
     size: Size = None,
     unit: Unit = None,
@@ -100,12 +102,24 @@ def camera_check(
     write_numbers({**values, "faults": list(map(str, found)), "notes": notes}, json)
     if plot:
         write_image(plot, picture(track))
+    if view:
+        _show(track)
     for note in notes:
         echo(f"note: {note}")
     for fault in found:
         echo(f"fault: {fault}")
     if found:
         raise UserError(f"{file}: faults found, {len(found)} in all (listed above)")
+
+
+def _show(track: "CameraTrack") -> None:
+    from minwm.cameras.frusta import serve
+
+    server = serve(track)
+    echo(f"http://127.0.0.1:{server.get_port()} shows them; Ctrl+C goes on")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.sleep_forever()
+    server.stop()
 
 
 def describe(track: "CameraTrack") -> dict[str, Any]:

@@ -33,8 +33,8 @@ class StreamConfig:
     window: int = 8
     """Chunks kept besides the sinks, the current one included."""
     retrieved: int = 0
-    """Older chunks that are seen besides: those whose cameras saw most of what the current one sees
-    (stream/memory.py). They differ from chunk to chunk, so the context is recomputed."""
+    """Older chunks that are seen besides: those whose cameras saw most of what the current one sees; or as many known
+    views (stream/memory.py). They differ from chunk to chunk, so the context is recomputed."""
     recompute: Recompute = "never"
     """Keys and values of the context are computed anew for every chunk, from latents: at positions as if nothing lay
     between, with cameras as they are (HY-WorldPlay's relative RoPE)."""

@@ -153,6 +153,8 @@ class ClipConfig(RecipeConfig):
             )
 
     def check(self, model: ModelConfig) -> None:
+        if self.views and not model.stream.retrieved:
+            raise ConfigError(f"{self.kind}.views={self.views}: set model.stream.retrieved, how many a chunk sees")
         lead, chunk = model.stream.first_chunk_frames, model.stream.chunk
         step = chunk if self.teacher_forced or self.self_rollout else 1
         fits = range(lead + chunk, model.latents + 1, step)

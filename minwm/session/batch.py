@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def generate_all(
     for request in requests:
         with naming(request):
             start_image(model, request)
-    _claim(folder, {**about, "fps": model.config.motion.fps, "requests": [to_dict(r) for r in requests]})
+    _claim(folder, {**about, "fps": model.config.motion.fps, "requests": [_described(r) for r in requests]})
     model.config.encode_prompts([request.prompt for request in requests])  # at once: a large encoder is loaded once
     index, count = part
     made = 0
@@ -283,6 +283,13 @@ def generate_batch(
         yield piece[:, :left]
         if (left := left - piece.shape[1]) <= 0:
             return
+
+
+def _described(request: Request) -> dict[str, Any]:
+    """As JSON values; from where its image is seen is no part of what was asked for."""
+    values = to_dict(replace(request, viewpoint=None))
+    del values["viewpoint"]
+    return values
 
 
 def start_image(model: Model, request: Request) -> UInt8[np.ndarray, "h w 3"] | None:

@@ -18,11 +18,13 @@ from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.text import WordText
+from minwm.recipes.dmd import DmdConfig
 from minwm.recipes.ops import random_part, with_views
 from minwm.render.place import HOURS, Place
 from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model
 from minwm.stream.memory import nearest_views
+from minwm.stream.rollout import Stream
 
 REMEMBERS = StreamConfig(chunk=1, sink=0, window=3, retrieved=2, recompute="causal")
 
@@ -80,6 +82,13 @@ def test_every_recipe_learns_what_comes_after_views(name: str, step: int) -> Non
     whole = clip()
     with pytest.raises(ConfigError, match=r"stream.retrieved=2, and only 1 views are known"):
         recipe.loss(replace(whole, views=scattered(whole, 1)), step, seeded())
+
+
+def test_views_need_streams_that_see_some() -> None:
+    with pytest.raises(ConfigError, match=r"dmd.views=pictures: set model.stream.retrieved"):
+        DmdConfig(views=Path("pictures")).check(MODEL)
+    with pytest.raises(ConfigError, match="known views are for streams of single latents"):
+        Stream(make("dmd").networks["student"], clip().cond, MODEL.geometry, views=scattered(clip(), 6))
 
 
 @torch.no_grad()
