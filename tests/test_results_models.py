@@ -90,6 +90,7 @@ def place_targets() -> str:
     """The same page: what is asked of the student, and what it reaches."""
     rows = json.loads((ROOT / "results" / "place.json").read_text())["rows"]
     motion = rows["dmd"]["follow"]["motion"]["overall"]
+    play = json.loads((ROOT / "results" / "place-play.json").read_text())["minwm/assets/place/dmd"]
     after, teacher = ([x["value"] for x in rows[name]["quality"]["psnr_at"]] for name in ("dmd", "ar"))
     return "\n".join(
         (
@@ -100,6 +101,8 @@ def place_targets() -> str:
             f"| PSNR to the truth after 1 s | 25 dB | {after[0]:.1f} dB |",
             f"| after 5 s | 23 dB | {after[4]:.1f} dB |",
             f"| PSNR after 1 s, ahead of its multi-step teacher `ar` | -1 dB | {after[0] - teacher[0]:+.1f} dB |",
+            f"| frames per second in the browser, 2 cores | 16 | {play['fps']:.1f} |",
+            f"| key to picture there, median | 300 ms | {play['input_to_photon_p50_ms']:.0f} ms |",
         )
     )
 
