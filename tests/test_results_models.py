@@ -76,6 +76,8 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     still = " / ".join(f"{x:.1f}" for x in students["place-dmd"]["still"].values())
     assert f"{still} dB after 1, 5, 20 and 60 seconds" in " ".join(page.split())
     first, *_, fifth = students["place-dmd-1"]["model"]["psnr_at_seconds"]
+    now, *_, later = students["place-dmd"]["model"]["psnr_at_seconds"]
+    assert now - later < (first - fifth) / 2, "it loses less than half of what it lost"
     assert f"fell from {first:.1f} to {fifth:.1f} dB within five seconds" in " ".join(page.split())
     runs = json.loads((ROOT / "results" / "place-training.json").read_text())
     steps = {name: run["steps"] for name, run in runs.items()}

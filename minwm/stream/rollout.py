@@ -359,6 +359,8 @@ def generate_latents(
     """A whole clip with any sampler. noise: `sampler.num_noise_samples(geometry)` of them."""
     if sampler.causal:
         return torch.cat(list(stream_latents(net, sampler, noise, cond, geometry, views)), dim=1)
+    if views:
+        raise ConfigError("known views are for streams; a bidirectional model makes whole clips without them")
     return sample_bidirectional(net, sampler, noise[0], cond)
 
 

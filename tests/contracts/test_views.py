@@ -24,7 +24,8 @@ from minwm.render.place import HOURS, Place
 from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model
 from minwm.stream.memory import nearest_views
-from minwm.stream.rollout import Stream
+from minwm.stream.rollout import Stream, generate_latents
+from minwm.stream.solvers import BidirectionalSampler
 
 REMEMBERS = StreamConfig(chunk=1, sink=0, window=3, retrieved=2, recompute="causal")
 
@@ -85,6 +86,17 @@ def test_every_recipe_learns_what_comes_after_views(name: str, step: int) -> Non
 
 
 def test_views_need_streams_that_see_some() -> None:
+    whole = clip()
+    with pytest.raises(ConfigError, match="a bidirectional model makes whole clips without them"):
+        sampler = BidirectionalSampler(steps=1)
+        generate_latents(
+            make("dmd").networks["student"],
+            sampler,
+            whole.latents[None],
+            whole.cond,
+            MODEL.geometry,
+            scattered(whole, 6),
+        )
     with pytest.raises(ConfigError, match=r"dmd.views=pictures: set model.stream.retrieved"):
         DmdConfig(views=Path("pictures")).check(MODEL)
     with pytest.raises(ConfigError, match="known views are for streams of single latents"):
