@@ -19,13 +19,15 @@ from minwm.data.dataset import ShardDataset
 from minwm.experiments.presets import PIPELINES
 from minwm.experiments.samples import compare_looks
 from minwm.recipes.base import Loss
+from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import BidirectionalConfig, BidirectionalDiffusion, TimeLaw
 from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_config
 from minwm.train import doctor
 from minwm.train.build import train
 from minwm.train.config import Init, OptimConfig, Run
-from minwm.train.doctor import examine, from_config, from_samples
+from minwm.train.doctor import examine, from_config, from_samples, from_start
 from minwm.train.loop import Ema
 
 
@@ -137,7 +139,7 @@ def test_clips_that_come_too_late(run: Run, tmp_path: Path, monkeypatch: pytest.
     assert found(replace(run, steps=20), tmp_path) == {"starved of data": "yellow"}
 
 
-def test_what_the_config_says(run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_the_config_says(tmp_path_factory: pytest.TempPathFactory) -> None:
     project = trained_once(tmp_path_factory)
     dmd = from_dict(Run, read_json(project / "dmd" / "run.json")["run"])
     few_step, bidirectional = str(project / "dmd"), str(project / "camera")
@@ -149,14 +151,49 @@ def test_what_the_config_says(run: Run, tmp_path_factory: pytest.TempPathFactory
     assert verdict.name == "critic falls behind"
     (verdict,) = from_config(replace(dmd, init=replace(right, real=few_step)))
     assert verdict.level == "red" and "init.real" in verdict.evidence and "needs a bidirectional" in verdict.evidence
-    (verdict,) = from_config(replace(run, recipe=BidirectionalConfig(time=TimeLaw(shift=99.0))))
-    assert verdict.name == "shift of training and sampling differ"
+
+
+def test_sampling_unlike_training(run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Shift, guidance and intrinsics, each of them ill once; and healthy ones that differ as little as they may."""
+    recipe, model = run.recipe, run.model
+    assert isinstance(recipe, BidirectionalConfig) and model.negative is None and model.sampler.guidance > 2
+    few_step = str(trained_once(tmp_path_factory) / "dmd")
+    few = load_config(Path(few_step))
+    init, guided_by_none = Init(student=few_step, teacher=few_step), ConsistencyConfig(guidance=1.0)
+    distilled = replace(run, model=few, init=init, recipe=guided_by_none)
+    none = replace(model, sampler=replace(model.sampler, guidance=1.0))
+    never, words = replace(recipe, text_dropout=0.0), replace(recipe, dropped_prompt="")
+    for healthy in (
+        run,
+        distilled,
+        replace(distilled, recipe=OdeConfig(guidance=2.0)),
+        replace(run, recipe=never, model=none),
+        replace(run, recipe=words, model=replace(model, negative="")),
+        replace(run, model=replace(model, focal=(model.focal[0] * 1.01, model.focal[1]))),
+    ):
+        assert not [*from_config(healthy)]
+    for ill, name, told in (
+        (replace(run, recipe=replace(recipe, time=TimeLaw(shift=99.0))), "shift of training and", "shift 99.0"),
+        (replace(distilled, recipe=replace(guided_by_none, shift=99.0)), "shift of training and", "shift 99.0"),
+        (replace(distilled, recipe=ConsistencyConfig(guidance=3.0)), "guidance of training and", "init.teacher"),
+        (replace(distilled, recipe=OdeConfig(guidance=3.0)), "guidance of training and", "init.student"),
+        (replace(run, recipe=never), "guidance that was not trained", "text_dropout=0.0"),
+        (replace(run, recipe=words), "guidance that was not trained", "dropped_prompt=''"),
+        (replace(run, model=replace(model, focal=(0.5, 0.5))), "intrinsics of another model", "have (0.5, 0.5)"),
+    ):
+        (verdict,) = from_config(ill)
+        assert verdict.name.startswith(name) and verdict.level == "yellow" and told in verdict.evidence
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_no_preset_is_ill(name: str, tmp_path: Path) -> None:
-    for run in PIPELINES[name](tmp_path).stages:
+    """Neither by itself, nor by the stages that it starts from."""
+    stages = {run.name: run for run in PIPELINES[name](tmp_path).stages}
+    for run in stages.values():
         assert not [*from_config(replace(run, init=Init()))], run.name
+        for role, folder in vars(run.init).items():
+            if folder and (start := stages.get(Path(folder).name)):
+                assert not [*from_start(run, role, start.model)], (run.name, role)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

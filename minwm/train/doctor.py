@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +23,16 @@ from minwm.core.metrics import read_metrics
 from minwm.core.runtime import generator
 from minwm.core.types import Clip
 from minwm.data.remote import data_folder
+from minwm.data.spec import FOCAL_TOLERANCE
 from minwm.nets.lora import copy_network
+from minwm.recipes.consistency import ConsistencyConfig
 from minwm.recipes.diffusion import DiffusionConfig
 from minwm.recipes.dmd import DmdConfig
+from minwm.recipes.ode import OdeConfig
 from minwm.recipes.ops import noise_like
 from minwm.store.folder import load_config
 from minwm.store.layouts import FAMILIES
+from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 from minwm.train.roles import first_student
 from minwm.train.state import States
@@ -42,8 +47,8 @@ STALE = 0.7
 """Distance of the average from the student, in distances that the student has moved."""
 BLIND = 1e-3
 """Relative change of the velocity when all cameras are put where the first one is."""
-SHIFTS = 2.0
-"""Times that the shift of sampling may be that of training; HunyuanVideo's are 5 and 3."""
+APART = 2.0
+"""Times that shift or guidance of sampling may be that of training; HunyuanVideo's shifts are 5 and 3."""
 LOOKS = {
     "static video": ("motion", 0.0, 0.2, "train on; look whether the clips move, and their captions; raise optim.lr"),
     "flicker": ("flicker", 3.0, math.inf, "train on; raise ema, or in DMD critic_updates"),
@@ -118,28 +123,69 @@ def from_samples(lines: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
 
 
 def from_config(run: Run) -> Iterator[Verdict]:
-    """Starting points of another stage, and times of training that sampling does not have."""
+    """Starting points that do not fit, few updates of the critic, and sampling that is not what was trained."""
     if not run.recipe.trains_backbone:
         return
-    causal = {"teacher": True, "critic": False, "real": False}
-    if run.recipe.needs_trajectories or run.recipe.self_rollout or "teacher" in run.recipe.frozen:
-        causal["student"] = True
-    for role, wanted in causal.items():
-        folder = vars(run.init)[role] if role in (*run.recipe.trained, *run.recipe.frozen) else None
-        if folder and load_config(Path(folder)).sampler.causal != wanted:
-            kinds = {True: "an autoregressive", False: "a bidirectional"}
-            evidence = f"init.{role}={folder} is {kinds[not wanted]} model; this stage needs {kinds[wanted]} one"
-            yield Verdict("checkpoint of another stage", "red", evidence, f"name the right folder in init.{role}")
+    for role in (*run.recipe.trained, *run.recipe.frozen):
+        if folder := vars(run.init)[role]:
+            yield from from_start(run, role, load_config(Path(folder)))
     if isinstance(run.recipe, DmdConfig) and run.recipe.critic_updates < FEW_CRITIC_UPDATES:
         evidence = f"{run.recipe.critic_updates} update of the critic per update of the student"
         yield Verdict("critic falls behind", "yellow", evidence, "set recipe.critic_updates to 4 or 5")
-    if not isinstance(run.recipe, DiffusionConfig):
+    yield from from_sampling(run)
+
+
+def from_start(run: Run, role: str, start: ModelConfig) -> Iterator[Verdict]:
+    """The model that a role starts from: of another stage or lens, or guided otherwise than where it is sampled."""
+    recipe, where = run.recipe, f"init.{role}={vars(run.init)[role]}"
+    wanted = {"teacher": True, "critic": False, "real": False}
+    if recipe.needs_trajectories or recipe.self_rollout or "teacher" in recipe.frozen:
+        wanted["student"] = True
+    if start.sampler.causal != wanted.get(role, start.sampler.causal):
+        kinds = {True: "an autoregressive", False: "a bidirectional"}
+        evidence = f"{where} is {kinds[start.sampler.causal]} model; this stage needs {kinds[wanted[role]]} one"
+        yield Verdict("checkpoint of another stage", "red", evidence, f"name the right folder in init.{role}")
         return
-    trained, sampled = run.recipe.time.shift, run.model.sampler.shift
-    if max(trained / sampled, sampled / trained) > SHIFTS:
-        evidence = f"trained with timestep shift {trained}, sampled with {sampled}"
-        cure = "set recipe.time.shift or model.sampler.shift, unless it is meant"
+    if start.network.camera != "none" and not np.allclose(start.focal, run.model.focal, rtol=FOCAL_TOLERANCE):
+        evidence = (
+            f"{where} was trained with model.focal={start.focal}, this stage and its videos have {run.model.focal}"
+        )
+        cure = "train all stages on clips of one lens, unless it is meant"
+        yield Verdict("intrinsics of another model", "yellow", evidence, cure)
+    teaching = isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig) and (
+        role in recipe.frozen or recipe.needs_trajectories
+    )
+    if teaching and _apart(recipe.guidance, start.sampler.guidance):
+        evidence = f"{where} teaches under guidance {recipe.guidance}, and is sampled under {start.sampler.guidance}"
+        yield Verdict("guidance of training and sampling differ", "yellow", evidence, "set recipe.guidance")
+
+
+def from_sampling(run: Run) -> Iterator[Verdict]:
+    """Times, and an unconditional branch of guidance, that training does not have."""
+    recipe, sampler = run.recipe, run.model.sampler
+    trained = sampler.shift
+    if isinstance(recipe, DiffusionConfig):
+        trained = recipe.time.shift
+        seen = recipe.text_dropout > 0 and recipe.dropped_prompt is None
+        if sampler.guidance != 1 and run.model.negative is None and not seen:
+            evidence = (
+                f"guidance {sampler.guidance} is away from zeros in place of a prompt, which training does not show: "
+                f"text_dropout={recipe.text_dropout}, dropped_prompt={recipe.dropped_prompt!r}"
+            )
+            cure = (
+                "set recipe.text_dropout to 0.1, model.negative to the dropped prompt, or model.sampler.guidance to 1"
+            )
+            yield Verdict("guidance that was not trained", "yellow", evidence, cure)
+    elif isinstance(recipe, ConsistencyConfig):
+        trained = recipe.shift
+    if _apart(trained, sampler.shift):
+        evidence = f"trained with timestep shift {trained}, sampled with {sampler.shift}"
+        cure = "set the shift of recipe or model.sampler, unless it is meant"
         yield Verdict("shift of training and sampling differ", "yellow", evidence, cure)
+
+
+def _apart(one: float, other: float) -> bool:
+    return max(one, other) > APART * min(one, other)
 
 
 def from_weights(run: Run, step: int, start: nn.Module, student: nn.Module, ema: nn.Module) -> Iterator[Verdict]:
