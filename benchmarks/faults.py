@@ -1,6 +1,6 @@
 """What becomes of a training run when something goes wrong: counted, not claimed.
 
-python benchmarks/faults.py results/faults.json
+python benchmarks/faults.py results/faults.json    # as root on Linux, for the disk that is full
 
 The stage `foundation` of the preset `smoke`, on one or two CPU processes. After every fault the same command is given
 again, until the run is finished; then its weights are compared with those of a run that nothing happened to.
@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -125,6 +126,35 @@ def full(run: Run, out: Path, whole: Path) -> dict[str, Any]:
     return found | {"same_weights": goes_on(run, out, whole)}
 
 
+def full_disk(run: Run, out: Path, whole: Path) -> dict[str, Any]:
+    """The run has a disk of its own, which the first state fits on and the second does not; then it is made larger."""
+    out.mkdir()
+    held = sum(path.stat().st_size for path in (whole / "state").rglob("*") if path.is_file())
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    subprocess.run([*mount, f"size={held * 3 // 2}", "minwm", out], check=True)
+    try:
+        codes = finish(start(run, out))
+        found = {"exit_codes": codes, "message": message(out), "half_written": len([*out.rglob("*.tmp")])}
+        subprocess.run([*mount, f"remount,size={100 * held}", "minwm", out], check=True)
+        return found | {"same_weights": goes_on(run, out, whole)}
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+def jumps(run: Run, out: Path, whole: Path) -> dict[str, Any]:
+    """The time of day is a day ahead or behind at random, whenever Python reads it."""
+    real, draw = time.time, random.Random(0)
+
+    def prepare(_rank: int) -> None:
+        time.time = lambda: real() + draw.choice((-86400, 86400))
+
+    began = time.monotonic()
+    codes = finish(start(run, out, 1, prepare))
+    seconds = time.monotonic() - began
+    counted = json.loads((out / "summary.json").read_text())["seconds"]
+    return {"exit_codes": codes, "seconds": seconds, "counted": counted, "same_weights": goes_on(run, out, whole)}
+
+
 def damaged(how: Callable[[Path], None]) -> Callable[[Run, Path, Path], dict[str, Any]]:
     def fault(run: Run, out: Path, whole: Path) -> dict[str, Any]:
         keeping = replace(run, keep=2)
@@ -199,6 +229,8 @@ FAULTS = {
     "kill -9": killed,
     "SIGTERM": terminated,
     "file size limit": full,
+    "full disk": full_disk,
+    "clock jumps": jumps,
     "a bit of a shard flipped": damaged(flip),
     "shard cut short": damaged(lambda path: os.truncate(path, path.stat().st_size // 2)),
     "NaN in the loss": nan,

@@ -14,6 +14,7 @@ from minwm.bench.scaling import Cluster, Step, count_uses, gpu_hours, plan_step,
 from minwm.cli import main
 from minwm.core.config import ConfigError
 from minwm.experiments import presets
+from minwm.recipes.diffusion import AutoregressiveConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "train.md").read_text()
@@ -55,6 +56,13 @@ def test_more_layers_are_as_many_times_one() -> None:
     assert found.exchanged - one.exchanged == deeper.exchanged - found.exchanged > 0
     assert deeper.flops - found.flops == pytest.approx(found.flops - one.flops)
     assert len(deeper.units) - len(found.units) == 1
+
+
+def test_what_never_happens_is_not_counted() -> None:
+    """A self-conditioned context takes a rollout; whether a batch has one, no draw without data says."""
+    runs = {p: replace(RUN, recipe=AutoregressiveConfig(self_conditioning=p)) for p in (0.0, 0.1)}
+    block = {p: count_uses(run, "student", 1).units[0] for p, run in runs.items()}
+    assert block[0.0].forward == 1 < block[0.1].forward and block[0.0].backward == block[0.1].backward == 1
 
 
 def test_the_command_writes_every_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,8 +160,9 @@ def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " n"]:
 
 
 def bernoulli(probability: float, generator: torch.Generator) -> bool:
-    """True with that probability."""
-    return bool(torch.rand((), generator=generator, device=generator.device) < probability)
+    """True with that probability; where tensors have no data, whenever it may be."""
+    draw = torch.rand((), generator=generator, device=generator.device)
+    return probability > 0 and bool(draw < probability)
 
 
 Per = Literal["batch", "clip"]

@@ -152,12 +152,11 @@ def from_start(run: Run, role: str, start: ModelConfig) -> Iterator[Verdict]:
         )
         cure = "train all stages on clips of one lens, unless it is meant"
         yield Verdict("intrinsics of another model", "yellow", evidence, cure)
-    teaching = isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig) and (
-        role in recipe.frozen or recipe.needs_trajectories
-    )
-    if teaching and _apart(recipe.guidance, start.sampler.guidance):
-        evidence = f"{where} teaches under guidance {recipe.guidance}, and is sampled under {start.sampler.guidance}"
-        yield Verdict("guidance of training and sampling differ", "yellow", evidence, "set recipe.guidance")
+    if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
+        teaches = role in recipe.frozen or recipe.needs_trajectories
+        if teaches and _apart(recipe.guidance, start.sampler.guidance):
+            evidence = f"{where} teaches under guidance {recipe.guidance}, is sampled under {start.sampler.guidance}"
+            yield Verdict("guidance of training and sampling differ", "yellow", evidence, "set recipe.guidance")
 
 
 def from_sampling(run: Run) -> Iterator[Verdict]:

@@ -23,7 +23,7 @@ from minwm.core.config import UserError
 from minwm.core.files import check_shape, json_object
 from minwm.core.runtime import rank
 from minwm.train.adamw8bit import stored
-from minwm.train.state_places import RECORD, Place, StateFolder, StateStore
+from minwm.train.state_places import RECORD, Place, StateFolder, StateStore, sum_files
 
 T = TypeVar("T")
 EXTRA = {"step": int, "seconds": float, "data": dict, "files": dict}
@@ -60,16 +60,16 @@ class States:
         place, target = self.place, self.place.name(step)
         if rank() == 0:
             place.clear(step)
+        writer = place.writer(step)
+        sums = sum_files(writer)
         try:
             with _named_errors(f"{target} is not written; the state after {self.latest() or 0} steps is untouched"):
                 save(
                     state_tensors(networks, optimizers),
-                    storage_writer=place.writer(step),
+                    storage_writer=writer,
                     no_dist=not dist.is_initialized(),
                 )
-            mine = [name for name in place.files(step, False) if name.startswith(f"__{rank()}_")]
-            mine += [".metadata"] * (rank() == 0)
-            files = _from_all({name: _checksum(place.open(step, name, False)) for name in mine})
+            files = _from_all(sums)
             problems = dict[str, str]()
             if rank() == 0:
                 try:
@@ -109,8 +109,8 @@ class States:
     def _check_files(self, step: int, sums: Mapping[str, int], problem: str, alone: bool) -> None:
         """UserError on every process if a file is not what was written; each looks at some."""
         mine = sorted(sums) if alone else sorted(sums)[rank() :: dist.get_world_size()]
-        names = set(self.place.files(step, True)).intersection(mine)
-        there = {name: _checksum(self.place.open(step, name, True)) for name in names}
+        names = set(self.place.files(step)).intersection(mine)
+        there = {name: _checksum(self.place.open(step, name)) for name in names}
         found = {name: "another" if name in there else "gone" for name in mine if there.get(name) != sums[name]}
         wrong = found if alone else _from_all(found)
         if wrong:

@@ -6,6 +6,7 @@ written last and removed first: what has none is no state.
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -39,10 +40,10 @@ class Place(Protocol):
         """Remove what is written of an unfinished state."""
         ...
 
-    def files(self, step: int, finished: bool) -> list[str]: ...
+    def files(self, step: int) -> list[str]: ...
 
-    def open(self, step: int, file: str, finished: bool) -> AbstractContextManager[Any]:
-        """A file of a state, or of one that is not finished, to be read."""
+    def open(self, step: int, file: str) -> AbstractContextManager[Any]:
+        """A file of a state, to be read."""
         ...
 
     def finish(self, step: int, record: Mapping[str, Any]) -> None:
@@ -77,11 +78,11 @@ class StateFolder:
     def clear(self, step: int) -> None:
         shutil.rmtree(self._path(step, False), ignore_errors=True)
 
-    def files(self, step: int, finished: bool) -> list[str]:
-        return [path.name for path in self._path(step, finished).iterdir()]
+    def files(self, step: int) -> list[str]:
+        return [path.name for path in self._path(step, True).iterdir()]
 
-    def open(self, step: int, file: str, finished: bool) -> AbstractContextManager[Any]:
-        return (self._path(step, finished) / file).open("rb")
+    def open(self, step: int, file: str) -> AbstractContextManager[Any]:
+        return (self._path(step, True) / file).open("rb")
 
     def finish(self, step: int, record: Mapping[str, Any]) -> None:
         partial, target = self._path(step, False), self._path(step, True)
@@ -128,12 +129,12 @@ class StateStore:
     def clear(self, step: int) -> None:
         self.remove(step)
 
-    def files(self, step: int, finished: bool) -> list[str]:
+    def files(self, step: int) -> list[str]:
         with self._opened() as (fs, root):
             return [path.rpartition("/")[2] for path in fs.find(f"{root}/{step:06d}")]
 
     @contextmanager
-    def open(self, step: int, file: str, finished: bool) -> Iterator[Any]:
+    def open(self, step: int, file: str) -> Iterator[Any]:
         with self._opened() as (fs, root), fs.open(f"{root}/{step:06d}/{file}", "rb") as stream:
             yield stream
 
@@ -157,3 +158,31 @@ class StateStore:
                 fs.rm_file(f"{folder}/{RECORD}")
             if fs.exists(folder):
                 fs.rm(folder, recursive=True)
+
+
+class Summed:
+    """A stream that is written from its start to its end, with the CRC-32 of what was written."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.crc = stream, 0
+
+    def write(self, data: Any) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self.stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def sum_files(writer: FileSystemWriter) -> dict[str, int]:
+    """CRC-32 of every file that a writer makes from now on, by its name, once it is written."""
+    sums, create = dict[str, int](), writer.fs.create_stream
+
+    @contextmanager
+    def create_stream(path: Any, mode: str) -> Iterator[Any]:
+        with create(path, mode) as stream:
+            yield (summed := Summed(stream))
+        sums[Path(path).name.removesuffix(".tmp")] = summed.crc  # the writer renames its metadata
+
+    writer.fs.create_stream = create_stream
+    return sums
