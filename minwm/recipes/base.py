@@ -179,10 +179,15 @@ class ClipConfig(RecipeConfig):
         data.views = read_views(self.views, model.clip_spec) if self.views else None
         return data
 
+    def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
+        """A random part of the clip, or all of it."""
+        if not self.latents:
+            return clip
+        return random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
+
     def sample_clip(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
         """A random part of the clip, or all of it, with what is given of it."""
-        if self.latents:
-            clip = random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
+        clip = self.sample_part(clip, stream, generator)
         if clip.views:
             return with_views(clip, stream.retrieved, generator)
         return sample_start(clip, self.image_start, self.video_start, stream, generator)

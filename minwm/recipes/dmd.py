@@ -11,7 +11,7 @@ from torch import Tensor
 from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
 from minwm.core.flow import Latents, Times, guide, interpolate, shift, velocity, x0_from_velocity
-from minwm.core.types import Clip, Condition
+from minwm.core.types import Clip, Condition, Views
 from minwm.nets.backbone import Backbone, keep_first_clean
 from minwm.recipes.base import ClipConfig, Loss, Recipe, check_probabilities
 from minwm.recipes.ops import (
@@ -22,6 +22,7 @@ from minwm.recipes.ops import (
     random_index,
     random_indices,
     uniform_times,
+    with_views,
 )
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import RolloutOutput, sample_noise, self_rollout
@@ -139,7 +140,11 @@ class Dmd(Recipe[Backbone]):
     cfg: DmdConfig
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
-        clip = self.cfg.sample_clip(clip, self.geometry, generator)
+        if clip.views:  # which the student's stream retrieves itself
+            clip = self.cfg.sample_part(clip, self.geometry, generator)
+            clip = replace(clip, cond=clip.cond.without_image())
+        else:
+            clip = self.cfg.sample_clip(clip, self.geometry, generator)
         clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
         role = self.cfg.turn[step % len(self.cfg.turn)]
         return {"student": self.student_loss, "critic": self.critic_loss}[role](clip, step, generator)
@@ -183,7 +188,8 @@ class Dmd(Recipe[Backbone]):
         """The student's own clip, and its x_0 predicted at each clip's exit step, with gradient (self-rollout).
 
         In a long rollout only the end is scored. The first of its chunks has no gradient: the codec's first latent is
-        a single frame, which is how the scores see the first latent of any clip, and this one is not.
+        a single frame, which is how the scores see the first latent of any clip, and this one is not. With views the
+        first latents are these, and the rest is the student's, which sees views chosen anew for every chunk.
         """
         b, frames, *shape = clip.latents.shape
         long = self.cfg.long_rollouts and bernoulli(self.cfg.long_rollouts, generator)
@@ -192,24 +198,42 @@ class Dmd(Recipe[Backbone]):
         cond = back_and_forth(clip.cond, prefix + frames)
         samples = self.sampler.num_noise_samples(self.geometry)
         noise = sample_noise((b, prefix + frames, *shape), samples, clip.latents, generator)
-        x, x0 = self._rollout_by_exit(noise, cond, exits, prefix_chunks + 1 if long else 0)
+        without_grad = prefix_chunks + 1 if long and not clip.views else prefix_chunks
+        x, x0 = self._rollout_by_exit(noise, cond, exits, without_grad, clip.views)
         if long:
             cond = with_action_labels(cond.frames(prefix, prefix + frames))
-        return Clip(x[:, prefix:], cond), x0[:, prefix:]
+        rollout, x0 = Clip(x[:, prefix:], cond, views=clip.views), x0[:, prefix:]
+        if clip.views:
+            rollout = with_views(rollout, self.geometry.retrieved, generator)
+            x0 = torch.cat([rollout.latents[:, : rollout.cond.given], x0], dim=1)
+        return rollout, x0
 
     def _rollout_by_exit(
-        self, noise: Noise, cond: Condition, exits: Sequence[int | None], without_grad: int
+        self,
+        noise: Noise,
+        cond: Condition,
+        exits: Sequence[int | None],
+        without_grad: int,
+        views: Sequence[Views] = (),
     ) -> tuple[Latents, Latents]:
         """`self_rollout` of a batch; clips with the same exit step go together."""
 
-        def unroll(noise: Noise, cond: Condition, exit_step: int | None) -> tuple[Latents, Latents]:
-            student, context = self.networks["student"], self.cfg.context
-            return self_rollout(student, noise, cond, self.geometry, self.sampler, exit_step, without_grad, context)
+        student, context = self.networks["student"], self.cfg.context
+
+        def unroll(
+            noise: Noise, cond: Condition, exit_step: int | None, views: Sequence[Views]
+        ) -> tuple[Latents, Latents]:
+            return self_rollout(
+                student, noise, cond, self.geometry, self.sampler, exit_step, without_grad, context, views
+            )
 
         groups = {exit_step: [i for i, other in enumerate(exits) if other == exit_step] for exit_step in exits}
         if len(groups) == 1:
-            return unroll(noise, cond, exits[0])
-        parts = [unroll(noise[:, clips], cond.clips(clips), exit_step) for exit_step, clips in groups.items()]
+            return unroll(noise, cond, exits[0], views)
+        parts = [
+            unroll(noise[:, clips], cond.clips(clips), exit_step, [views[i] for i in clips] if views else ())
+            for exit_step, clips in groups.items()
+        ]
         order = torch.tensor([i for clips in groups.values() for i in clips]).argsort().tolist()
         x, x0 = (torch.cat(clips)[order] for clips in zip(*parts, strict=True))
         return x, x0

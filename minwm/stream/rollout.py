@@ -377,6 +377,7 @@ def self_rollout(
     exit_step: int | None,
     chunks_without_grad: int = 0,
     context: RolloutOutput = "final",
+    views: Sequence[Views] = (),
 ) -> tuple[Latents, Latents]:
     """(clip, clip at exit): the network's own video, and its x_0 at `exit_step`, with gradient (Self-Forcing).
 
@@ -389,7 +390,7 @@ def self_rollout(
             f"a self-rollout of {noise.shape[2]} latents overwrites its cache of {geometry.slots} chunks, which "
             "checkpointing reads again in the backward pass; raise window, or switch checkpointing off"
         )
-    stream = Stream(net, cond, geometry, reach=None)
+    stream = Stream(net, cond, geometry, reach=None, views=views)
     clip, at_exit = [], []
     for index, (a, b) in enumerate(geometry.chunks(noise.shape[2])):
         chunk = stream.prepare_chunk(cond.frames(a, b))

@@ -18,14 +18,15 @@ from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.text import WordText
-from minwm.recipes.dmd import DmdConfig
+from minwm.recipes import dmd
+from minwm.recipes.dmd import Dmd, DmdConfig, back_and_forth
 from minwm.recipes.ops import random_part, with_views
 from minwm.render.place import HOURS, Place
 from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model
 from minwm.stream.memory import nearest_views
-from minwm.stream.rollout import Stream, generate_latents
-from minwm.stream.solvers import BidirectionalSampler
+from minwm.stream.rollout import Stream, generate_latents, sample_noise
+from minwm.stream.solvers import BidirectionalSampler, Noise
 
 REMEMBERS = StreamConfig(chunk=1, sink=0, window=3, retrieved=2, recompute="causal")
 
@@ -83,6 +84,29 @@ def test_every_recipe_learns_what_comes_after_views(name: str, step: int) -> Non
     whole = clip()
     with pytest.raises(ConfigError, match=r"stream.retrieved=2, and only 1 views are known"):
         recipe.loss(replace(whole, views=scattered(whole, 1)), step, seeded())
+
+
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_a_student_with_views_is_scored_on_what_its_stream_makes(long: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that has gone on: after views near to what is scored, with cameras where they stand in the world."""
+    whole, drawn = clip(), list[Noise]()
+    whole = replace(whole, cond=whole.cond.without_image(), views=scattered(whole, 6))
+    recipe = make("dmd", replace(MODEL, stream=REMEMBERS), long_rollouts=long, max_prefix_chunks=4)
+    assert isinstance(recipe, Dmd)
+    monkeypatch.setattr(dmd, "sample_noise", lambda *given: drawn.append(sample_noise(*given)) or drawn[0])
+    own, x0 = recipe._rollout(whole, [None] * len(whole.latents), seeded(1))
+    made, cond = drawn[0].shape[2], back_and_forth(whole.cond, drawn[0].shape[2])
+    assert (made > FRAMES) == bool(long)
+    net, sampler = recipe.networks["student"], recipe.sampler
+    video = generate_latents(net, sampler, drawn[0], cond, recipe.geometry, whole.views)[:, made - FRAMES :]
+    assert own.cond.given == 2
+    torch.testing.assert_close((own.latents[:, 2:], x0[:, 2:]), (video, video), atol=1e-5, rtol=1e-4)
+    for i, known in enumerate(whole.views):
+        chosen = [next(k for k in range(6) if torch.equal(known.latents[k], x)) for x in own.latents[i, :2]]
+        poses = torch.cat([known.w2c[chosen], cond.cameras[0][i, made - FRAMES :].double()])
+        torch.testing.assert_close(
+            own.cond.cameras[0][i].double(), poses @ se3_inverse(poses[:1]), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_views_need_streams_that_see_some() -> None:
