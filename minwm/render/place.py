@@ -84,11 +84,12 @@ class Place(World):
         return np.asarray(self.clearance(points) >= CLEARANCE)
 
     def viewpoints(self) -> Float[np.ndarray, "n 4 4"]:
-        """c2w of pictures that show all of the place: a unit apart, in 8 directions, those between at every second."""
-        x, z = (grid.flatten() for grid in np.meshgrid(np.arange(-5.0, 6), np.arange(-4.4, 5), indexing="ij"))
+        """c2w of pictures that show all of the place: half a unit apart, in 16 directions, those between at every
+        second."""
+        x, z = (grid.flatten() for grid in np.meshgrid(np.arange(-5, 5.1, 0.5), np.arange(-4.4, 5, 0.5), indexing="ij"))
         free = self.free(np.stack([x, np.full(len(x), -EYE), z], 1))
         places = zip(x[free], z[free], strict=True)
-        return np.stack([pose(*at, 45 * (k + i % 2 / 2)) for i, at in enumerate(places) for k in range(8)])
+        return np.stack([pose(*at, 22.5 * (k + i % 2 / 2)) for i, at in enumerate(places) for k in range(16)])
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 512) -> np.ndarray | None:
         """World pose (4x4) of the first frame of an anchored track, anywhere, that keeps the whole path free."""

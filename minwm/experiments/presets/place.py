@@ -17,8 +17,8 @@ from minwm.recipes.ode import OdeConfig
 from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import OptimConfig, Run
 
-VIEWS = 2240
-"""560 viewpoints at four hours."""
+VIEWS = 16640
+"""4160 viewpoints at four hours."""
 STREAM = StreamConfig(chunk=1, sink=0, window=5, retrieved=4, recompute="causal", context_noise=0.2)
 
 
