@@ -4,6 +4,8 @@ b batch · f latent frames · n pixel frames · c h w latent channels, rows, col
 s tokens · d width · a heads · e head width · l text tokens
 """
 
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -100,8 +102,8 @@ class Condition:
 class Views:
     """Posed pictures of a world, known beforehand, which streams remember."""
 
-    latents: Float[Tensor, "n c h w"]
-    """Each encoded as the first latent of a clip is."""
+    latents: Mapping[int, Float[Tensor, "c h w"]]
+    """Of views 0 to n - 1, each encoded as the first latent of a clip is; some mappings make them when asked."""
     w2c: Float[Tensor, "n 4 4"]
     """float64."""
     K: Float[Tensor, "n 4"]
@@ -109,6 +111,11 @@ class Views:
     def transformed(self, pose: Float[Tensor, "4 4"]) -> "Views":
         """In the frame of a camera at `pose` (c2w)."""
         return replace(self, w2c=self.w2c @ pose.to(self.w2c))
+
+    def with_view(self, latent: Float[Tensor, "c h w"], w2c: Float[Tensor, "4 4"], K: Float[Tensor, " 4"]) -> "Views":
+        """And one more, the last."""
+        latents = ChainMap({len(self.w2c): latent}, self.latents)  # pyright: ignore[reportArgumentType]
+        return Views(latents, torch.cat([self.w2c, w2c.to(self.w2c)[None]]), torch.cat([self.K, K.to(self.K)[None]]))
 
 
 @dataclass(frozen=True)

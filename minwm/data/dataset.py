@@ -191,7 +191,7 @@ def read_views(path: Path, spec: ClipSpec) -> dict[str, Views]:
 def _stacked(samples: Sequence[Sample]) -> Views:
     c2w = np.stack([np.asarray(s.record.origin) @ s.record.track.c2w[0] for s in samples])
     K = torch.from_numpy(np.stack([s.record.track.K[0] for s in samples])).float()
-    return Views(torch.stack([s.latents[0] for s in samples]), torch.from_numpy(se3_inverse(c2w)), K)
+    return Views({i: s.latents[0] for i, s in enumerate(samples)}, torch.from_numpy(se3_inverse(c2w)), K)
 
 
 class RawDataset:

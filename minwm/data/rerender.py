@@ -149,7 +149,7 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
 
 
 def _viewpoint(place: Place, index: int) -> np.ndarray:
-    poses = place.viewpoints()
+    poses = place.viewpoints
     if index >= len(poses):
         raise DataError(
             f"the place has {len(poses)} viewpoints at each hour; give at most {len(HOURS) * len(poses)} clips"

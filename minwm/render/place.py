@@ -5,6 +5,7 @@ looks different. About 12 x 12 world units; x is east, z is north. The same at f
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -83,6 +84,7 @@ class Place(World):
     def free(self, points: Float[np.ndarray, "*n 3"]) -> Bool[np.ndarray, "*n"]:
         return np.asarray(self.clearance(points) >= CLEARANCE)
 
+    @cached_property
     def viewpoints(self) -> Float[np.ndarray, "n 4 4"]:
         """c2w of pictures that show all of the place: half a unit apart, in 16 directions, those between at every
         second."""

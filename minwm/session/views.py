@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from minwm.cameras.track import CameraTrack, se3_inverse
 from minwm.core.media import to_pixels
@@ -15,9 +16,6 @@ from minwm.nets.codec import VideoCodec
 from minwm.render.base import Scene
 from minwm.render.place import HOURS, Place
 from minwm.store.model import Model, ModelConfig
-
-BATCH = 64
-"""Pictures encoded at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +40,23 @@ def known_views(model: Model, starts: Sequence[Viewpoint | None]) -> list[Views]
     return found if len(found) == len(starts) else []
 
 
+class RenderedLatents(dict[int, Tensor]):
+    """Latents of pictures from along a track, drawn and encoded when they are first asked for."""
+
+    def __init__(self, scene: Scene, track: CameraTrack, codec: VideoCodec, cfg: ModelConfig) -> None:
+        self.scene, self.track, self.codec, self.size = scene, track, codec, (cfg.height, cfg.width)
+
+    @torch.no_grad()
+    def __missing__(self, i: int) -> Float[Tensor, "c h w"]:
+        frames = torch.from_numpy(self.scene.render(self.track.slice(i, i + 1), *self.size).frames)
+        pixels = to_pixels(frames[None]).to(next(self.codec.parameters()).device)
+        self[i] = self.codec.encode(pixels)[0, 0].cpu()
+        return self[i]
+
+
 @lru_cache(maxsize=len(HOURS))
-@torch.no_grad()
 def _views(hour: str, codec: VideoCodec, cfg: ModelConfig) -> Views:
-    place, device = Place(list(HOURS).index(hour)), next(codec.parameters()).device
-    track = CameraTrack(place.viewpoints(), cfg.intrinsics, cfg.motion.fps)
-    frames = torch.from_numpy(place.render(track, cfg.height, cfg.width).frames)
-    latents = [codec.encode(to_pixels(part[:, None]).to(device))[:, 0] for part in frames.split(BATCH)]
-    return Views(torch.cat(latents).cpu(), torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float())
+    place = Place(list(HOURS).index(hour))
+    track = CameraTrack(place.viewpoints, cfg.intrinsics, cfg.motion.fps)
+    w2c, K = torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float()
+    return Views(RenderedLatents(place, track, codec, cfg), w2c, K)

@@ -79,7 +79,8 @@ class Stream:
     With `recompute` the past is kept as latents, and what is in the cache before a chunk is made again from those that
     this chunk sees: `chunk` is then its place among them.
 
-    `views` of each clip's world, in its frame, are seen by all chunks, and are kept when the stream restarts.
+    `views` of each clip's world, in its frame, are seen by all chunks, and are kept when the stream restarts. An image
+    that the stream starts with is one more of them.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Stream:
         reach: float | None = REACH,
         views: Sequence[Views] = (),
     ) -> None:
-        self.views = tuple(views)
+        self.known = tuple(views)
         if views and (geometry.retrieved < 1 or geometry.chunk != 1 or geometry.sink):
             raise ConfigError("known views are for streams of single latents with stream.retrieved and without sinks")
         self.net, self.guidance, self.reach = net, guidance, reach
@@ -104,6 +105,7 @@ class Stream:
 
     def _reset(self, batch: int) -> None:
         self.chunk = 0
+        self.views = self.known
         self.past: list[RememberedChunk] = []
         """All chunks, if the context is recomputed; with cameras and actions of the current one, and the image."""
         self.frames: dict[str, Tensor] = {}
@@ -304,6 +306,9 @@ class Stream:
             x = with_first(x if noise is None else interpolate(x, noise, x.new_full(x.shape[:2], level)), first)
             t = level if geometry.context_time is None else geometry.context_time
             if geometry.recompute != "never":
+                if self.known and not self.past and cond.given is not None:
+                    image = zip(self.known, x[:, 0], self.frames["w2c"][:, 0], self.frames["K"][:, 0], strict=True)
+                    self.views = tuple(known.with_view(*view) for known, *view in image)
                 self.first_latent = self.first_latent if self.past else first
                 self.past.append(RememberedChunk(x, t, self.frames))
             if geometry.recompute == "never" or not self._recomputes(len(self.past)):

@@ -125,7 +125,9 @@ def test_a_chunk_sees_what_it_chose_as_a_clip_of_nothing_else(name: str, image: 
 def known_views(cond: Condition, frames: int) -> tuple[Views, ...]:
     """The first frames of each clip, as views of its world."""
     w2c, K = cond.cameras
-    return tuple(Views(X[i, :frames], w2c[i, :frames].double(), K[i, :frames]) for i in range(len(w2c)))
+    return tuple(
+        Views(dict(enumerate(X[i, :frames])), w2c[i, :frames].double(), K[i, :frames]) for i in range(len(w2c))
+    )
 
 
 @every_way
@@ -153,6 +155,24 @@ def test_a_chunk_sees_the_nearest_views_before_its_window(name: str, recompute: 
         v = stream.velocity(prepared, X[:, frame : frame + 1], 0.5)
         torch.testing.assert_close(v, masked[:, -1:], atol=1e-5, rtol=1e-5)
         stream.update_cache(prepared, X[:, frame : frame + 1])
+
+
+@torch.no_grad()
+def test_an_image_at_the_start_is_one_more_view() -> None:
+    """Where it is near it is seen, also when it has left the window, and again after a new start."""
+    cond, net = condition(FRAMES, seed=4, image=True), small("wan-dual")
+    geometry = Geometry(tokens=6, chunk=1, sink=0, window=2, retrieved=2, recompute="causal")
+    stream, frames = Stream(net, cond, sized(net, geometry), views=known_views(cond, 4)), (0, 6, 7, 0)
+    for undone in (True, False):
+        seen = list[list[list[int]]]()
+        for frame in frames:  # the last one is back where the first was
+            at = replace(cond.frames(0, 1), **cond.frames(frame, frame + 1).per_frame())
+            prepared = stream.prepare_chunk(at if stream.past == [] else replace(at, first_latents=None))
+            seen.append(stream.cached_views)
+            stream.update_cache(prepared, X[:, frame : frame + 1])
+        assert all(4 in clip for clip in seen[-1]) and not any(4 in clip for clip in seen[0])
+        torch.testing.assert_close(stream.views[0].latents[4], X[0, 0])
+        stream.restore((0,)) if undone else stream.restart(cond)
 
 
 @pytest.mark.parametrize("name", ["wan-dual", "hunyuan-actions"])
