@@ -247,6 +247,7 @@ class Stream:
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         if self.geometry.recompute != "never":
             del self.past[snapshot[0] :]
+            self.views = self.views if self.past else self.known
             self.stale = True
             return
         slot, self.chunk, *place = snapshot
