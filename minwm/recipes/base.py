@@ -179,11 +179,12 @@ class ClipConfig(RecipeConfig):
         data.views = read_views(self.views, model.clip_spec) if self.views else None
         return data
 
-    def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
-        """A random part of the clip, or all of it."""
+    def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator, more: int = 0) -> Clip:
+        """A random part of the clip, or all of it; with so many latents more, as far as the clip is long."""
         if not self.latents:
             return clip
-        return random_part(clip, self.latents, generator, self.latents_apart, sink=stream.sink > 0)
+        frames = min(self.latents + more, clip.latents.shape[1])
+        return random_part(clip, frames, generator, self.latents_apart, sink=stream.sink > 0)
 
     def sample_clip(self, clip: Clip, stream: StreamConfig, generator: torch.Generator) -> Clip:
         """A random part of the clip, or all of it, with what is given of it."""

@@ -123,7 +123,7 @@ def with_static_cameras(clip: Clip, probability: float, generator: torch.Generat
 
 
 def back_and_forth(cond: Condition, frames: int) -> Condition:
-    """The cameras of a clip for a stream of `frames` latents: to the end of the path, back again, and so on."""
+    """The cameras of a clip for a stream of `frames` latents: along the path, at its end back again, and so on."""
     if cond.w2c is None or cond.K is None:
         return cond
     end = cond.w2c.shape[1] - 1
@@ -141,7 +141,8 @@ class Dmd(Recipe[Backbone]):
 
     def loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         if clip.views:  # which the student's stream retrieves itself
-            clip = self.cfg.sample_part(clip, self.geometry, generator)
+            more = self.cfg.max_prefix_chunks * self.geometry.chunk if self.cfg.long_rollouts else 0
+            clip = self.cfg.sample_part(clip, self.geometry, generator, more)
             clip = replace(clip, cond=clip.cond.without_image())
         else:
             clip = self.cfg.sample_clip(clip, self.geometry, generator)
@@ -192,6 +193,7 @@ class Dmd(Recipe[Backbone]):
         first latents are these, and the rest is the student's, which sees views chosen anew for every chunk.
         """
         b, frames, *shape = clip.latents.shape
+        frames = self.cfg.latents or frames
         long = self.cfg.long_rollouts and bernoulli(self.cfg.long_rollouts, generator)
         prefix_chunks = 1 + random_index(self.cfg.max_prefix_chunks, generator) if long else 0
         prefix = prefix_chunks * self.geometry.chunk

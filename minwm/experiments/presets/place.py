@@ -19,7 +19,7 @@ from minwm.train.config import OptimConfig, Run
 
 VIEWS = 16640
 """4160 viewpoints at four hours."""
-STREAM = StreamConfig(chunk=1, sink=0, window=5, retrieved=4, recompute="causal", context_noise=0.2)
+STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=6, recompute="causal", context_noise=0.2)
 
 
 def place(out: Path) -> Pipeline:
@@ -72,11 +72,13 @@ def _adapted(run: Run, views: Path) -> Run:
     if not isinstance(model.sampler, FewStepSampler):
         model = replace(model, sampler=replace(model.sampler, steps=8, guidance=1.0))
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
-        recipe = replace(recipe, guidance=1.0, latents=5, latents_apart=2, views=views)
+        recipe = replace(recipe, guidance=1.0, latents=2, latents_apart=2, views=views)
+    if isinstance(recipe, DmdConfig):
+        recipe = replace(recipe, latents=3, static_cameras=0.3, long_rollouts=0.5, max_prefix_chunks=16)
     if isinstance(recipe, OdeConfig):
         recipe = replace(recipe, ode_steps=8)
     if isinstance(recipe, DiffusionConfig):
-        latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (5, 2, 3e-3), "ar": (5, 2, 2e-3)}[run.name]
+        latents, apart, lr = {"foundation": (3, 8, 6e-3), "camera": (3, 2, 3e-3), "ar": (2, 2, 2e-3)}[run.name]
         time = replace(recipe.time, weight="clean")
         recipe = replace(recipe, latents=latents, latents_apart=apart, image_start=0.9, time=time)
         recipe = replace(recipe, views=None if run.name == "foundation" else views)
