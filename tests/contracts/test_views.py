@@ -86,27 +86,30 @@ def test_every_recipe_learns_what_comes_after_views(name: str, step: int) -> Non
         recipe.loss(replace(whole, views=scattered(whole, 1)), step, seeded())
 
 
+@pytest.mark.parametrize("frames", [2, FRAMES])
 @pytest.mark.parametrize("long", [0.0, 1.0])
-def test_a_student_with_views_is_scored_on_what_its_stream_makes(long: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long that has gone on: after views near to what is scored, with cameras where they stand in the world."""
+def test_a_student_with_views_is_scored_on_what_its_stream_makes(
+    long: float, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that has gone on along its clip: after views near to what is scored, with cameras where they stand
+    in the world."""
     whole, drawn = clip(), list[Noise]()
     whole = replace(whole, cond=whole.cond.without_image(), views=scattered(whole, 6))
-    recipe = make("dmd", replace(MODEL, stream=REMEMBERS), long_rollouts=long, max_prefix_chunks=4)
+    recipe = make("dmd", replace(MODEL, stream=REMEMBERS), latents=frames, long_rollouts=long, max_prefix_chunks=4)
     assert isinstance(recipe, Dmd)
     monkeypatch.setattr(dmd, "sample_noise", lambda *given: drawn.append(sample_noise(*given)) or drawn[0])
     own, x0 = recipe._rollout(whole, [None] * len(whole.latents), seeded(1))
-    made, cond = drawn[0].shape[2], back_and_forth(whole.cond, drawn[0].shape[2])
-    assert (made > FRAMES) == bool(long)
-    net, sampler = recipe.networks["student"], recipe.sampler
-    video = generate_latents(net, sampler, drawn[0], cond, recipe.geometry, whole.views)[:, made - FRAMES :]
+    start = drawn[0].shape[2] - frames
+    assert (start > 0) == bool(long)
+    net, sampler, cond = recipe.networks["student"], recipe.sampler, back_and_forth(whole.cond, start + frames)
+    video = generate_latents(net, sampler, drawn[0], cond, recipe.geometry, whole.views)[:, start:]
     assert own.cond.given == 2
     torch.testing.assert_close((own.latents[:, 2:], x0[:, 2:]), (video, video), atol=1e-5, rtol=1e-4)
     for i, known in enumerate(whole.views):
         chosen = [next(k for k in range(6) if torch.equal(known.latents[k], x)) for x in own.latents[i, :2]]
-        poses = torch.cat([known.w2c[chosen], cond.cameras[0][i, made - FRAMES :].double()])
-        torch.testing.assert_close(
-            own.cond.cameras[0][i].double(), poses @ se3_inverse(poses[:1]), atol=1e-5, rtol=1e-5
-        )
+        poses = torch.cat([known.w2c[chosen], cond.cameras[0][i, start:].double()])
+        there = poses @ se3_inverse(poses[:1])
+        torch.testing.assert_close(own.cond.cameras[0][i].double(), there, atol=1e-5, rtol=1e-5)
 
 
 def test_views_need_streams_that_see_some() -> None:
