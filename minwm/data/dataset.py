@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
@@ -173,7 +173,8 @@ class ShardDataset:
         return self.views[record.world].transformed(torch.from_numpy(record.origin))
 
 
-def read_views(path: Path, spec: ClipSpec) -> dict[str, Views]:
+@lru_cache(maxsize=1)
+def read_views(path: Path, spec: ClipSpec) -> Mapping[str, Views]:
     """Views by `ClipRecord.world`: the first latents of a folder of latent shards, of clips with an origin."""
     found: dict[str, list[Sample]] = {}
     names, splits = [shard.name for shard in list_shards(path)], get_args(Split)

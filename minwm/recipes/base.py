@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
 from minwm.core.runtime import generator as make_generator
-from minwm.core.types import Clip, Condition
+from minwm.core.types import Clip, Condition, Views
 from minwm.data.dataset import BatchSource, ShardDataset, Split, read_views
 from minwm.data.noise import PoseNoise
 from minwm.nets.backbone import Backbone
@@ -91,8 +91,12 @@ class RecipeConfig(ABC):
 
     def shards(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> ShardDataset:
         """Latent shards of the model's clips; DataError for others."""
-        null, spec = self.null_text(model), model.clip_spec
-        return ShardDataset(path, split, image_start=model.image_start, null=null, noise=noise, spec=spec)
+        null, spec, views = self.null_text(model), model.clip_spec, self.known_views(model)
+        return ShardDataset(path, split, image_start=model.image_start, null=null, noise=noise, spec=spec, views=views)
+
+    def known_views(self, model: ModelConfig) -> Mapping[str, Views] | None:
+        """Of the worlds of training clips, by world."""
+        return None
 
     def null_text(self, model: ModelConfig) -> Float[Tensor, "l d"] | None:
         """Text states of the unconditional branch, here that of a teacher's guidance; None: zeros."""
@@ -174,10 +178,8 @@ class ClipConfig(RecipeConfig):
     def clip_latents(self, model: ModelConfig) -> int:
         return (self.latents or model.latents) + (model.stream.retrieved if self.views else 0)
 
-    def shards(self, path: Path, split: Split, model: ModelConfig, noise: PoseNoise | None = None) -> ShardDataset:
-        data = super().shards(path, split, model, noise)
-        data.views = read_views(self.views, model.clip_spec) if self.views else None
-        return data
+    def known_views(self, model: ModelConfig) -> Mapping[str, Views] | None:
+        return read_views(self.views, model.clip_spec) if self.views else None
 
     def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator, more: int = 0) -> Clip:
         """A random part of the clip, or all of it; with so many latents more, as far as the clip is long."""
