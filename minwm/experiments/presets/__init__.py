@@ -28,6 +28,7 @@ PIPELINES: dict[str, Callable[[Path], Pipeline]] = {
     "place": place.place,
     "smoke": demo.smoke,
     "paper": wan.paper,
+    "paper-hunyuan": hunyuan.paper,
     **{size: update_wrapper(partial(wan.wan, size), wan.wan) for size in wan.RELEASES},
     "hunyuan1.5-8b": hunyuan.hunyuan,
     "worldplay-finetune": worldplay.finetune,

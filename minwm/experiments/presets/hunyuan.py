@@ -92,6 +92,24 @@ def hunyuan(out: Path) -> Pipeline:
     )  # fmt: skip
 
 
+def paper(out: Path) -> Pipeline:
+    """minWM's released run of HunyuanVideo-1.5: all differences that docs/paper.md lists are removed.
+
+    Stage 3 starts from stage 2a, the released code's choice; `init.student` names stage 2b's folder instead.
+    """
+    pipeline = hunyuan(out)
+
+    def changed(run: Run) -> Run:
+        stream = StreamConfig(chunk=4, image_start=True, sink=0, window=5)
+        run = replace(run, model=replace(run.model, stream=stream), ema=0.999 if run.name == "consistency" else 0.0)
+        if not isinstance(run.recipe, DmdConfig):
+            return run
+        recipe = replace(run.recipe, score_times="exit", critic_data="exit", t_min=0.0, t_max=1.0)
+        return replace(run, recipe=recipe, init=replace(run.init, student=str(out / "ode")))
+
+    return replace(pipeline, name="paper-hunyuan", stages=tuple(changed(run) for run in pipeline.stages))
+
+
 def demo_hunyuan(out: Path) -> Pipeline:
     """The demo on a small HunyuanVideo-1.5: text, image and video in one attention; in minutes on two CPU cores.
 
