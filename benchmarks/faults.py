@@ -90,11 +90,12 @@ def goes_on(run: Run, out: Path, whole: Path) -> bool:
 
 
 def killed(run: Run, out: Path, whole: Path) -> dict[str, Any]:
-    """kill -9 at random times; once the run is finished all the same, from the start again."""
+    """kill -9 at random times in a part of the run; once it is finished all the same, from the start again."""
     at, kept, same, kills, draw = 0, [], [], 0, random.Random(0)
+    part = json.loads((whole / "summary.json").read_text())["seconds"] / 4
     while kills < KILLS:
         (child,) = start(run, out)
-        time.sleep(draw.uniform(0.05, 1.5))
+        time.sleep(draw.uniform(0, part))
         os.kill(child, signal.SIGKILL)
         kills += finish([child]) == [-signal.SIGKILL]
         now = States(out).latest() or 0
