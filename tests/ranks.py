@@ -1,11 +1,10 @@
 """Tests on several processes: `python ranks.py FOLDER` forks worlds of 1, 2 and 4 that train the same.
 
-One process imports everything, so that a world starts at once. What each world finds is compared with what one process
-finds without torch.distributed.
+One process imports everything, so that a world starts at once; TorchDynamo too, which FSDP and optimisers import late.
+What each world finds is compared with what one process finds without torch.distributed.
 """
 
 import copy
-import itertools
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from backbones import SMALL
 from recipes import CASES, MODEL, clip
 from test_adamw8bit import Matrix
@@ -53,6 +53,7 @@ from minwm.recipes.base import Recipe
 from minwm.recipes.codec import CodecTraining
 from minwm.session import batch
 from minwm.store.folder import load_codec, save_model
+from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import Init, OptimConfig, Run
 from minwm.train.loop import StoppedError, Trainer, loop
 from minwm.train.parallel import Parallel, ParallelConfig, process_group, whole
@@ -173,7 +174,7 @@ def same_steps(folder: Path, names: list[str], parallel: ParallelConfig) -> None
 MUON = OptimConfig(optimizer="muon", lr=1e-3)
 EIGHT_BIT = OptimConfig(optimizer="adamw8bit", lr=1e-3)
 RESUMED = {"parts": "wan-dmd", "adapted": "wan-lora-dmd"}
-"""Runs of two processes that others go on with, by folder."""
+"""Runs of two processes by folder. One process goes on with both, four with the first."""
 
 
 def train_to(
@@ -260,8 +261,8 @@ class Sent(TorchDispatchMode):
 
 
 def sending(family: str) -> Run:
-    cfg = CASES["dmd"]
-    return Run(name="sent", model=MODELS[family], recipe=cfg, data="", batch=1, accumulate=2, parallel=PAIRS)
+    model = replace(MODELS[family], latents=3, sampler=FewStepSampler(steps=1))
+    return Run(name="sent", model=model, recipe=CASES["dmd"], data="", batch=1, accumulate=2, parallel=PAIRS)
 
 
 def sent_as_planned(family: str) -> None:
@@ -311,6 +312,13 @@ def two(out: Path) -> None:
         train_to(2, out / parts, ParallelConfig(), name)
     eight_bit(2, out / "eight")
     stopped(out / "stopped", ParallelConfig())
+    evaluated(out, "shared")
+    piped(out / "pipeline")  # the last: its rank 0 then works alone
+
+
+def one(out: Path) -> None:
+    for parts, name in RESUMED.items():
+        resumed(out / f"{parts}1", ParallelConfig(), name)
 
 
 def four(eight: Mapping[str, Tensor], out: Path) -> None:
@@ -320,8 +328,7 @@ def four(eight: Mapping[str, Tensor], out: Path) -> None:
     for family in MODELS:
         sent_as_planned(family)
     same_steps(out, [name for name in RUNS if name.startswith("hunyuan")], parallel)
-    for parts, name in RESUMED.items():
-        resumed(out / f"{parts}4", parallel, name)
+    resumed(out / "parts4", parallel)
 
 
 def piped(out: Path) -> None:
@@ -357,9 +364,6 @@ def evaluated(out: Path, name: str) -> None:
 
 def same_scores(out: Path) -> None:
     """Of two processes and of one."""
-    save_model(out / "scored", CONFIG, CONFIG.network.build(), CONFIG.codec.build())
-    (out / "paths.txt").write_text("w*4\ns*4\nl*4\n")
-    world(2, partial(evaluated, out, "shared"))
     evaluated(out, "alone")
     one, many = (parse_json((out / f"{x}.json").read_text())["videos"]["scored"] for x in ("alone", "shared"))
     assert one["tasks"] == many["tasks"] and len(one["tasks"]) == 3
@@ -377,17 +381,21 @@ def main(out: Path) -> None:
     for parts, name in RESUMED.items():
         train_to(3, out / f"{parts}-whole", ParallelConfig(), name)
     eight = eight_bit(4, out / "eight-whole").state_dict()
+    save_model(out / "scored", CONFIG, CONFIG.network.build(), CONFIG.codec.build())
+    (out / "paths.txt").write_text("w*4\ns*4\nl*4\n")
     world(2, partial(two, out))
-    for parts, name in RESUMED.items():
-        for size in (1, 4):
-            shutil.copytree(out / parts, out / f"{parts}{size}")
-        world(1, partial(resumed, out / f"{parts}1", ParallelConfig(), name))
+    again = ("parts", 1), ("adapted", 1), ("parts", 4)
+    for parts, size in again:
+        shutil.copytree(out / parts, out / f"{parts}{size}")
+    world(1, partial(one, out))
     world(4, partial(four, eight, out))
-    world(2, partial(piped, out / "pipeline"))
     same_scores(out)
-    for parts, size in itertools.product(RESUMED, (1, 4)):
-        for one, many in zip(read_metrics(out / f"{parts}-whole"), read_metrics(out / f"{parts}{size}"), strict=True):
-            assert all(math.isclose(one[name], many[name], rel_tol=1e-4) for name in ("grad_norm", LOSS[one["trains"]]))
+    for parts, size in again:
+        for one_step, many in zip(
+            read_metrics(out / f"{parts}-whole"), read_metrics(out / f"{parts}{size}"), strict=True
+        ):
+            names = ("grad_norm", LOSS[one_step["trains"]])
+            assert all(math.isclose(one_step[name], many[name], rel_tol=1e-4) for name in names)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,9 @@ def test_no_fault_of_a_training_loses_anything() -> None:
     faults = json.loads((ROOT / "results" / "faults.json").read_text())["faults"]
     assert faults["kill -9"]["kills"] >= 50 and faults["kill -9"]["no_saved_step_lost"]
     assert faults["SIGTERM"]["exit_codes"] == [143]
-    assert faults["file size limit"]["half_written"] == 0
+    assert all(faults[name]["half_written"] == 0 for name in ("file size limit", "full disk"))
+    jumps = faults["clock jumps"]
+    assert jumps["exit_codes"] == [0] and 0 < jumps["counted"] < jumps["seconds"]
     pairs = {name for name in faults if name.startswith("one of two")}
     for name in pairs:
         found = faults[name]
@@ -285,5 +287,5 @@ def test_no_fault_of_a_training_loses_anything() -> None:
         assert "another process has ended, or hung" in found["message"]
     for name in faults.keys() - pairs:
         assert faults[name]["same_weights"], name
-    for name in faults.keys() - pairs - {"kill -9", "SIGTERM"}:
+    for name in faults.keys() - pairs - {"kill -9", "SIGTERM", "clock jumps"}:
         assert faults[name]["exit_codes"] == [2] and "error: " in faults[name]["message"], name

@@ -1,7 +1,7 @@
 """Plans for many GPUs; what a real group of processes sends is compared in tests/ranks.py."""
 
 import json
-from collections import defaultdict
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ def test_gpus_share_what_is_held_then_clips() -> None:
         assert two.steps[role].flops == step.flops / 2 and two.steps[role].shard > 0 == two.steps[role].sequence
         assert eight.steps[role].flops == pytest.approx(step.flops / 8, rel=0.01) and eight.steps[role].sequence > 0
         assert eight.steps[role].seconds[0] < eight.steps[role].seconds[1]
+    pair = scale(replace(RUN, parallel=replace(RUN.parallel, sequence=2)), 2, cluster)
+    assert pair.sequence == 2 and pair.bytes < two.bytes
     copies = scale(replace(RUN, parallel=replace(RUN.parallel, shard=2)), 4, cluster)
     for role, step in scale(RUN, 4, cluster).steps.items():  # weights stay in the node, gradients alone leave it
         assert step.copy == 0 < copies.steps[role].copy < copies.steps[role].shard < step.shard
@@ -77,33 +79,69 @@ def committed(name: str = "plan-wan") -> dict[str, list[dict[str, Any]]]:
     return json.loads((ROOT / "results" / f"{name}.json").read_text())["stages"]
 
 
-def table(preset: str, plan: str, counts: tuple[int, ...]) -> str:
-    """Rows of a page: steps of each stage, and for some numbers of GPUs the memory of each and the GPU-hours."""
-    lines, totals = list[str](), defaultdict[tuple[int, int], float](float)
-    for name, rows in committed(plan).items():
-        cells = [name, f"{presets.stage(f'{preset}/{name}', Path()).steps:,}"]
-        for row in (row for row in rows if row["gpus"] in counts):
-            for i, hours in enumerate(row["gpu_hours"]):
-                totals[row["gpus"], i] += hours
-            cells += [size(row["bytes"]), "{:.0f} to {:.0f}".format(*row["gpu_hours"])]
+FAMILIES = {"Wan2.1-1.3B": ("wan2.1-1.3b", "plan-wan"), "HunyuanVideo-1.5": ("hunyuan1.5-8b", "plan-hunyuan")}
+"""Preset and committed plan of each."""
+
+
+def memory(row: dict[str, Any]) -> str:
+    return size(row["bytes"]) if row["fits"] else f"*{size(row['bytes'])}*"
+
+
+def hours(*rows: dict[str, Any]) -> str:
+    low, high = (sum(row["gpu_hours"][i] for row in rows) for i in (0, 1))
+    return f"{low:.0f} to {high:.0f}"
+
+
+def on(count: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in rows if row["gpus"] == count)
+
+
+def costs(family: str) -> str:
+    """Rows of a page: steps of each stage, memory of a GPU on 1, 8 and 16 of them, and GPU-hours."""
+    preset, plan = FAMILIES[family]
+    stages, lines = committed(plan), [f"| **{family}** | | | | | | |"]
+    for name, rows in stages.items():
+        cells = [name, f"{presets.stage(f'{preset}/{name}', Path()).steps:,}", memory(on(1, rows))]
+        cells += [x for count in (8, 16) for x in (memory(on(count, rows)), hours(on(count, rows)))]
         lines.append(f"| {' | '.join(cells)} |")
-    total = " | | ".join(f"{totals[count, 0]:.0f} to {totals[count, 1]:.0f}" for count in counts)
-    return "\n".join([*lines, f"| all | | | {total} |"])
+    eight, sixteen = (hours(*(on(count, rows) for rows in stages.values())) for count in (8, 16))
+    return "\n".join([*lines, f"| all | | | | {eight} | | {sixteen} |"])
+
+
+def dearest(plan: str) -> tuple[str, list[dict[str, Any]]]:
+    """The stage that takes the most GPU-hours."""
+    return max(committed(plan).items(), key=lambda stage: on(8, stage[1])["gpu_hours"])
+
+
+def up_to_256() -> str:
+    """Rows of a page: memory, seconds of a step and GPU-hours of the dearest stage of both families."""
+    stages = {family: dearest(plan) for family, (_, plan) in FAMILIES.items()}
+    names = [f"{family}, {name}: each | seconds a step | GPU-hours" for family, (name, _) in stages.items()]
+    lines = [f"| GPUs | a clip on | {' | '.join(names)} |", "|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for count in (1, 8, 16, 64, 256):
+        found = [on(count, rows) for _, rows in stages.values()]
+        cells = [str(count), str(found[0]["sequence"])]
+        for row in found:
+            step = Step(**row["steps"]["student"])
+            cells += [memory(row), "{:.3g} to {:.3g}".format(*step.seconds), hours(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def test_pages_show_the_committed_plans() -> None:
     wan, hunyuan = ((ROOT / "docs" / page).read_text() for page in ("wan.md", "hunyuan.md"))
-    assert table("wan2.1-1.3b", "plan-wan", (1, 8, 16)) in PAGE
-    gib = [rows[0]["bytes"] / GIB for rows in committed().values()]
-    assert f"{min(gib):.0f} to {max(gib):.0f} GiB by stage" in wan
+    assert "\n".join(map(costs, FAMILIES)) in PAGE and up_to_256() in PAGE
+    for page, plan in ((wan, "plan-wan"), (hunyuan, "plan-hunyuan")):
+        stages = committed(plan)
+        gib = [rows[0]["bytes"] / GIB for rows in stages.values()]
+        assert f"{min(gib):.0f} to {max(gib):.0f} GiB by stage" in page
+        (found,) = re.findall(r"All stages are\s([\d,]+)\sGPU-hours", page)
+        assert found == f"{sum(rows[0]['gpu_hours'][0] for rows in stages.values()):,.0f}"
     lora = [
         f"| {name} | {size(row['bytes'])}{', fits' * row['fits']} |"
         for name, (row,) in committed("plan-wan-lora").items()
     ]
     assert "\n".join(lora) in PAGE
-    (eight,) = [row for row in committed("plan-hunyuan")["camera"] if row["gpus"] == 8]
-    said = "{:.0f} to {:.0f} GPU-hours on 8 H100".format(*eight["gpu_hours"])
-    assert eight["fits"] and said in hunyuan and f"with {size(eight['bytes'])} on each" in hunyuan
 
 
 def test_the_committed_plan_is_that_of_the_preset_as_it_is() -> None:

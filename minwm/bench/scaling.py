@@ -123,9 +123,9 @@ class Scaling:
 
 def scale(run: Run, gpus: int, cluster: Cluster) -> Scaling:
     """The stage with its clips of a step dealt out to so many GPUs, one at a time; several share one if there are more
-    GPUs than clips. ConfigError if they cannot be dealt out evenly."""
+    GPUs than clips, or if `parallel.sequence` says so. ConfigError if they cannot be dealt out evenly."""
     clips, shard = run.batch * run.accumulate, min(run.parallel.shard or gpus, gpus)
-    sequence = math.ceil(gpus / clips)
+    sequence = max(math.ceil(gpus / clips), min(run.parallel.sequence, gpus))
     if gpus % sequence or clips % (gpus // sequence) or gpus % shard:
         raise ConfigError(f"{run.name}: {clips} clips of a step cannot be dealt out to {gpus} GPUs evenly")
     parallel = ParallelConfig(gather=run.parallel.gather, cpu_offload=run.parallel.cpu_offload)
