@@ -1,4 +1,5 @@
-"""Clips per second of training on a CPU: by one process and by two, and beside a plain loop around diffusers' Wan.
+"""Clips per second of training on a CPU: by one process and by two, beside a plain loop around diffusers' Wan, and in
+bfloat16 and compiled beside float32.
 
     PYTHONPATH=.:tests python benchmarks/training_throughput.py results/training-throughput.json
 
@@ -7,6 +8,8 @@ The demo's stages with random weights and random clips, 4 in a step, in float32,
 processes  `minwm bench-train`, alone and under torchrun with two processes (FSDP by gloo), one after the other
 plain      the network without cameras as diffusers' class: flow matching of the clips, gradient clipping, AdamW. It
            takes turns with ours (train/loop.py), step by step, by the CPU time of each: other work hardly changes it
+place      stages of the place as its preset has them, on the clips of a step: in float32, in bfloat16, and compiled,
+           in turns as before
 """
 
 import json
@@ -39,6 +42,7 @@ from minwm.train.roles import build_recipe
 
 CLIPS = 4
 STAGES = ("camera", "dmd")
+PLACE = ("foundation", "camera", "ar")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 STEPS = ["--batch", "2", "--accumulate", str(CLIPS // 2), "--steps", "8", "--warmup", "2"]
 
@@ -84,19 +88,43 @@ def recipe_clips(run: Run) -> Any:
     return run.recipe.example_batch(run.model, run.batch)
 
 
-def race(run: Run, steps: int = 30, warmup: int = 3) -> dict[str, Any]:
-    """Clips per second of CPU time, of the median step of both, and how many times as long ours takes, step by step."""
-    torch.manual_seed(0)
-    makers = {"minwm": our_step(run), "plain": plain_step(run)}
+def in_turns(makers: dict[str, Callable[[int], None]], steps: int, warmup: int = 3) -> dict[str, np.ndarray]:
+    """CPU seconds of every step of each."""
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     for number in range(warmup + steps):
         for name, step in makers.items():
             start = time.process_time()
             step(number)
             seconds[name].append(time.process_time() - start)
-    ours, plain = (np.array(seconds[name][warmup:]) for name in ("minwm", "plain"))
-    rates = {"minwm": CLIPS / float(np.median(ours)), "plain": CLIPS / float(np.median(plain))}
-    return {"clips_per_cpu_s": rates, "times_as_long": float(np.median(ours / plain)), "steps": steps}
+    return {name: np.array(taken[warmup:]) for name, taken in seconds.items()}
+
+
+def race(run: Run, steps: int = 30) -> dict[str, Any]:
+    """Clips per second of CPU time, of the median step of both, and how many times as long ours takes, step by step."""
+    torch.manual_seed(0)
+    seconds = in_turns({"minwm": our_step(run), "plain": plain_step(run)}, steps)
+    rates = {name: CLIPS / float(np.median(taken)) for name, taken in seconds.items()}
+    return {
+        "clips_per_cpu_s": rates,
+        "times_as_long": float(np.median(seconds["minwm"] / seconds["plain"])),
+        "steps": steps,
+    }
+
+
+def place_speed(stage: str, steps: int = 6) -> dict[str, Any]:
+    """Clips per second of CPU time of the median step in each arithmetic."""
+    run = replace(presets.stage(f"place/{stage}", Path()), accumulate=1)
+    ways = {
+        "float32": replace(run, precision="float32"),
+        "bfloat16": run,
+        "bfloat16, compiled": replace(run, compile=True),
+    }
+    seconds = in_turns({name: our_step(way) for name, way in ways.items()}, steps)
+    return {
+        "clips": run.batch,
+        "clips_per_cpu_s": {name: run.batch / float(np.median(taken)) for name, taken in seconds.items()},
+        "steps": steps,
+    }
 
 
 def main(out: Path) -> None:
@@ -107,7 +135,8 @@ def main(out: Path) -> None:
             found[stage] = {str(count): by_processes(stage, count, Path(folder)) for count in (1, 2)}
     run = replace(presets.stage("demo/foundation", Path()), batch=CLIPS, accumulate=1)
     about = {"command": " ".join(["python", *sys.argv]), "date": date, "commit": git_commit(), "versions": versions()}
-    write_json(out, {**about, "cores": os.cpu_count(), "clips": CLIPS, "processes": found, "plain": race(run)})
+    found = {"processes": found, "plain": race(run), "place": {stage: place_speed(stage) for stage in PLACE}}
+    write_json(out, {**about, "cores": os.cpu_count(), "clips": CLIPS, **found})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from minwm.bench.memory import plan_inference, plan_optimisers, plan_training
 from minwm.core.memory import MemoryMeter
 from minwm.core.types import Condition
 from minwm.families.hunyuan.transformer import HunyuanConfig
+from minwm.nets.chunks import StreamConfig
 from minwm.nets.lora import LoraConfig
 from minwm.recipes.diffusion import AutoregressiveConfig
 from minwm.store.model import ModelConfig
@@ -108,6 +110,10 @@ VARIANTS = {
     "memory": {
         "model": replace(MODEL, latents=9, stream=REMEMBERING),
         "recipe": AutoregressiveConfig(memory=1.0),
+    },
+    "views": {
+        "model": replace(MODEL, stream=StreamConfig(chunk=1, sink=0, window=3, retrieved=2, recompute="causal")),
+        "recipe": AutoregressiveConfig(latents=3, views=Path("nowhere")),
     },
 }
 CASES = [*((name, "plain") for name in RECIPE), *(("autoregressive", variant) for variant in [*VARIANTS][1:])]

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from minwm.core.memory import MemoryMeter, ShapeOnlyMode
 from minwm.nets import layers
-from minwm.recipes.base import Recipe, random_clip
+from minwm.recipes.base import ClipConfig, Recipe, random_clip
 from minwm.store.model import ModelConfig
 from minwm.stream.rollout import Stream, sample_bidirectional
 from minwm.train.adamw8bit import nbytes_8bit
@@ -161,6 +161,14 @@ def _newest_chunks(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, stream=replace(stream, retrieved=0, window=stream.window + stream.retrieved))
 
 
+def without_retrieval(run: Run) -> Run:
+    """The run with latents of its clips in place of retrieved ones, and of known views, as many."""
+    recipe = run.recipe
+    if isinstance(recipe, ClipConfig) and recipe.views:
+        recipe = replace(recipe, views=None, latents=recipe.clip_latents(run.model))
+    return replace(run, model=_newest_chunks(run.model), recipe=recipe)
+
+
 def _held_by(stream: Stream, times: int) -> Iterator[Item]:
     """What a session holds besides weights and the decoder's state; `times` are those at which its network is asked."""
     kv, text = stream.arena.kv, [x for layer in stream.text for x in layer if x is not None]
@@ -186,7 +194,7 @@ def plan_training(run: Run) -> Plan:
     held, turns, updates = [], [], []
     with no_data():
         # fused kernels keep less: this is an upper bound
-        run = replace(run, compile=False, model=_newest_chunks(run.model))
+        run = replace(without_retrieval(run), compile=False)
         if run.recipe.self_rollout:  # the pass with gradient; the others are like the one that updates the cache
             run = replace(run, model=replace(run.model, sampler=run.model.sampler.with_steps(1)))
         recipe = build_recipe(run, lambda _: run.recipe.network(run.model))

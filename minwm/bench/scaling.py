@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minwm.bench.memory import no_data, plan_training
+from minwm.bench.memory import no_data, plan_training, without_retrieval
 from minwm.core.config import ConfigError
 from minwm.nets.backbone import Backbone
 from minwm.nets.ulysses import CountedGroup, Ulysses
@@ -193,7 +193,7 @@ def _count(run: Run, role: str, sequence: int, layers: int) -> tuple[dict[tuple[
     model = replace(run.model, network=replace(run.model.network, layers=layers))
     if isinstance(model.sampler, FewStepSampler):  # without data all times of a schedule would be one
         model = replace(model, sampler=replace(model.sampler, timesteps=tuple(model.sampler.times)))
-    run = replace(run, compile=False, model=model)
+    run = replace(without_retrieval(replace(run, model=model)), compile=False)
     with no_data():
         recipe = build_recipe(run, lambda _: run.recipe.network(run.model))
         networks, group = {**recipe.networks}, CountedGroup(sequence)

@@ -181,6 +181,13 @@ class ClipConfig(RecipeConfig):
     def known_views(self, model: ModelConfig) -> Mapping[str, Views] | None:
         return read_views(self.views, model.clip_spec) if self.views else None
 
+    def example_batch(self, model: ModelConfig, batch: int) -> Clip:
+        clip, seen = super().example_batch(model, batch), model.stream.retrieved
+        if not self.views:
+            return clip
+        known = Views({i: clip.latents[0, 0] for i in range(seen)}, torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4))
+        return replace(clip, views=(known,) * batch)
+
     def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator, more: int = 0) -> Clip:
         """A random part of the clip, or all of it; with so many latents more, as far as the clip is long."""
         if not self.latents:
