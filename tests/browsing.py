@@ -33,6 +33,10 @@ WATCH = """() => {
 READ_CANVAS = "() => document.querySelector('[data-testid=canvas]').toDataURL('image/png')"
 
 
+AHEAD, RIGHT = "window.last.camera[11]", "window.last.camera[2]"
+"""Of the frame on the screen: how far the camera has gone forward, and the sine of its turn to the right."""
+
+
 def launched() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -95,6 +99,15 @@ def hold(page: Any, seconds: float, *keys: str) -> None:
     for key in keys:
         page.keyboard.down(key)
     page.wait_for_timeout(1000 * seconds)
+    for key in keys:
+        page.keyboard.up(key)
+
+
+def hold_until(page: Any, true: str, *keys: str) -> None:
+    """How far the keys move in a second depends on the machine's load: waits for the state, not for a time."""
+    for key in keys:
+        page.keyboard.down(key)
+    until(page, true)
     for key in keys:
         page.keyboard.up(key)
 

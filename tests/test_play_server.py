@@ -5,6 +5,7 @@ import contextlib
 import gc
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,22 @@ def test_a_reconnected_player_resumes_its_session(transport: Any) -> None:
         assert loop and loop.closed and server.loop is None and not server.clients
 
     run_scene(scene, transport, clock=clock)
+
+
+def test_what_comes_late_over_an_old_connection_is_ignored() -> None:
+    async def scene(_: PlayServer, dial: Dial) -> None:
+        old = await Client.join(await dial())
+        while not old.transport.inbox.full():  # it reads nothing, so the server cannot close this connection
+            await asyncio.sleep(0.01)
+        new = await Client.join(await dial(), resume=old.welcome.session)
+        old.input = replace(old.input, seq=50)
+        await old.hold(Action.of("d"))
+        await new.hold(Action.of("w"))
+        seen = await until(new, lambda m: isinstance(m, ReceivedFrame) and m.header.c2w[2, 3] > 0.2)
+        assert seen.header.c2w[0, 3] == 0 and seen.header.seq == 1
+        await old.transport.close()
+
+    run_scene(scene, in_memory)
 
 
 @over_every_transport

@@ -207,7 +207,9 @@ class PlayServer:
             second, count = (second, count + 1) if self.clock() - second < 1 else (self.clock(), 1)
             if count > MAX_MESSAGES_PER_SECOND:
                 raise ProtocolError(f"more than {MAX_MESSAGES_PER_SECOND} messages in a second")
-            self._receive(client, parse_client_message(text))
+            message = parse_client_message(text)
+            if transport is client.transport:  # else it comes late: the session continues in another connection
+                self._receive(client, message)
 
     def _receive(self, client: RemoteClient, message: ClientMessage) -> None:
         if isinstance(message, Hello):

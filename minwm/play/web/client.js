@@ -140,13 +140,13 @@ export class Client extends EventTarget {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       opened = true;
+      this.role = null;
       this.#hello(socket);
     };
     socket.onclose = () => this.#disconnected(socket, opened);
   }
 
   #hello(socket) {
-    this.role = null;
     this.#seq = 0;
     socket.onmessage = ({ data }) => (typeof data === "string" ? this.#receive(JSON.parse(data)) : this.#frame(data));
     this.#send({ type: "hello", v: VERSION, codecs: this.codecs, resume: this.session });
@@ -176,6 +176,7 @@ export class Client extends EventTarget {
         this.connect();
       };
       this.#hello(rtc);
+      this.#startTurn(this.role); // keys count before the welcome: the player notices no switch
       socket.close();
     } catch (error) {
       if (socket === this.#socket) giveUp(error.message);
