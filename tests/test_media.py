@@ -8,9 +8,11 @@ import subprocess
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from minwm.core import files, media, runtime
@@ -102,6 +104,19 @@ def test_video_round_trip(tmp_path: Path, crf: int, height: int, least: float) -
     again, fps = media.read_video(path)
     assert fps == 12.5 and again.shape == frames.shape and again.dtype == np.uint8
     assert psnr(frames, again) > least
+
+
+def test_videos_say_how_their_colours_are_stored(tmp_path: Path) -> None:
+    """Else a browser takes another matrix, and shows other colours than were written."""
+    frames = clip()
+    for crf in (12, 23):
+        media.write_video(tmp_path / f"{crf}.mp4", frames, 16, crf=crf)
+    access_unit, _ = media.H264Encoder(48, 64, 16).encode(frames[0])
+    (tmp_path / "live.h264").write_bytes(access_unit)
+    for name in ("12.mp4", "23.mp4", "live.h264"):
+        with av.open(str(tmp_path / name)) as container:
+            frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (Colorspace.ITU601, ColorRange.MPEG), name
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:

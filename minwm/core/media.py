@@ -20,7 +20,7 @@ from minwm.core.config import UserError
 from minwm.core.files import atomic
 
 if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
+    from av import VideoCodecContext, VideoFrame, VideoStream
 
 Frames = UInt8[np.ndarray, "n h w 3"] | UInt8[Tensor, "n h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "h w 3"]
@@ -84,9 +84,17 @@ def _encode(path: Path, images: Iterator[np.ndarray], fps: float, crf: int) -> N
         # pictures are small, and the number of threads changes the result.
         stream.options = {"crf": str(crf), "preset": "fast", "x264-params": "mbtree=0"}
         stream.thread_count = 1
+        _name_colours(stream.codec_context)
         for image in chain([first], images):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def _name_colours(codec: "VideoCodecContext") -> None:
+    """RGB becomes YUV by BT.601, as always in FFmpeg; where the stream does not say so, browsers read BT.709."""
+    from av.video.reformatter import ColorRange, Colorspace
+
+    codec.colorspace, codec.color_range = Colorspace.ITU601, ColorRange.MPEG
 
 
 class H264Encoder:
@@ -105,6 +113,7 @@ class H264Encoder:
         # key frames only on request, each with its parameter sets, so that a decoder can start there
         live = {"preset": "ultrafast", "tune": "zerolatency", "profile": "baseline", "forced-idr": "1", "g": "100000"}
         codec.options = {**live, "crf": str(crf)}
+        _name_colours(codec)
         self._codec, self._count = codec, 0
 
     def encode(self, frame: Frame, key: bool = False) -> tuple[bytes, bool]:
