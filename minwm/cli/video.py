@@ -89,7 +89,6 @@ def _generate_one(
 
     from minwm.core.media import write_video
     from minwm.core.runtime import progress
-    from minwm.core.types import Views
     from minwm.session.engines import SceneEngine
     from minwm.session.generate import generate_pieces
     from minwm.session.start import StartVideo
@@ -97,14 +96,14 @@ def _generate_one(
 
     refuse_existing(out, ".mp4")
     loaded = open_model(model)
-    begin, views = read_start(*given, loaded.config), list[Views]()
+    begin, viewpoint = read_start(*given, loaded.config), None
     track, route = read_track(trajectory, loaded.config, given[0] if isinstance(begin, np.ndarray) else None)
     if keys and route is None:
         raise UserError(f"--keys: {trajectory} holds poses, not keys")
     if world is not None and begin is None:
         place = SceneEngine.spawn(world, track, loaded.config)
         first, truth = place.start()[:1], place.advance(track.c2w) if compare else None
-        views = known_views(loaded, [place.viewpoint])
+        viewpoint = place.viewpoint
         prompt = place.scene.caption if prompt is None else prompt
     elif world is None and not compare and prompt is not None:
         first, truth = begin[None] if isinstance(begin, np.ndarray) else None, None
@@ -118,7 +117,7 @@ def _generate_one(
     if pressed is not None:
         pressed = [*[frozenset[str]()] * (len(track) - len(pressed)), *pressed]
     with progress(len(track), "frames") as bar:
-        pieces = generate_pieces(loaded, first, [prompt], [track], seed, views)
+        pieces = generate_pieces(loaded, first, [prompt], [track], seed, known_views(loaded, [viewpoint]))
         write_video(out, _side_by_side(pieces, truth, pressed, bar), loaded.config.motion.fps)
     seconds = time.monotonic() - start
     echo(f"{prompt!r}, {route.describe() if route else trajectory}\n{out}: {len(track)} frames in {seconds:.1f} s")

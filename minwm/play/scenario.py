@@ -83,7 +83,7 @@ def model_scenario(
     if other:
         _check_comparable(cfg, other.config)
     models = [model, other] if other else [model]
-    views = [known_views(m, [world.viewpoint]) if world else [] for m in models]
+    views = [known_views(m, [world.viewpoint if world else None]) for m in models]
     reused: list[ModelEngine] = []
 
     def engines(start: StartState) -> list[Engine]:

@@ -13,6 +13,7 @@ from minwm.core.config import UserError
 from minwm.core.media import read_image, resize_and_crop
 from minwm.session.engines import Engine, Frames, ModelEngine, Pose
 from minwm.session.start import StartVideo
+from minwm.session.views import known_views
 from minwm.store.model import Model
 
 
@@ -83,4 +84,4 @@ def walk(
         start = read_image(start)
     if isinstance(start, np.ndarray):
         start = resize_and_crop(start, model.config.height, model.config.width)
-    return Session(ModelEngine(model, start, prompt, seed), history=history)
+    return Session(ModelEngine(model, start, prompt, seed, views=known_views(model, [None])), history=history)

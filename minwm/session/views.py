@@ -1,5 +1,6 @@
 """What is known of a scene beforehand: pictures from all over it, for models that remember views."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +29,10 @@ class Viewpoint:
 
 
 def known_views(model: Model, starts: Sequence[Viewpoint | None]) -> list[Views]:
-    """Views of the scene of each start, in its frame; none unless it is the place, and streamed with views."""
+    """Views of the scene of each start, in its frame; none unless it is the place, and streamed with views.
+
+    A model of the place, started anywhere else, goes on without what it was trained with: that is said.
+    """
     cfg = model.config
     if not (cfg.stream.retrieved and cfg.sampler.causal and cfg.scenes == "place"):
         return []
@@ -37,7 +41,13 @@ def known_views(model: Model, starts: Sequence[Viewpoint | None]) -> list[Views]
         if start and isinstance(start.scene, Place):
             views = _views(start.scene.hour, model.codec, cfg)
             found.append(views.transformed(torch.from_numpy(start.origin)))
-    return found if len(found) == len(starts) else []
+    if len(found) < len(starts):
+        warnings.warn(
+            "this model was trained with views of the place; started elsewhere it goes on without them",
+            stacklevel=1,  # of this line, so that it is said once
+        )
+        return []
+    return found
 
 
 class RenderedLatents(dict[int, Tensor]):

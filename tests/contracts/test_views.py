@@ -1,5 +1,6 @@
 """Views that are known of a world: clips go on from the nearest of them, in training as in streams."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.text import WordText
+from minwm.play.scenario import StartState, model_scenario
 from minwm.recipes import dmd
 from minwm.recipes.dmd import Dmd, DmdConfig, back_and_forth
 from minwm.recipes.ops import random_part, with_views
 from minwm.render.place import HOURS, Place
+from minwm.session.session import walk
 from minwm.session.views import Viewpoint, known_views
 from minwm.store.model import Model
 from minwm.stream.memory import nearest_views
@@ -158,4 +161,14 @@ def test_models_are_given_the_pictures_that_they_were_trained_with(tmp_path: Pat
     views = {world: known for world, known in views.items() if world != "place 2"}
     with pytest.raises(DataError, match="no views of 'place 2'"):
         ShardDataset(tmp_path / "walks", "train", spec=model.clip_spec, views=views).batch(range(4))
-    assert not known_views(Model(replace(model, scenes="worlds"), whole.net, whole.codec), [None])
+    elsewhere = Model(replace(model, scenes="worlds"), whole.net, whole.codec)
+    image = np.zeros((32, 32, 3), np.uint8)
+    for start in (
+        lambda model: known_views(model, [Viewpoint(Place(0), np.eye(4)), None]),
+        lambda model: model_scenario(model, "own image", StartState(prompt="a room", image=image)),
+        lambda model: walk(model, "a room", image),
+    ):
+        with pytest.warns(UserWarning, match="trained with views of the place; started elsewhere"):
+            start(whole)
+        with warnings.catch_warnings(action="error"):
+            start(elsewhere)
