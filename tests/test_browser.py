@@ -258,6 +258,14 @@ def test_where_h264_cannot_be_decoded_jpeg_takes_over(chromium: Any, host: Any) 
     context.close()
 
 
+RTC_ONCE_LIVE = """localStorage.setItem('minwm.rtc', 'yes');
+    const take = RTCPeerConnection.prototype.setRemoteDescription;
+    RTCPeerConnection.prototype.setRemoteDescription = async function (answer) {
+        while (!window.last) await new Promise((resolve) => setTimeout(resolve, 20));
+        return take.call(this, answer);
+    };"""
+
+
 def test_webrtc_where_the_server_has_it(chromium: Any, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiortc", reason="WebRTC needs aiortc")
     server, tapped = host(rtc=True), asyncio.Event()
@@ -268,9 +276,15 @@ def test_webrtc_where_the_server_has_it(chromium: Any, host: Any, monkeypatch: p
             await tapped.wait()
         return await handshake(transport)
 
+    def patient(route: Any) -> None:
+        body = route.fetch().text().replace("OPEN_TIMEOUT = 6000", "OPEN_TIMEOUT = 60_000")
+        route.fulfill(body=body, content_type="text/javascript")
+
     monkeypatch.setattr(server.play_server, "_handshake", after_a_tap)
+    monkeypatch.setattr("minwm.play.rtc.OPEN_TIMEOUT", 60.0)
     context = chromium.new_context()
-    context.add_init_script("localStorage.setItem('minwm.rtc', 'yes')")
+    context.route("**/rtc.js", patient)  # a loaded machine may need more than 6 seconds to connect
+    context.add_init_script(RTC_ONCE_LIVE)
     for page in visit(context, server.url):
         until(page, "minwm.client.overRtc")
         page.keyboard.press("KeyW", delay=100)

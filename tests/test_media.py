@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
 from minwm.core import files, media, runtime
@@ -107,7 +107,7 @@ def test_video_round_trip(tmp_path: Path, crf: int, height: int, least: float) -
 
 
 def test_videos_say_how_their_colours_are_stored(tmp_path: Path) -> None:
-    """Else a browser takes another matrix, and shows other colours than were written."""
+    """Else a browser takes another matrix, and shows other colours than were written; it asks for all four."""
     frames = clip()
     for crf in (12, 23):
         media.write_video(tmp_path / f"{crf}.mp4", frames, 16, crf=crf)
@@ -115,8 +115,10 @@ def test_videos_say_how_their_colours_are_stored(tmp_path: Path) -> None:
     (tmp_path / "live.h264").write_bytes(access_unit)
     for name in ("12.mp4", "23.mp4", "live.h264"):
         with av.open(str(tmp_path / name)) as container:
-            frame = next(container.decode(video=0))
-        assert (frame.colorspace, frame.color_range) == (Colorspace.ITU601, ColorRange.MPEG), name
+            next(container.decode(video=0))
+            codec = container.streams.video[0].codec_context
+        assert (codec.colorspace, codec.color_range) == (Colorspace.ITU601, ColorRange.MPEG), name
+        assert (codec.color_primaries, codec.color_trc) == (ColorPrimaries.BT709, ColorTrc.IEC61966_2_1), name
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:

@@ -92,9 +92,10 @@ def _encode(path: Path, images: Iterator[np.ndarray], fps: float, crf: int) -> N
 
 def _name_colours(codec: "VideoCodecContext") -> None:
     """RGB becomes YUV by BT.601, as always in FFmpeg; where the stream does not say so, browsers read BT.709."""
-    from av.video.reformatter import ColorRange, Colorspace
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     codec.colorspace, codec.color_range = Colorspace.ITU601, ColorRange.MPEG
+    codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.IEC61966_2_1  # those of sRGB
 
 
 class H264Encoder:
