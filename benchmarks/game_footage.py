@@ -2,6 +2,7 @@
 
     python benchmarks/game_footage.py results/game-footage.json camera_check --clips 8
     python benchmarks/game_footage.py results/game-footage.json camera_recovery --clips 4
+    python benchmarks/game_footage.py results/game-footage.json wrong_motions --clips 4
     python benchmarks/game_footage.py results/game-footage.json heights --clips 16
 
 Experiments that are not named stay as they are.
@@ -13,23 +14,25 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from camera_recovery import PATTERNS, scored
+from camera_recovery import PATTERNS, YAW_DRIFT, scored
 from wrong_cameras import WRONG
 
 from minwm.cameras.check import check_video
 from minwm.cameras.epipolar import fit, follow
 from minwm.cameras.track import CameraTrack
-from minwm.cameras.trajectory import Motion
+from minwm.cameras.trajectory import Action, Motion, Trajectory
 from minwm.core.files import write_json
 from minwm.core.runtime import git_commit, versions
 from minwm.data.clips import ClipRecord
 from minwm.data.doom import TALL, DoomConfig
-from minwm.data.record import record
+from minwm.data.record import record, walk
+from minwm.data.source import TRIES
 from minwm.eval.source import Video
 
 RISE = 0.05
@@ -79,6 +82,49 @@ def camera_recovery(clips: int) -> dict[str, Any]:
     return {"seconds": 4, "rows": rows}
 
 
+@dataclass(frozen=True)
+class Changed(Trajectory):
+    """Keys that do something else than they command."""
+
+    change: Callable[[Action], Action] = field(kw_only=True)
+
+    def actions(self) -> list[Action]:
+        return [self.change(action) for action in super().actions()]
+
+
+def at_speed(speed: float) -> Callable[[Action], Action]:
+    return lambda action: Action(*(speed * axis for axis in astuple(action)))
+
+
+def wrong_motions(clips: int) -> dict[str, Any]:
+    """What the estimator says of game footage that shows another motion than commanded: the game is played so. The
+    commanded cameras are those of the exact clips."""
+    rows = {}
+    for size in (128, 256):
+        cfg = DoomConfig(height=size, width=size, latents=17, trajectories=PATTERNS)
+        game, drift, commanded = cfg.open(), YAW_DRIFT / cfg.motion.turn, dict[str, CameraTrack]()
+        for name, change in {
+            "exact": at_speed(1.0),
+            "0.8x speed": at_speed(0.8),
+            "0.5x speed": at_speed(0.5),
+            "static": at_speed(0.0),
+            "opposite": at_speed(-1.0),
+            "yaw drift": lambda action, drift=drift: replace(action, yaw=action.yaw + drift),
+        }.items():
+            videos = dict[str, Video]()
+            for index in range(clips):
+                rng, clip = np.random.default_rng([cfg.seed, index]), f"{index}"
+                trajectory = Changed(cfg.path(index, rng)[1].segments, change=change)
+                views = next(found for _ in range(TRIES) if (found := walk(game, rng, trajectory, cfg)))
+                if name == "exact":
+                    c2w, K = np.stack([view.c2w for view in views]), np.stack([view.K for view in views])
+                    commanded[clip] = CameraTrack(c2w, K, cfg.motion.fps).relative_to_first()
+                frames = np.stack([view.frame for view in views])
+                videos[clip] = Video(clip, frames, cfg.motion.fps, commanded[clip])
+            rows[f"{size} game, {name}"], _ = scored(videos)
+    return {"seconds": 4, "rows": rows}
+
+
 def heights(clips: int) -> dict[str, Any]:
     """Cost of the epipolar fit (`cameras/epipolar.py`) with heights stretched by other factors than `doom.TALL`, over
     pairs of frames between which the floor rises or sinks."""
@@ -98,6 +144,7 @@ def heights(clips: int) -> dict[str, Any]:
 EXPERIMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "camera_check": camera_check,
     "camera_recovery": camera_recovery,
+    "wrong_motions": wrong_motions,
     "heights": heights,
 }
 

@@ -92,7 +92,7 @@ def visit(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
 
 
 def wait_for(page: Any, state: str) -> None:
-    page.wait_for_selector(f"[data-testid=status][data-state={state}]", timeout=15_000)
+    page.wait_for_selector(f"[data-testid=status][data-state={state}]", timeout=60_000)
 
 
 def hold(page: Any, seconds: float, *keys: str) -> None:
@@ -125,7 +125,7 @@ def settle(page: Any) -> None:
 
 
 def until(page: Any, true: str) -> None:
-    page.wait_for_function(f"() => {true}", timeout=20_000)
+    page.wait_for_function(f"() => {true}", timeout=60_000)
 
 
 def resting(page: Any) -> np.ndarray:
