@@ -1,5 +1,10 @@
-"""Recorded clips as the truth: raw ones and latent shards, for models that start from images and from text."""
+"""Recorded clips as the truth: raw ones and latent shards, for models that start from images and from text; and what
+docs/evaluation.md has a user type in any scene."""
 
+import json
+import re
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +15,13 @@ import pytest
 import torch
 from commands import error_line, run
 from test_batch import CONFIG
+from test_wbench import LEADER, report
 from torch import Tensor, nn
 
 from minwm.bench.stream import random_model
+from minwm.cameras.trajectory import parse
 from minwm.core.config import parse_json
+from minwm.core.media import write_image, write_video
 from minwm.data.clips import ClipFolder
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
@@ -23,6 +31,8 @@ from minwm.stream.solvers import BidirectionalSampler
 
 line = pytest.fixture(error_line)
 NETWORKS = {"lpips", "dreamsim", "fvd"}
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+TYPED = re.findall(r"^minwm .*(?:runs/mine|runs/wan|runs/wbench|others_videos|before|--hub).*", PAGE, re.MULTILINE)
 SECTIONS = ("scores", "time", "keys", "gallery", "skipped", "reproduce", "caveats")
 
 
@@ -110,3 +120,37 @@ def test_processes_share_nothing_but_videos(
     for alone in (["--quick"], ["--videos", project]):
         assert run(*words, *alone) == 2 and "2 processes cannot share this: they share the videos of --suite" in line()
     assert run(*words, "--suite") == 2 and "give --out DIR" in line()
+
+
+@pytest.fixture(scope="module")
+def here(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the page's commands name."""
+    out, raw = tmp_path_factory.mktemp("page"), ClipFolder(project / "raw")
+    frames, turns = raw.frames(raw.ids()[0]), {"7": {"turn_frames": [0, 5, 9, 13, 17]}}
+    track = parse("w*1,d*1,a*1,static*1").track(replace(CONFIG.motion, fps=4.0), CONFIG.intrinsics)
+    for name, made in {"runs/mine": "image", "runs/wan": "text", "data/latents": "latents"}.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).symlink_to(project / made)
+    for name in ("others_videos/a", "runs/wbench/case_7_combined"):
+        write_video(out / f"{name}.mp4", frames, track.fps)
+        track.save(out / f"{name}.json")
+    (out / "runs" / "wbench" / "turns.json").write_text(json.dumps({"fps": track.fps, "cases": turns}))
+    report(out / "work_dirs" / "mine" / "evaluation" / "report.json", LEADER)
+    for image in ("first_frames/a.png", "bridge.png"):
+        write_image(out / image, frames[0])
+    (requests,) = re.findall(r"^\[\{\"id\".*", PAGE, re.MULTILINE)
+    texts = {"prompts.txt": "a red tower", "first_frames/a.txt": "a red tower", "paths.txt": "w*4"}
+    for file, text in {**texts, "requests.json": requests}.items():
+        (out / file).write_text(text)
+    before = out / "before.json"
+    assert run("eval", "--videos", out / "others_videos", "--metrics", "texture", "--json", before) == 0
+    shutil.copy(before, out / "after.json")
+    return out
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_the_page_can_be_typed_as_it_stands(command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the length of the suite."""
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("minwm.eval.suite.suite", lambda _: ["w*4", "l*4"])
+    assert run(*shlex.split(command)[1:]) == 0

@@ -212,10 +212,12 @@ def test_models_of_any_start_and_folders_are_scored(
     assert run(*words, "--quick") == 2 and "are for rendered scenes" in line()
 
 
-@pytest.mark.parametrize("preset", ["wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan1.5-8b"])
+@pytest.mark.parametrize("preset", ["wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan1.5-8b", "hy-worldplay-8b"])
 def test_a_model_of_every_family_is_scored_as_it_starts(preset: str, tmp_path: Path) -> None:
     """From text with a first chunk of 4 latents, and from images; with the family's own transformer and VAE."""
-    model = random_model(tiny_model(presets.stage(f"{preset}/dmd", tmp_path).model, tmp_path))
+    released = preset in presets.PUBLISHED and preset not in presets.PIPELINES
+    config = presets.published(preset) if released else presets.stage(f"{preset}/dmd", tmp_path).model
+    model = random_model(tiny_model(config, tmp_path))
     assert model.config.image_start or model.config.stream.first_chunk_frames == 4
     save_model(tmp_path / "model", model.config, model.net, model.codec)
     (tmp_path / "paths.txt").write_text("w*7\n")
