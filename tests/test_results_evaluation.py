@@ -90,6 +90,19 @@ def test_the_pages_show_what_was_measured_on_game_footage() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
     for name, row in results["camera_recovery"]["rows"].items():
         assert f"| {name} | {recovery_cells(row, 'relative_speed')} |" in page
+    wrong = results["wrong_motions"]["rows"]
+    for video in ("128 game", "256 game"):
+        turns = {name: wrong[f"{video}, {name}"]["turn_ratio"]["value"] for name in SPEEDS}
+        drift = [wrong[f"{video}, {name}"]["rot_err_deg"]["value"] for name in ("exact", "yaw drift")]
+        cells = [*(f"{turn:.2f}" for turn in turns.values()), *(f"{error:.2f}°" for error in drift)]
+        assert f"| {video} | {' | '.join(cells)} |" in page
+        assert all(abs(turn - SPEEDS[name]) < 0.15 for name, turn in turns.items())
+    relative = [
+        wrong[f"{video}, {name}"]["relative_speed"]["value"]
+        for name in [*SPEEDS][:3]
+        for video in ("128 game", "256 game")
+    ]
+    assert f"{min(relative):.2f} to {max(relative):.2f} at every speed" in page
     costs = results["heights"]["cost"]
     assert min(costs, key=costs.__getitem__) == "1.2" and results["heights"]["with_steps"] > 1
 
