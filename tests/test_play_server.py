@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 from playing import Clock, learned, painted, tiny_model
-from talking import Dial, frame_with, in_memory, over_every_transport, over_sockets, quiet_threads, run_scene, until
+from talking import (
+    Dial,
+    Pipe,
+    frame_with,
+    in_memory,
+    over_every_transport,
+    over_sockets,
+    quiet_threads,
+    run_scene,
+    until,
+)
 
 from minwm.cameras.trajectory import Action
 from minwm.nets.attention import KVArena
@@ -163,6 +173,7 @@ def test_a_reconnected_player_resumes_its_session(transport: Any) -> None:
 def test_what_comes_late_over_an_old_connection_is_ignored() -> None:
     async def scene(_: PlayServer, dial: Dial) -> None:
         old = await Client.join(await dial())
+        assert isinstance(old.transport, Pipe)
         while not old.transport.inbox.full():  # it reads nothing, so the server cannot close this connection
             await asyncio.sleep(0.01)
         new = await Client.join(await dial(), resume=old.welcome.session)
