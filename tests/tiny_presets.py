@@ -18,8 +18,8 @@ from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
 CLIPS = 8
-VIEWS = 16
-"""Four at each hour."""
+VIEWS = 24
+"""Six at each hour."""
 CODEC = {
     "small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1},
     "wan_vae": {"base": 8, "decoder_base": 8, "depth": 1},
@@ -64,7 +64,7 @@ def tiny_run(run: Run, text_encoder: Path) -> Run:
         "ode_steps": 4, "grid": 4, "critic_updates": 1, "max_prefix_chunks": 2, "fit_clips": 2, "latents": 3,
         "memory": 0.5,
     }  # fmt: skip
-    fields = {name: value for name, value in small.items() if vars(run.recipe).get(name)}
+    fields = {name: min(value, now) for name, value in small.items() if (now := vars(run.recipe).get(name))}
     shipped = {role: None for role, folder in vars(run.init).items() if folder and Path(folder).is_relative_to(ASSETS)}
     model = tiny_model(run.model, text_encoder)
     if model.stream.retrieved and model.stream.sink:
