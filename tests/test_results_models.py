@@ -65,24 +65,25 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     found = json.loads((ROOT / "results" / "place-ar.json").read_text())
     rows = {"8 steps |": found["model"], "has them |": found["few_steps"], "codec alone |": found["codec"]}
     students = {
-        name: json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("place-dmd-1", "place-dmd")
+        name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+        for name in ("place-dmd-1", "place-dmd-2", "place-dmd")
     }
     rows |= {"`dmd-1`, of the same kind, 4 steps |": students["place-dmd-1"]["model"]}
-    rows |= {"`dmd-2`, with views, 4 steps |": students["place-dmd"]["model"]}
+    rows |= {"`dmd-2`, with 560 views, 4 steps |": students["place-dmd-2"]["model"]}
+    rows |= {"`dmd-3`, with 4,160 views, 4 steps |": students["place-dmd"]["model"]}
     for label, row in rows.items():
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * row['sharpness']:.0f} % |" in page
     assert stages_table("place", times=False) in page and place_targets() in page
-    still = " / ".join(f"{x:.1f}" for x in students["place-dmd"]["still"].values())
-    assert f"{still} dB after 1, 5, 20 and 60 seconds" in " ".join(page.split())
+    for name, said in (("place-dmd", "it has"), ("place-dmd-2", "had")):
+        still = " / ".join(f"{x:.1f}" for x in students[name]["still"].values())
+        assert f"{said} {still} dB after 1, 5, 20 and 60 seconds" in " ".join(page.split())
     first, *_, fifth = students["place-dmd-1"]["model"]["psnr_at_seconds"]
-    now, *_, later = students["place-dmd"]["model"]["psnr_at_seconds"]
-    assert now - later < (first - fifth) / 2, "it loses less than half of what it lost"
     assert f"fell from {first:.1f} to {fifth:.1f} dB within five seconds" in " ".join(page.split())
     runs = json.loads((ROOT / "results" / "place-training.json").read_text())
     steps = {name: run["steps"] for name, run in runs.items()}
     said = " ".join(page.split())
-    for name in ("foundation-1", "foundation-2", "camera-1", "ar-5", "consistency-1", "dmd-1", "ar-6"):
+    for name in ("foundation-1", "foundation-2", "camera-1", "ar-5", "consistency-1", "dmd-1", "ar-6", "camera-3"):
         assert f"`{name}` ({steps[name]:,}" in said
     before, last = (dict(runs["foundation-3"]["held_out_loss"])[step] for step in (4900, 12000))
     assert f"(from {before:.3f} to {last:.3f})" in said
@@ -93,6 +94,9 @@ def place_targets() -> str:
     rows = json.loads((ROOT / "results" / "place.json").read_text())["rows"]
     motion = rows["dmd"]["follow"]["motion"]["overall"]
     play = json.loads((ROOT / "results" / "place-play.json").read_text())["minwm/assets/place/dmd"]
+    minutes = json.loads((ROOT / "results" / "place-minutes.json").read_text())["rows"]["dmd"]["drift"]
+    walk, turn = minutes["random walk"], minutes["turn around"]
+    back = turn["psnr"][0]["value"] - turn["first_look"]["value"]
     after, teacher = ([x["value"] for x in rows[name]["quality"]["psnr_at"]] for name in ("dmd", "ar"))
     return "\n".join(
         (
@@ -102,6 +106,10 @@ def place_targets() -> str:
             f"| direction of movement missed, median | 10° | {motion['direction_deg']['value']:.0f}° |",
             f"| PSNR to the truth after 1 s | 25 dB | {after[0]:.1f} dB |",
             f"| after 5 s | 23 dB | {after[4]:.1f} dB |",
+            f"| after 60 s | 20 dB | {walk['psnr'][59]['value']:.1f} dB |",
+            f"| after a full turn, against the first look: less than after 1 s by | 1 dB | {back:.1f} dB |",
+            f"| minute-long streams that collapse | 0 of 36 | {collapsed(minutes)} |",
+            f"| gradient energy after 5 s, of the truth's | 80 % | {100 * walk['sharpness'][4]:.0f} % |",
             f"| PSNR after 1 s, ahead of its multi-step teacher `ar` | -1 dB | {after[0] - teacher[0]:+.1f} dB |",
             f"| frames per second in the browser, 2 cores | 16 | {play['fps']:.1f} |",
             f"| key to picture there, median | 300 ms | {play['input_to_photon_p50_ms']:.0f} ms |",

@@ -52,7 +52,7 @@ def starting_checkpoint(name: str, demo: str = "demo") -> str | None:
 
 def model_to_play() -> Path:
     """The model for those who name none: the shipped one, or else what the demo has made here."""
-    for folder in (ASSETS / "world" / "dmd", Path("runs/demo/dmd")):
+    for folder in (ASSETS / "place" / "dmd", Path("runs/demo/dmd")):
         if (folder / "model.json").exists():
             return folder
     raise UserError(
