@@ -36,7 +36,7 @@ FEATURE_LIMIT = 1.5
 FIRST_SCENE = HELD_OUT * SCENES_PER_SEED + 600_000
 WALK_KEYS = ("w", "w", "w+j", "w+l", "j", "l", "s", "a", "d")
 REACH = 3.8
-"""World units from the scene's origin, beyond which the random walk turns back."""
+"""World units from the scene's origin, beyond which the random walk goes no further away."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,7 @@ def random_walk(
         keys = str(rng.choice(WALK_KEYS)).split("+")
         ahead = integrate_actions(poses[-1], [Action.of(keys)] * hold, motion)
         at = (origin @ ahead)[:, :3, 3]
-        if scene.free(at).all() and np.hypot(at[-1, 0], at[-1, 2]) < REACH:
+        far, before = (np.hypot(*pose[(0, 2), 3]) for pose in (origin @ ahead[-1], origin @ poses[-1]))
+        if scene.free(at).all() and far <= max(REACH, before):
             poses = np.concatenate([poses, ahead])
     return CameraTrack(poses[: latents * motion.stride + 1], config.intrinsics, motion.fps)
