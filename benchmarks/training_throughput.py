@@ -42,7 +42,7 @@ from minwm.train.roles import build_recipe
 
 CLIPS = 4
 STAGES = ("camera", "dmd")
-PLACE = ("foundation", "camera", "ar")
+PLACE = ("foundation", "camera")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 STEPS = ["--batch", "2", "--accumulate", str(CLIPS // 2), "--steps", "8", "--warmup", "2"]
 
@@ -111,7 +111,7 @@ def race(run: Run, steps: int = 30) -> dict[str, Any]:
     }
 
 
-def place_speed(stage: str, steps: int = 6) -> dict[str, Any]:
+def place_speed(stage: str, steps: int = 5) -> dict[str, Any]:
     """Clips per second of CPU time of the median step in each arithmetic."""
     run = replace(presets.stage(f"place/{stage}", Path()), accumulate=1)
     ways = {

@@ -17,7 +17,7 @@ from minwm.core.media import read_image, to_pixels
 from minwm.eval.camera.motion import MotionErrors, MotionResult, measure_motion
 from minwm.eval.cases import BASELINES, Clips, reconstruct
 from minwm.eval.diversity import measure_diversity
-from minwm.eval.drift import ROUTES, DriftCurves, LongRollouts, collapse
+from minwm.eval.drift import FIRST_SCENE, REACH, ROUTES, DriftCurves, LongRollouts, collapse, random_walk
 from minwm.eval.image import chunk_spans, colour_distance, measure_quality
 from minwm.eval.revisit import measure_revisits, routes
 from minwm.eval.run import EvalConfig, EvalResult, check_alike, evaluate
@@ -27,6 +27,7 @@ from minwm.experiments import presets
 from minwm.experiments.pipeline import evaluate_stages
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.small_codec import SmallCodecConfig
+from minwm.render.place import Place, pose
 from minwm.render.worlds import World
 from minwm.session.generate import whole_chunks
 from minwm.store.folder import load_codec, save_model
@@ -164,6 +165,17 @@ def test_the_first_look_is_compared_after_a_full_turn() -> None:
     forgotten["turn around"][:, 12] = 0  # after three seconds
     look = run.measure(forgotten)["turn around"].first_look
     assert look and look.value < 15
+
+
+def test_a_random_walk_ends_wherever_it_starts() -> None:
+    """Far from the middle of the place, too: it goes no further away."""
+    scene, motion = Place(FIRST_SCENE), CONFIG.motion
+    for x, z in ((-2.2, 4.8), (0.8, 2.2)):
+        origin = pose(x, z, 120)
+        walk = random_walk(scene, origin, np.random.default_rng(0), CONFIG, 60)
+        far = np.linalg.norm((origin @ walk.c2w)[:, (0, 2), 3], axis=1)
+        assert len(walk) == 60 * motion.stride + 1 and far.max() < max(REACH, far[0]) + 1.0
+        assert scene.free((origin @ walk.c2w)[:, :3, 3]).all()
 
 
 def test_targets_are_those_of_the_scenes() -> None:

@@ -185,7 +185,9 @@ class ClipConfig(RecipeConfig):
         clip, seen = super().example_batch(model, batch), model.stream.retrieved
         if not self.views:
             return clip
-        known = Views({i: clip.latents[0, 0] for i in range(seen)}, torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4))
+        known = Views(
+            dict.fromkeys(range(seen), clip.latents[0, 0]), torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4)
+        )
         return replace(clip, views=(known,) * batch)
 
     def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator, more: int = 0) -> Clip:
