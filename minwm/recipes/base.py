@@ -185,9 +185,8 @@ class ClipConfig(RecipeConfig):
         clip, seen = super().example_batch(model, batch), model.stream.retrieved
         if not self.views:
             return clip
-        known = Views(
-            dict.fromkeys(range(seen), clip.latents[0, 0]), torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4)
-        )
+        latents = dict(enumerate(clip.latents[:1, 0].expand(seen, -1, -1, -1)))
+        known = Views(latents, torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4))
         return replace(clip, views=(known,) * batch)
 
     def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator, more: int = 0) -> Clip:
