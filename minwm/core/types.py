@@ -114,7 +114,7 @@ class Views:
 
     def with_view(self, latent: Float[Tensor, "c h w"], w2c: Float[Tensor, "4 4"], K: Float[Tensor, " 4"]) -> "Views":
         """And one more, the last."""
-        latents = ChainMap({len(self.w2c): latent}, self.latents)  # pyright: ignore[reportArgumentType]
+        latents = ChainMap({len(self.w2c): latent.to(self.K.device)}, self.latents)  # pyright: ignore[reportArgumentType]
         return Views(latents, torch.cat([self.w2c, w2c.to(self.w2c)[None]]), torch.cat([self.K, K.to(self.K)[None]]))
 
 

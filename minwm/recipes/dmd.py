@@ -220,23 +220,16 @@ class Dmd(Recipe[Backbone]):
     ) -> tuple[Latents, Latents]:
         """`self_rollout` of a batch; clips with the same exit step go together."""
 
-        student, context = self.networks["student"], self.cfg.context
-
-        def unroll(
-            noise: Noise, cond: Condition, exit_step: int | None, views: Sequence[Views]
-        ) -> tuple[Latents, Latents]:
-            return self_rollout(
-                student, noise, cond, self.geometry, self.sampler, exit_step, without_grad, context, views
-            )
-
         groups = {exit_step: [i for i, other in enumerate(exits) if other == exit_step] for exit_step in exits}
-        if len(groups) == 1:
-            return unroll(noise, cond, exits[0], views)
         parts = [
-            unroll(noise[:, clips], cond.clips(clips), exit_step, [views[i] for i in clips] if views else ())
+            self_rollout(
+                self.networks["student"], noise[:, clips], cond.clips(clips), self.geometry, self.sampler, exit_step,
+                without_grad, self.cfg.context, [views[i] for i in clips] if views else (),
+            )
             for exit_step, clips in groups.items()
-        ]
-        order = torch.tensor([i for clips in groups.values() for i in clips]).argsort().tolist()
+        ]  # fmt: skip
+        places = [i for clips in groups.values() for i in clips]
+        order = sorted(range(len(places)), key=places.__getitem__)
         x, x0 = (torch.cat(clips)[order] for clips in zip(*parts, strict=True))
         return x, x0
 

@@ -6,6 +6,7 @@ One rollout serves generation, live play, the collection of ODE trajectories and
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -184,7 +185,9 @@ class Stream:
             chosen = choose_context(self.past, cond.w2c, self.geometry, len(cond.text))
             return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], 0
         chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved)
-        known = len(views) if chosen == self.cached_views and self.geometry.recompute == "causal" else 0
+        columns = zip(zip(*chosen, strict=True), zip(*self.cached_views, strict=True), strict=False)
+        same = len([*takewhile(lambda pair: pair[0] == pair[1], columns)])
+        known = same if self.geometry.recompute == "causal" else 0  # views before the first other one have not seen it
         self.cached_views = chosen
         return [*views, *self.past[len(self.past) - self.chunk + len(views) :]], known
 
