@@ -190,7 +190,8 @@ def test_no_preset_is_ill(name: str, tmp_path: Path) -> None:
     """Neither by itself, nor by the stages that it starts from."""
     stages = {run.name: run for run in PIPELINES[name](tmp_path).stages}
     for run in stages.values():
-        assert not [*from_config(replace(run, init=Init()))], run.name
+        shipped = {role: folder for role, folder in vars(run.init).items() if folder and Path(folder).exists()}
+        assert not [*from_config(replace(run, init=Init(**shipped)))], run.name
         for role, folder in vars(run.init).items():
             if folder and (start := stages.get(Path(folder).name)):
                 assert not [*from_start(run, role, start.model)], (run.name, role)

@@ -127,7 +127,8 @@ def from_config(run: Run) -> Iterator[Verdict]:
     if not run.recipe.trains_backbone:
         return
     for role in (*run.recipe.trained, *run.recipe.frozen):
-        if folder := vars(run.init)[role]:
+        folder = vars(run.init)[role]
+        if folder and (Path(folder) / "model.json").exists():  # weights alone say nothing of how they were trained
             yield from from_start(run, role, load_config(Path(folder)))
     if isinstance(run.recipe, DmdConfig) and run.recipe.critic_updates < FEW_CRITIC_UPDATES:
         evidence = f"{run.recipe.critic_updates} update of the critic per update of the student"
