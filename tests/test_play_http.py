@@ -315,13 +315,13 @@ def test_the_default_model_is_the_shipped_one_or_else_that_of_the_demo(
     monkeypatch.setattr("minwm.experiments.presets.demo.ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     model, threads = tiny_model(), torch.get_num_threads()
-    for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "world" / "dmd"):
+    for folder in (Path("runs/demo/dmd"), tmp_path / "assets" / "place" / "dmd"):
         save_model(folder, model.config, model.net, model.codec)
         assert main(["play"]) == 0
     assert main(["play", "--world", "5", "--model", "runs/demo", "--compare", "truth", "--steps", "3"]) == 0
     assert [scenario.config.sampler.steps for scenario in inputs] == [model.config.sampler.steps] * 2 + [3]
     torch.set_num_threads(threads)
-    assert [scenario.title for scenario in inputs] == ["demo/dmd", "world/dmd", "runs/demo"]
+    assert [scenario.title for scenario in inputs] == ["demo/dmd", "place/dmd", "runs/demo"]
     assert inputs[0].start.prompt == spawn_world(SCENE["worlds"], model.config).scene.caption and inputs[1].takes_image
 
 
