@@ -77,6 +77,10 @@ class Condition:
         first = self.first_latents[:, start:stop] if self.first_latents is not None and self.given > start else None
         return replace(self, first_latents=first, **{name: x[:, start:stop] for name, x in self.per_frame().items()})
 
+    def at(self, index: Int[Tensor, " n"]) -> "Condition":
+        """The condition of a sequence of these latent frames; what is given of the clip stays."""
+        return replace(self, **{name: x[:, index] for name, x in self.per_frame().items()})
+
     def repeat_frames(self, times: int) -> "Condition":
         """The condition of a sequence that holds the same frames so many times, one after the other."""
         return replace(self, **{name: torch.cat([x] * times, dim=1) for name, x in self.per_frame().items()})

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minwm.control.action import with_action_labels
@@ -66,6 +66,10 @@ class DmdConfig(ClipConfig):
     score_times: Literal["all", "exit"] = "all"
     """Scores are compared at times of the whole range (Wan), or between the time of the exit step and that of the next
     (HY): the noise that the student has removed there. All: coarse errors are seen at every step."""
+    regression: float = 0.0
+    """Weight of the squared error to the clip's own latents, where the rollout goes along it: for data in which cameras
+    and what the stream sees leave nothing open, as views of one place (DMD's regression loss has the teacher's pairs).
+    0: no real video enters."""
     normaliser: Literal["clip", "batch"] = "clip"
     """The DMD gradient is divided by the distance to the real score's prediction, of each clip (Wan) or averaged over
     the batch (HY). Clip: no clip outweighs another."""
@@ -112,29 +116,35 @@ def surrogate_loss(x0: Latents, gradient: Latents) -> Float[Tensor, ""]:
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
-def with_static_cameras(clip: Clip, probability: float, generator: torch.Generator) -> Clip:
-    """With that probability, the clip with all cameras where the first one is, or the last of those that are given: DMD
-    never looks at later frames."""
-    cond = clip.cond
-    if not probability or cond.w2c is None or not bernoulli(probability, generator):
-        return clip
-    frame = torch.arange(cond.w2c.shape[1]).clamp_max(max(cond.given, 1) - 1)
-    return replace(clip, cond=with_action_labels(replace(cond, w2c=cond.w2c[:, frame])))
+def standing_still(cond: Condition, frames: int) -> Int[Tensor, " f"]:
+    """The latents of a clip that a stream of `frames` latents is at if its camera stays at the first, or at the last of
+    those that are given."""
+    return torch.arange(frames).clamp_max(max(cond.given, 1) - 1)
 
 
-def back_and_forth(cond: Condition, frames: int) -> Condition:
-    """The cameras of a clip for a stream of `frames` latents: along the path, at its end back again, and so on."""
-    if cond.w2c is None or cond.K is None:
-        return cond
-    end = cond.w2c.shape[1] - 1
-    i = torch.arange(frames, device=cond.w2c.device) % max(2 * end, 1)
-    i = torch.minimum(i, 2 * end - i)
-    return with_action_labels(replace(cond, w2c=cond.w2c[:, i], K=cond.K[:, i]))
+def back_and_forth(latents: int, frames: int) -> Int[Tensor, " f"]:
+    """The latents of a clip that a stream of `frames` latents is at: along it, at its end back again, and so on."""
+    end = latents - 1
+    i = torch.arange(frames) % max(2 * end, 1)
+    return torch.minimum(i, 2 * end - i)
+
+
+class SelfRollout(NamedTuple):
+    """What of the student's own video is scored."""
+
+    clip: Clip
+    x0: Latents
+    """Predicted at each clip's exit step, with gradient."""
+    truth: Latents
+    """What the training clip has there."""
+    known: Bool[Tensor, " f"]
+    """Where that is so: not where the camera went back, or stood still."""
 
 
 class Dmd(Recipe[Backbone]):
     """Roles: student (causal, few steps), critic (bidirectional, learns the student's distribution online), and
-    real (bidirectional, frozen, guided). Cameras, prompt and first frame condition all of them; no real video enters.
+    real (bidirectional, frozen, guided). Cameras, prompt and first frame condition all of them; no real video enters
+    but by `regression`.
     """
 
     cfg: DmdConfig
@@ -146,28 +156,32 @@ class Dmd(Recipe[Backbone]):
             clip = replace(clip, cond=clip.cond.without_image())
         else:
             clip = self.cfg.sample_clip(clip, self.geometry, generator)
-        clip = with_static_cameras(clip, self.cfg.static_cameras, generator)
         role = self.cfg.turn[step % len(self.cfg.turn)]
         return {"student": self.student_loss, "critic": self.critic_loss}[role](clip, step, generator)
 
     def student_loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         """Equation 3 on the x_0 that the student predicts at a random step of its rollout."""
         exits = self._exit_steps(len(clip.latents), step, generator)
-        rollout, x0 = self._rollout(clip, exits, generator)
+        rollout, x0, truth, known = self._rollout(clip, exits, generator)
+        mask = loss_mask(rollout)
         with torch.no_grad():
             x_t, t = self._noised(x0, rollout.cond, exits, generator)
             x0_real = self._predict_x0(self.networks["real"], x_t, t, rollout.cond, self.cfg.guidance)
             x0_fake = self._predict_x0(self.networks["critic"], x_t, t, rollout.cond, 1.0)
-            gradient = dmd_gradient(x0, x0_real, x0_fake, loss_mask(rollout), self.cfg.normaliser == "batch")
+            gradient = dmd_gradient(x0, x0_real, x0_fake, mask, self.cfg.normaliser == "batch")
         total = surrogate_loss(x0, gradient)
-        return Loss(total, "student", {"dmd": total.detach(), "gap": (x0_fake - x0_real).abs().mean()})
+        parts = {"dmd": total.detach(), "gap": (x0_fake - x0_real).abs().mean()}
+        if self.cfg.regression:
+            error = frame_mse(x0, truth, mask * known.to(mask))
+            total, parts["regression"] = total + self.cfg.regression * error, error.detach()
+        return Loss(total, "student", parts)
 
     def critic_loss(self, clip: Clip, step: int, generator: torch.Generator) -> Loss:
         """Flow matching on the student's current videos."""
         final, clips = self.cfg.critic_data == "final", len(clip.latents)
         exits = [None] * clips if final else self._exit_steps(clips, step, generator)
         with torch.no_grad():
-            rollout, x0 = self._rollout(clip, exits, generator)
+            rollout, x0, *_ = self._rollout(clip, exits, generator)
         eps = noise_like(x0, generator)
         t = self._times(x0, exits, generator)
         x_t, t = keep_first_clean(interpolate(x0, eps, t), t, rollout.cond.first_latents)
@@ -185,30 +199,36 @@ class Dmd(Recipe[Backbone]):
             case per:
                 return random_indices(count, clips, per, generator)
 
-    def _rollout(self, clip: Clip, exits: Sequence[int | None], generator: torch.Generator) -> tuple[Clip, Latents]:
-        """The student's own clip, and its x_0 predicted at each clip's exit step, with gradient (self-rollout).
+    def _rollout(self, clip: Clip, exits: Sequence[int | None], generator: torch.Generator) -> SelfRollout:
+        """The student's own clip along the cameras of this one (self-rollout).
 
         In a long rollout only the end is scored. The first of its chunks has no gradient: the codec's first latent is
         a single frame, which is how the scores see the first latent of any clip, and this one is not. With views the
         first latents are these, and the rest is the student's, which sees views chosen anew for every chunk.
         """
-        b, frames, *shape = clip.latents.shape
-        frames = self.cfg.latents or frames
+        b, length, *shape = clip.latents.shape
+        frames = self.cfg.latents or length
         long = self.cfg.long_rollouts and bernoulli(self.cfg.long_rollouts, generator)
         prefix_chunks = 1 + random_index(self.cfg.max_prefix_chunks, generator) if long else 0
         prefix = prefix_chunks * self.geometry.chunk
-        cond = back_and_forth(clip.cond, prefix + frames)
+        still = clip.cond.w2c is not None and bernoulli(self.cfg.static_cameras, generator)
+        path = standing_still(clip.cond, prefix + frames) if still else back_and_forth(length, prefix + frames)
+        cond = with_action_labels(clip.cond.at(path))
+        known = path.diff(prepend=torch.tensor([-1])) > 0
         samples = self.sampler.num_noise_samples(self.geometry)
         noise = sample_noise((b, prefix + frames, *shape), samples, clip.latents, generator)
         without_grad = prefix_chunks + 1 if long and not clip.views else prefix_chunks
         x, x0 = self._rollout_by_exit(noise, cond, exits, without_grad, clip.views)
         if long:
             cond = with_action_labels(cond.frames(prefix, prefix + frames))
-        rollout, x0 = Clip(x[:, prefix:], cond, views=clip.views), x0[:, prefix:]
+        rollout = Clip(x[:, prefix:], cond, views=clip.views)
+        x0, truth, known = x0[:, prefix:], clip.latents[:, path[prefix:]], known[prefix:]
         if clip.views:
             rollout = with_views(rollout, self.geometry.retrieved, generator)
-            x0 = torch.cat([rollout.latents[:, : rollout.cond.given], x0], dim=1)
-        return rollout, x0
+            given = rollout.latents[:, : rollout.cond.given]
+            x0, truth = torch.cat([given, x0], dim=1), torch.cat([given, truth], dim=1)
+            known = torch.cat([torch.zeros(given.shape[1], dtype=torch.bool), known])
+        return SelfRollout(rollout, x0, truth, known)
 
     def _rollout_by_exit(
         self,
@@ -219,7 +239,6 @@ class Dmd(Recipe[Backbone]):
         views: Sequence[Views] = (),
     ) -> tuple[Latents, Latents]:
         """`self_rollout` of a batch; clips with the same exit step go together."""
-
         groups = {exit_step: [i for i, other in enumerate(exits) if other == exit_step] for exit_step in exits}
         parts = [
             self_rollout(

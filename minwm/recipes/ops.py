@@ -42,8 +42,7 @@ def random_part(clip: Clip, frames: int, generator: torch.Generator, apart: int 
     if sink:
         index[0] = random_index(first + step, generator)
     latents = clip.latents[:, index]
-    cond = replace(clip.cond, **{name: x[:, index] for name, x in clip.cond.per_frame().items()})
-    views = clip.views
+    cond, views = clip.cond.at(index), clip.views
     if cond.w2c is not None:
         first = se3_inverse(cond.w2c[:, 0])
         cond = with_action_labels(replace(cond, w2c=cond.w2c @ first[:, None]))

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minwm.cameras.track import CameraTrack
+from minwm.cameras.track import CameraTrack, rigid, so3_exp
 from minwm.render.base import Scenes
 from minwm.render.raycast import Ground, Light, Patch, RaycastScene
 from minwm.render.scenery import BARK, CREAM, LAMP, TimeOfDay, haze_colour, paint_shadow, paint_sky
@@ -20,6 +20,8 @@ from minwm.render.worlds import World, direction
 
 EYE = 0.6
 """Height of the eye over the ground, world units."""
+TILT = 22.5
+"""Degrees up and down of the pictures that do not look straight ahead."""
 CLEARANCE = 0.45
 """Least distance of a camera from anything: nothing ever fills the view."""
 TERRACOTTA, BRICK, SLATE, OCHRE = (0.80, 0.40, 0.26), (0.72, 0.30, 0.24), (0.27, 0.31, 0.40), (0.93, 0.70, 0.30)
@@ -87,11 +89,13 @@ class Place(World):
     @cached_property
     def viewpoints(self) -> Float[np.ndarray, "n 4 4"]:
         """c2w of pictures that show all of the place: half a unit apart, in 16 directions, those between at every
-        second."""
+        second; then from the same positions in 8 directions tilted up, and in 8 down."""
         x, z = (grid.flatten() for grid in np.meshgrid(np.arange(-5, 5.1, 0.5), np.arange(-4.4, 5, 0.5), indexing="ij"))
         free = self.free(np.stack([x, np.full(len(x), -EYE), z], 1))
-        places = zip(x[free], z[free], strict=True)
-        return np.stack([pose(*at, 22.5 * (k + i % 2 / 2)) for i, at in enumerate(places) for k in range(16)])
+        places = [(at, i % 2 / 2) for i, at in enumerate(zip(x[free], z[free], strict=True))]
+        level = [pose(*at, 22.5 * (k + between)) for at, between in places for k in range(16)]
+        tilted = [pose(*at, 45 * (k + between), up) for at, between in places for up in (TILT, -TILT) for k in range(8)]
+        return np.stack([*level, *tilted])
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 512) -> np.ndarray | None:
         """World pose (4x4) of the first frame of an anchored track, anywhere, that keeps the whole path free."""
@@ -221,10 +225,10 @@ def patches(water: Colour) -> tuple[Patch, ...]:
     )
 
 
-def pose(x: float, z: float, yaw: float) -> Float[np.ndarray, "4 4"]:
-    """c2w of an eye at x, z that looks `yaw` degrees from north to east."""
-    c, s = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
-    return np.array([[c, 0, s, x], [0, 1, 0, -EYE], [-s, 0, c, z], [0, 0, 0, 1]])
+def pose(x: float, z: float, yaw: float, pitch: float = 0.0) -> Float[np.ndarray, "4 4"]:
+    """c2w of an eye at x, z that looks `yaw` degrees from north to east and `pitch` degrees up."""
+    turned, up = so3_exp(np.radians([[0, yaw, 0], [pitch, 0, 0]]))
+    return rigid(turned @ up, np.array([x, -EYE, z]))
 
 
 SCENES: dict[str, Scenes] = {"worlds": World, "place": Place}

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from backbones import condition, latents
+from backbones import latents
 from recipes import FRAMES, GEOMETRY, LONG_FIRST, MODEL, Exact, clip, gradients, make, network, seeded, watched, weights
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,29 +161,39 @@ def test_a_long_rollout_is_scored_at_its_end() -> None:
     given, recipe, whole = clip(), make("dmd", long_rollouts=1.0, max_prefix_chunks=1), latents(FRAMES + 2, seed=7)
     recipe.networks["student"] = Exact(torch.cat([given.latents[:, :1], whole[:, 1:]], 1))
     assert isinstance(recipe, Dmd)
-    own, x0 = recipe._rollout(given, [0, 0], seeded())
+    own, x0, truth, known = recipe._rollout(given, [0, 0], seeded())
     torch.testing.assert_close((own.latents, x0), (whole[:, 2:], whole[:, 2:]))
-    walked = back_and_forth(given.cond, FRAMES + 2)
-    assert own.cond.w2c is not None and walked.w2c is not None and own.cond.first_latent is None
-    assert torch.equal(own.cond.w2c, walked.w2c[:, 2:])
+    path = back_and_forth(FRAMES, FRAMES + 2)[2:]
+    assert own.cond.w2c is not None and given.cond.w2c is not None and own.cond.first_latent is None
+    assert torch.equal(own.cond.w2c, given.cond.w2c[:, path]) and torch.equal(truth, given.latents[:, path])
+    assert known.tolist() == [True, True, True, False, False], "two of its latents lie on the way back"
 
 
 def test_a_stream_longer_than_its_clip_walks_to_and_fro() -> None:
-    given = condition(5)
-    assert given.w2c is not None
-    walked = back_and_forth(given, 12).w2c
-    assert walked is not None
-    assert torch.equal(walked, given.w2c[:, [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]])
-    single = back_and_forth(condition(1), 3).w2c
-    assert single is not None and torch.equal(single, single[:, :1].expand_as(single))
+    assert back_and_forth(5, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
+    assert back_and_forth(1, 3).tolist() == [0, 0, 0]
 
 
-def test_dmd_never_looks_at_real_video() -> None:
-    recipe, given = make("dmd"), clip()
+@pytest.mark.parametrize("regression", [0.0, 0.5])
+def test_dmd_looks_at_real_video_for_its_regression_alone(regression: float) -> None:
+    """And there at what the student makes along the clip: not at the first frame, which is given."""
+    recipe, given = make("dmd", regression=regression), clip()
     other = replace(given, latents=latents(FRAMES, seed=99))
-    for step in (0, 1):
-        a, b = (recipe.loss(x, step, seeded()).total for x in (given, other))
-        assert a == b
+    student, critic = ([recipe.loss(x, step, seeded()) for x in (given, other)] for step in (0, 1))
+    assert critic[0].total == critic[1].total
+    assert (student[0].total == student[1].total) == (not regression)
+    if regression:
+        still = make("dmd", regression=regression, static_cameras=1.0).loss(given, 0, seeded())
+        assert still.logs["regression"] == 0 < student[0].logs["regression"], "what is seen there is in no clip"
+
+
+@pytest.mark.parametrize("start", [{}, {"long_rollouts": 1.0, "max_prefix_chunks": 1}])
+def test_the_regression_of_dmd_is_the_error_along_the_clip(start: dict[str, Any]) -> None:
+    """A student that makes just that has none, at any exit step."""
+    recipe, given = make("dmd", regression=0.5, **start), clip()
+    recipe.networks["student"] = Exact(torch.cat([given.latents, given.latents.flip(1)[:, 1:]], dim=1))
+    for seed in range(4):
+        assert recipe.loss(given, 0, seeded(seed)).logs["regression"] < 1e-10
 
 
 @pytest.mark.parametrize(("still", "same"), [(1.0, True), (0.0, False)])

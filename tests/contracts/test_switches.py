@@ -97,7 +97,7 @@ def test_context_from_the_exit_step_is_a_stream_of_fewer_steps(exit_step: int) -
 
 def test_gradient_through_the_last_step_alone_scores_the_final_video() -> None:
     recipe, given = dmd(exit_step="last"), clip()
-    final, scored = recipe._rollout(given, recipe._exit_steps(2, 0, seeded()), seeded())
+    final, scored, *_ = recipe._rollout(given, recipe._exit_steps(2, 0, seeded()), seeded())
     assert scored.requires_grad and torch.equal(final.latents, scored.detach())
 
 
@@ -110,7 +110,7 @@ def test_a_critic_that_knows_the_videos_has_no_loss(data: Any) -> None:
         generator = seeded(4)
         sample_start(given, 1.0, 0.0, GEOMETRY, generator)
         exits = recipe._exit_steps(2, 1, generator) if data == "exit" else [0, 0]
-        final, scored = recipe._rollout(given, exits, generator)
+        final, scored, *_ = recipe._rollout(given, exits, generator)
         recipe.networks["critic"] = Exact((final.latents if known == "final" else scored).detach())
         losses[known] = float(recipe.loss(given, 1, seeded(4)).total.detach())
     assert exits == [0, 0], "the last step's videos are the final ones"

@@ -101,12 +101,15 @@ def test_a_student_with_views_is_scored_on_what_its_stream_makes(
     recipe = make("dmd", replace(MODEL, stream=REMEMBERS), latents=frames, long_rollouts=long, max_prefix_chunks=4)
     assert isinstance(recipe, Dmd)
     monkeypatch.setattr(dmd, "sample_noise", lambda *given: drawn.append(sample_noise(*given)) or drawn[0])
-    own, x0 = recipe._rollout(whole, [None] * len(whole.latents), seeded(1))
+    own, x0, truth, known = recipe._rollout(whole, [None] * len(whole.latents), seeded(1))
     start = drawn[0].shape[2] - frames
+    path = back_and_forth(FRAMES, start + frames)
     assert (start > 0) == bool(long)
-    net, sampler, cond = recipe.networks["student"], recipe.sampler, back_and_forth(whole.cond, start + frames)
+    net, sampler, cond = recipe.networks["student"], recipe.sampler, whole.cond.at(path)
     video = generate_latents(net, sampler, drawn[0], cond, recipe.geometry, whole.views)[:, start:]
     assert own.cond.given == 2
+    assert torch.equal(truth, torch.cat([own.latents[:, :2], whole.latents[:, path[start:]]], dim=1))
+    assert known.tolist() == [False] * 2 + (path.diff(prepend=torch.tensor([-1])) > 0)[start:].tolist()
     torch.testing.assert_close((own.latents[:, 2:], x0[:, 2:]), (video, video), atol=1e-5, rtol=1e-4)
     for i, known in enumerate(whole.views):
         chosen = [next(k for k in range(6) if torch.equal(known.latents[k], x)) for x in own.latents[i, :2]]
@@ -152,7 +155,7 @@ def test_models_are_given_the_pictures_that_they_were_trained_with(tmp_path: Pat
         record, given = walks[i].record, walks.batch([i]).views[0]
         assert record.seed is not None and record.origin is not None
         (known,) = known_views(whole, [Viewpoint(Place(record.seed), record.origin)])
-        assert len(known.w2c) == 4160 and len(given.w2c) == 2
+        assert len(known.w2c) == 8320 and len(given.w2c) == 2
         torch.testing.assert_close(given.w2c, known.w2c[:2], atol=1e-9, rtol=0)
         for k, latent in given.latents.items():
             torch.testing.assert_close(latent, known.latents[k], atol=0.05, rtol=0.05)  # one was a video file
