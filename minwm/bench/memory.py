@@ -157,8 +157,7 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
 
 def _newest_chunks(cfg: ModelConfig) -> ModelConfig:
     """The model with the newest chunks in place of retrieved ones, as many: which to retrieve depends on data."""
-    stream = cfg.stream
-    return replace(cfg, stream=replace(stream, retrieved=0, window=stream.window + stream.retrieved))
+    return replace(cfg, stream=cfg.stream.without_retrieval())
 
 
 def without_retrieval(run: Run) -> Run:

@@ -17,9 +17,9 @@ from minwm.recipes.ode import OdeConfig
 from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import OptimConfig, Run
 
-VIEWS = 16640
-"""4160 viewpoints at four hours."""
-STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=6, recompute="causal", context_noise=0.2)
+VIEWS = 33280
+"""8320 viewpoints at four hours."""
+STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=6, recompute="apart", context_noise=0.2)
 
 
 def place(out: Path) -> Pipeline:
@@ -69,12 +69,15 @@ def _adapted(run: Run, views: Path) -> Run:
     model = replace(model, network=replace(model.network, camera="single"))
     if run.name != "foundation":
         model = replace(model, stream=STREAM)
+    steps = 2 if isinstance(model.sampler, FewStepSampler) else 8  # views leave little open
+    model = replace(model, sampler=replace(model.sampler, steps=steps))
     if not isinstance(model.sampler, FewStepSampler):
-        model = replace(model, sampler=replace(model.sampler, steps=8, guidance=1.0))
+        model = replace(model, sampler=replace(model.sampler, guidance=1.0))
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
         recipe = replace(recipe, guidance=1.0, latents=2, latents_apart=2, views=views)
     if isinstance(recipe, DmdConfig):
-        recipe = replace(recipe, latents=3, static_cameras=0.3, long_rollouts=0.5, max_prefix_chunks=16)
+        recipe = replace(recipe, latents=3, static_cameras=0.3, long_rollouts=0.5, max_prefix_chunks=8)
+        recipe = replace(recipe, critic_updates=1, regression=0.3)
     if isinstance(recipe, OdeConfig):
         recipe = replace(recipe, ode_steps=8)
     if isinstance(recipe, DiffusionConfig):
