@@ -157,7 +157,8 @@ def plan_inference(cfg: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Pla
 
 def _newest_chunks(cfg: ModelConfig) -> ModelConfig:
     """The model with the newest chunks in place of retrieved ones, as many: which to retrieve depends on data."""
-    return replace(cfg, stream=cfg.stream.without_retrieval())
+    stream = cfg.stream
+    return replace(cfg, stream=replace(stream, retrieved=0, window=stream.window + stream.retrieved))
 
 
 def without_retrieval(run: Run) -> Run:

@@ -41,13 +41,11 @@ Rule = Callable[[Frames, Frames], Any]
 
 
 def chunk_causal(stream: StreamConfig) -> Rule:
-    """A frame attends to its own chunk, the earlier ones within the window, and the sinks; to all while they fit. Known
-    views may see themselves alone (`Recompute`)."""
+    """A frame attends to its own chunk, the earlier ones within the window, and the sinks; to all while they fit."""
 
     def visible(q: Frames, k: Frames) -> Any:
         q, k = stream.chunk_of(q), stream.chunk_of(k)
-        kept = (k < stream.sink) | (k > q - stream.window) | (q < stream.slots)
-        return (k <= q) & kept & ((k == q) | (q >= stream.apart))
+        return (k <= q) & ((k < stream.sink) | (k > q - stream.window) | (q < stream.slots))
 
     return visible
 
@@ -252,8 +250,8 @@ class KVArena:
             self.visible[..., :rows] = True if valid is None else valid[:, None, None]
 
     def visible_rows(self, chunk: int) -> Bool[Tensor, "b 1 1 s"] | None:
-        """Which of `attended` may be attended to; None: all."""
-        return None if self.visible is None else self.visible[..., : self.geometry.attended_rows(chunk)]
+        """Which of `valid_kv` may be attended to; None: all."""
+        return None if self.visible is None else self.visible[..., : self.geometry.valid_rows(chunk)]
 
     def current_slot(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         """The chunk's own rows, to be written before `valid_kv` is read."""
@@ -267,13 +265,6 @@ class KVArena:
     def valid_kv(self, layer: int, chunk: int) -> Float[Tensor, "2 b a s e"]:
         """All rows in use, once `current_slot` has been written."""
         return self.past_kv(layer, chunk)
-
-    def attended(self, rows: Float[Tensor, "*n s e"], chunk: int) -> Float[Tensor, "*n t e"]:
-        """Of the rows in use those that a chunk attends to: all, or of a view apart the text's and its own."""
-        if chunk >= self.geometry.apart:
-            return rows
-        start, stop = self.geometry.slot_rows(chunk)
-        return torch.cat([rows[..., : self.geometry.text_rows, :], rows[..., start:stop, :]], dim=-2)
 
     def transform_kv(self, change: Callable[[Heads], Heads], rows: slice, *, values: bool) -> None:
         """Apply a change to cached keys, and to values too if asked, layer by layer and in place."""
@@ -326,7 +317,7 @@ class Cached(WholeFrames):
         return self.arena.current_slot(layer, self.chunk)
 
     def attend(self, layer: int, q: Heads) -> Heads:
-        keys, values = self.arena.attended(self.arena.valid_kv(layer, self.chunk), self.chunk)
+        keys, values = self.arena.valid_kv(layer, self.chunk)
         return softmax_attention(q, keys, values, self.arena.visible_rows(self.chunk))
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
@@ -359,7 +350,6 @@ class ReadOnlyCache(WholeFrames):
             torch.cat([words, old[:, :, rows:start], new, old[:, :, stop:]], dim=2)
             for words, old, new in zip(front, past, (k, v), strict=False)
         )
-        k, v = (self.arena.attended(x, self.chunk) for x in (k, v))
         return softmax_attention(q, k, v, self.arena.visible_rows(self.chunk))
 
 

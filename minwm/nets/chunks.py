@@ -1,21 +1,18 @@
 """How a stream is divided into chunks, and the arithmetic of the cache that remembers them: slots, rows, positions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from minwm.core.config import ConfigError
 
 Frames = Any
 """Integers that broadcast: arrays of numpy (on the host, whatever torch is tracing), or tensors."""
 
-Recompute = Literal["never", "causal", "apart", "full"]
+Recompute = Literal["never", "causal", "full"]
 """never: keys and values are cached when a chunk is finished, and stay. causal: once not all of the past fits into the
-cache, the chunks that are seen are read again, one after the other, as if the stream had had no others. apart: the
-same, but the retrieved ones are known views, each of which sees itself alone: it is read once, and stays while it is
-near. full: from the third chunk on, and in one pass in which they all see each other, as HY-WorldPlay runs (and does
-not train)."""
-AnyStream = TypeVar("AnyStream", bound="StreamConfig")
+cache, the chunks that are seen are read again, one after the other, as if the stream had had no others. full: from the
+third chunk on, and in one pass in which they all see each other, as HY-WorldPlay runs (and does not train)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +66,6 @@ class StreamConfig:
             raise ConfigError(f"stream.retrieved={self.retrieved} needs stream.recompute=causal (or full)")
         if self.recompute != "never" and self.slots < 2:
             raise ConfigError(f"stream.recompute={self.recompute} needs a chunk besides the current one; raise window")
-        if self.recompute == "apart" and (not self.retrieved or self.chunk != 1 or self.sink):
-            raise ConfigError("stream.recompute=apart is for known views: set stream.retrieved, chunk=1 and sink=0")
         if self.merged_refresh and self.recompute != "never":
             raise ConfigError(f"stream.recompute={self.recompute} is a cache update; leave stream.merged_refresh off")
 
@@ -91,16 +86,6 @@ class StreamConfig:
     def slots(self) -> int:
         """Chunks that the cache holds."""
         return self.sink + self.retrieved + self.window
-
-    @property
-    def apart(self) -> int:
-        """First chunks, known views, that see nothing but themselves."""
-        return self.retrieved if self.recompute == "apart" else 0
-
-    def without_retrieval(self: AnyStream) -> AnyStream:
-        """As many of the newest chunks in place of retrieved ones, or of known views."""
-        recompute = "causal" if self.recompute == "apart" else self.recompute
-        return replace(self, retrieved=0, window=self.window + self.retrieved, recompute=recompute)
 
     @property
     def distinct_graph_shapes(self) -> int:
@@ -130,15 +115,15 @@ class StreamConfig:
 
     def recomputes(self, chunk: int) -> bool:
         """Whether the context of a chunk is computed for it: from the second chunk on, or once not all of it fits."""
-        return chunk >= {"never": chunk + 1, "full": 2}.get(self.recompute, self.slots)
+        return chunk >= {"never": chunk + 1, "causal": self.slots, "full": 2}[self.recompute]
 
     @property
     def context_passes(self) -> list[tuple[int, int]]:
         """The passes that recompute the context of a chunk for which not all of the past fits: latent frames of each,
         and those that it sees."""
         ends = [self.start(i) for i in range(self.slots)]
-        one_by_one = [(b - a, b if i >= self.apart else b - a) for i, (a, b) in enumerate(pairwise(ends))]
-        return {"never": [], "full": [(ends[-1], ends[-1])]}.get(self.recompute, one_by_one)
+        one_by_one = [(b - a, b) for a, b in pairwise(ends)]
+        return {"never": [], "causal": one_by_one, "full": [(ends[-1], ends[-1])]}[self.recompute]
 
     def overwrites(self, chunks: int) -> bool:
         """Whether the cache loses anything while so many chunks are made."""
@@ -200,7 +185,3 @@ class Geometry(StreamConfig):
     def valid_rows(self, chunk: int) -> int:
         """Rows in use while a chunk is generated; grows until the ring is full, then stays."""
         return self.slot_rows(min(chunk, self.slots - 1))[1]
-
-    def attended_rows(self, chunk: int) -> int:
-        """How many of them it attends to."""
-        return self.slot_rows(0)[1] if chunk < self.apart else self.valid_rows(chunk)

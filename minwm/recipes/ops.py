@@ -10,7 +10,7 @@ from torch import Tensor
 from minwm.cameras.track import se3_inverse
 from minwm.control.action import with_action_labels
 from minwm.core.flow import Latents, Times, interpolate, shift
-from minwm.core.types import Clip, Condition, Views
+from minwm.core.types import Clip, Condition
 from minwm.nets.backbone import Backbone, Context
 from minwm.nets.chunks import Geometry, StreamConfig
 from minwm.stream.memory import RememberedChunk, choose_context, of_each_clip, one_after_the_other, retrieve_views
@@ -126,15 +126,10 @@ def self_conditioned_context(
     Each chunk is made in one pass from noise, given those that were made before it, as in a stream. A small error in
     the past grows from chunk to chunk there; true targets beside it teach the network to correct it.
     """
-    sampler, x = FewStepSampler(steps=1, shift=timestep_shift), clip.latents
-    noise = sample_noise(x.shape, sampler.num_noise_samples(geometry), x, generator)
-    views, of_views = (), geometry.apart
-    if of_views:
-        frames = zip(x[:, :of_views], *clip.cond.frames(0, of_views).cameras, strict=True)
-        views = [Views(dict(enumerate(latents)), w2c.double().cpu(), K) for latents, w2c, K in frames]
-    cond = clip.cond.frames(of_views, x.shape[1])
-    made, _ = self_rollout(net, noise[:, :, of_views:], cond, geometry, sampler, exit_step=None, views=views)
-    return teacher_context(replace(clip, latents=torch.cat([x[:, :of_views], made], dim=1)), geometry, generator, part)
+    sampler = FewStepSampler(steps=1, shift=timestep_shift)
+    noise = sample_noise(clip.latents.shape, sampler.num_noise_samples(geometry), clip.latents, generator)
+    x0, _ = self_rollout(net, noise, clip.cond, geometry, sampler, exit_step=None)
+    return teacher_context(replace(clip, latents=x0), geometry, generator, part)
 
 
 def frame_mse(a: Latents, b: Latents, weight: Float[Tensor, "b f"]) -> Float[Tensor, ""]:

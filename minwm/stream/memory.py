@@ -94,21 +94,15 @@ def nearest_views(w2c: Float[Tensor, "4 4"], views: Float[Tensor, "k 4 4"], coun
 
 
 def retrieve_views(
-    views: Sequence[Views],
-    w2c: Float[Tensor, "b f 4 4"],
-    like: Mapping[str, Tensor],
-    count: int,
-    cached: Sequence[list[int]] = (),
+    views: Sequence[Views], w2c: Float[Tensor, "b f 4 4"], like: Mapping[str, Tensor], count: int
 ) -> tuple[list[list[int]], list[RememberedChunk]]:
     """The views of each clip that are nearest to the last of its cameras: their indices, and as chunks of one latent.
 
-    like: what the frames of a chunk have; a view has no action. cached: views of each clip, as many, of which those
-    that are still among the nearest keep their places.
+    like: what the frames of a chunk have; a view has no action.
     """
     if (least := min(len(known.w2c) for known in views)) < count:
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")
-    nearest = [nearest_views(pose, known.w2c, count).tolist() for pose, known in zip(w2c[:, -1], views, strict=True)]
-    chosen = [_in_place(*pair) for pair in zip(nearest, cached, strict=True)] if cached else nearest
+    chosen = [nearest_views(pose, known.w2c, count).tolist() for pose, known in zip(w2c[:, -1], views, strict=True)]
     chunks = list[RememberedChunk]()
     for column in zip(*chosen, strict=True):
         x, poses, K = (
@@ -120,11 +114,6 @@ def retrieve_views(
             frames["actions"] = torch.zeros_like(like["actions"][:, :1])
         chunks.append(RememberedChunk(x.to(like["K"].device), 0.0, frames))
     return chosen, chunks
-
-
-def _in_place(views: list[int], cached: list[int]) -> list[int]:
-    fresh = iter(i for i in views if i not in cached)
-    return [i if i in views else next(fresh) for i in cached]
 
 
 def choose_context(

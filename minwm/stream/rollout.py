@@ -6,6 +6,7 @@ One rollout serves generation, live play, the collection of ODE trajectories and
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -80,7 +81,7 @@ class Stream:
     this chunk sees: `chunk` is then its place among them.
 
     `views` of each clip's world, in its frame, are seen by all chunks, and are kept when the stream restarts. An image
-    that the stream starts with is one more of them. A stream without any sees newest chunks instead.
+    that the stream starts with is one more of them.
     """
 
     def __init__(
@@ -93,7 +94,6 @@ class Stream:
         views: Sequence[Views] = (),
     ) -> None:
         self.known = tuple(views)
-        geometry = geometry.without_retrieval() if geometry.apart and not views else geometry
         if views and (geometry.retrieved < 1 or geometry.chunk != 1 or geometry.sink):
             raise ConfigError("known views are for streams of single latents with stream.retrieved and without sinks")
         self.net, self.guidance, self.reach = net, guidance, reach
@@ -179,35 +179,30 @@ class Stream:
     def _recomputes(self, chunk: int) -> bool:
         return bool(self.views) or self.geometry.recomputes(chunk)
 
-    def _seen(self, cond: Condition) -> tuple[list[RememberedChunk], set[int]]:
-        """What the current chunk sees of the past, and which of it the cache holds already."""
-        geometry, before = self.geometry, self.cached_views
+    def _seen(self, cond: Condition) -> tuple[list[RememberedChunk], int]:
+        """What the current chunk sees of the past, and how much of it the cache holds already."""
         if not self.views:
-            chosen = choose_context(self.past, cond.w2c, geometry, len(cond.text))
-            return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], set()
-        chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), geometry.retrieved, before)
+            chosen = choose_context(self.past, cond.w2c, self.geometry, len(cond.text))
+            return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], 0
+        chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved)
+        columns = zip(zip(*chosen, strict=True), zip(*self.cached_views, strict=True), strict=False)
+        same = len([*takewhile(lambda pair: pair[0] == pair[1], columns)])
+        known = same if self.geometry.recompute == "causal" else 0  # views before the first other one have not seen it
         self.cached_views = chosen
-        columns = enumerate(zip(zip(*chosen, strict=True), zip(*before, strict=True), strict=False))
-        same = [i for i, (now, cached) in columns if now == cached]
-        if geometry.recompute == "causal":  # those before the first other one have not seen it
-            same = [i for k, i in enumerate(same) if k == i]
-        held = set() if geometry.recompute == "full" else {*same}
-        return [*views, *self.past[len(self.past) - self.chunk + len(views) :]], held
+        return [*views, *self.past[len(self.past) - self.chunk + len(views) :]], known
 
     @torch.no_grad()
     def _recompute_context(self, cond: Condition) -> None:
         """Write what the current chunk sees of the past into the cache."""
         geometry, arena, place = self.geometry, self.arena, self.chunk
-        seen, held = self._seen(cond)
-        if seen and not held and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
+        seen, known = self._seen(cond)
+        if seen and not known and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
             self.origin = se3_inverse(seen[0].frames["w2c"][:, 0])
         keeps_image = geometry.sink or len(self.past) == place  # or else it has become a latent as any other
         if geometry.recompute == "full" and seen:
             first_chunk = replace(geometry, first_chunk=geometry.start(place), sink=max(geometry.sink, 1))
             self.arena, seen = arena.with_geometry(first_chunk), [one_after_the_other(seen)]
-        for i, chunk in enumerate(seen):
-            if i in held:
-                continue
+        for i, chunk in enumerate(seen[known:], known):
             self.chunk = i
             context = self._prepare(
                 replace(cond, **chunk.frames, first_latents=self.first_latent if keeps_image else None)

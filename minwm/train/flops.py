@@ -57,7 +57,7 @@ def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> in
             visible = [(size, tokens * sum(scope.key_groups[i] for i in keys)) for size, keys in groups]
         case Cached() | ReadOnlyCache():
             geometry = scope.arena.geometry
-            visible = [(frames, geometry.attended_rows(scope.chunk) - geometry.text_rows)]
+            visible = [(frames, geometry.valid_rows(scope.chunk) - geometry.text_rows)]
         case _:
             raise ConfigError(f"how many tokens a pass under {type(scope).__name__} attends to is not known here")
     return batch * (text + sum(net.flops(size, tokens, rows) for size, rows in visible))

@@ -43,7 +43,6 @@ GEOMETRIES = {
     "image": Geometry(tokens=6, chunk=2, first_chunk=1, window=8, sink=1),
     "ring": Geometry(tokens=6, chunk=2, first_chunk=1, window=2, sink=1),
     "no-sink": Geometry(tokens=6, chunk=2, window=2, sink=0),
-    "views": Geometry(tokens=6, chunk=1, window=3, sink=0, retrieved=2, recompute="apart"),
 }
 
 

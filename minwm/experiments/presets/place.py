@@ -19,7 +19,7 @@ from minwm.train.config import OptimConfig, Run
 
 VIEWS = 33280
 """8320 viewpoints at four hours."""
-STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=6, recompute="apart", context_noise=0.2)
+STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=6, recompute="causal", context_noise=0.2)
 
 
 def place(out: Path) -> Pipeline:
