@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +31,9 @@ FIELD_OF_VIEW = math.radians(60), math.radians(35)
 """Full angles across and down."""
 DEGREES_PER_UNIT = 30.0
 """Between two cameras: a turn that changes what is seen about as much as a world unit does."""
+SPARE = 4
+"""A view that a stream has read stays while it is among so many more of the nearest than a chunk sees: to read another
+costs a pass, and one more for every view behind it."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +89,34 @@ def view_overlap(w2c: Float[Tensor, "q 4 4"], other: Float[Tensor, "k 4 4"]) -> 
 
 
 def nearest_views(w2c: Float[Tensor, "4 4"], views: Float[Tensor, "k 4 4"], count: int) -> Int[Tensor, " n"]:
-    """Indices, in order, of the views whose cameras are nearest to one; DEGREES_PER_UNIT between directions count as a
-    world unit between positions."""
+    """Indices of the views whose cameras are nearest to one, the nearest first; DEGREES_PER_UNIT between directions
+    count as a world unit between positions."""
     a, b = se3_inverse(w2c).to(views), se3_inverse(views)
     degrees = torch.rad2deg((b[:, :3, 2] @ a[:3, 2]).clamp(-1, 1).acos())
     far = (b[:, :3, 3] - a[:3, 3]).norm(dim=-1) + degrees / DEGREES_PER_UNIT
-    return far.argsort(stable=True)[:count].sort().values
+    return far.argsort(stable=True)[:count]
 
 
 def retrieve_views(
-    views: Sequence[Views], w2c: Float[Tensor, "b f 4 4"], like: Mapping[str, Tensor], count: int
+    views: Sequence[Views],
+    w2c: Float[Tensor, "b f 4 4"],
+    like: Mapping[str, Tensor],
+    count: int,
+    cached: Sequence[list[int]] = (),
 ) -> tuple[list[list[int]], list[RememberedChunk]]:
     """The views of each clip that are nearest to the last of its cameras: their indices, and as chunks of one latent.
 
-    like: what the frames of a chunk have; a view has no action.
+    like: what the frames of a chunk have; a view has no action. cached: the views of each clip that a stream has read,
+    of which it keeps those before the first that is far (`SPARE`), with room for the nearest.
     """
     if (least := min(len(known.w2c) for known in views)) < count:
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")
-    chosen = [nearest_views(pose, known.w2c, count).tolist() for pose, known in zip(w2c[:, -1], views, strict=True)]
+    chosen = list[list[int]]()
+    for clip, (pose, known) in enumerate(zip(w2c[:, -1], views, strict=True)):
+        near = nearest_views(pose, known.w2c, count + SPARE).tolist()
+        kept = [*takewhile(near.__contains__, cached[clip] if cached else [])]
+        kept = kept if near[0] in kept else kept[: count - 1]
+        chosen.append([*kept, *(i for i in near if i not in kept)][:count])
     chunks = list[RememberedChunk]()
     for column in zip(*chosen, strict=True):
         x, poses, K = (

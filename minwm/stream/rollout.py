@@ -184,10 +184,10 @@ class Stream:
         if not self.views:
             chosen = choose_context(self.past, cond.w2c, self.geometry, len(cond.text))
             return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], 0
-        chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved)
-        columns = zip(zip(*chosen, strict=True), zip(*self.cached_views, strict=True), strict=False)
-        same = len([*takewhile(lambda pair: pair[0] == pair[1], columns)])
-        known = same if self.geometry.recompute == "causal" else 0  # views before the first other one have not seen it
+        cached = self.cached_views if self.geometry.recompute == "causal" else []
+        chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved, cached)
+        columns = zip(zip(*chosen, strict=True), zip(*cached, strict=True), strict=False)
+        known = len([*takewhile(lambda pair: pair[0] == pair[1], columns)])  # views before another have not seen it
         self.cached_views = chosen
         return [*views, *self.past[len(self.past) - self.chunk + len(views) :]], known
 

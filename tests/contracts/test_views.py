@@ -70,8 +70,8 @@ def test_near_is_what_is_close_and_looks_the_same_way() -> None:
         return torch.from_numpy(se3_inverse(c2w))
 
     views = torch.stack([camera(0, 40), camera(1, 0), camera(0.5, 12), camera(0, -180), camera(-3, 0)])
-    assert nearest_views(camera(0, 0), views, 2).tolist() == [1, 2]
-    assert nearest_views(camera(0, 0), views, 3).tolist() == [0, 1, 2], "30 degrees are a unit"
+    assert nearest_views(camera(0, 0), views, 2).tolist() == [2, 1]
+    assert nearest_views(camera(0, 0), views, 3).tolist() == [2, 1, 0], "30 degrees are a unit"
     assert nearest_views(camera(-3, 170), views, 1).tolist() == [3]
 
 
