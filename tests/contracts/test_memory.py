@@ -172,8 +172,9 @@ def test_a_chunk_sees_the_nearest_views_before_its_window(
 
 
 @torch.no_grad()
-def test_an_image_at_the_start_is_one_more_view() -> None:
+def test_an_image_at_the_start_is_one_more_view(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is near it is seen, also when it has left the window, and again after a new start."""
+    monkeypatch.setattr(memory, "SPARE", 0)  # a view is where the image is
     cond, net = condition(FRAMES, seed=4, image=True), small("wan-dual")
     geometry = Geometry(tokens=6, chunk=1, sink=0, window=2, retrieved=2, recompute="causal")
     stream, frames = Stream(net, cond, sized(net, geometry), views=known_views(cond, 4)), (0, 6, 7, 0)
