@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from planning import stage
 
-from minwm.bench.memory import GIB, plan_training, size
+from minwm.bench.memory import GIB, plan_training, reserve, size
 from minwm.bench.scaling import Cluster, Step, count_uses, gpu_hours, plan_step, scale
 from minwm.cli import main
 from minwm.core.config import ConfigError
@@ -142,6 +142,30 @@ def test_pages_show_the_committed_plans() -> None:
         for name, (row,) in committed("plan-wan-lora").items()
     ]
     assert "\n".join(lora) in PAGE
+
+
+CLIPS_ON = ("plan-hunyuan-dmd-4", "plan-hunyuan-dmd-4-8", "plan-hunyuan-dmd-8")
+"""Plans of distribution matching in which 4 GPUs, the same with weights among 8, and 8 share a clip."""
+
+
+def test_the_page_shows_how_many_share_a_clip_of_distribution_matching() -> None:
+    plans, lines = [committed(name)["dmd"] for name in CLIPS_ON], list[str]()
+    for count in (8, 16, 32, 64):
+        rows = [on(count, rows) for rows in plans]
+        cells = [cell for row in rows for cell in (size(row["bytes"]), hours(row))]
+        lines.append(f"| {count} | {' | '.join(cells)} |")
+        assert all(holds(row, gib) for row in rows for gib in (80, 141))
+    page, alone = (ROOT / "docs" / "hunyuan.md").read_text(), committed("plan-hunyuan")["dmd"]
+    assert "\n".join(lines) in page
+    four, eight, thirty_two, many = on(4, plans[0]), on(8, alone), on(32, alone), on(64, alone)
+    assert f"{size(four['bytes'])} on 4 GPUs, which 141 GiB hold" in page and holds(four, 141) and not holds(four, 80)
+    assert f"{size(eight['bytes'])} on each of 8 GPUs" in page and f"{size(thirty_two['bytes'])} on each of 32" in page
+    assert not (holds(thirty_two, 141) or holds(many, 80)) and many["sequence"] == 2
+
+
+def holds(row: dict[str, Any], gib: int) -> bool:
+    """Whether a GPU of that memory holds its part."""
+    return row["bytes"] + reserve(gib * GIB) <= gib * GIB
 
 
 def test_the_committed_plan_is_that_of_the_preset_as_it_is() -> None:
