@@ -25,8 +25,9 @@ from minwm.core.media import write_image, write_video
 from minwm.data.clips import ClipFolder
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.eval.recorded import Recordings, recorded_source, recordings
 from minwm.nets.chunks import StreamConfig
-from minwm.store.folder import save_model
+from minwm.store.folder import load_model, save_model
 from minwm.stream.solvers import BidirectionalSampler
 
 line = pytest.fixture(error_line)
@@ -120,6 +121,22 @@ def test_processes_share_nothing_but_videos(
     for alone in (["--quick"], ["--videos", project]):
         assert run(*words, *alone) == 2 and "2 processes cannot share this: they share the videos of --suite" in line()
     assert run(*words, "--suite") == 2 and "give --out DIR" in line()
+
+
+def test_the_first_process_alone_reads_the_truth(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that share the videos; here one after the other."""
+    for module in ("train.parallel", "eval.recorded"):
+        monkeypatch.setattr(f"minwm.{module}.wait_for_all", lambda _: None)
+    model, read = load_model(project / "image").ready(), list[str]()
+    truth = recordings(project / "raw", model, "train")
+    seen = Recordings(truth.names, lambda name: (read.append(name), truth.video(name))[1], truth.record)
+    sources = [recorded_source(model, seen, tmp_path / "shared", {}, (i, 2)) for i in range(2)]
+    assert read == truth.names and len(read) > 2
+    alone = recorded_source(model, truth, tmp_path / "alone", {})
+    for name in truth.names:
+        assert np.array_equal(sources[1].video(name).frames, alone.video(name).frames)
 
 
 @pytest.fixture(scope="module")

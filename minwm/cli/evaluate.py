@@ -25,6 +25,7 @@ from minwm.core.config import UserError, lookup, override, to_dict
 
 if TYPE_CHECKING:
     from minwm.eval.metrics import Scores
+    from minwm.eval.recorded import Recordings
     from minwm.eval.source import VideoSource
     from minwm.eval.witness import Witness
     from minwm.store.model import Model
@@ -256,7 +257,7 @@ def _baselines(models: list[Path], scene: AnyScene) -> "Iterator[tuple[str, Vide
         yield from baselines(scene.data, recorded, loaded).items()
 
 
-def _open_with_data(path: Path, scene: AnyScene) -> "tuple[Model, VideoSource]":
+def _open_with_data(path: Path, scene: AnyScene) -> "tuple[Model, Recordings]":
     """A model, ready, and the recorded clips as it sees them."""
     from minwm.eval.recorded import recordings
     from minwm.store.hub import load

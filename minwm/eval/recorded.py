@@ -4,8 +4,9 @@ Of raw clips the pixels are the truth; of latent shards what the model's codec d
 model on these latents can come.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,17 @@ RECORDING, STATIC, CODEC = "recording", "static camera", "codec"
 """Baselines: the clips themselves, their first frames held, and the clips encoded and decoded."""
 
 
-def recordings(data: Path, model: Model, split: Split, limit: int | None = None) -> VideoSource:
+class Recordings(VideoSource):
+    """Videos of recorded clips, and what is known of each without reading, decoding or rendering any picture."""
+
+    def __init__(
+        self, names: Sequence[str], video: Callable[[str], Video], record: Callable[[str], ClipRecord]
+    ) -> None:
+        super().__init__(names, video)
+        self.record = record
+
+
+def recordings(data: Path, model: Model, split: Split, limit: int | None = None) -> Recordings:
     """The clips of one split with their cameras and captions; `limit`: so many, spread over it.
 
     The model is as loaded: another type of numbers (`Model.ready`) changes its codec's identity. DataError if the codec
@@ -49,14 +60,18 @@ def recordings(data: Path, model: Model, split: Split, limit: int | None = None)
     if limit is not None:
         names = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, limit).round().astype(int))]
 
-    def video(name: str) -> Video:
-        record, frames = read[name]()
-        _check(record, config, f"{data}: clip {name}")
-        task = {"prompt": record.caption, "clip": name}
-        known = {"first_depth": _first_depth(record), "viewpoint": _viewpoint(record)}
-        return Video(name, frames, record.track.fps, record.track, task=task, **known)
+    def record(name: str) -> ClipRecord:
+        found = read[name].record()
+        _check(found, config, f"{data}: clip {name}")
+        return found
 
-    return VideoSource(names, video)
+    def video(name: str) -> Video:
+        found = record(name)
+        task = {"prompt": found.caption, "clip": name}
+        known = {"first_depth": _first_depth(found), "viewpoint": _viewpoint(found)}
+        return Video(name, read[name].frames(), found.track.fps, found.track, task=task, **known)
+
+    return Recordings(names, video, record)
 
 
 def _viewpoint(record: ClipRecord) -> Viewpoint | None:
@@ -70,12 +85,17 @@ def _first_depth(record: ClipRecord) -> Float[np.ndarray, "h w"] | None:
     return reproduce(record, record.track.slice(0, 1)).depth[0] if record.source in RENDERED else None
 
 
-Read = Callable[[], tuple[ClipRecord, Frames]]
+@dataclass(frozen=True)
+class Read:
+    """How a clip is read."""
+
+    record: Callable[[], ClipRecord]
+    frames: Callable[[], Frames]
 
 
 def _of_raw(dataset: RawDataset) -> dict[str, Read]:
     folder = dataset.folder
-    return {name: lambda name=name: (folder.record(name), folder.frames(name)) for name in dataset.ids}
+    return {name: Read(partial(folder.record, name), partial(folder.frames, name)) for name in dataset.ids}
 
 
 def _of_shards(dataset: ShardDataset, codec: VideoCodec) -> dict[str, Read]:
@@ -87,11 +107,13 @@ def _of_shards(dataset: ShardDataset, codec: VideoCodec) -> dict[str, Read]:
         )
 
     @torch.inference_mode()
-    def read(index: int) -> tuple[ClipRecord, Frames]:
-        sample, place = dataset[index], next(codec.parameters())
-        return sample.record, to_frames(codec.decode(sample.latents[None].to(place)))[0]
+    def frames(index: int) -> Frames:
+        return to_frames(codec.decode(dataset[index].latents[None].to(next(codec.parameters()))))[0]
 
-    return {name: lambda index=index: read(index) for index, name in enumerate(dataset.ids)}
+    def record(index: int) -> ClipRecord:
+        return dataset[index].record
+
+    return {name: Read(partial(record, index), partial(frames, index)) for index, name in enumerate(dataset.ids)}
 
 
 def _encoded(data: Path) -> bool:
@@ -106,10 +128,10 @@ def _check(record: ClipRecord, config: ModelConfig, where: str) -> None:
 
 
 def recorded_source(
-    model: Model, recorded: VideoSource, folder: Path, about: Mapping[str, str], part: tuple[int, int] = (0, 1)
+    model: Model, recorded: Recordings, folder: Path, about: Mapping[str, str], part: tuple[int, int] = (0, 1)
 ) -> VideoSource:
     """The videos of a model along the cameras of recordings, made in `folder` unless they are there; `part` (i, n): by
-    n processes, which wait for each other.
+    n processes, which wait for each other, and of which the first alone reads the recordings' pixels.
 
     They start from the first frames, with the recordings as reference; those of a model that starts from text show
     other scenes, and have none: only the sets of both are compared. `about` is what the manifest of the folder
@@ -117,17 +139,16 @@ def recorded_source(
     """
     config, tracks, wanted = model.config, dict[str, CameraTrack](), list[Request]()
     with first_process_first(part):
-        for seed, video in enumerate(recorded):
-            assert video.camera is not None
-            tracks[video.name] = video.camera.relative_to_first()
-            image = folder / "starts" / f"{video.name}.png" if config.image_start else None
+        for seed, name in enumerate(recorded.names):
+            record = recorded.record(name)
+            tracks[name] = record.track.relative_to_first()
+            image = folder / "starts" / f"{name}.png" if config.image_start else None
             if image and not image.exists():
-                write_image(image, video.frames[0])
-            poses = folder / "starts" / f"{video.name}.json"
-            tracks[video.name].save(poses)
-            prompt = video.task["prompt"]
-            known = {"image": image, "viewpoint": video.viewpoint}
-            wanted.append(Request(name=video.name, prompt=prompt, trajectory=str(poses), seed=seed, **known))
+                write_image(image, recorded.video(name).frames[0])
+            poses = folder / "starts" / f"{name}.json"
+            tracks[name].save(poses)
+            known = {"image": image, "viewpoint": _viewpoint(record)}
+            wanted.append(Request(name=name, prompt=record.caption, trajectory=str(poses), seed=seed, **known))
     generate_all(model, wanted, lambda request: tracks[request.name], folder, about, part)
     wait_for_all(part)
     made = folder_source(folder)
