@@ -183,6 +183,8 @@ class ModelEngine:
         self._stream: Stream | None = None
         self.newest_pose: Pose | None = None
         """Of the camera, at the newest latent."""
+        self.newest_step: Pose = np.eye(4)
+        """From the pose of the chunk before to that."""
         self.origin: Pose = np.eye(4)
         """From where poses count, relative to the first frame: the last pose of a video start."""
         self.pending_update: tuple[Any, ...] | None = None
@@ -274,7 +276,8 @@ class ModelEngine:
     ) -> Iterator[Frames]:
         """Frames of the next chunk; `first` is what is given of it: the image, or all. K: the model's if not given."""
         prepared = self.stream.prepare_chunk(replace(self.condition(c2w, K), first_latents=first))
-        self.newest_pose = c2w[-1]
+        before = c2w[0] if self.newest_pose is None else self.newest_pose
+        self.newest_pose, self.newest_step = c2w[-1], se3_inverse(before) @ c2w[-1]
         samples = self.sampler.num_noise_samples(self.stream.geometry)
         shape = (samples, *self.model.config.latent_shape(1, len(c2w)))
         drawn = prepared.given is None
@@ -315,6 +318,8 @@ class ModelEngine:
         if self.pending_update:
             with attention_kernel(self.engine):
                 self.stream.update_cache(*self.pending_update)
+                if self.newest_pose is not None:  # most often the camera goes on as it does
+                    self.stream.read_ahead(self.condition((self.newest_pose @ self.newest_step)[None]))
             self.pending_update = None
 
     def update_cache(self) -> None:

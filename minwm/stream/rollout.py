@@ -115,6 +115,8 @@ class Stream:
         """The cache holds something else than the past."""
         self.cached_views: list[list[int]] = []
         """Those of each clip that the cache holds."""
+        self.cached_past: list[int] = []
+        """Chunks of the past that it holds behind them."""
         self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
         self.sink_shift = 0
@@ -147,7 +149,7 @@ class Stream:
         """Follow the prompt of `cond` from the next chunk on; what the cache holds has read the old one."""
         self.text = self.net.project_text_kv(self._guidance_branches(cond))
         self.arena.write_text_kv(self.text)
-        self.cached_views = []  # they have read the old one
+        self.cached_views, self.cached_past = [], []  # they have read the old one
 
     def prepare_chunk(self, cond: Condition) -> PreparedCondition:
         """The stream's prompt and the cameras of the current chunk; the cache is moved to where these are."""
@@ -159,6 +161,12 @@ class Stream:
             if self.stale or self._recomputes(len(self.past)):
                 self._recompute_context(cond)
         return self._prepare(cond)
+
+    def read_ahead(self, cond: Condition) -> None:
+        """Read what the next chunk sees of known views and the past if its cameras are those of `cond`: `prepare_chunk`
+        then reads what is different, often nothing."""
+        if self.views:
+            self.prepare_chunk(cond)
 
     def _prepare(self, cond: Condition) -> PreparedCondition:
         """`prepare_chunk` of the chunk that is to be at the place `chunk`; w2c is on the CPU in float64."""
@@ -186,10 +194,12 @@ class Stream:
             return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], 0
         cached = self.cached_views if self.geometry.recompute == "causal" else []
         chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved, cached)
-        columns = zip(zip(*chosen, strict=True), zip(*cached, strict=True), strict=False)
-        known = len([*takewhile(lambda pair: pair[0] == pair[1], columns)])  # views before another have not seen it
-        self.cached_views = chosen
-        return [*views, *self.past[len(self.past) - self.chunk + len(views) :]], known
+        past = [*range(len(self.past) - self.chunk + len(views), len(self.past))]
+        before = [*zip(*cached, strict=True), *self.cached_past] if cached else []
+        columns = zip([*zip(*chosen, strict=True), *past], before, strict=False)
+        known = len([*takewhile(lambda pair: pair[0] == pair[1], columns)])  # what is before another has not seen it
+        self.cached_views, self.cached_past = chosen, past
+        return [*views, *(self.past[i] for i in past)], known
 
     @torch.no_grad()
     def _recompute_context(self, cond: Condition) -> None:
@@ -250,6 +260,7 @@ class Stream:
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         if self.geometry.recompute != "never":
             del self.past[snapshot[0] :]
+            self.cached_past = []
             self.views = self.views if self.past else self.known
             self.stale = True
             return
