@@ -1,7 +1,9 @@
 """The noise convention: golden numbers of published schedules, and properties of the flow."""
 
+import jaxtyping
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintViolation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,12 +17,23 @@ from minwm.core.flow import (
     velocity,
     x0_from_velocity,
 )
+from minwm.nets.layers import sinusoid
 
 SHAPE = (2, 3, 4, 5, 6)
 
 
 def clip(seed: int) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_shapes_in_signatures_are_checked() -> None:
+    """Of arguments against each other, of results, of what an argument says: tests/conftest.py sees to it."""
+    assert sinusoid(torch.ones(1, 3), 4).shape == (1, 3, 4) and velocity(clip(0), clip(1)).shape == SHAPE
+    for wrong in (lambda: velocity(clip(0), clip(1)[:, :1]), lambda: velocity(clip(0)[0], clip(1)[0])):
+        with pytest.raises(BeartypeCallHintViolation):
+            wrong()
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"(?s)return value.*b f \{width\}"):
+        sinusoid(torch.ones(1, 3), 5)
 
 
 def test_few_step_schedule() -> None:

@@ -92,10 +92,15 @@ class Place(World):
         second; then from the same positions in 8 directions tilted up, and in 8 down."""
         x, z = (grid.flatten() for grid in np.meshgrid(np.arange(-5, 5.1, 0.5), np.arange(-4.4, 5, 0.5), indexing="ij"))
         free = self.free(np.stack([x, np.full(len(x), -EYE), z], 1))
-        places = [(at, i % 2 / 2) for i, at in enumerate(zip(x[free], z[free], strict=True))]
-        level = [pose(*at, 22.5 * (k + between)) for at, between in places for k in range(16)]
-        tilted = [pose(*at, 45 * (k + between), up) for at, between in places for up in (TILT, -TILT) for k in range(8)]
-        return np.stack([*level, *tilted])
+        between = np.arange(free.sum()) % 2 / 2
+        level = 22.5 * (np.arange(16) + between[:, None])
+        tilted = 45 * (np.arange(8) + between[:, None]).repeat(2, 0).reshape(-1, 16)
+        return np.concatenate(
+            [
+                pose(x[free, None], z[free, None], yaw, pitch).reshape(-1, 4, 4)
+                for yaw, pitch in ((level, 0.0), (tilted, np.repeat([TILT, -TILT], 8)))
+            ]
+        )
 
     def spawn(self, rng: np.random.Generator, track: CameraTrack, tries: int = 512) -> np.ndarray | None:
         """World pose (4x4) of the first frame of an anchored track, anywhere, that keeps the whole path free."""
@@ -112,6 +117,7 @@ class Place(World):
 
 
 Pair = tuple[float, float]
+Number = float | np.ndarray
 
 
 def block(x: float, z: float, size: Pair, heights: Pair, paint: Colour, top: Pair | None = None) -> Solid:
@@ -225,10 +231,12 @@ def patches(water: Colour) -> tuple[Patch, ...]:
     )
 
 
-def pose(x: float, z: float, yaw: float, pitch: float = 0.0) -> Float[np.ndarray, "4 4"]:
-    """c2w of an eye at x, z that looks `yaw` degrees from north to east and `pitch` degrees up."""
-    turned, up = so3_exp(np.radians([[0, yaw, 0], [pitch, 0, 0]]))
-    return rigid(turned @ up, np.array([x, -EYE, z]))
+def pose(x: Number, z: Number, yaw: Number, pitch: Number = 0.0) -> Float[np.ndarray, "*n 4 4"]:
+    """c2w of an eye at x, z that looks `yaw` degrees from north to east and `pitch` degrees up; of arrays, of many."""
+    x, z, yaw, pitch = np.broadcast_arrays(x, z, yaw, pitch)
+    zero = np.zeros(x.shape)
+    turned, up = so3_exp(np.radians([np.stack([zero, yaw, zero], -1), np.stack([pitch, zero, zero], -1)]))
+    return rigid(turned @ up, np.stack([x, zero - EYE, z], -1))
 
 
 SCENES: dict[str, Scenes] = {"worlds": World, "place": Place}
