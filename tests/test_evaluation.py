@@ -15,7 +15,7 @@ from minwm.cli import main
 from minwm.core.config import ConfigError, UserError
 from minwm.core.media import read_image, to_pixels
 from minwm.eval.camera.motion import MotionErrors, MotionResult, measure_motion
-from minwm.eval.cases import BASELINES, Clips, reconstruct
+from minwm.eval.cases import BASELINES, Clips, EvalError, reconstruct
 from minwm.eval.diversity import measure_diversity
 from minwm.eval.drift import FIRST_SCENE, REACH, ROUTES, DriftCurves, LongRollouts, collapse, random_walk
 from minwm.eval.image import chunk_spans, colour_distance, measure_quality
@@ -231,6 +231,12 @@ def test_diversity_is_the_spread_over_seeds_and_prompts() -> None:
     assert len(found.seed) == len(found.prompt) == 2
     assert found.seed[-1] > 1 and found.worlds and found.worlds > 10
     assert max(found.prompt) == 0, "a fresh network has a silent head: it does not hear the prompt"
+
+
+def test_clips_that_all_move_the_same_way_have_no_other_camera() -> None:
+    clips = Clips.make(CONFIG, ["w*8", "w*8"], World)
+    with pytest.raises(EvalError, match="clip 0: no other clip moves differently"):
+        clips.baseline("another clip's camera", random_model(CONFIG).codec)
 
 
 def test_models_that_see_other_things_are_not_compared() -> None:

@@ -142,7 +142,7 @@ def reconstruct(codec: VideoCodec, videos: Videos, latents: int = 20) -> Videos:
 
 def distractors(index: int, cameras: Sequence[CameraTrack], count: int) -> list[CameraTrack]:
     """Up to `count` of the next clips' cameras, moved to this clip's first pose; without those that nearly coincide
-    with its command, with a static camera or with one another."""
+    with its command, with a static camera or with one another. EvalError if none is left."""
     own = cameras[index]
     kept = [own, static(own)]
     for offset in range(1, len(cameras)):
@@ -152,6 +152,8 @@ def distractors(index: int, cameras: Sequence[CameraTrack], count: int) -> list[
             kept.append(path)
         if len(kept) == count + 2:
             break
+    if len(kept) == 2:
+        raise EvalError(f"clip {index}: no other clip moves differently; add clips with other trajectories")
     return kept[2:]
 
 
