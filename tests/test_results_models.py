@@ -96,7 +96,7 @@ def place_targets() -> str:
     """The same page: what is asked of the student, and what it reaches."""
     rows = json.loads((ROOT / "results" / "place.json").read_text())["rows"]
     minutes = json.loads((ROOT / "results" / "place-minutes.json").read_text())["rows"]["dmd"]["drift"]
-    walked, turned = minutes["random walk"]["psnr"][59], minutes["turn around"]["first_look"]
+    walked, back = minutes["random walk"]["psnr"][59], minutes["turn around"]["first_look"]
     motion = rows["dmd"]["follow"]["motion"]["overall"]
     play = json.loads((ROOT / "results" / "place-play.json").read_text())["minwm/assets/place/dmd"]
     walks = json.loads((ROOT / "results" / "place-dmd.json").read_text())["model"]
@@ -110,7 +110,7 @@ def place_targets() -> str:
             f"| PSNR to the truth after 1 s | 25 dB | {after[0]:.1f} dB |",
             f"| after 5 s | 23 dB | {after[4]:.1f} dB |",
             f"| after 60 s of a random walk | 20 dB | {walked['value']:.1f} dB |",
-            f"| a full turn to the first look, ahead of PSNR after 1 s | -1 dB | {turned['value'] - after[0]:+.1f} dB |",
+            f"| a full turn to the first look, ahead of PSNR after 1 s | -1 dB | {back['value'] - after[0]:+.1f} dB |",
             f"| minute-long streams that collapsed | 0 | {collapsed(minutes)} |",
             f"| gradient energy, of the truth's, on the 12 walks below | 80 % | {100 * walks['sharpness']:.0f} % |",
             f"| PSNR after 1 s, ahead of its multi-step teacher `ar` | -1 dB | {after[0] - teacher[0]:+.1f} dB |",
