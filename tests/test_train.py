@@ -400,6 +400,8 @@ def test_nonsense_is_refused() -> None:
             replace(run, **{change: 1 if change == "ema" else 0})
     with pytest.raises(ConfigError, match="critic_updates=0: must be at least 1"):
         DmdConfig(critic_updates=0)
+    with pytest.raises(ConfigError, match=r"dmd.regression=-0.1: a weight must be at least 0"):
+        DmdConfig(regression=-0.1)
 
 
 @pytest.mark.parametrize("name", ["ode", "dmd"])

@@ -80,6 +80,8 @@ class DmdConfig(ClipConfig):
         for name in ("max_prefix_chunks", "critic_updates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least 1")
+        if self.regression < 0:
+            raise ConfigError(f"dmd.regression={self.regression}: a weight must be at least 0")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ConfigError(f"dmd: times [{self.t_min}, {self.t_max}] are not an interval inside [0, 1]")
         if self.score_times == "exit" and self.critic_data == "final":
