@@ -76,8 +76,7 @@ def _adapted(run: Run, views: Path) -> Run:
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
         recipe = replace(recipe, guidance=1.0, latents=2, latents_apart=2, views=views)
     if isinstance(recipe, DmdConfig):
-        recipe = replace(recipe, latents=3, static_cameras=0.3, long_rollouts=0.5, max_prefix_chunks=8)
-        recipe = replace(recipe, critic_updates=1, regression=0.1)
+        recipe = replace(recipe, latents=3, static_cameras=0.3, long_rollouts=0.5, max_prefix_chunks=8, regression=0.1)
     if isinstance(recipe, OdeConfig):
         recipe = replace(recipe, ode_steps=8)
     if isinstance(recipe, DiffusionConfig):
