@@ -289,3 +289,14 @@ def test_no_fault_of_a_training_loses_anything() -> None:
         assert faults[name]["same_weights"], name
     for name in faults.keys() - pairs - {"kill -9", "SIGTERM", "clock jumps"}:
         assert faults[name]["exit_codes"] == [2] and "error: " in faults[name]["message"], name
+
+
+def test_the_page_on_training_shows_how_fast_it_is() -> None:
+    page = (ROOT / "docs" / "train.md").read_text()
+    found = json.loads((ROOT / "results" / "training-throughput.json").read_text())
+    for stage, by in found["processes"].items():
+        assert f"| `demo/{stage}` | {by['1']['clips_per_s']:.2f} | {by['2']['clips_per_s']:.2f} |" in page
+    assert f"takes {found['plain']['times_as_long']:.2f} times as long as the plain loop" in " ".join(page.split())
+    for stage, speed in found["place"].items():
+        rates = " | ".join(f"{rate:.2f}" for rate in speed["clips_per_cpu_s"].values())
+        assert f"| `place/{stage}` | {rates} |" in page
