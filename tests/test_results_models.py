@@ -77,6 +77,10 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     for label, row in rows.items():
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * row['sharpness']:.0f} % |" in page
+    for name in ("place-apart", "place-dmd-3-2-steps"):
+        row = json.loads((ROOT / "results" / f"{name}.json").read_text())["model"]
+        after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
+        assert f"{after} dB at {100 * row['sharpness']:.0f} %" in " ".join(page.split())
     assert stages_table("place", times=False) in page and place_targets() in page
     for name, label in (("place-dmd", "it has"), ("place-dmd-2", "had"), ("place-dmd-2-views", "to")):
         still = " / ".join(f"{students[name]['still'][second]:.1f}" for second in ("1", "5", "20"))

@@ -91,9 +91,9 @@ def view_overlap(w2c: Float[Tensor, "q 4 4"], other: Float[Tensor, "k 4 4"]) -> 
 def nearest_views(w2c: Float[Tensor, "4 4"], views: Float[Tensor, "k 4 4"], count: int) -> Int[Tensor, " n"]:
     """Indices of the views whose cameras are nearest to one, the nearest first; DEGREES_PER_UNIT between directions
     count as a world unit between positions."""
-    a, b = se3_inverse(w2c).to(views), se3_inverse(views)
-    degrees = torch.rad2deg((b[:, :3, 2] @ a[:3, 2]).clamp(-1, 1).acos())
-    far = (b[:, :3, 3] - a[:3, 3]).norm(dim=-1) + degrees / DEGREES_PER_UNIT
+    camera = se3_inverse(w2c).to(views)
+    degrees = torch.rad2deg((views[:, 2, :3] @ camera[:3, 2]).clamp(-1, 1).acos())
+    far = (views[:, :3] @ camera[:, 3]).norm(dim=-1) + degrees / DEGREES_PER_UNIT  # where the camera is in each view
     return far.argsort(stable=True)[:count]
 
 

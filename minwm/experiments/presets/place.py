@@ -69,10 +69,9 @@ def _adapted(run: Run, views: Path) -> Run:
     model = replace(model, network=replace(model.network, camera="single"))
     if run.name != "foundation":
         model = replace(model, stream=STREAM)
-    steps = 2 if isinstance(model.sampler, FewStepSampler) else 8  # views leave little open
-    model = replace(model, sampler=replace(model.sampler, steps=steps))
-    if not isinstance(model.sampler, FewStepSampler):
-        model = replace(model, sampler=replace(model.sampler, guidance=1.0))
+    few = isinstance(model.sampler, FewStepSampler)
+    sampler = replace(model.sampler, steps=2) if few else replace(model.sampler, steps=8, guidance=1.0)
+    model = replace(model, sampler=sampler)
     if isinstance(recipe, OdeConfig | ConsistencyConfig | DmdConfig):
         recipe = replace(recipe, guidance=1.0, latents=2, latents_apart=2, views=views)
     if isinstance(recipe, DmdConfig):
