@@ -18,8 +18,6 @@ from minwm.store.model import ModelConfig
 from minwm.train.config import Run
 
 CLIPS = 8
-VIEWS = 24
-"""Six at each hour."""
 CODEC = {
     "small": {"width": 16, "fine": 16, "finest": 8, "decoder_depth": 1},
     "wan_vae": {"base": 8, "decoder_base": 8, "depth": 1},
@@ -52,7 +50,6 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
     revisits = pipeline.evaluation.revisits if pipeline.evaluation.seeds else 0
     return replace(
         pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1,
-        views=VIEWS if pipeline.views else 0,
         evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1, revisits=revisits),
         evaluated=tuple(name for name in pipeline.evaluated if name in ("camera", "finetune", "dmd")),
     )  # fmt: skip

@@ -9,17 +9,16 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minwm.cameras.track import latent_cameras, se3_inverse
+from minwm.cameras.track import latent_cameras
 from minwm.control.action import with_action_labels
 from minwm.core.config import UserError
 from minwm.core.files import check_shape
@@ -75,7 +74,7 @@ class ShardDataset:
 
         `image_start` gives the first frame as a condition. `null` holds the text states of the unconditional
         branch of guidance (default: zeros). `noise` perturbs the cameras of batches. `views` are known of the clips'
-        worlds (`read_views`). Decoded records stay in memory if all of them fit into `cache_bytes`.
+        worlds, by `ClipRecord.world`. Decoded records stay in memory if all of them fit into `cache_bytes`.
         """
         self.path, self.image_start, self.null, self.noise, self.spec = path, image_start, null, noise, spec
         self.views = views
@@ -171,28 +170,6 @@ class ShardDataset:
         if record.world not in self.views or record.origin is None:
             raise DataError(f"{self.path}: no views of {record.world!r}, the world of {example.id}; render them too")
         return self.views[record.world].transformed(torch.from_numpy(record.origin))
-
-
-@lru_cache(maxsize=1)
-def read_views(path: Path, spec: ClipSpec) -> Mapping[str, Views]:
-    """Views by `ClipRecord.world`: the first latents of a folder of latent shards, of clips with an origin."""
-    found: dict[str, list[Sample]] = {}
-    names, splits = [shard.name for shard in list_shards(path)], get_args(Split)
-    for split in (split for split in splits if any(name.startswith(split) for name in names)):
-        data = ShardDataset(path, split, spec=replace(spec, latents=1))
-        for sample in (data[i] for i in range(len(data))):
-            if sample.record.origin is None:
-                raise DataError(
-                    f"{path}: nothing says where {sample.id} stands in its world (origin); give other clips"
-                )
-            found.setdefault(sample.record.world, []).append(sample)
-    return {world: _stacked(samples) for world, samples in found.items()}
-
-
-def _stacked(samples: Sequence[Sample]) -> Views:
-    c2w = np.stack([np.asarray(s.record.origin) @ s.record.track.c2w[0] for s in samples])
-    K = torch.from_numpy(np.stack([s.record.track.K[0] for s in samples])).float()
-    return Views({i: s.latents[0] for i, s in enumerate(samples)}, torch.from_numpy(se3_inverse(c2w)), K)
 
 
 class RawDataset:

@@ -14,7 +14,7 @@ from minwm.core.runtime import git_commit
 from minwm.data.clips import RENDERED, ClipFolder, ClipRecord, DataError
 from minwm.data.source import TRIES, CaptureConfig, produce
 from minwm.render.base import Rendered, Scene
-from minwm.render.place import HOURS, SCENES, Place, SceneKind
+from minwm.render.place import HOURS, SCENES, SceneKind
 
 WORLDS_PER_SEED = 1_000_000
 
@@ -30,8 +30,7 @@ class RenderConfig(CaptureConfig):
     seed: int = 0
     """Clip i is rendered in world seed * 1,000,000 + i // clips_per_world, so that different seeds share no world."""
     scenes: SceneKind = "worlds"
-    """Procedural worlds; or walks through the place, each at one of its hours in turn, others for each seed. Single
-    pictures (latents=1) of the place are those of its viewpoints, each at all hours."""
+    """Procedural worlds; or walks through the place, each at one of its hours in turn, others for each seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,8 +94,6 @@ class WorldSource:
         """A track from the identity, its trajectory, and the world pose of frame 0, from which the path is free."""
         rng = np.random.default_rng([self.cfg.seed, index])
         scene = _scene(self.source, self.seed(index))
-        if self.cfg.latents == 1 and isinstance(scene, Place):
-            return *self.cfg.path(index, rng), _viewpoint(scene, index // len(HOURS))
         for _ in range(TRIES):
             track, trajectory = self.cfg.path(index, rng)
             origin = scene.spawn(rng, track)
@@ -146,15 +143,6 @@ def check_renders(folder: ClipFolder, share: float = 0.01, least: float = 35.0) 
         if psnr < least:
             problems.append(f"{clip}: {psnr:.1f} dB from its own world; it was made by {record.generator}")
     return problems
-
-
-def _viewpoint(place: Place, index: int) -> np.ndarray:
-    poses = place.viewpoints
-    if index >= len(poses):
-        raise DataError(
-            f"the place has {len(poses)} viewpoints at each hour; give at most {len(HOURS) * len(poses)} clips"
-        )
-    return poses[index]
 
 
 @functools.lru_cache(maxsize=4)

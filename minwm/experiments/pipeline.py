@@ -5,7 +5,7 @@ Under torchrun the processes share encoding, trajectories and training; the firs
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,13 @@ from minwm.core.config import ConfigError, UserError, dumps, to_dict
 from minwm.core.files import locked_together, read_config, write_text
 from minwm.core.runtime import pick_device, rank
 from minwm.data.encode import encode_clips
-from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.data.rerender import render_worlds
 from minwm.eval.run import Evaluation, Log, evaluate
 from minwm.experiments.presets.base import Pipeline
 from minwm.experiments.samples import sample_videos
 from minwm.recipes.ode import OdeConfig
 from minwm.store.folder import load_codec, load_model
-from minwm.store.model import AnyCodec, Model
+from minwm.store.model import Model
 from minwm.stream.solvers import FewStepSampler
 from minwm.train.build import train
 from minwm.train.collect import CollectConfig, collect
@@ -73,8 +73,6 @@ def _run_parts(pipeline: Pipeline, out: Path, part: "PipelinePart", until: str |
         to_dict(pipeline.encode),
         shared=True,
     )
-    if render and pipeline.views:
-        part("views", lambda: _make_views(pipeline, render, out, codec), {"views": pipeline.views}, shared=True)
     for run in pipeline.stages:
         if run.recipe.needs_trajectories:
             about = to_dict(collection(run, pipeline.collect))
@@ -85,12 +83,6 @@ def _run_parts(pipeline: Pipeline, out: Path, part: "PipelinePart", until: str |
             return
     about = {"evaluated": [*pipeline.evaluated], **to_dict(pipeline.evaluation)}
     part("evaluate", lambda: evaluate_stages(pipeline, out, part.log), about)
-
-
-def _make_views(pipeline: Pipeline, render: RenderConfig, out: Path, codec: AnyCodec) -> None:
-    pictures, text = replace(render, latents=1), pipeline.stages[0].model.text
-    render_worlds(out / "views-raw", pictures, clips=pipeline.views, workers=pipeline.workers)
-    encode_clips(out / "views-raw", out / "views", codec, text, pick_device(), pipeline.encode)
 
 
 def stop_if_ill(stage: Path, log: Log, after_red: bool = False) -> None:

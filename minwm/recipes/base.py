@@ -18,13 +18,14 @@ from minwm.control.action import with_action_labels
 from minwm.core.config import ConfigError
 from minwm.core.runtime import generator as make_generator
 from minwm.core.types import Clip, Condition, Views
-from minwm.data.dataset import BatchSource, ShardDataset, Split, read_views
+from minwm.data.dataset import BatchSource, ShardDataset, Split
 from minwm.data.noise import PoseNoise
+from minwm.data.views import draw_views, read_views
 from minwm.nets.backbone import Backbone
 from minwm.nets.chunks import StreamConfig
 from minwm.recipes.ops import random_part, sample_start, with_views
 from minwm.store.card import write_card
-from minwm.store.folder import save_model
+from minwm.store.folder import load_codec, save_model
 from minwm.store.model import AnyCodec, ModelConfig
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -141,8 +142,9 @@ class ClipConfig(RecipeConfig):
     """Most latents from one of a part to the next, drawn per batch. Neighbours are mostly copies of each other; far
     views teach what is where, which a network needs that shall know one place."""
     views: Path | None = None
-    """Latent shards, the first latents of which are pictures of the clips' worlds from known poses. Clips then go on
-    from the `stream.retrieved` of them that are nearest, as streams do that remember them."""
+    """Latent shards, the first latents of which are pictures of the clips' worlds from known poses; or of the place
+    the folder of the codec, with which they are drawn when they are needed. Clips then go on from the
+    `stream.retrieved` of them that are nearest, as streams do that remember them."""
     image_start: float = 1.0
     """Probability, per batch, that the first latent is given clean; otherwise it is generated too."""
     video_start: float = 0.0
@@ -179,7 +181,10 @@ class ClipConfig(RecipeConfig):
         return (self.latents or model.latents) + (model.stream.retrieved if self.views else 0)
 
     def known_views(self, model: ModelConfig) -> Mapping[str, Views] | None:
-        return read_views(self.views, model.clip_spec) if self.views else None
+        if not self.views:
+            return None
+        drawn = model.scenes == "place" and not (self.views / "manifest.json").exists()
+        return draw_views(load_codec(self.views), model.clip_spec) if drawn else read_views(self.views, model.clip_spec)
 
     def example_batch(self, model: ModelConfig, batch: int) -> Clip:
         clip, seen = super().example_batch(model, batch), model.stream.retrieved

@@ -31,7 +31,7 @@ FIELD_OF_VIEW = math.radians(60), math.radians(35)
 """Full angles across and down."""
 DEGREES_PER_UNIT = 30.0
 """Between two cameras: a turn that changes what is seen about as much as a world unit does."""
-SPARE = 4
+SPARE = 20
 """A view that a stream has read stays while it is among so many more of the nearest than a chunk sees: to read another
 costs a pass, and one more for every view behind it."""
 

@@ -10,13 +10,15 @@ import torch
 from backbones import latents
 from recipes import FRAMES, MODEL, clip, every_turn, make, seeded
 
-from minwm.cameras.track import se3_exp, se3_inverse
+from minwm.cameras.track import CameraTrack, se3_exp, se3_inverse
 from minwm.core.config import ConfigError
 from minwm.core.types import Clip, Views
+from minwm.data import views as views_module
 from minwm.data.clips import DataError
-from minwm.data.dataset import ShardDataset, read_views
+from minwm.data.dataset import ShardDataset
 from minwm.data.encode import EncodeConfig, encode_clips
 from minwm.data.rerender import RenderConfig, render_worlds
+from minwm.data.views import DrawnLatents, read_views
 from minwm.nets.chunks import StreamConfig
 from minwm.nets.text import WordText
 from minwm.play.scenario import StartState, model_scenario
@@ -26,6 +28,7 @@ from minwm.recipes.ops import random_part, with_views
 from minwm.render.place import HOURS, Place
 from minwm.session.session import walk
 from minwm.session.views import Viewpoint, known_views
+from minwm.store.folder import save_codec
 from minwm.store.model import Model
 from minwm.stream.memory import nearest_views
 from minwm.stream.rollout import Stream, generate_latents, sample_noise
@@ -142,26 +145,32 @@ def test_models_are_given_the_pictures_that_they_were_trained_with(tmp_path: Pat
     network, text = replace(MODEL.network, text_dim=8, text_length=24), WordText(dim=8, length=24)
     model = replace(MODEL, network=network, text=text, stream=REMEMBERS, scenes="place", height=32, width=32)
     torch.manual_seed(0)
-    whole = Model(model, model.network.build(), model.codec.build())
+    codec = model.codec.build()
+    whole = Model(model, model.network.build(), codec)
     size = {"height": 32, "width": 32, "focal": model.focal, "motion": model.motion, "scenes": "place"}
     for name, count, length in (("pictures", 8, 1), ("walks", 4, FRAMES)):
         raw = tmp_path / f"{name}-raw"
         render_worlds(raw, RenderConfig(latents=length, **size), clips=count)
         encode_clips(raw, tmp_path / name, whole.codec, model.text, cfg=EncodeConfig(val=0))
     views = read_views(tmp_path / "pictures", model.clip_spec)
-    assert sorted(views) == [f"place {hour}" for hour in range(len(HOURS))]
-    walks = ShardDataset(tmp_path / "walks", "train", image_start=True, spec=model.clip_spec, views=views)
+    save_codec(tmp_path / "codec", codec)
+    drawn = DmdConfig(views=tmp_path / "codec").known_views(model)
+    assert drawn and sorted(views) == sorted(drawn) == [f"place {hour}" for hour in range(len(HOURS))]
+    assert DmdConfig(views=tmp_path / "pictures").known_views(model) is views
+    walks = ShardDataset(tmp_path / "walks", "train", image_start=True, spec=model.clip_spec, views=drawn)
     for i in range(len(walks)):
         record, given = walks[i].record, walks.batch([i]).views[0]
         assert record.seed is not None and record.origin is not None
         (known,) = known_views(whole, [Viewpoint(Place(record.seed), record.origin)])
-        assert len(known.w2c) == 8320 and len(given.w2c) == 2
-        torch.testing.assert_close(given.w2c, known.w2c[:2], atol=1e-9, rtol=0)
-        for k, latent in given.latents.items():
-            torch.testing.assert_close(latent, known.latents[k], atol=0.05, rtol=0.05)  # one was a video file
+        assert torch.equal(given.w2c, known.w2c) and torch.equal(given.latents[7], known.latents[7])
+        filmed = views[record.world]
+        track = CameraTrack(se3_inverse(filmed.w2c.numpy()), model.intrinsics, model.motion.fps)
+        again = DrawnLatents(Place(record.seed), track, (32, 32), whole.codec)
+        for k in (0, 1):  # one was a video file
+            torch.testing.assert_close(filmed.latents[k], again[k], atol=0.05, rtol=0.05)
             with pytest.raises(AssertionError):
-                torch.testing.assert_close(latent, known.latents[k + 2], atol=0.05, rtol=0.05)
-    views = {world: known for world, known in views.items() if world != "place 2"}
+                torch.testing.assert_close(filmed.latents[k], again[1 - k], atol=0.05, rtol=0.05)
+    views = {world: known for world, known in drawn.items() if world != "place 2"}
     with pytest.raises(DataError, match="no views of 'place 2'"):
         ShardDataset(tmp_path / "walks", "train", spec=model.clip_spec, views=views).batch(range(4))
     elsewhere = Model(replace(model, scenes="worlds"), whole.net, whole.codec)
@@ -175,3 +184,14 @@ def test_models_are_given_the_pictures_that_they_were_trained_with(tmp_path: Pat
             start(whole)
         with warnings.catch_warnings(action="error"):
             start(elsewhere)
+
+
+def test_drawn_views_are_held_while_they_are_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views_module, "HELD", 2)
+    place = Place(0)
+    track = CameraTrack(place.viewpoints[:3], MODEL.intrinsics, 16.0)
+    drawn = DrawnLatents(place, track, (32, 32), MODEL.codec.build())
+    first = drawn[0]
+    assert drawn[0] is first and drawn[1] is not first and [*drawn] == [0, 1]
+    assert drawn[2] is not first and [*drawn] == [1, 2]
+    assert drawn[0] is not first and torch.equal(drawn[0], first)

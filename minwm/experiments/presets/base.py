@@ -18,7 +18,6 @@ EVALUATION = EvalConfig(clips=16, counterfactual=("camera", "dmd"), revisits=0, 
 
 SETTABLE: dict[str, Any] = {
     "clips": int,
-    "views": int,
     "workers": int,
     "collect": int,
     "evaluated": tuple[str, ...],
@@ -39,8 +38,6 @@ class Pipeline:
     """None: the raw clips are the user's own."""
     clips: int
     """Training clips to render."""
-    views: int = 0
-    """Single pictures of their worlds to render, which models remember."""
     encode: EncodeConfig
     codec: Run | None
     """None: the codec is that of a published model."""

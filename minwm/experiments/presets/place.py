@@ -17,9 +17,7 @@ from minwm.recipes.ode import OdeConfig
 from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import OptimConfig, Run
 
-VIEWS = 33280
-"""8320 viewpoints at four hours."""
-STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=6, recompute="causal", context_noise=0.2)
+STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=4, recompute="causal", context_noise=0.2)
 
 
 def place(out: Path) -> Pipeline:
@@ -56,9 +54,9 @@ def place(out: Path) -> Pipeline:
         pipeline.codec, recipe=CodecTraining(latents=5), batch=4, precision="bfloat16", optim=optim
     )
     encode = EncodeConfig(dtype="float16")
-    stages = tuple(_adapted(run, out / "views") for run in pipeline.stages)
+    stages = tuple(_adapted(run, out / "codec") for run in pipeline.stages)
     causal = tuple(name for name in pipeline.evaluated if name != "camera")  # which makes no walks
-    return replace(pipeline, evaluated=causal, views=VIEWS, render=render, codec=codec, encode=encode, stages=stages)
+    return replace(pipeline, evaluated=causal, render=render, codec=codec, encode=encode, stages=stages)
 
 
 def _adapted(run: Run, views: Path) -> Run:
