@@ -152,15 +152,19 @@ class LongRollouts:
         )
 
     def _distances(self, frames: Frames) -> tuple[Float[Array, "c s"], Float[Array, "c s"]]:
-        """Feature and patch distance per second."""
-        patches = np.stack([self.reference.patch_distance(clip) for clip in frames])
-        features = self.reference.feature_distance(frames)
-        return self._per_second(features).mean(2), self._per_second(patches).mean(2)
+        """Feature and patch distance per second: the mean, and that of its last frame, which costs most."""
+        last = frames[:, self._rate :: self._rate][:, : self.seconds]
+        patches = np.stack([self.reference.patch_distance(clip) for clip in last])
+        return self._per_second(self.reference.feature_distance(frames)).mean(2), patches
 
     def _per_second(self, values: Float[Array, "c f"]) -> Float[Array, "c s k"]:
         """Without the first frame, which may be given."""
-        rate = round(self.config.motion.fps / self.config.motion.stride)
-        return values[:, 1 : 1 + self.seconds * rate].reshape(len(values), self.seconds, rate)
+        return values[:, 1 : 1 + self.seconds * self._rate].reshape(len(values), self.seconds, self._rate)
+
+    @property
+    def _rate(self) -> int:
+        """Latents per second."""
+        return round(self.config.motion.fps / self.config.motion.stride)
 
 
 def _return(track: CameraTrack, least: int) -> int | None:
