@@ -67,12 +67,12 @@ def demo(out: Path) -> Pipeline:
         "codec": 150,
         "foundation": 60,
         "camera": 120,
-        "ar": 160,
-        "ode": 150,
-        "consistency": 140,
-        "dmd": 105,
+        "ar": 120,
+        "ode": 100,
+        "consistency": 80,
+        "dmd": 90,
     }
-    pipeline = small_pipeline("demo", out, clips=700, worlds_seed=0, steps=steps, batch=12)
+    pipeline = small_pipeline("demo", out, clips=500, worlds_seed=0, steps=steps, batch=12)
     codec = pipeline.codec and from_shipped(pipeline.codec)
     return replace(pipeline, codec=codec, stages=tuple(from_shipped(run) for run in pipeline.stages))
 
