@@ -94,7 +94,7 @@ def nearest_views(w2c: Float[Tensor, "4 4"], views: Float[Tensor, "k 4 4"], coun
     camera = se3_inverse(w2c).to(views)
     degrees = torch.rad2deg((views[:, 2, :3] @ camera[:3, 2]).clamp(-1, 1).acos())
     far = (views[:, :3] @ camera[:, 3]).norm(dim=-1) + degrees / DEGREES_PER_UNIT  # where the camera is in each view
-    return far.argsort(stable=True)[:count]
+    return far.topk(min(count, len(far)), largest=False).indices
 
 
 def retrieve_views(
