@@ -20,6 +20,7 @@ from minwm.cli import (  # noqa: F401  (their verbs register themselves)
     weights,
 )
 from minwm.cli.base import check_outputs, goes_on, parse
+from minwm.cli.slurm import place_in_step
 from minwm.core.config import UserError
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt may hold what the console's encoding does not
             stream.reconfigure(errors="backslashreplace")
+    os.environ.update(place_in_step(os.environ))
     resumable = False
     try:
         verb = parse(list(sys.argv[1:] if argv is None else argv))

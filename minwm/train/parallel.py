@@ -1,4 +1,4 @@
-"""Training on several processes, which torchrun starts: who shares weights, a clip, a batch.
+"""Training on several processes, which torchrun or Slurm starts: who shares weights, a clip, a batch.
 
 The weights of all networks are sharded (FSDP2), block by block, over all ranks or over groups of them that hold copies
 (HSDP). `sequence` ranks in a row share every clip (nets/ulysses.py), and such groups share the micro-batches of a step.
