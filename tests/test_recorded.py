@@ -112,15 +112,16 @@ def test_clips_that_do_not_fit_are_refused(project: Path, tmp_path: Path, line: 
     assert run(*words, project / "image", "--limit", "0") == 2 and "--limit 0" in line()
 
 
-def test_processes_share_nothing_but_videos(
+def test_processes_share_what_they_make(
     project: Path, line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they do share is compared with one process in tests/ranks.py."""
+    """What they share is compared with one process in tests/ranks.py and tests/test_slurm.py."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ("eval", "--model", project / "image")
-    for alone in (["--quick"], ["--videos", project]):
-        assert run(*words, *alone) == 2 and "2 processes cannot share this: they share the videos of --suite" in line()
-    assert run(*words, "--suite") == 2 and "give --out DIR" in line()
+    for alone in (["--videos", project], ["--compare", "a.json", "b.json"]):
+        assert run(*words, *alone) == 2 and "2 processes cannot share --videos, --compare or --hub" in line()
+    for shared in ("--quick", "--suite"):
+        assert run(*words, shared) == 2 and "give --out DIR" in line()
 
 
 def test_the_first_process_alone_reads_the_truth(

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import run
 from test_batch import CONFIG
 
 from minwm.bench.stream import random_model
 from minwm.cli.slurm import first_host, place_in_step
 from minwm.core.files import read_json
+from minwm.eval.cases import BASELINES
 from minwm.store.folder import save_model
 
 TASK = {
@@ -48,20 +51,30 @@ def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
 
 
-def test_two_tasks_share_an_evaluation(tmp_path: Path) -> None:
-    """With nothing but Slurm's variables."""
-    model = random_model(CONFIG)
-    save_model(tmp_path / "model", CONFIG, model.net, model.codec)
-    (tmp_path / "paths.txt").write_text("w*4\ns*4\n")
-    words = "eval --model model --trajectories paths.txt --metrics texture --out out --json scores.json"
+def test_two_tasks_share_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing but Slurm's variables; all but their times are those of one process."""
+    model = random_model(replace(CONFIG, latents=3))
+    save_model(tmp_path / "model", model.config, model.net, model.codec)
+    words = "eval --model model --clips 3"
+    words += " --counterfactual [] --revisits 0 --walks 0 --seeds 0 --bench-repeats 0"
     step = {**TASK, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
     tasks = [
         subprocess.Popen(
-            [sys.executable, "-m", "minwm", *words.split()],
+            [sys.executable, "-m", "minwm", *words.split(), "--out", "rows", "--json", "two.json"],
             cwd=tmp_path,
-            env={**os.environ, **step, "SLURM_PROCID": number, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, **path, **step, "SLURM_PROCID": number},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for number in "01"
     ]
-    assert [task.wait(300) for task in tasks] == [0, 0]
-    assert len(read_json(tmp_path / "scores.json")["videos"]["model"]["tasks"]) == 2
+    said = [task.communicate(timeout=300)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert [text.count("evaluated ") for text in said] == [3, 2], "of a model and four baselines"
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.split(), "--json", "one.json") == 0
+    one, two = (read_json(tmp_path / file)["rows"] for file in ("one.json", "two.json"))
+    for row in (*one.values(), *two.values()):
+        del row["eval_seconds"]
+    assert one == two and [*one] == ["model", *BASELINES]

@@ -136,9 +136,10 @@ def evaluate(
 
     --compare sets two results in any scene side by side. The exit code is 1 if anything is significantly worse.
 
-    Under torchrun, every process makes its part of the videos of --suite and --data, and the first one measures.
+    Under torchrun, processes share models and baselines in rendered scenes, and the videos of --suite and --data, which
+    the first one measures.
     """
-    _check_shared(scene, out)
+    _check_shared(bool(scene.videos or compare or hub), out)
     if compare:
         if model or html or sheet or quick or out or fields or hub or scene != AnyScene():
             raise UserError("--compare A.json B.json measures nothing; give besides only --json")
@@ -163,17 +164,16 @@ def evaluate(
     return _in_any_scene(model, scene, json, html, out)
 
 
-def _check_shared(scene: AnyScene, out: Path | None) -> None:
+def _check_shared(makes_nothing: bool, out: Path | None) -> None:
     """UserError for what several processes cannot share."""
     from minwm.core.runtime import world_size
 
-    if world_size() > 1 and not (scene.along_suite or scene.data):
+    if world_size() > 1 and makes_nothing:
         raise UserError(
-            f"{world_size()} processes cannot share this: they share the videos of --suite (--prompts, --images, "
-            "--trajectories) and --data; start minwm eval without torchrun"
+            f"{world_size()} processes cannot share --videos, --compare or --hub; start minwm eval without torchrun"
         )
     if world_size() > 1 and not out:
-        raise UserError(f"{world_size()} processes share videos through a folder: give --out DIR")
+        raise UserError(f"{world_size()} processes share their work through a folder: give --out DIR")
 
 
 def _in_any_scene(models: list[Path], scene: AnyScene, json: Path | None, html: Path | None, out: Path | None) -> None:
@@ -333,18 +333,23 @@ def _in_rendered_scenes(
     from tempfile import TemporaryDirectory
 
     from minwm.core.media import write_image
+    from minwm.core.runtime import rank, world_size
     from minwm.eval.cases import HELD_OUT
     from minwm.eval.report.evaluation import write_evaluation
     from minwm.eval.report.gallery import best_and_worst
     from minwm.eval.run import QUICK, EvalConfig
     from minwm.eval.run import evaluate as evaluate_models
     from minwm.eval.targets import targets
+    from minwm.train.parallel import LONG_WAIT, process_group, wait_for_all
 
     cfg = override(QUICK if quick else EvalConfig(), parse_fields(fields))
-    names = _names(model)
-    with TemporaryDirectory() as temporary:
+    names, part = _names(model), (rank(), world_size())
+    with TemporaryDirectory() as temporary, process_group(LONG_WAIT):
         models = {name: partial(open_model, path) for name, path in names.items()}
-        result = evaluate_models(models, cfg, out or Path(temporary), echo)
+        result = evaluate_models(models, cfg, out or Path(temporary), echo, part=part)
+        wait_for_all(part)
+        if rank():
+            return
         rows = {name: result.rows[name] for name in names}
         teacher = next((row for row in rows.values() if row.bench and row.bench.sampler == "autoregressive"), None)
         scenes = result.config.scenes

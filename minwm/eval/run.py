@@ -145,11 +145,16 @@ class Evaluation:
 
 
 def evaluate(
-    models: Mapping[str, Callable[[], Model]], cfg: EvalConfig, folder: Path, log: Log, scenes: Scenes | None = None
+    models: Mapping[str, Callable[[], Model]],
+    cfg: EvalConfig,
+    folder: Path,
+    log: Log,
+    scenes: Scenes | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Measure models, each loaded when it is its turn, and the baselines; rows that `folder` holds are kept.
 
-    `scenes`: where; None: the models' own.
+    `scenes`: where; None: the models' own. Process i of n, as `part` says, measures every n-th row, and waits for none.
 
     Raises UserError if the models differ in what they see, or if the rows are those of another config.
     """
@@ -158,7 +163,7 @@ def evaluate(
     reference = load()
     held = HeldOut(reference.config, reference.codec, cfg, scenes or reference.config.scene)
     image_start = held.config.image_start
-    if not image_start:
+    if not image_start and part[0] == 0:
         log(
             "text starts: camera following, quality and counterfactual control need a first image, and are skipped; "
             "minwm eval --suite recovers the cameras from pixels"
@@ -174,10 +179,10 @@ def evaluate(
             held, held.config, lambda clips: clips.baseline(name, held.codec), lambda long: long.baseline(name)
         )
 
-    for name in models:
-        _keep(folder, name, model_row, log)
-    for name in BASELINES if image_start or cfg.revisits or cfg.walks else ():
-        _keep(folder, name, baseline_row, log)
+    baselines = BASELINES if image_start or cfg.revisits or cfg.walks else ()
+    rows = [*((name, model_row) for name in models), *((name, baseline_row) for name in baselines)]
+    for name, make in rows[part[0] :: part[1]]:
+        _keep(folder, name, make, log)
     return Evaluation(folder, [*models], held.config, cfg, scenes)
 
 

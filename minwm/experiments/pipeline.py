@@ -1,6 +1,6 @@
 """All stages of a pipeline, wired by themselves and resumable: run it again and it goes on where it was.
 
-Under torchrun the processes share encoding, trajectories and training; the first one does the rest.
+Under torchrun the processes share encoding, trajectories, training and evaluation; the first one does the rest.
 """
 
 import time
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from minwm.core.config import ConfigError, UserError, dumps, to_dict
 from minwm.core.files import locked_together, read_config, write_text
-from minwm.core.runtime import pick_device, rank
+from minwm.core.runtime import pick_device, rank, world_size
 from minwm.data.encode import encode_clips
 from minwm.data.rerender import render_worlds
 from minwm.eval.run import Evaluation, Log, evaluate
@@ -82,7 +82,7 @@ def _run_parts(pipeline: Pipeline, out: Path, part: "PipelinePart", until: str |
         if run.name == until:
             return
     about = {"evaluated": [*pipeline.evaluated], **to_dict(pipeline.evaluation)}
-    part("evaluate", lambda: evaluate_stages(pipeline, out, part.log), about)
+    part("evaluate", lambda: evaluate_stages(pipeline, out, part.log), about, shared=True)
 
 
 def stop_if_ill(stage: Path, log: Log, after_red: bool = False) -> None:
@@ -178,13 +178,14 @@ def collect_for(run: Run, out: Path, clips: int) -> None:
 
 
 def evaluate_stages(pipeline: Pipeline, out: Path, log: Log) -> Evaluation:
-    """Measure the stages and the baselines on the same held-out clips; finished rows are kept."""
+    """Measure the stages and the baselines on the same held-out clips; finished rows are kept. Every process measures
+    its part of them."""
 
     def load(name: str) -> Model:
         return load_model(out / name).ready()
 
     models = {name: partial(load, name) for name in pipeline.evaluated}
-    return evaluate(models, pipeline.evaluation, out / "eval", log)
+    return evaluate(models, pipeline.evaluation, out / "eval", log, part=(rank(), world_size()))
 
 
 def evaluation(pipeline: Pipeline, out: Path) -> Evaluation:
