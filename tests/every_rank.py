@@ -5,7 +5,7 @@ steps    Gradients, their norm, losses and averaged weights of a step for each t
          processes (FSDP), with weights shared and copied on 4 that share clips in pairs (HSDP), and with clips alone
          shared by 2. A deviation is the length of the difference, relative to that of what one process finds.
 resumed  Runs of 2 processes that 1 and 4 go on with: the state bit by bit, then the largest relative deviation of
-         norms and losses from the run of one process.
+         norms and losses from the run of one process. By AdamW: Muon rounds to bfloat16, which makes them larger.
 """
 
 import os
@@ -36,6 +36,7 @@ from ranks import (
 
 from minwm.core.files import read_json, write_json
 from minwm.core.runtime import git_commit, rank, versions
+from minwm.train.config import OptimConfig
 from minwm.train.parallel import ParallelConfig
 
 LAYOUTS = {
@@ -73,12 +74,12 @@ def measure_steps(folder: Path, names: Sequence[str], parallel: ParallelConfig, 
 def share_first(out: Path) -> None:
     """Runs of two processes, to their state after two steps."""
     for name in BACKBONES:
-        train_to(2, out / name, ParallelConfig(), name)
+        train_to(2, out / name, ParallelConfig(), name, optim=OptimConfig())
 
 
 def go_on(out: Path, parallel: ParallelConfig) -> None:
     for name in BACKBONES:
-        resumed(out / name, parallel, name)
+        resumed(out / name, parallel, name, OptimConfig())
 
 
 def main(out: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def main(out: Path) -> dict[str, Any]:
         world(size, partial(measure_steps, out, names, parallel, out / "steps.json"))
         found[layout] = read_json(out / "steps.json")
     for name in BACKBONES:
-        train_to(3, out / "whole" / name, ParallelConfig(), name)
+        train_to(3, out / "whole" / name, ParallelConfig(), name, optim=OptimConfig())
     world(2, partial(share_first, out / "1"))
     copytree(out / "1", out / "4")
     world(1, partial(go_on, out / "1", ParallelConfig()))

@@ -164,7 +164,7 @@ def steps(name: str, parallel: ParallelConfig) -> Iterator[dict[str, Any]]:
         trainer.update(step, made)
         found |= {f"average {key}": whole(p.detach()) for key, p in trainer.ema.net.named_parameters()}
         numbers = {"norm": made.norm, **made.losses}
-        yield copy.deepcopy(found) | {key: torch.tensor(value) for key, value in numbers.items()}
+        yield copy.deepcopy(found) | {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
 
 def same_steps(folder: Path, name: str, parallel: ParallelConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -208,16 +208,16 @@ def stopped(out: Path, parallel: ParallelConfig) -> None:
     assert States(out).latest() == 1
 
 
-def resumed(out: Path, parallel: ParallelConfig, name: str = "wan-dmd") -> None:
+def resumed(out: Path, parallel: ParallelConfig, name: str = "wan-dmd", optim: OptimConfig = MUON) -> None:
     """A state of another number of processes is read bit for bit, and training goes on as in one process."""
-    run, recipe = configured(name, parallel, optim=MUON)
+    run, recipe = configured(name, parallel, optim=optim)
     trainer = Trainer(run, recipe, Parallel(parallel, torch.device("cpu")))
     networks = {**trainer.networks, "ema": trainer.ema.net}
     States(out).load(2, networks, trainer.all_optimizers)
     found = {key: whole(x) for key, x in state_tensors(networks, trainer.all_optimizers).items()}
     saved = read_state(out / "state" / "000002")
     assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
-    train_to(3, out, parallel, name)
+    train_to(3, out, parallel, name, optim=optim)
 
 
 def log_deviation(whole_run: Path, parts: Path) -> float:
