@@ -4,19 +4,49 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from minwm.core.config import ConfigError
+from minwm.core.files import read_json
 from minwm.train.parallel import Parallel, ParallelConfig
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "results" / "parallel.json"
+
+
+def run_script(name: str, place: Path) -> None:
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/contracts", ""))
+    subprocess.run([sys.executable, ROOT / "tests" / name, place], check=True, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_worlds_of_2_and_4_train_as_one_process(tmp_path: Path) -> None:
-    """Every recipe, both families: FSDP, HSDP, sequence parallelism, states, SIGTERM (tests/ranks.py)."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here / "contracts"), str(here.parent)])
-    subprocess.run([sys.executable, here / "ranks.py", tmp_path], check=True, env={**os.environ, "PYTHONPATH": path})
+    """Both families: FSDP, HSDP, sequence parallelism, states, SIGTERM, pipelines, evaluation (tests/ranks.py)."""
+    run_script("ranks.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_every_recipe_trains_on_2_and_4_processes_as_on_one(tmp_path: Path) -> None:
+    """Both families, in three layouts, and resumed with other numbers (tests/every_rank.py)."""
+    run_script("every_rank.py", tmp_path / "found.json")
+    found = read_json(tmp_path / "found.json")
+    assert largest(found["steps"]) < 1e-5 and largest(found["resumed"]) < 1e-5
+
+
+def largest(values: Any) -> float:
+    return max(map(largest, values.values())) if isinstance(values, dict) else values
+
+
+def test_the_page_on_training_says_how_far_processes_are_apart() -> None:
+    found, page = read_json(RESULT), (ROOT / "docs" / "train.md").read_text()
+    rows = [row for layout in found["steps"].values() for row in layout.values()]
+    assert [len(layout) for layout in found["steps"].values()] == [14, 13, 13]
+    gradients, losses = (max(row[kind] for row in rows) for kind in ("gradient", "losses"))
+    said = f"gradients are {gradients:.0e} apart at most, relative to their length, and losses {losses:.0e}"
+    assert said in " ".join(page.split())
+    assert f"norms and losses are {largest(found['resumed']):.0e}" in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
