@@ -66,14 +66,19 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     rows = {"8 steps |": found["model"], "has them |": found["few_steps"], "codec alone |": found["codec"]}
     students = {
         name: json.loads((ROOT / "results" / f"{name}.json").read_text())
-        for name in ("place-dmd-1", "place-dmd-2", "place-dmd-2-views", "place-dmd-3", "place-dmd", "place-dmd-3-steps")
+        for name in (
+            *("place-dmd-1", "place-dmd-2", "place-dmd-2-views", "place-dmd-3", "place-dmd-4", "place-dmd-3-steps"),
+            *("place-dmd-4-views", "place-dmd"),
+        )
     }
     rows |= {"`dmd-1`, of the same kind, 4 steps |": students["place-dmd-1"]["model"]}
     rows |= {"`dmd-2`, with 560 views, 4 steps |": students["place-dmd-2"]["model"]}
     rows |= {"`dmd-2`, streamed as `dmd-3` is |": students["place-dmd-2-views"]["model"]}
     rows |= {"`dmd-3`, trained with 4,160 views and a window of two |": students["place-dmd-3"]["model"]}
-    rows |= {"`dmd-4`, with a regression, 2 steps |": students["place-dmd"]["model"]}
+    rows |= {"`dmd-4`, with a regression, 2 steps |": students["place-dmd-4"]["model"]}
     rows |= {"`dmd-4`, 3 steps |": students["place-dmd-3-steps"]["model"]}
+    rows |= {"`dmd-4`, with four of 66,432 views, 2 steps |": students["place-dmd-4-views"]["model"]}
+    rows |= {"`dmd-5`, trained with them, 2 steps |": students["place-dmd"]["model"]}
     for label, row in rows.items():
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * row['sharpness']:.0f} % |" in page

@@ -7,6 +7,7 @@ s tokens · d width · a heads · e head width · l text tokens
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -111,6 +112,16 @@ class Views:
     w2c: Float[Tensor, "n 4 4"]
     """float64."""
     K: Float[Tensor, "n 4"]
+
+    @cached_property
+    def positions(self) -> Float[Tensor, "n 3"]:
+        """Of the cameras, float32."""
+        return -torch.einsum("nji,nj->ni", self.w2c[:, :3, :3], self.w2c[:, :3, 3]).float()
+
+    @cached_property
+    def directions(self) -> Float[Tensor, "n 3"]:
+        """In which the cameras look, float32."""
+        return self.w2c[:, 2, :3].float().contiguous()
 
     def transformed(self, pose: Float[Tensor, "4 4"]) -> "Views":
         """In the frame of a camera at `pose` (c2w)."""

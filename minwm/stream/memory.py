@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import takewhile
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minwm.cameras.track import se3_inverse
@@ -31,9 +31,9 @@ FIELD_OF_VIEW = math.radians(60), math.radians(35)
 """Full angles across and down."""
 DEGREES_PER_UNIT = 30.0
 """Between two cameras: a turn that changes what is seen about as much as a world unit does."""
-SPARE = 20
-"""A view that a stream has read stays while it is among so many more of the nearest than a chunk sees: to read another
-costs a pass, and one more for every view behind it."""
+SPARE = 0.35
+"""A view that a stream has read stays while it is at most so many world units farther than those that a chunk would see
+otherwise: to read another costs a pass, and one more for every view behind it."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,12 @@ def view_overlap(w2c: Float[Tensor, "q 4 4"], other: Float[Tensor, "k 4 4"]) -> 
     return sees(seen_points() @ pose[..., :3, :3].mT + pose[..., None, :3, 3]).float().mean(-1)
 
 
-def nearest_views(w2c: Float[Tensor, "4 4"], views: Float[Tensor, "k 4 4"], count: int) -> Int[Tensor, " n"]:
-    """Indices of the views whose cameras are nearest to one, the nearest first; DEGREES_PER_UNIT between directions
-    count as a world unit between positions."""
-    camera = se3_inverse(w2c).to(views)
-    degrees = torch.rad2deg((views[:, 2, :3] @ camera[:3, 2]).clamp(-1, 1).acos())
-    far = (views[:, :3] @ camera[:, 3]).norm(dim=-1) + degrees / DEGREES_PER_UNIT  # where the camera is in each view
-    return far.topk(min(count, len(far)), largest=False).indices
+def view_distances(w2c: Float[Tensor, "4 4"], views: Views) -> Float[Tensor, " n"]:
+    """How far each view's camera is from one; DEGREES_PER_UNIT between directions count as a world unit between
+    positions."""
+    position, direction = se3_inverse(w2c)[:3, 3].float(), w2c[2, :3].float()
+    degrees = torch.rad2deg((views.directions @ direction).clamp(-1, 1).acos())
+    return torch.linalg.vector_norm(views.positions - position, dim=-1) + degrees / DEGREES_PER_UNIT
 
 
 def retrieve_views(
@@ -113,8 +112,10 @@ def retrieve_views(
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")
     chosen = list[list[int]]()
     for clip, (pose, known) in enumerate(zip(w2c[:, -1], views, strict=True)):
-        near = nearest_views(pose, known.w2c, count + SPARE).tolist()
-        kept = [*takewhile(near.__contains__, cached[clip] if cached else [])]
+        far = view_distances(pose, known)
+        near = far.topk(count, largest=False).indices.tolist()
+        close = {*(far <= far[near[-1]] + SPARE).nonzero()[:, 0].tolist()}
+        kept = [*takewhile(close.__contains__, cached[clip] if cached else [])]
         kept = kept if near[0] in kept else kept[: count - 1]
         chosen.append([*kept, *(i for i in near if i not in kept)][:count])
     chunks = list[RememberedChunk]()

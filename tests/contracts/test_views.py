@@ -30,7 +30,7 @@ from minwm.session.session import walk
 from minwm.session.views import Viewpoint, known_views
 from minwm.store.folder import save_codec
 from minwm.store.model import Model
-from minwm.stream.memory import nearest_views
+from minwm.stream.memory import view_distances
 from minwm.stream.rollout import Stream, generate_latents, sample_noise
 from minwm.stream.solvers import BidirectionalSampler, Noise
 
@@ -73,9 +73,10 @@ def test_near_is_what_is_close_and_looks_the_same_way() -> None:
         return torch.from_numpy(se3_inverse(c2w))
 
     views = torch.stack([camera(0, 40), camera(1, 0), camera(0.5, 12), camera(0, -180), camera(-3, 0)])
-    assert nearest_views(camera(0, 0), views, 2).tolist() == [2, 1]
-    assert nearest_views(camera(0, 0), views, 3).tolist() == [2, 1, 0], "30 degrees are a unit"
-    assert nearest_views(camera(-3, 170), views, 1).tolist() == [3]
+    known = Views({}, views, torch.ones(5, 4))
+    expected = torch.tensor([40 / 30, 1, 0.5 + 12 / 30, 6, 3])
+    torch.testing.assert_close(view_distances(camera(0, 0), known), expected, atol=2e-2, rtol=0)
+    assert view_distances(camera(-3, 170), known).argmin() == 3
 
 
 @every_turn
