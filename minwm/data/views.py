@@ -66,11 +66,8 @@ class DrawnLatents(dict[int, Tensor]):
 
 def draw_views(codec: VideoCodec, spec: ClipSpec) -> Mapping[str, Views]:
     """Views by `ClipRecord.world`: of the place at each of its hours, from `Place.viewpoints`."""
-    found = dict[str, Views]()
-    for hour in range(len(HOURS)):
-        place = Place(hour)
-        track = CameraTrack(place.viewpoints, np.array([*spec.focal, 0.5, 0.5]), spec.motion.fps)
-        latents = DrawnLatents(place, track, (spec.height, spec.width), codec)
-        w2c, K = torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float()
-        found[f"place {hour}"] = Views(latents, w2c, K)
-    return found
+    places = [Place(hour) for hour in range(len(HOURS))]
+    track = CameraTrack(places[0].viewpoints, np.array([*spec.focal, 0.5, 0.5]), spec.motion.fps)  # at all of them
+    w2c, K = torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float()
+    latents = [DrawnLatents(place, track, (spec.height, spec.width), codec) for place in places]
+    return {f"place {hour}": Views(known, w2c, K) for hour, known in enumerate(latents)}
