@@ -46,8 +46,9 @@ def tiny_preset(name: str, out: Path, text_encoder: Path) -> Pipeline:
         publish(model, out / "base")
         shutil.copytree(out / "base", out / "score")  # in one preset another release
     else:
-        render = replace(pipeline.render, latents=model.latents, height=model.height, width=model.width)
-    revisits = pipeline.evaluation.revisits if pipeline.evaluation.seeds else 0
+        size = {"latents": model.latents, "height": model.height, "width": model.width}
+        render = replace(pipeline.render, **size, motion=model.motion)
+    revisits = min(pipeline.evaluation.revisits, 2) if pipeline.evaluation.seeds else 0
     return replace(
         pipeline, render=pipeline.render and render, clips=CLIPS, codec=codec, stages=stages, collect=2, workers=1,
         evaluation=replace(pipeline.evaluation, clips=3, counterfactual=(), bench_repeats=1, revisits=revisits),
@@ -74,7 +75,7 @@ def tiny_run(run: Run, text_encoder: Path) -> Run:
 
 
 def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
-    """The same classes, motion, chunks and kind of sampler."""
+    """The same classes, chunks and kind of sampler. Turns are so fast that a revisit is soon over."""
     text = model.text
     if text.kind == "umt5":
         text = replace(text, source=str(text_encoder), dim=32, length=64)
@@ -90,9 +91,11 @@ def tiny_model(model: ModelConfig, text_encoder: Path) -> ModelConfig:
         max(3, model.stream.first_chunk_frames + model.stream.chunk),
         max(32, 2 * network.patch * codec.scale),
     )
+    motion = replace(model.motion, turn=4 * model.motion.turn)
     return replace(
-        model, network=network, codec=codec, text=text, sampler=sampler, latents=latents, height=side, width=side
-    )
+        model, network=network, codec=codec, text=text, sampler=sampler, motion=motion, latents=latents, height=side,
+        width=side,
+    )  # fmt: skip
 
 
 def publish(model: ModelConfig, base: Path) -> None:
