@@ -7,7 +7,6 @@ s tokens · d width · a heads · e head width · l text tokens
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -103,34 +102,53 @@ class Condition:
         return Condition(**parts)
 
 
+Camera = tuple[Float[Tensor, "4 4"], Float[Tensor, " 4"]]
+"""w2c in float64, and K."""
+
+
 @dataclass(frozen=True)
 class Views:
-    """Posed pictures of a world, known beforehand, which streams remember."""
+    """Posed pictures of a world, known beforehand, which streams remember; all that is large is shared between them."""
 
     latents: Mapping[int, Float[Tensor, "c h w"]]
     """Of views 0 to n - 1, each encoded as the first latent of a clip is; some mappings make them when asked."""
     w2c: Float[Tensor, "n 4 4"]
-    """float64."""
+    """From the world, float64."""
     K: Float[Tensor, "n 4"]
+    positions: Float[Tensor, "n 3"]
+    """Of the cameras in the world, float32."""
+    directions: Float[Tensor, "n 3"]
+    """In which they look there, float32."""
+    origin: Float[Tensor, "4 4"]
+    """The pose in the world (c2w, float64) of the frame of a clip."""
+    image: Camera | None = None
+    """In that frame, of one more view, the last."""
 
-    @cached_property
-    def positions(self) -> Float[Tensor, "n 3"]:
-        """Of the cameras, float32."""
-        return -torch.einsum("nji,nj->ni", self.w2c[:, :3, :3], self.w2c[:, :3, 3]).float()
+    @classmethod
+    def of(
+        cls, latents: Mapping[int, Float[Tensor, "c h w"]], w2c: Float[Tensor, "n 4 4"], K: Float[Tensor, "n 4"]
+    ) -> "Views":
+        """In the frame of the world."""
+        positions = -torch.einsum("nji,nj->ni", w2c[:, :3, :3], w2c[:, :3, 3])
+        directions = w2c[:, 2, :3].float().contiguous()
+        return cls(latents, w2c, K, positions.float(), directions, torch.eye(4, dtype=torch.float64))
 
-    @cached_property
-    def directions(self) -> Float[Tensor, "n 3"]:
-        """In which the cameras look, float32."""
-        return self.w2c[:, 2, :3].float().contiguous()
+    def __len__(self) -> int:
+        return len(self.w2c) + (self.image is not None)
+
+    def camera(self, i: int) -> Camera:
+        """Of a view, in the frame of the clip."""
+        return self.image if self.image and i == len(self.w2c) else (self.w2c[i] @ self.origin, self.K[i])
 
     def transformed(self, pose: Float[Tensor, "4 4"]) -> "Views":
         """In the frame of a camera at `pose` (c2w)."""
-        return replace(self, w2c=self.w2c @ pose.to(self.w2c))
+        image = self.image and (self.image[0] @ pose.to(self.w2c), self.image[1])
+        return replace(self, origin=self.origin @ pose.to(self.w2c), image=image)
 
     def with_view(self, latent: Float[Tensor, "c h w"], w2c: Float[Tensor, "4 4"], K: Float[Tensor, " 4"]) -> "Views":
         """And one more, the last."""
         latents = ChainMap({len(self.w2c): latent.to(self.K.device)}, self.latents)  # pyright: ignore[reportArgumentType]
-        return Views(latents, torch.cat([self.w2c, w2c.to(self.w2c)[None]]), torch.cat([self.K, K.to(self.K)[None]]))
+        return replace(self, latents=latents, image=(w2c.to(self.w2c), K.to(self.K)))
 
 
 @dataclass(frozen=True)

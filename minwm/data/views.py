@@ -45,7 +45,7 @@ def read_views(path: Path, spec: ClipSpec) -> Mapping[str, Views]:
 def _stacked(samples: Sequence[Sample]) -> Views:
     c2w = np.stack([np.asarray(s.record.origin) @ s.record.track.c2w[0] for s in samples])
     K = torch.from_numpy(np.stack([s.record.track.K[0] for s in samples])).float()
-    return Views({i: s.latents[0] for i, s in enumerate(samples)}, torch.from_numpy(se3_inverse(c2w)), K)
+    return Views.of({i: s.latents[0] for i, s in enumerate(samples)}, torch.from_numpy(se3_inverse(c2w)), K)
 
 
 class DrawnLatents(dict[int, Tensor]):
@@ -70,4 +70,5 @@ def draw_views(codec: VideoCodec, spec: ClipSpec) -> Mapping[str, Views]:
     track = CameraTrack(places[0].viewpoints, np.array([*spec.focal, 0.5, 0.5]), spec.motion.fps)  # at all of them
     w2c, K = torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float()
     latents = [DrawnLatents(place, track, (spec.height, spec.width), codec) for place in places]
-    return {f"place {hour}": Views(known, w2c, K) for hour, known in enumerate(latents)}
+    known = Views.of(latents[0], w2c, K)
+    return {f"place {hour}": replace(known, latents=drawn) for hour, drawn in enumerate(latents)}

@@ -191,7 +191,7 @@ class ClipConfig(RecipeConfig):
         if not self.views:
             return clip
         latents = dict(enumerate(clip.latents[:1, 0].expand(seen, -1, -1, -1)))
-        known = Views(latents, torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4))
+        known = Views.of(latents, torch.eye(4).repeat(seen, 1, 1), torch.ones(seen, 4))
         return replace(clip, views=(known,) * batch)
 
     def sample_part(self, clip: Clip, stream: StreamConfig, generator: torch.Generator, more: int = 0) -> Clip:

@@ -91,9 +91,18 @@ def view_overlap(w2c: Float[Tensor, "q 4 4"], other: Float[Tensor, "k 4 4"]) -> 
 def view_distances(w2c: Float[Tensor, "4 4"], views: Views) -> Float[Tensor, " n"]:
     """How far each view's camera is from one; DEGREES_PER_UNIT between directions count as a world unit between
     positions."""
-    position, direction = se3_inverse(w2c)[:3, 3].float(), w2c[2, :3].float()
-    degrees = torch.rad2deg((views.directions @ direction).clamp(-1, 1).acos())
-    return torch.linalg.vector_norm(views.positions - position, dim=-1) + degrees / DEGREES_PER_UNIT
+    camera = views.origin @ se3_inverse(w2c).to(views.origin)
+
+    def far(positions: Float[Tensor, "k 3"], directions: Float[Tensor, "k 3"]) -> Float[Tensor, " k"]:
+        degrees = torch.rad2deg((directions @ camera[:3, 2].float()).clamp(-1, 1).acos())
+        away = torch.linalg.vector_norm(positions - camera[:3, 3].float(), dim=-1)
+        return away + degrees / DEGREES_PER_UNIT
+
+    distances = far(views.positions, views.directions)
+    if views.image:
+        pose = (views.origin @ se3_inverse(views.image[0])).float()
+        distances = torch.cat([distances, far(pose[None, :3, 3], pose[None, :3, 2])])
+    return distances
 
 
 def retrieve_views(
@@ -108,7 +117,7 @@ def retrieve_views(
     like: what the frames of a chunk have; a view has no action. cached: the views of each clip that a stream has read,
     of which it keeps those before the first that is far (`SPARE`), with room for the nearest.
     """
-    if (least := min(len(known.w2c) for known in views)) < count:
+    if (least := min(map(len, views))) < count:
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")
     chosen = list[list[int]]()
     for clip, (pose, known) in enumerate(zip(w2c[:, -1], views, strict=True)):
@@ -120,10 +129,8 @@ def retrieve_views(
         chosen.append([*kept, *(i for i in near if i not in kept)][:count])
     chunks = list[RememberedChunk]()
     for column in zip(*chosen, strict=True):
-        x, poses, K = (
-            torch.stack([getattr(known, name)[i] for known, i in zip(views, column, strict=True)])[:, None]
-            for name in ("latents", "w2c", "K")
-        )
+        seen = [(known.latents[i], *known.camera(i)) for known, i in zip(views, column, strict=True)]
+        x, poses, K = (torch.stack(parts)[:, None] for parts in zip(*seen, strict=True))
         frames = {"w2c": poses, "K": K.to(like["K"])}
         if "actions" in like:
             frames["actions"] = torch.zeros_like(like["actions"][:, :1])

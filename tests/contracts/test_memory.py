@@ -127,7 +127,7 @@ def known_views(cond: Condition, frames: int) -> tuple[Views, ...]:
     """The first frames of each clip, as views of its world."""
     w2c, K = cond.cameras
     return tuple(
-        Views(dict(enumerate(X[i, :frames])), w2c[i, :frames].double(), K[i, :frames]) for i in range(len(w2c))
+        Views.of(dict(enumerate(X[i, :frames])), w2c[i, :frames].double(), K[i, :frames]) for i in range(len(w2c))
     )
 
 
@@ -154,7 +154,7 @@ def test_a_chunk_sees_the_nearest_views_before_its_window(
         prepared = stream.prepare_chunk(cond.frames(frame, frame + 1))
         views, held = stream.cached_views, 0
         for i, pose in enumerate(cond.cameras[0]):
-            far = view_distances(pose[frame].double(), stream.views[i]).tolist()
+            far = view_distances(pose[frame].double(), stream.known[i]).tolist()
             near = [k for k in sorted(range(4), key=far.__getitem__) if far[k] <= sorted(far)[1] + 0.3]
             assert near[0] in views[i] and {*views[i]} <= {*near}
             if before and before[i][0] in near:
