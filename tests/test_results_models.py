@@ -78,7 +78,8 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     rows |= {"`dmd-4`, with a regression, 2 steps |": students["place-dmd-4"]["model"]}
     rows |= {"`dmd-4`, 3 steps |": students["place-dmd-3-steps"]["model"]}
     rows |= {"`dmd-4`, with four of 66,432 views, 2 steps |": students["place-dmd-4-views"]["model"]}
-    rows |= {"`dmd-5`, trained with them, 2 steps |": students["place-dmd"]["model"]}
+    rows |= {"`dmd-5`, streamed with four of 262,272, 2 steps |": students["place-dmd"]["model"]}
+    rows |= {"the codec of `dmd-5` alone |": students["place-dmd"]["codec"]}
     for label, row in rows.items():
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * row['sharpness']:.0f} % |" in page

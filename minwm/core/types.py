@@ -129,6 +129,7 @@ class Views:
         cls, latents: Mapping[int, Float[Tensor, "c h w"]], w2c: Float[Tensor, "n 4 4"], K: Float[Tensor, "n 4"]
     ) -> "Views":
         """In the frame of the world."""
+        w2c = w2c.double()
         positions = -torch.einsum("nji,nj->ni", w2c[:, :3, :3], w2c[:, :3, 3])
         directions = w2c[:, 2, :3].float().contiguous()
         return cls(latents, w2c, K, positions.float(), directions, torch.eye(4, dtype=torch.float64))
