@@ -89,6 +89,8 @@ def test_a_pass_costs_what_its_scope_lets_it_see() -> None:
     for scope in (Cached, ReadOnlyCache):
         seen = scope(net.arena(geometry, 1), 2)
         assert pass_flops(net, run.model.latent_shape(1, 2), seen) == net.flops(2, p, 5 * p)
+    parts = Cached(net.arena(geometry, 1), 2, parts=(1, 1))
+    assert pass_flops(net, run.model.latent_shape(1, 2), parts) == net.flops(1, p, 4 * p) + net.flops(1, p, 5 * p)
     with pytest.raises(ConfigError, match="Other attends to is not known"):
         pass_flops(net, run.model.latent_shape(1, 2), Other())
 

@@ -339,9 +339,10 @@ def _work(model: Model) -> dict[str, list[Work]]:
     decode, sampler = _decoder_flops(model), cfg.sampler
     index = int(geometry.image_alone)
     frames, rows = geometry.start(index + 1) - geometry.start(index), geometry.start(index + 1) * geometry.tokens
-    context = [network(seen * geometry.tokens, 1, made) for made, seen in geometry.context_passes]
-    diffuse = [*context, network(geometry.rows, sampler.steps)]
-    cache_update = network(geometry.rows, 0 if geometry.merged_refresh or context else 1)
+    parts = [network(seen * geometry.tokens, 1, made) for made, seen in geometry.context_parts]
+    context = Work(sum(part.flops for part in parts), max((part.bytes for part in parts), default=0))
+    diffuse = [context, network(geometry.rows, sampler.steps)]
+    cache_update = network(geometry.rows, 0 if geometry.merged_refresh or parts else 1)
     return {
         "diffuse": diffuse,
         "decode": [Work(decode)],

@@ -306,6 +306,8 @@ class Cached(WholeFrames):
 
     arena: KVArena
     chunk: int
+    parts: tuple[int, ...] = ()
+    """Latent frames of each part of the chunk, if a part is to see none that is later; (): it sees itself whole."""
 
     def positions(self, frames: int) -> list[int]:
         geometry = self.arena.geometry
@@ -318,7 +320,16 @@ class Cached(WholeFrames):
 
     def attend(self, layer: int, q: Heads) -> Heads:
         keys, values = self.arena.valid_kv(layer, self.chunk)
-        return softmax_attention(q, keys, values, self.arena.visible_rows(self.chunk))
+        visible, past, out = self.arena.visible_rows(self.chunk), keys.shape[2] - q.shape[2], list[Heads]()
+        for queries in q.split(self.query_rows(q.shape[2]), dim=2):
+            past += queries.shape[2]
+            seen = None if visible is None else visible[..., :past]
+            out.append(softmax_attention(queries, keys[:, :, :past], values[:, :, :past], seen))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def query_rows(self, rows: int) -> list[int]:
+        """The queries of each part, of so many in all."""
+        return [rows // sum(self.parts) * part for part in self.parts] or [rows]
 
     def __call__(self, layer: int, q: Heads, k: Heads, v: Heads, text: TextKV | None = None) -> Heads:
         keys, values = self.current_slot(layer)

@@ -11,8 +11,8 @@ Frames = Any
 
 Recompute = Literal["never", "causal", "full"]
 """never: keys and values are cached when a chunk is finished, and stay. causal: once not all of the past fits into the
-cache, the chunks that are seen are read again, one after the other, as if the stream had had no others. full: from the
-third chunk on, and in one pass in which they all see each other, as HY-WorldPlay runs (and does not train)."""
+cache, the chunks that are seen are read again, each of which sees those before it, as if the stream had had no others.
+full: from the third chunk on, and they all see each other, as HY-WorldPlay runs (and does not train)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +118,9 @@ class StreamConfig:
         return chunk >= {"never": chunk + 1, "causal": self.slots, "full": 2}[self.recompute]
 
     @property
-    def context_passes(self) -> list[tuple[int, int]]:
-        """The passes that recompute the context of a chunk for which not all of the past fits: latent frames of each,
-        and those that it sees."""
+    def context_parts(self) -> list[tuple[int, int]]:
+        """The parts of the pass that recomputes the context of a chunk for which not all of the past fits: latent
+        frames of each, and those that it sees."""
         ends = [self.start(i) for i in range(self.slots)]
         one_by_one = [(b - a, b) for a, b in pairwise(ends)]
         return {"never": [], "causal": one_by_one, "full": [(ends[-1], ends[-1])]}[self.recompute]

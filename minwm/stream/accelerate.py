@@ -132,8 +132,11 @@ class GraphedStream(Stream):
         assert result is not None
         return result
 
-    def cache_update_pass(self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,)) -> None:
-        self._replay(("cache_update", times), partial(super().cache_update_pass, times=times), cond, x)
+    def cache_update_pass(
+        self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,), parts: tuple[int, ...] = ()
+    ) -> None:
+        run = partial(super().cache_update_pass, times=times, parts=parts)
+        self._replay(("cache_update", times, parts), run, cond, x)
 
     def _replay(
         self, name: Hashable, run: Callable[..., Tensor | None], cond: PreparedCondition, x: Tensor
@@ -145,7 +148,8 @@ class GraphedStream(Stream):
         camera = cond.camera and cond.camera.matrices
         tensors = {"x": x, "rope": rope, "camera": camera, "first_latent": cond.first_latent, "actions": cond.actions}
         inputs = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        slot, rows = self.geometry.slot(self.chunk), self.geometry.valid_rows(self.chunk)
+        geometry = self.arena.geometry
+        slot, rows = geometry.slot(self.chunk), geometry.valid_rows(self.chunk)
         key = name, tuple(x.shape), slot, rows, *inputs
         if key not in self.recorded:
 

@@ -209,17 +209,28 @@ class Stream:
         if seen and not known and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
             self.origin = se3_inverse(seen[0].frames["w2c"][:, 0])
         keeps_image = geometry.sink or len(self.past) == place  # or else it has become a latent as any other
-        if geometry.recompute == "full" and seen:
-            first_chunk = replace(geometry, first_chunk=geometry.start(place), sink=max(geometry.sink, 1))
-            self.arena, seen = arena.with_geometry(first_chunk), [one_after_the_other(seen)]
-        for i, chunk in enumerate(seen[known:], known):
-            self.chunk = i
-            context = self._prepare(
-                replace(cond, **chunk.frames, first_latents=self.first_latent if keeps_image else None)
-            )
-            self.cache_update_pass(context, chunk.x, self.frame_times(context, chunk.x.shape[1], chunk.t))
-            self._finish_slot()
+        apart = geometry.recompute == "causal" and self.net.finished_kv is not None  # they are seen when finished
+        cond = replace(cond, first_latents=self.first_latent if keeps_image else None)
+        for i, chunks in enumerate([[chunk] for chunk in seen[known:]] if apart else [seen[known:]], known):
+            if chunks:
+                self._read_chunks(cond, chunks, i)
         self.arena, self.chunk, self.stale = arena, place, False
+
+    def _read_chunks(self, cond: Condition, chunks: Sequence[RememberedChunk], place: int) -> None:
+        """Write chunks of the past into the cache, from a place on, in one pass: as parts of a single chunk."""
+        geometry, read = self.geometry, one_after_the_other(chunks)
+        frames = tuple(chunk.x.shape[1] for chunk in chunks)
+        start, sink = geometry.start(place), max(geometry.sink, 1)
+        single = replace(geometry, first_chunk=start or sum(frames), chunk=sum(frames), sink=sink)
+        self.arena, self.chunk = self.arena.with_geometry(single), min(place, 1)
+        context = self._prepare(replace(cond, **read.frames))
+        times = [chunk.t for chunk, count in zip(chunks, frames, strict=True) for _ in range(count)]
+        if context.first_latent is not None:
+            times[0] = geometry.image_time
+        same = len({*times}) == 1
+        parts = frames if geometry.recompute == "causal" and len(frames) > 1 else ()
+        self.cache_update_pass(context, read.x, tuple(times[:1] if same else times), parts)
+        self._finish_slot()
 
     def _image(self, cond: Condition) -> FirstLatent | None:
         """The image of the current chunk, if one is given; ConfigError if the model takes none."""
@@ -338,10 +349,12 @@ class Stream:
             rows = slice(*geometry.slot_rows(geometry.slot(self.chunk)))
             self.arena.transform_kv(self.net.finished_kv, rows, values=True)
 
-    def cache_update_pass(self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,)) -> None:
-        """The forward pass of `update_cache`, whose output nobody needs."""
+    def cache_update_pass(
+        self, cond: PreparedCondition, x: Latents, times: tuple[float, ...] = (0.0,), parts: tuple[int, ...] = ()
+    ) -> None:
+        """The forward pass of `update_cache`, whose output nobody needs; parts: as in `Cached`."""
         x = x if self.guidance == 1 else x.repeat(2, 1, 1, 1, 1)
-        self.net(x, self.modulation(*times), cond, Cached(self.arena, self.chunk))
+        self.net(x, self.modulation(*times), cond, Cached(self.arena, self.chunk, parts))
 
 
 def sample_noise(shape: tuple[int, ...], draws: int, like: Tensor, generator: torch.Generator) -> Noise:

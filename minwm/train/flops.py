@@ -8,6 +8,7 @@ HFU). Text in an attention of its own, modulation and the optimiser are left out
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ def pass_flops(net: Backbone, shape: Sequence[int], scope: AttentionScope) -> in
             visible = [(size, tokens * sum(scope.key_groups[i] for i in keys)) for size, keys in groups]
         case Cached() | ReadOnlyCache():
             geometry = scope.arena.geometry
-            visible = [(frames, geometry.valid_rows(scope.chunk) - geometry.text_rows)]
+            rows = geometry.valid_rows(scope.chunk) - geometry.text_rows
+            parts = (scope.parts if isinstance(scope, Cached) else ()) or (frames,)
+            later = [tokens * (frames - end) for end in accumulate(parts)]
+            visible = [(part, rows - unseen) for part, unseen in zip(parts, later, strict=True)]
         case _:
             raise ConfigError(f"how many tokens a pass under {type(scope).__name__} attends to is not known here")
     return batch * (text + sum(net.flops(size, tokens, rows) for size, rows in visible))

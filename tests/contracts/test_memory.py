@@ -144,7 +144,13 @@ def test_a_chunk_sees_the_nearest_views_before_its_window(
     geometry = Geometry(tokens=6, chunk=1, sink=0, window=3, retrieved=2, recompute=recompute)
     monkeypatch.setattr(memory, "SPARE", 0.3)
     stream, read = Stream(net, cond, sized(net, geometry), views=known_views(cond, 4)), list[int]()
-    monkeypatch.setattr(stream, "_finish_slot", lambda: read.append(stream.chunk))
+    read_chunks = stream._read_chunks
+
+    def reading(cond: Condition, chunks: list[RememberedChunk], place: int) -> None:
+        read.extend(range(place, place + len(chunks)))
+        read_chunks(cond, chunks, place)
+
+    monkeypatch.setattr(stream, "_read_chunks", reading)
     for chunk, frame in enumerate(range(4, 9)):
         if ahead is not None:
             stream.read_ahead(cond.frames(frame + ahead, frame + ahead + 1))
