@@ -33,7 +33,9 @@ DEGREES_PER_UNIT = 30.0
 """Between two cameras: a turn that changes what is seen about as much as a world unit does."""
 SPARE = 0.35
 """A view that a stream has read stays while it is at most so many world units farther than those that a chunk would see
-otherwise: to read another costs a pass, and one more for every view behind it."""
+otherwise: to read another costs time, and as much for every view behind it."""
+SPARE_AHEAD = 0.7
+"""The same for a chunk for which views were read ahead, of which nobody has to wait for others then."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,23 @@ def retrieve_views(
     like: Mapping[str, Tensor],
     count: int,
     cached: Sequence[list[int]] = (),
+    ahead: bool = False,
 ) -> tuple[list[list[int]], list[RememberedChunk]]:
     """The views of each clip that are nearest to the last of its cameras: their indices, and as chunks of one latent.
 
     like: what the frames of a chunk have; a view has no action. cached: the views of each clip that a stream has read,
-    of which it keeps those before the first that is far (`SPARE`), with room for the nearest.
+    of which it keeps those before the first that is far, with room for the nearest. ahead: they were read for another
+    camera, and the frames of this one are waited for: all that are not very far (`SPARE_AHEAD`) are kept.
     """
     if (least := min(map(len, views))) < count:
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")
-    chosen = list[list[int]]()
+    chosen, spare = list[list[int]](), SPARE_AHEAD if ahead else SPARE
     for clip, (pose, known) in enumerate(zip(w2c[:, -1], views, strict=True)):
         far = view_distances(pose, known)
         near = far.topk(count, largest=False).indices.tolist()
-        close = {*(far <= far[near[-1]] + SPARE).nonzero()[:, 0].tolist()}
+        close = {*(far <= far[near[-1]] + spare).nonzero()[:, 0].tolist()}
         kept = [*takewhile(close.__contains__, cached[clip] if cached else [])]
-        kept = kept if near[0] in kept else kept[: count - 1]
+        kept = kept if ahead or near[0] in kept else kept[: count - 1]
         chosen.append([*kept, *(i for i in near if i not in kept)][:count])
     chunks = list[RememberedChunk]()
     for column in zip(*chosen, strict=True):

@@ -117,6 +117,8 @@ class Stream:
         """Those of each clip that the cache holds."""
         self.cached_past: list[int] = []
         """Chunks of the past that it holds behind them."""
+        self.has_read_ahead = False
+        """For the current chunk."""
         self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
         self.sink_shift = 0
@@ -163,10 +165,11 @@ class Stream:
         return self._prepare(cond)
 
     def read_ahead(self, cond: Condition) -> None:
-        """Read what the next chunk sees of known views and the past if its cameras are those of `cond`: `prepare_chunk`
-        then reads what is different, often nothing."""
+        """Read what the next chunk sees of known views and the past if its cameras are those of `cond`, and nearly so
+        otherwise: `prepare_chunk` then reads nothing, unless its cameras are far from these."""
         if self.views:
             self.prepare_chunk(cond)
+            self.has_read_ahead = True
 
     def _prepare(self, cond: Condition) -> PreparedCondition:
         """`prepare_chunk` of the chunk that is to be at the place `chunk`; w2c is on the CPU in float64."""
@@ -193,7 +196,8 @@ class Stream:
             chosen = choose_context(self.past, cond.w2c, self.geometry, len(cond.text))
             return [of_each_clip(self.past, chunks) for chunks in zip(*chosen, strict=True)], 0
         cached = self.cached_views if self.geometry.recompute == "causal" else []
-        chosen, views = retrieve_views(self.views, cond.cameras[0], cond.per_frame(), self.geometry.retrieved, cached)
+        w2c, frames, count = cond.cameras[0], cond.per_frame(), self.geometry.retrieved
+        chosen, views = retrieve_views(self.views, w2c, frames, count, cached, self.has_read_ahead)
         past = [*range(len(self.past) - self.chunk + len(views), len(self.past))]
         before = [*zip(*cached, strict=True), *self.cached_past] if cached else []
         columns = zip([*zip(*chosen, strict=True), *past], before, strict=False)
@@ -271,7 +275,7 @@ class Stream:
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         if self.geometry.recompute != "never":
             del self.past[snapshot[0] :]
-            self.cached_past = []
+            self.cached_past, self.has_read_ahead = [], False
             self.views = self.views if self.past else self.known
             self.stale = True
             return
@@ -341,6 +345,7 @@ class Stream:
                 self.cache_update_pass(cond, x, self.frame_times(cond, x.shape[1], t))
         self._finish_slot()
         self.chunk += 1
+        self.has_read_ahead = False
 
     def _finish_slot(self) -> None:
         """Apply `Backbone.finished_kv` to the current chunk's rows of the cache."""

@@ -132,17 +132,20 @@ def known_views(cond: Condition, frames: int) -> tuple[Views, ...]:
 
 
 @every_way
-@pytest.mark.parametrize("ahead", [None, 0, 1], ids=["", "ahead", "ahead of another"])
+@pytest.mark.parametrize(
+    ("ahead", "spare"), [(None, 0.3), (0, 0.4), (1, 0.4), (1, 9)], ids=["", "ahead", "ahead of another", "and enough"]
+)
 @pytest.mark.parametrize("name", CAMERA)
 @torch.no_grad()
 def test_a_chunk_sees_the_nearest_views_before_its_window(
-    name: str, recompute: Recompute, ahead: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, recompute: Recompute, ahead: int | None, spare: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if they had been the start of its clip. Those before the first that is far are not read again, and nothing is
     that was read ahead, for the right camera or another."""
     cond, net = condition(FRAMES, seed=4), small(name)
     geometry = Geometry(tokens=6, chunk=1, sink=0, window=3, retrieved=2, recompute=recompute)
     monkeypatch.setattr(memory, "SPARE", 0.3)
+    monkeypatch.setattr(memory, "SPARE_AHEAD", spare)
     stream, read = Stream(net, cond, sized(net, geometry), views=known_views(cond, 4)), list[int]()
     read_chunks = stream._read_chunks
 
@@ -161,8 +164,8 @@ def test_a_chunk_sees_the_nearest_views_before_its_window(
         views, held = stream.cached_views, 0
         for i, pose in enumerate(cond.cameras[0]):
             far = view_distances(pose[frame].double(), stream.known[i]).tolist()
-            near = [k for k in sorted(range(4), key=far.__getitem__) if far[k] <= sorted(far)[1] + 0.3]
-            assert near[0] in views[i] and {*views[i]} <= {*near}
+            near = [k for k in sorted(range(4), key=far.__getitem__) if far[k] <= sorted(far)[1] + spare]
+            assert (near[0] in views[i] or ahead is not None) and {*views[i]} <= {*near}
             if before and before[i][0] in near:
                 assert views[i][0] == before[i][0], "it stays, though two others may be nearer"
         while held < 2 and before and all(a[held] == b[held] for a, b in zip(views, before, strict=True)):
@@ -170,7 +173,7 @@ def test_a_chunk_sees_the_nearest_views_before_its_window(
         while held in (2, 3) and past[held - 2 : held - 1] == stream.cached_past[held - 2 : held - 1] != []:
             held += 1
         assert recompute == "full" or read == [*range(held, 2 + min(chunk, 2))]
-        assert recompute == "full" or ahead != 0 or not read
+        assert recompute == "full" or (ahead != 0 and spare != 9) or not read
         window = [*range(frame - min(chunk, 2), frame)]
         kept = [[*nearest, *window, frame] for nearest in views]
         last = len(kept[0]) - 1
