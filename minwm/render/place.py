@@ -88,14 +88,14 @@ class Place(World):
 
     @cached_property
     def viewpoints(self) -> Float[np.ndarray, "n 4 4"]:
-        """c2w of pictures that show all of the place: an eighth of a unit apart, in 32 directions, those between at
+        """c2w of pictures that show all of the place: an eighth of a unit apart, in 64 directions, those between at
         every second; then from the same positions in 16 directions tilted up, and in 16 down."""
         x, z = (
             grid.flatten() for grid in np.meshgrid(np.arange(-5, 5.1, 0.125), np.arange(-4.4, 5, 0.125), indexing="ij")
         )
         free = self.free(np.stack([x, np.full(len(x), -EYE), z], 1))
         between = np.arange(free.sum()) % 2 / 2
-        level = 11.25 * (np.arange(32) + between[:, None])
+        level = 5.625 * (np.arange(64) + between[:, None])
         tilted = 22.5 * (np.arange(16) + between[:, None]).repeat(2, 0).reshape(-1, 32)
         return np.concatenate(
             [

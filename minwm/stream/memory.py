@@ -31,7 +31,7 @@ FIELD_OF_VIEW = math.radians(60), math.radians(35)
 """Full angles across and down."""
 DEGREES_PER_UNIT = 30.0
 """Between two cameras: a turn that changes what is seen about as much as a world unit does."""
-SPARE = 0.35
+SPARE = 0.2
 """A view that a stream has read stays while it is at most so many world units farther than those that a chunk would see
 otherwise: to read another costs time, and as much for every view behind it."""
 SPARE_AHEAD = 0.7
