@@ -359,6 +359,8 @@ def prepare_network(
             raise ConfigError(f"engine.fp8={cfg.fp8} has to be checked with a trial, and none was given")
         fidelity = check_fp8(cfg, net, geometry, trial)
     if cfg.compile:
+        limit = torch._dynamo.config.recompile_limit  # what a chunk sees is read in passes of up to so many chunks
+        torch._dynamo.config.recompile_limit = max(limit, 8 + geometry.slots)
         net.compile_blocks()
     if cfg.kernels:
         net.use_kernels()
