@@ -68,7 +68,7 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
         name: json.loads((ROOT / "results" / f"{name}.json").read_text())
         for name in (
             *("place-dmd-1", "place-dmd-2", "place-dmd-2-views", "place-dmd-3", "place-dmd-4", "place-dmd-3-steps"),
-            *("place-dmd-4-views", "place-dmd"),
+            *("place-dmd-4-views", "place-dmd-5", "place-ar-7", "place-dmd"),
         )
     }
     rows |= {"`dmd-1`, of the same kind, 4 steps |": students["place-dmd-1"]["model"]}
@@ -78,8 +78,11 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     rows |= {"`dmd-4`, with a regression, 2 steps |": students["place-dmd-4"]["model"]}
     rows |= {"`dmd-4`, 3 steps |": students["place-dmd-3-steps"]["model"]}
     rows |= {"`dmd-4`, with four of 66,432 views, 2 steps |": students["place-dmd-4-views"]["model"]}
-    rows |= {"`dmd-5`, streamed with four of 262,272, 2 steps |": students["place-dmd"]["model"]}
-    rows |= {"the codec of `dmd-5` alone |": students["place-dmd"]["codec"]}
+    rows |= {"`dmd-5`, streamed with four of 262,272, 2 steps |": students["place-dmd-5"]["model"]}
+    rows |= {"`ar-7`, with six of 393,408 views, 8 steps |": students["place-ar-7"]["model"]}
+    rows |= {"`ar-7`, 2 steps |": students["place-ar-7"]["few_steps"]}
+    rows |= {"`dmd-6`, 2 steps |": students["place-dmd"]["model"]}
+    rows |= {"the codec of `dmd-6` alone |": students["place-dmd"]["codec"]}
     for label, row in rows.items():
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * row['sharpness']:.0f} % |" in page
