@@ -91,6 +91,8 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{after} dB at {100 * row['sharpness']:.0f} %" in " ".join(page.split())
     assert stages_table("place", times=False) in page and place_targets() in page
+    minutes = json.loads((ROOT / "results" / "place-minutes.json").read_text())["rows"]["dmd"]["drift"]
+    assert min(second["value"] for second in minutes["turn around"]["psnr"]) > 23  # "in every second"
     for name, label in (("place-dmd", "it has"), ("place-dmd-2", "had"), ("place-dmd-2-views", "to")):
         still = " / ".join(f"{students[name]['still'][second]:.1f}" for second in ("1", "5", "20"))
         assert f"{label} {still} dB" in " ".join(page.split())

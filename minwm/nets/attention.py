@@ -307,7 +307,8 @@ class Cached(WholeFrames):
     arena: KVArena
     chunk: int
     parts: tuple[int, ...] = ()
-    """Latent frames of each part of the chunk, if a part is to see none that is later; (): it sees itself whole."""
+    """Latent frames of each part of the chunk, if a part is to see none that is later; (): it sees itself whole. With
+    parts its slot is the last one in use."""
 
     def positions(self, frames: int) -> list[int]:
         geometry = self.arena.geometry

@@ -89,8 +89,9 @@ class StreamConfig:
 
     @property
     def distinct_graph_shapes(self) -> int:
-        """Chunks after which every pair of a slot and a number of valid rows has occurred."""
-        return self.slots + (self.window - 1 if self.recompute == "never" else 0)
+        """Chunks after which every pair of a slot and a number of valid rows has occurred, and of all that is read again
+        in one pass; streams with known views have more, as they differ in how many they read."""
+        return self.slots + {"never": self.window - 1, "causal": 1, "full": 0}[self.recompute]
 
     def start(self, chunk: int) -> int:
         """First latent frame of a chunk, counted from the start of the stream."""

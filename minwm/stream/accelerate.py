@@ -359,8 +359,8 @@ def prepare_network(
             raise ConfigError(f"engine.fp8={cfg.fp8} has to be checked with a trial, and none was given")
         fidelity = check_fp8(cfg, net, geometry, trial)
     if cfg.compile:
-        limit = torch._dynamo.config.recompile_limit  # what a chunk sees is read in passes of up to so many chunks
-        torch._dynamo.config.recompile_limit = max(limit, 8 + geometry.slots)
+        # a pass reads what a chunk sees, up to all other slots; each number of them is a form of the blocks
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + geometry.slots)
         net.compile_blocks()
     if cfg.kernels:
         net.use_kernels()

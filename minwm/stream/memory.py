@@ -35,7 +35,7 @@ SPARE = 0.2
 """A view that a stream has read stays while it is at most so many world units farther than those that a chunk would see
 otherwise: to read another costs time, and as much for every view behind it."""
 SPARE_AHEAD = 0.7
-"""The same for a chunk for which views were read ahead, of which nobody has to wait for others then."""
+"""The same where views were read ahead for a camera that then went elsewhere: to read others now delays the chunk."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def retrieve_views(
     """The views of each clip that are nearest to the last of its cameras: their indices, and as chunks of one latent.
 
     like: what the frames of a chunk have; a view has no action. cached: the views of each clip that a stream has read,
-    of which it keeps those before the first that is far, with room for the nearest. ahead: they were read for another
-    camera, and the frames of this one are waited for: all that are not very far (`SPARE_AHEAD`) are kept.
+    of which it keeps those before the first that is far, with room for the nearest. ahead: these were
+    read ahead for an expected camera, and are kept up to `SPARE_AHEAD`, without room for the nearest.
     """
     if (least := min(map(len, views))) < count:
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")

@@ -118,7 +118,7 @@ class Stream:
         self.cached_past: list[int] = []
         """Chunks of the past that it holds behind them."""
         self.has_read_ahead = False
-        """For the current chunk."""
+        """Whether views were read ahead for the current chunk."""
         self.origin = torch.eye(4, dtype=torch.float64).expand(batch, 4, 4)
         """Pose of the cache's world frame in the caller's."""
         self.sink_shift = 0
@@ -213,7 +213,9 @@ class Stream:
         if seen and not known and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
             self.origin = se3_inverse(seen[0].frames["w2c"][:, 0])
         keeps_image = geometry.sink or len(self.past) == place  # or else it has become a latent as any other
-        apart = geometry.recompute == "causal" and self.net.finished_kv is not None  # they are seen when finished
+        apart = (
+            geometry.recompute == "causal" and self.net.finished_kv is not None
+        )  # each is finished before others see it
         cond = replace(cond, first_latents=self.first_latent if keeps_image else None)
         for i, chunks in enumerate([[chunk] for chunk in seen[known:]] if apart else [seen[known:]], known):
             if chunks:

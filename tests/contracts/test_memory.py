@@ -252,9 +252,10 @@ def test_undone_chunks_leave_no_trace(recompute: Recompute) -> None:
     torch.testing.assert_close(*v, atol=1e-9, rtol=1e-9)
 
 
+@every_way
 @torch.no_grad()
-def test_recorded_and_quantised_streams_remember_too() -> None:
-    cond, geometry = condition(FRAMES, seed=4, image=True), replace(MEMORY, recompute="full", image_start=True)
+def test_recorded_and_quantised_streams_remember_too(recompute: Recompute) -> None:
+    cond, geometry = condition(FRAMES, seed=4, image=True), replace(MEMORY, recompute=recompute, image_start=True)
     net, sampler = small("hunyuan-actions"), FewStepSampler(steps=1)
     noise = sample_noise((2, FRAMES, 4, 4, 6), 1, X, torch.Generator().manual_seed(0))
 
