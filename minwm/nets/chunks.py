@@ -89,8 +89,8 @@ class StreamConfig:
 
     @property
     def distinct_graph_shapes(self) -> int:
-        """Chunks after which every pair of a slot and a number of valid rows has occurred, and of all that is read again
-        in one pass; streams with known views have more, as they differ in how many they read."""
+        """Chunks after which every pair of a slot and a number of valid rows has occurred, and what is read again was
+        read in one pass. With known views there are more shapes: chunks differ in how much they read."""
         return self.slots + {"never": self.window - 1, "causal": 1, "full": 0}[self.recompute]
 
     def start(self, chunk: int) -> int:
