@@ -1,6 +1,7 @@
 """What `minwm eval` measures: each number must read what was put into the videos."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,11 +148,18 @@ def test_a_long_rollout_collapses_exactly_when_it_shows_no_world_any_more(rng: n
         "white": lambda x: np.full_like(x, 255),
         "tiles of true pictures in the wrong places": tiled,
     }
-    for name, spoil in broken.items():
-        videos = {route: x.copy() for route, x in run.truth.items()}
-        for x in videos.values():
-            x[:, 5:] = spoil(x[:, 5:])  # from the second second on
-        assert [c.collapsed for c in run.measure(videos).values()] == [[2]] * 3, name
+
+    def grain(size: float) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: (x + size * rng.standard_normal(x.shape)).clip(0, 255).astype(np.uint8)
+
+    def from_the_second_second_on(spoil: Callable[[np.ndarray], np.ndarray]) -> dict[str, DriftCurves]:
+        videos = {route: np.concatenate([x[:, :5], spoil(x[:, 5:])], 1) for route, x in run.truth.items()}
+        return run.measure(videos)
+
+    for name, spoil in broken.items() | {"coarse grain": grain(60)}.items():
+        assert [c.collapsed for c in from_the_second_second_on(spoil).values()] == [[2]] * 3, name
+    alike = from_the_second_second_on(grain(20)).values()  # 22 dB
+    assert all(max(c.patch_distance) > c.patch_limit and c.collapsed == [None] for c in alike), "like the truth"
 
 
 def test_the_first_look_is_compared_after_a_full_turn() -> None:

@@ -6,7 +6,7 @@ from html import escape
 from minwm.bench.target import Target
 from minwm.eval.camera.motion import MotionErrors
 from minwm.eval.cases import BASELINES
-from minwm.eval.drift import FEATURE_LIMIT, ROUTES, DriftCurves
+from minwm.eval.drift import FEATURE_LIMIT, LIKE_TRUTH, ROUTES, DriftCurves
 from minwm.eval.report.charts import Series, bar, heat_map, line_chart, number
 from minwm.eval.report.page import Section, fixed, interval, table
 from minwm.eval.revisit import Revisit
@@ -274,7 +274,8 @@ def _drift(rows: Rows) -> str:
     return (
         "<p>Streams of one model, never restarted. A clip has <b>collapsed</b> in the first second from which on, for "
         f"two seconds, its feature distance is {FEATURE_LIMIT:g} times that of the worst second of the truth, or its "
-        "patch distance above that (as it is, or reconstructed by the codec). The feature distance is large where "
+        "patch distance above that (as it is, or reconstructed by the codec), and it has less than "
+        f"{LIKE_TRUTH:g} dB to the truth. The feature distance is large where "
         "brightness, colours or detail are unlike those of true views, the patch distance where small patches are."
         f"</p>{table(['video', *ROUTES], body)}{charts}"
     )
