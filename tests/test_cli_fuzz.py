@@ -33,7 +33,7 @@ from minwm.experiments.presets.demo import smoke
 from minwm.train.build import train
 from minwm.train.config import Run
 
-PART = pytest.mark.parametrize("examples", [250, pytest.param(2500, marks=pytest.mark.slow)])
+PART = pytest.mark.parametrize("examples", [100, pytest.param(2500, marks=pytest.mark.slow)])
 
 
 def unhurried(examples: int) -> settings:

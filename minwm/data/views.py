@@ -66,9 +66,13 @@ class DrawnLatents(dict[int, Tensor]):
 
 def draw_views(codec: VideoCodec, spec: ClipSpec) -> Mapping[str, Views]:
     """Views by `ClipRecord.world`: of the place at each of its hours, from `Place.viewpoints`."""
-    places = [Place(hour) for hour in range(len(HOURS))]
-    track = CameraTrack(places[0].viewpoints, np.array([*spec.focal, 0.5, 0.5]), spec.motion.fps)  # at all of them
-    w2c, K = torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float()
-    latents = [DrawnLatents(place, track, (spec.height, spec.width), codec) for place in places]
-    known = Views.of(latents[0], w2c, K)
-    return {f"place {hour}": replace(known, latents=drawn) for hour, drawn in enumerate(latents)}
+    track, cameras = _place_cameras(spec.focal, spec.motion.fps)
+    latents = [DrawnLatents(Place(hour), track, (spec.height, spec.width), codec) for hour in range(len(HOURS))]
+    return {f"place {hour}": replace(cameras, latents=drawn) for hour, drawn in enumerate(latents)}
+
+
+@lru_cache(maxsize=1)
+def _place_cameras(focal: tuple[float, float], fps: float) -> tuple[CameraTrack, Views]:
+    """Cameras at all viewpoints, of which there are too many to compute twice; the views have no latents."""
+    track = CameraTrack(Place(0).viewpoints, np.array([*focal, 0.5, 0.5]), fps)
+    return track, Views.of({}, torch.from_numpy(se3_inverse(track.c2w)), torch.from_numpy(track.K).float())
