@@ -1,14 +1,18 @@
-"""Counting what torch.compile compiles, in a process without the import hook of the tests."""
+"""Recording what a CUDA graph would, and counting what torch.compile compiles, in a process without the import hook of
+the tests."""
 
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from contracts.backbones import condition
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from minwm.nets.backbone import Backbone
 from minwm.nets.chunks import Geometry
@@ -21,6 +25,15 @@ graphs: list[nn.Module] = []
 def backend(module: nn.Module, _inputs: list[Tensor]) -> Callable:
     graphs.append(module)
     return module.forward
+
+
+def traced(function: Any, inputs: list[Tensor]) -> Any:
+    """What a CUDA graph does, on a CPU: the operators are recorded, and all that is no input stays as it was.
+
+    In a thread of its own, because torch writes down the whole stack for each of them, and that of a test is deep.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.no_grad()(make_fx(function)), *inputs).result()
 
 
 @torch.no_grad()

@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from compiling import run_script
+from compiling import run_script, traced
 from contracts.backbones import CHANNELS, HEIGHT, WIDTH, condition, sized, small
 from plain import PlainStream
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minwm.core.config import ConfigError
@@ -115,11 +114,6 @@ def test_chunk_500_takes_no_longer_than_chunk_10() -> None:
                 times[which].append(time.perf_counter() - start)
     young, old = (sorted(x)[len(x) // 2] for x in times.values())
     assert old < 1.25 * young, (young, old)
-
-
-def traced(function: Any, inputs: list[torch.Tensor]) -> Any:
-    """What a CUDA graph does, on a CPU: the operators are recorded, and all that is no input stays as it was."""
-    return make_fx(function)(*inputs)
 
 
 @torch.no_grad()

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from compiling import run_script
+from compiling import run_script, traced
 from contracts.backbones import CHANNELS, HEIGHT, SMALL, WIDTH, condition, sized, small
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import minwm
 from minwm.core.config import ConfigError
@@ -113,7 +112,7 @@ def test_replayed_chunks_in_fp8_equal_plain_ones(what: Fp8) -> None:
     net, cond = network(), condition(RING.start(6), batch=1)
     net.arena_type = Fp8Arena if what == "cache" else KVArena
     net.use_fp8(what == "linears")
-    graphed = GraphedStream(net, cond, RING, capture=lambda function, inputs: cast(Any, make_fx(function)(*inputs)))
+    graphed = GraphedStream(net, cond, RING, capture=traced)
     for a, b in zip(walk(Stream(net, cond, RING), 6), walk(graphed, 6), strict=True):
         torch.testing.assert_close(a, b)
 

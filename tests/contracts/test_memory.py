@@ -1,13 +1,12 @@
 """What a stream remembers beyond its window: which chunks, and that it then is the stream that had only those."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from backbones import CAMERA, condition, latents, sized, small
-from torch.fx.experimental.proxy_tensor import make_fx
+from compiling import traced
 
 from minwm.cameras.track import se3_exp
 from minwm.core.config import ConfigError
@@ -258,9 +257,6 @@ def test_recorded_and_quantised_streams_remember_too(recompute: Recompute) -> No
     cond, geometry = condition(FRAMES, seed=4, image=True), replace(MEMORY, recompute=recompute, image_start=True)
     net, sampler = small("hunyuan-actions"), FewStepSampler(steps=1)
     noise = sample_noise((2, FRAMES, 4, 4, 6), 1, X, torch.Generator().manual_seed(0))
-
-    def traced(function: Any, inputs: list[torch.Tensor]) -> Any:
-        return make_fx(function)(*inputs)  # like a graph, it keeps what was asked for when it was recorded
 
     def made(stream: Stream) -> torch.Tensor:
         clip = []

@@ -6,9 +6,9 @@ from typing import Any, cast
 import pytest
 import torch
 from backbones import condition, latents
+from compiling import traced
 from recipes import FRAMES, GEOMETRY, MODEL, Exact, clip, make, network, seeded, watched
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from minwm.core.config import ConfigError, dumps, loads, override
 from minwm.core.flow import Latents, Times, interpolate, shift
@@ -243,9 +243,6 @@ def test_a_recorded_first_chunk_is_not_replayed_for_others() -> None:
     """In a ring of one slot all chunks have the same shape, place and rows."""
     net, cond, like = network(0), condition(2), latents(2)
     geometry, noise = replace(TEXT, window=1), sample_noise((2, 2, *like.shape[2:]), 3, like, seeded(5))
-
-    def traced(function: Any, inputs: list[Tensor]) -> Any:
-        return make_fx(function)(*inputs)  # like a graph, it keeps what was asked for when it was recorded
 
     made = []
     for stream in (Stream(net, cond, geometry), GraphedStream(net, cond, geometry, capture=traced)):
