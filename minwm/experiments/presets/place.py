@@ -17,7 +17,7 @@ from minwm.recipes.ode import OdeConfig
 from minwm.stream.solvers import FewStepSampler
 from minwm.train.config import OptimConfig, Run
 
-STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=8, recompute="causal", context_noise=0.2)
+STREAM = StreamConfig(chunk=1, sink=0, window=2, retrieved=7, recompute="causal", context_noise=0.2)
 
 
 def place(out: Path) -> Pipeline:
