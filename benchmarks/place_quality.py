@@ -1,11 +1,12 @@
 """How like the truth a model's clips are on held-out walks through the place, and what its codec alone would give.
 
-    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--few-steps 4] [--far 1 4 8] [--still 1 20] [--json FILE]
+    python benchmarks/place_quality.py MODEL RAW [--clips 16] [--still 1 20] [OPTIONS] [--json FILE]
 
 MODEL is a model or codec folder, RAW a folder of clips (`minwm data render`) whose held-out part is used: the first
 frame is given, with the true cameras; all later ones are the model's, of a bidirectional one as many as it was trained
 on. `--far` asks how well the model knows the place: for a view so many latents away, given the first frame alone.
-`--still` asks what is left of the first frame after so many seconds without a key.
+`--still` asks what is left of the first frame after so many seconds without a key. `--retrieved` shows a stream so many
+views in place of the model's own.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--few-steps", type=int)
     parser.add_argument("--far", type=int, nargs="+", default=[])
     parser.add_argument("--still", type=int, nargs="+", default=[])
+    parser.add_argument("--retrieved", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     codec, data = load_codec(options.model), RawDataset(options.raw, "val")
@@ -98,6 +100,9 @@ def main() -> None:
     found = {"clips": count, "seed": options.seed, "codec": measured(through, truth, fps)}
     if (options.model / "model.json").exists():
         model = load_model(options.model)
+        if options.retrieved:
+            stream = replace(model.config.stream, retrieved=options.retrieved)
+            model = replace(model, config=replace(model.config, stream=stream))
         samplers = {"model": model.config.sampler}
         if options.few_steps:
             samplers["few_steps"] = FewStepSampler(steps=options.few_steps, shift=model.config.sampler.shift)

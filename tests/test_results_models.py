@@ -68,7 +68,7 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
         name: json.loads((ROOT / "results" / f"{name}.json").read_text())
         for name in (
             *("place-dmd-1", "place-dmd-2", "place-dmd-2-views", "place-dmd-3", "place-dmd-4", "place-dmd-3-steps"),
-            *("place-dmd-4-views", "place-dmd-5", "place-ar-7", "place-dmd"),
+            *("place-dmd-4-views", "place-dmd-5", "place-ar-7", "place-dmd-6", "place-dmd"),
         )
     }
     rows |= {"`dmd-1`, of the same kind, 4 steps |": students["place-dmd-1"]["model"]}
@@ -81,8 +81,9 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
     rows |= {"`dmd-5`, streamed with four of 262,272, 2 steps |": students["place-dmd-5"]["model"]}
     rows |= {"`ar-7`, with six of 393,408 views, 8 steps |": students["place-ar-7"]["model"]}
     rows |= {"`ar-7`, 2 steps |": students["place-ar-7"]["few_steps"]}
-    rows |= {"`dmd-6`, 2 steps |": students["place-dmd"]["model"]}
-    rows |= {"the codec of `dmd-6` alone |": students["place-dmd"]["codec"]}
+    rows |= {"`dmd-6`, 2 steps |": students["place-dmd-6"]["model"]}
+    rows |= {"`dmd-7`, with seven views, 2 steps |": students["place-dmd"]["model"]}
+    rows |= {"the codec of `dmd-6` alone |": students["place-dmd-6"]["codec"]}
     for label, row in rows.items():
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{label} {after} dB | {100 * row['sharpness']:.0f} % |" in page
@@ -90,9 +91,11 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
         row = json.loads((ROOT / "results" / f"{name}.json").read_text())["model"]
         after = " / ".join(f"{value:.1f}" for value in row["psnr_at_seconds"])
         assert f"{after} dB at {100 * row['sharpness']:.0f} %" in " ".join(page.split())
+    for name, count in (("place-dmd-7-six", "six"), ("place-dmd-7-eight", "eight")):
+        row = json.loads((ROOT / "results" / f"{name}.json").read_text())["model"]
+        said = f"{row['psnr']:.1f} dB at {100 * row['sharpness']:.0f} % of the gradient energy with {count}"
+        assert said in " ".join(page.split())
     assert stages_table("place", times=False) in page and place_targets() in page
-    minutes = json.loads((ROOT / "results" / "place-minutes.json").read_text())["rows"]["dmd"]["drift"]
-    assert min(second["value"] for second in minutes["turn around"]["psnr"]) > 23  # "in every second"
     for name, label in (("place-dmd", "it has"), ("place-dmd-2", "had"), ("place-dmd-2-views", "to")):
         still = " / ".join(f"{students[name]['still'][second]:.1f}" for second in ("1", "5", "20"))
         assert f"{label} {still} dB" in " ".join(page.split())
@@ -113,7 +116,8 @@ def place_targets() -> str:
     """The same page: what is asked of the student, and what it reaches."""
     rows = json.loads((ROOT / "results" / "place.json").read_text())["rows"]
     minutes = json.loads((ROOT / "results" / "place-minutes.json").read_text())["rows"]["dmd"]["drift"]
-    walked, back = minutes["random walk"]["psnr"][59], minutes["turn around"]["first_look"]
+    walked, turn = minutes["random walk"]["psnr"][59], minutes["turn around"]
+    turned = turn["first_look"]["value"] - turn["psnr"][0]["value"]
     motion = rows["dmd"]["follow"]["motion"]["overall"]
     play = json.loads((ROOT / "results" / "place-play.json").read_text())["minwm/assets/place/dmd"]
     walks = json.loads((ROOT / "results" / "place-dmd.json").read_text())["model"]
@@ -127,7 +131,7 @@ def place_targets() -> str:
             f"| PSNR to the truth after 1 s | 25 dB | {after[0]:.1f} dB |",
             f"| after 5 s | 23 dB | {after[4]:.1f} dB |",
             f"| after 60 s of a random walk | 20 dB | {walked['value']:.1f} dB |",
-            f"| a full turn to the first look, ahead of PSNR after 1 s | -1 dB | {back['value'] - after[0]:+.1f} dB |",
+            f"| a full turn to the first look, ahead of the same streams after 1 s | -1 dB | {turned:+.1f} dB |",
             f"| minute-long streams that collapsed | 0 | {collapsed(minutes)} |",
             f"| gradient energy, of the truth's, on the 12 walks below | 80 % | {100 * walks['sharpness']:.0f} % |",
             f"| PSNR after 1 s, ahead of its multi-step teacher `ar` | -1 dB | {after[0] - teacher[0]:+.1f} dB |",
