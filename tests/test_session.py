@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import minwm
+from minwm.bench.stream import random_model
 from minwm.cameras.track import CameraTrack, latent_cameras
 from minwm.cameras.trajectory import Action, Motion, parse
 from minwm.control.action import with_action_labels
@@ -352,3 +353,14 @@ def test_a_world_finds_a_free_place(place: tuple[World, np.ndarray, CameraTrack]
     assert engine.start().shape == (1, 32, 32, 3)
     with pytest.raises(UserError, match="numbered from 0"):
         SceneEngine.spawn(-1, track, CONFIG)
+
+
+def test_large_frames_are_made_in_bfloat16_where_a_cpu_multiplies_it_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = CONFIG.geometry.tokens
+    for fast, larger, dtype in ((True, 1, torch.float32), (True, 8, torch.bfloat16), (False, 8, torch.float32)):
+        monkeypatch.setattr("minwm.store.model.FAST_BFLOAT16", fast)
+        config = replace(CONFIG, width=larger * CONFIG.width, height=larger * CONFIG.height)
+        assert config.geometry.tokens == larger**2 * tokens
+        model = random_model(config).ready("cpu")
+        assert {x.dtype for part in (model.net, model.codec) for x in part.parameters()} == {dtype}
+        assert {x.dtype for x in random_model(config).ready("cpu", torch.float32).net.parameters()} == {torch.float32}

@@ -27,8 +27,7 @@ Prompts = list[str] | dict[str, Float[Tensor, "b _ _"]]
 SQUARE_70 = (0.5 / math.tan(math.radians(35)), 0.5 / math.tan(math.radians(35)))
 """Focal lengths of square pictures, 70 degrees wide."""
 LARGE_FRAME = 128
-"""Tokens of a frame from which on products in bfloat16 gain a CPU more than casts cost: with 16 of them a chunk takes
-longer in bfloat16, with 256 three quarters of the time of float32."""
+"""Tokens of a frame from which on products in bfloat16 gain a CPU more than the casts around them cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
