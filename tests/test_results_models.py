@@ -96,6 +96,10 @@ def test_the_page_on_the_place_shows_the_committed_results() -> None:
         said = f"{row['psnr']:.1f} dB at {100 * row['sharpness']:.0f} % of the gradient energy with {count}"
         assert said in " ".join(page.split())
     assert stages_table("place", times=False) in page and place_targets() in page
+    minutes = json.loads((ROOT / "results" / "place-minutes.json").read_text())["rows"]["dmd"]["drift"]
+    sharp = minutes["random walk"]["sharpness"]
+    fifth, mean = 100 * sharp[4], 100 * sum(sharp) / len(sharp)
+    assert f"{fifth:.0f} % of the truth's in their fifth second, and {mean:.0f} % over" in " ".join(page.split())
     for name, label in (("place-dmd", "it has"), ("place-dmd-2", "had"), ("place-dmd-2-views", "to")):
         still = " / ".join(f"{students[name]['still'][second]:.1f}" for second in ("1", "5", "20"))
         assert f"{label} {still} dB" in " ".join(page.split())
