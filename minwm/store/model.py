@@ -136,7 +136,8 @@ class Model:
         with AVX512-BF16 if frames have `LARGE_FRAME` tokens.
         """
         device = torch.device(device) if device else pick_device()
-        fast = device.type == "cuda" or (FAST_BFLOAT16 and self.config.geometry.tokens >= LARGE_FRAME)
+        large = self.config.geometry.tokens >= LARGE_FRAME
+        fast = device.type == "cuda" or (device.type == "cpu" and FAST_BFLOAT16 and large)
         dtype = dtype or (torch.bfloat16 if fast else torch.float32)
         for part in (self.net, self.codec):
             part.to(device, dtype)
