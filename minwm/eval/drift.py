@@ -3,9 +3,9 @@ collapse?
 
 Three routes from one pose of every scene: standing still, turning around, and a random walk. Everything is measured
 per second, at the latent rate. A clip collapses in the first second from which on, for two seconds, it is not like the
-truth and one of its out-of-distribution distances (`ood`) is above its limit, which follows from the worst second of
-the true pictures, as they are and reconstructed by the codec. So the truth never collapses, and a picture that has
-turned into one colour, into noise, or into shapes that no scene has, does.
+truth (`LIKE_TRUTH`) and one of its out-of-distribution distances (`ood`) is above its limit, which follows from the
+worst second of the true pictures, as they are and reconstructed by the codec. So the truth never collapses, and a
+picture that has turned into one colour, into noise, or into shapes that no scene has, does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +56,7 @@ class DriftCurves:
     feature_distance: list[float]
     """See `ReferenceStatistics`; mean over clips."""
     feature_limit: float
-    """Feature distance from which on a clip has collapsed."""
+    """Feature distance from which on a clip that is not like the truth has collapsed."""
     collapsed: list[int | None]
     """Second in which each clip collapsed."""
     patch_distance: list[float] = field(default_factory=list)

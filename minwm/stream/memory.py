@@ -118,8 +118,8 @@ def retrieve_views(
     """The views of each clip that are nearest to the last of its cameras: their indices, and as chunks of one latent.
 
     like: what the frames of a chunk have; a view has no action. cached: the views of each clip that a stream has read,
-    of which it keeps those before the first that is far, with room for the nearest. ahead: these were
-    read ahead for an expected camera, and are kept up to `SPARE_AHEAD`, without room for the nearest.
+    of which it keeps those before the first that is far, with room for the nearest. ahead: these were read ahead for an
+    expected camera, and are kept up to `SPARE_AHEAD`, without room for the nearest.
     """
     if (least := min(map(len, views))) < count:
         raise ConfigError(f"stream.retrieved={count}, and only {least} views are known of a world; give more")

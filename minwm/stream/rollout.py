@@ -213,9 +213,8 @@ class Stream:
         if seen and not known and cond.w2c is not None and self.reach and not self.net.needs_first_frame_coordinates:
             self.origin = se3_inverse(seen[0].frames["w2c"][:, 0])
         keeps_image = geometry.sink or len(self.past) == place  # or else it has become a latent as any other
-        apart = (
-            geometry.recompute == "causal" and self.net.finished_kv is not None
-        )  # each is finished before others see it
+        # where finished keys and values are other ones, each is finished before others see it
+        apart = geometry.recompute == "causal" and self.net.finished_kv is not None
         cond = replace(cond, first_latents=self.first_latent if keeps_image else None)
         for i, chunks in enumerate([[chunk] for chunk in seen[known:]] if apart else [seen[known:]], known):
             if chunks:
